@@ -1,0 +1,23 @@
+"""Strategy-Guided Policy Optimization (SGPO) for TRL."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+
+if TYPE_CHECKING:
+    from .bank import StrategyBank
+    from .sgpo_config import SGPOConfig
+    from .sgpo_trainer import SGPOTrainer
+
+__all__ = ["SGPOConfig", "SGPOTrainer", "StrategyBank", "__version__"]
+
+_MODULES = {"SGPOConfig": ".sgpo_config", "SGPOTrainer": ".sgpo_trainer", "StrategyBank": ".bank"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch, trl and chromadb load on first use, so that importing the package (and `trl-sgpo --help`) stays quick
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,21 @@
+"""Errors a user can act on. Every message names the fix."""
+
+
+class SGPOError(Exception):
+    """Base of all errors raised by `trl_sgpo`."""
+
+
+class ConfigError(SGPOError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(SGPOError, ValueError):
+    """A dataset that lacks what training or evaluation needs."""
+
+
+class ModelError(SGPOError, OSError):
+    """A model or embedder whose weights cannot be found or used."""
+
+
+class BankError(SGPOError, RuntimeError):
+    """A strategy bank that cannot be opened, read or written."""
