@@ -1,0 +1,8 @@
+"""The strategy bank: strategies that proved themselves, kept on disk and found again by the problems they may help."""
+
+from .bank import StrategyBank
+from .embedder import load_embedder
+from .strategy import Outcome, Retrieved, Strategy, problem_id
+
+
+__all__ = ["Outcome", "Retrieved", "Strategy", "StrategyBank", "load_embedder", "problem_id"]

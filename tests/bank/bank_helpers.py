@@ -1,0 +1,19 @@
+"""A cheap deterministic embedder, and strategies that are far from each other under it."""
+
+import zlib
+
+import numpy as np
+
+from trl_sgpo.bank import Strategy
+
+
+def hashed_words(texts: list[str]) -> np.ndarray:
+    vectors = np.zeros((len(texts), 256), dtype=np.float32)
+    for row, text in enumerate(texts):
+        for word in text.casefold().split():
+            vectors[row, zlib.crc32(word.encode()) % 256] += 1
+    return vectors
+
+
+def make(name: str, problem_class: str = "algebra", source: str = "s0", **kwargs) -> Strategy:
+    return Strategy(f"{name} {name}one {name}two {name}three", problem_class, (source,), **kwargs)

@@ -1,0 +1,168 @@
+"""
+From outcome matrices to advantages: pure functions.
+
+Shapes: N blocks, K problems a block, n strategies a problem, S = n * K + b strategies a block. An outcome is NaN where
+no reward function applies to the row; such outcomes enter no mean and get no advantage.
+"""
+
+import torch
+from trl.trainer.utils import nanstd
+
+
+_EPS = 1e-4  # of TRL's GRPO, so that K = 1 gives its advantages
+
+
+def center_by_problem(outcomes: torch.Tensor) -> torch.Tensor:
+    """
+    Removes difficulty: subtracts from each outcome the mean of its problem over all strategies of the block.
+
+    Args:
+        outcomes (`torch.Tensor` of shape `(N, S, K)`):
+            Outcome matrices.
+
+    Returns:
+        `torch.Tensor` of shape `(N, S, K)`
+    """
+    return outcomes - torch.nanmean(outcomes, dim=1, keepdim=True)
+
+
+def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Splits a matrix into each written strategy's outcome on its own problem and its mean outcome on the siblings.
+
+    Args:
+        outcomes (`torch.Tensor` of shape `(N, S, K)`):
+            Outcome matrices, centred or not.
+        own (`int`):
+            n, strategies each problem writes.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(N, n * K)`. Siblings are NaN where K is 1.
+    """
+    N, _, K = outcomes.shape
+    written = outcomes[:, : own * K]
+    writer = torch.arange(own * K, device=outcomes.device).div(own, rounding_mode="floor")
+    is_own = writer.unsqueeze(1) == torch.arange(K, device=outcomes.device)
+    on_own = written[is_own.expand(N, -1, -1)].view(N, own * K)
+    on_siblings = torch.nanmean(written.masked_fill(is_own, torch.nan), dim=2)
+    return on_own, on_siblings
+
+
+def strategy_rewards(
+    outcomes: torch.Tensor,
+    own: int,
+    coherence: torch.Tensor,
+    leak: torch.Tensor,
+    correctness_weight: float = 1.0,
+    transfer_weight: float = 1.0,
+    coherence_weight: float = 0.1,
+    leak_weight: float = 0.5,
+) -> torch.Tensor:
+    """
+    R(s) = w_c * o[s, own] + w_t * mean o[s, siblings] + w_k * coherence(s) - w_l * leak(s).
+
+    Pass outcomes centred by problem to compare strategies of problems of different difficulty.
+
+    Args:
+        outcomes (`torch.Tensor` of shape `(N, S, K)`):
+            Outcome matrices.
+        own (`int`):
+            n, strategies each problem writes.
+        coherence (`torch.Tensor` of shape `(N, n * K)`):
+            Coherence of the written strategies, in [0, 1].
+        leak (`torch.Tensor` of shape `(N, n * K)`):
+            How much of its answer a strategy gives away, in [0, 1].
+        correctness_weight, transfer_weight, coherence_weight, leak_weight (`float`, *optional*):
+            w_c, w_t, w_k and w_l.
+
+    Returns:
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as the problem's mean if centred, else as 0.
+    """
+    on_own, on_siblings = own_and_siblings(outcomes, own)
+    return (
+        correctness_weight * on_own.nan_to_num(0.0)
+        + transfer_weight * on_siblings.nan_to_num(0.0)
+        + coherence_weight * coherence
+        - leak_weight * leak
+    )
+
+
+def scale(centred: torch.Tensor, values: torch.Tensor, dim: int | tuple[int, ...] | None) -> torch.Tensor:
+    """Divides centred values by the standard deviation of `values` over `dim` (`None`: leaves them as they are)."""
+    if dim is None:
+        return centred
+    return centred / (nanstd(values, dim=dim, keepdim=True) + _EPS)
+
+
+def strategy_advantages(rewards: torch.Tensor, scaled: bool = True) -> torch.Tensor:
+    """
+    Compares each strategy with the others of its block.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, n * K)`):
+            Strategy rewards.
+        scaled (`bool`, *optional*, defaults to `True`):
+            Whether to divide by the block's standard deviation.
+
+    Returns:
+        `torch.Tensor` of shape `(N, n * K)`
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return scale(centred, rewards, dim=1 if scaled else None)
+
+
+def execution_advantages(outcomes: torch.Tensor, baseline: str = "problem", scaled: bool = True) -> torch.Tensor:
+    """
+    Compares each execution with a baseline.
+
+    With O[s, x] the outcome of strategy s on problem x: `"problem"` subtracts mean_s O[s, x], which is GRPO;
+    `"strategy"` subtracts mean_x O[s, x]; `"two_way"` leaves the residual of
+    O = mean + strategy effect + problem effect + residual, so that neither a faithful execution of a bad strategy nor
+    a lucky one of an easy problem is credited.
+
+    Args:
+        outcomes (`torch.Tensor` of shape `(N, S, K)`):
+            Outcome matrices, not centred.
+        baseline (`str`, *optional*, defaults to `"problem"`):
+            `"problem"`, `"strategy"` or `"two_way"`.
+        scaled (`bool`, *optional*, defaults to `True`):
+            Whether to divide by a standard deviation: of the problem's outcomes for `"problem"`, of the block's
+            remaining differences for the others.
+
+    Returns:
+        `torch.Tensor` of shape `(N, S, K)`, 0 where the outcome is missing.
+    """
+    problem_mean = torch.nanmean(outcomes, dim=1, keepdim=True)
+    strategy_mean = torch.nanmean(outcomes, dim=2, keepdim=True)
+    if baseline == "problem":
+        advantages = scale(outcomes - problem_mean, outcomes, dim=1 if scaled else None)
+    elif baseline == "strategy":
+        residual = outcomes - strategy_mean
+        advantages = scale(residual, residual, dim=(1, 2) if scaled else None)
+    else:
+        residual = outcomes - strategy_mean - problem_mean + torch.nanmean(outcomes, dim=(1, 2), keepdim=True)
+        advantages = scale(residual, residual, dim=(1, 2) if scaled else None)
+    return advantages.nan_to_num(0.0)
+
+
+def token_advantages(
+    strategy: torch.Tensor, execution: torch.Tensor, strategy_lengths: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
+    """
+    Spreads a row's two advantages over its completion.
+
+    Args:
+        strategy (`torch.Tensor` of shape `(B,)`):
+            Advantage of the row's strategy.
+        execution (`torch.Tensor` of shape `(B,)`):
+            Advantage of the row's execution.
+        strategy_lengths (`torch.Tensor` of shape `(B,)`):
+            Number of leading completion tokens that belong to the strategy, 0 where it is not trained.
+        num_tokens (`int`):
+            T, length of the padded completions.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`
+    """
+    in_strategy = torch.arange(num_tokens, device=strategy.device) < strategy_lengths.unsqueeze(1)
+    return torch.where(in_strategy, strategy.unsqueeze(1), execution.unsqueeze(1))

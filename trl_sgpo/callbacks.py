@@ -1,0 +1,79 @@
+"""Trainer callbacks: when the bank is written, and what a user should know while a run goes on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import TrainerCallback
+
+
+if TYPE_CHECKING:
+    from .sgpo_trainer import SGPOTrainer
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+
+class StrategyBankCallback(TrainerCallback):
+    """
+    Commits to the bank after each optimizer step, so that it stands still within one, and empties a bank left over
+    from an earlier run in the same `output_dir` when training starts anew.
+    """
+
+    def __init__(self, trainer: "SGPOTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bank = self.trainer.strategy_bank
+        if bank is None or state.global_step > 0 or not self.trainer.starts_with_empty_bank or len(bank) == 0:
+            return
+        kept = Path(args.output_dir) / "strategy_bank.previous"
+        bank.snapshot(kept)
+        logger.warning(
+            f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "
+            f"they are kept in {kept}. To continue with them, set `--bank_path {kept}`."
+        )
+        bank.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.commit_bank()
+
+
+class AdviceCallback(TrainerCallback):
+    """Says once, when it first happens, what a surprising metric means and what to change."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        if abs(logs["loss"]) < 1e-3:
+            self._say(
+                "loss",
+                "A loss near 0 is expected: advantages are centred, so on fresh rollouts the loss is about 0 while "
+                "its gradient is not. Watch sgpo/correctness and sgpo/transfer instead.",
+            )
+        if logs.get("sgpo/strategy_truncated", 0) > 0.5:
+            self._say(
+                "strategy",
+                f"Over half of the strategies were cut off at {args.max_strategy_length} tokens: raise "
+                "`max_strategy_length`, or ask for shorter ones in `strategy_prompt`.",
+            )
+        if logs.get("sgpo/execution_truncated", 0) > 0.5:
+            self._say(
+                "execution",
+                f"Over half of the executions were cut off at {args.max_completion_length} tokens: raise "
+                "`max_completion_length`, or ask for shorter ones in `execution_prompt`.",
+            )
+        if logs.get("sgpo/frac_blocks_no_signal", 0) > 0.5:
+            self._say(
+                "signal",
+                "Over half of the transfer blocks taught nothing, because all their executions earned the same: raise "
+                "`num_generations`, choose easier or harder problems, or warm-start the model.",
+            )
+
+    def _say(self, topic: str, message: str) -> None:
+        if topic not in self.said:
+            self.said.add(topic)
+            logger.warning(message)

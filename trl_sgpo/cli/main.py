@@ -1,0 +1,58 @@
+"""Entry point of `trl-sgpo`: finds the command and turns errors a user can act on into one line."""
+
+import sys
+from importlib import import_module
+
+from .._version import __version__
+from ..errors import SGPOError
+
+
+COMMANDS = {
+    "train": "train a model with SGPO from a recipe",
+    "warmstart": "fine-tune a model on two-phase traces, so that there is something to reinforce",
+    "bench": "measure SGPO against TRL's GRPOTrainer on this machine",
+}
+
+
+def usage() -> str:
+    """Text of `trl-sgpo --help`."""
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: trl-sgpo COMMAND [options]\n\n"
+        "Strategy-Guided Policy Optimization for TRL: train a model to write a strategy, execute it, and keep what\n"
+        f"transfers.\n\ncommands:\n{lines}\n\n"
+        "`trl-sgpo COMMAND --help` lists a command's options. First run:\n"
+        "  trl-sgpo train --config recipes/quickstart.yaml"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments without the program name. Defaults to the process's.
+
+    Returns:
+        `int`: Exit status: 0, or 2 for an error the message of which names the fix.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"trl-sgpo {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"trl-sgpo: error: no command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        return import_module(f"trl_sgpo.cli.{argv[0]}").main(argv[1:])
+    except SGPOError as error:
+        print(f"trl-sgpo {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The supervised warm start: two-phase traces in the very tokens a rollout has, and the fine-tuning on them."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, ModelError
+from ..prompts import chat_bridge, plain_bridge, strategy_prompt
+from .worked import Trace
+
+
+if TYPE_CHECKING:
+    from ..sgpo_config import SGPOConfig
+
+
+def two_phase_examples(traces: list[Trace], tokenizer: Any, config: "SGPOConfig", seed: int) -> list[dict[str, Any]]:
+    """
+    Writes traces as token sequences: request, strategy, turn, execution. Strategy and execution are trained.
+
+    Half of the requests quote another strategy of the class, as requests do once the bank holds some.
+
+    Args:
+        traces (`list[Trace]`):
+            Traces.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        config ([`SGPOConfig`]):
+            Its prompts are used.
+        seed (`int`):
+            Seed of the quotations.
+
+    Returns:
+        `list[dict]`: With `input_ids` and `labels` (-100 where not trained).
+    """
+    rng = random.Random(seed)
+    chat = tokenizer.chat_template is not None
+    by_class: dict[str, list[str]] = {}
+    for trace in traces:
+        by_class.setdefault(trace.problem_class, []).append(trace.strategy)
+    examples = []
+    for trace in traces:
+        shown = []
+        if config.use_bank and config.num_retrieved > 0 and rng.random() < 0.5:
+            shown = [(trace.problem_class, rng.choice(by_class[trace.problem_class]))]
+        request = strategy_prompt(trace.prompt, config.strategy_prompt, shown, chat)
+        if isinstance(request, str):
+            bridge = plain_bridge(config.execution_prompt)
+            request_ids = tokenizer(request)["input_ids"]
+        else:
+            bridge = chat_bridge(tokenizer, config.execution_prompt)
+            request_ids = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=False)
+        bridge_ids = tokenizer(bridge, add_special_tokens=False)["input_ids"]
+        end = [tokenizer.eos_token_id]
+        strategy = tokenizer(trace.strategy, add_special_tokens=False)["input_ids"] + end
+        execution = tokenizer(trace.execution, add_special_tokens=False)["input_ids"] + end
+        turn = bridge_ids[1:] if bridge_ids[0] == end[0] else bridge_ids
+        examples.append(
+            {
+                "input_ids": request_ids + strategy + turn + execution,
+                "labels": [-100] * len(request_ids) + strategy + [-100] * len(turn) + execution,
+            }
+        )
+    return examples
+
+
+def warmstart(
+    model: str,
+    traces: list[Trace],
+    config: "SGPOConfig",
+    output_dir: str | os.PathLike[str],
+    learning_rate: float = 1e-3,
+    model_init_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """
+    Fine-tunes a model on two-phase traces, once through, and saves it whole.
+
+    A LoRA adapter is trained with TRL's [`~trl.SFTTrainer`] and merged, so that any later training starts from an
+    ordinary model directory. The directory appears only when it is complete.
+
+    Args:
+        model (`str`):
+            Name or path of the model.
+        traces (`list[Trace]`):
+            Traces.
+        config ([`SGPOConfig`]):
+            Its prompts, seed, precision and reporting are used.
+        output_dir (`str`):
+            Where the model is saved. If it exists already it is returned as it is.
+        learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Peak learning rate of the adapter, decayed linearly to 0.
+        model_init_kwargs (`dict`, *optional*):
+            Passed on to `from_pretrained`.
+
+    Returns:
+        `str`: `output_dir`
+
+    Raises:
+        [`DataError`]: There are no traces.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    output_dir = Path(output_dir)
+    if (output_dir / "config.json").is_file():
+        return str(output_dir)
+    if not traces:
+        raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
+    examples = two_phase_examples(traces, tokenizer, config, config.seed)
+    unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            str(unfinished),
+            model_init_kwargs=model_init_kwargs,
+            per_device_train_batch_size=8,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=5,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            seed=config.seed,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            use_cpu=config.use_cpu,
+            disable_tqdm=config.disable_tqdm,
+            train_sampling_strategy="group_by_length",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        ),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    if trainer.accelerator.is_main_process:
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return str(output_dir)

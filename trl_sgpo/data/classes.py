@@ -1,0 +1,121 @@
+"""Problem classes: from a column, or by clustering the problems."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import DataError
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def problem_classes(
+    dataset: "Dataset",
+    column: str | None,
+    embed: Callable[[list[str]], "np.ndarray"],
+    num_clusters: int,
+    seed: int,
+) -> list[str]:
+    """
+    Returns the class of every problem.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems with a `prompt` column.
+        column (`str` or `None`):
+            Column with the classes. `None` takes `problem_class` if the dataset has it. Rows without a class, and
+            all rows if there is no such column, get the cluster of their prompt as class: `cluster-0`, ...
+        embed (`Callable[[list[str]], np.ndarray]`):
+            Embeds the prompts. Only called if there is something to cluster.
+        num_clusters (`int`):
+            Number of clusters; fewer if there are fewer problems.
+        seed (`int`):
+            Seed of the clustering.
+
+    Returns:
+        `list[str]`: One class per row.
+
+    Raises:
+        `DataError`: If there is no column `column`.
+    """
+    if column is not None and column not in dataset.column_names:
+        raise DataError(
+            f"No column '{column}' with problem classes among {', '.join(dataset.column_names)}: name one of them, "
+            "or none to cluster the problems."
+        )
+    column = column or "problem_class"
+    classes: list[Any] = list(dataset[column]) if column in dataset.column_names else [None] * len(dataset)
+    missing = [row for row, name in enumerate(classes) if name is None]
+    if missing:
+        from sklearn.cluster import KMeans
+
+        prompts = dataset.select(missing)["prompt"]
+        embeddings = embed([prompt_text(prompt) for prompt in prompts])
+        kmeans = KMeans(min(num_clusters, len(missing)), n_init=4, random_state=seed).fit(embeddings)
+        for row, label in zip(missing, kmeans.labels_, strict=True):
+            classes[row] = f"cluster-{label}"
+        sizes = Counter(classes[row] for row in missing)
+        logger.info("Clustered problems: " + ", ".join(f"{name} {size}" for name, size in sorted(sizes.items())))
+    return [str(name) for name in classes]
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """Returns the problem in a prompt: the text itself, or that of the last user message."""
+    if isinstance(prompt, str):
+        return prompt
+    content = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)
+
+
+def merge_small_classes(
+    classes: list[str],
+    min_size: int,
+    policy: Literal["error", "merge"],
+    embeddings: Callable[[], "np.ndarray"],
+) -> list[str]:
+    """
+    Deals with classes that are too small to form a transfer block.
+
+    Args:
+        classes (`list[str]`):
+            The class of every problem.
+        min_size (`int`):
+            Number of problems that a class needs.
+        policy (`"error"` or `"merge"`):
+            `"error"` refuses them, `"merge"` relabels each as the large enough class with the nearest centroid
+            (cosine).
+        embeddings (`Callable[[], np.ndarray]`):
+            Returns the embeddings of all problems, (N, D). Only called if classes have to be merged.
+
+    Returns:
+        `list[str]`: The class of every problem, each with at least `min_size` problems.
+
+    Raises:
+        `DataError`: If there are small classes and the policy is `"error"`, or no class is large enough.
+    """
+    import numpy as np
+
+    sizes = Counter(classes)
+    small = sorted((name for name in sizes if sizes[name] < min_size), key=lambda name: (sizes[name], name))
+    if not small:
+        return classes
+    large = sorted(set(sizes) - set(small))
+    if policy == "error" or not large:
+        listed = ", ".join(f"'{name}' ({sizes[name]})" for name in small[:5])
+        merge = "`--small_classes merge`, " if large else ""
+        raise DataError(
+            f"{len(small)} of {len(sizes)} problem classes have fewer than {min_size} problems: {listed}: use {merge}"
+            "a smaller `--transfer_block_size` or more data."
+        )
+    vectors = embeddings()
+    labels = np.array(classes)
+    centroids = {name: vectors[labels == name].mean(axis=0) for name in sizes}
+    directions = np.stack([centroids[name] / np.linalg.norm(centroids[name]) for name in large])
+    nearest = {name: large[int(np.argmax(directions @ centroids[name]))] for name in small}
+    return [nearest.get(name, name) for name in classes]

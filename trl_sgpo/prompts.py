@@ -1,0 +1,192 @@
+"""The texts of both phases: what asks for a strategy, what asks to execute it, and how a strategy is read back."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+
+Prompt = str | list[dict[str, Any]]
+
+STRATEGY_PROMPT = (
+    "{problem}\n\n{strategies}Do not solve it yet. Write a short, general strategy for problems of this kind: "
+    "when it applies and what to do. Use no numbers of this problem and do not give its answer."
+)
+STEPS_PROMPT = (
+    "{problem}\n\n{strategies}Do not solve it yet. Write a general strategy for problems of this kind as numbered "
+    "steps, one a line. Name what changes from problem to problem in braces, like {first number}. Use no numbers of "
+    "this problem and do not give its answer."
+)
+EXECUTION_PROMPT = "Now apply this strategy to the problem, step by step, and finish with the final answer."
+RETRIEVED_HEADER = "Strategies that worked on similar problems, quoted (adapt, combine or improve them):\n"
+
+_STEP = re.compile(r"^\s*(?:step\s*)?\d+\s*[.):]\s+(\S.*)$", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"\{[A-Za-z][^{}\n]*\}")
+
+
+@dataclass(frozen=True)
+class ParsedStrategy:
+    """
+    A strategy as read from the model's text.
+
+    Args:
+        text (`str`):
+            The strategy without surrounding whitespace.
+        steps (`tuple[str, ...]`):
+            Its numbered steps, empty in free text.
+        placeholders (`tuple[str, ...]`):
+            Names in braces, without the braces.
+        flaw (`str` or `None`):
+            Why it is malformed, `None` when it is well formed.
+    """
+
+    text: str
+    steps: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
+    flaw: str | None = None
+
+
+def parse_strategy(text: str, strategy_format: str = "text", truncated: bool = False) -> ParsedStrategy:
+    """
+    Reads a strategy; a bad one is described, never refused.
+
+    Args:
+        text (`str`):
+            What the model wrote in the strategy phase.
+        strategy_format (`str`, *optional*, defaults to `"text"`):
+            `"text"` accepts any non-empty text, `"steps"` wants at least two numbered lines and nothing else.
+        truncated (`bool`, *optional*, defaults to `False`):
+            Whether the phase ended by length.
+
+    Returns:
+        [`ParsedStrategy`]
+    """
+    text = text.strip()
+    placeholders = tuple(match[1:-1].strip() for match in _PLACEHOLDER.findall(text))
+    if not text:
+        return ParsedStrategy(text, flaw="empty")
+    lines = [line for line in text.splitlines() if line.strip()]
+    steps = tuple(match.group(1).strip() for line in lines if (match := _STEP.match(line)))
+    if truncated:
+        return ParsedStrategy(text, steps, placeholders, flaw="truncated")
+    if strategy_format == "steps" and (len(steps) < 2 or len(steps) != len(lines)):
+        return ParsedStrategy(text, steps, placeholders, flaw="not numbered steps")
+    return ParsedStrategy(text, steps, placeholders)
+
+
+def default_strategy_prompt(strategy_format: str) -> str:
+    """Returns the strategy request for a `strategy_format`."""
+    return STEPS_PROMPT if strategy_format == "steps" else STRATEGY_PROMPT
+
+
+def check_strategy_prompt(template: str) -> None:
+    """Raises [`ConfigError`] when a strategy template has no place for the problem."""
+    if template.count("{problem}") != 1:
+        raise ConfigError(
+            f"`strategy_prompt` must contain {{problem}} exactly once, got {template.count('{problem}')} times: "
+            f"{template!r}. It may also contain {{strategies}}, where retrieved strategies go."
+        )
+
+
+def quote_strategies(retrieved: Sequence[tuple[str, str]]) -> str:
+    """
+    Renders retrieved strategies as quoted data.
+
+    Args:
+        retrieved (`Sequence[tuple[str, str]]`):
+            Pairs of problem class and strategy text, best first.
+
+    Returns:
+        `str`: One quoted line a strategy and an empty line, or `""` when there are none.
+    """
+    if not retrieved:
+        return ""
+    quoted = "".join(f"> [{problem_class}] {' '.join(text.split())}\n" for problem_class, text in retrieved)
+    return f"{RETRIEVED_HEADER}{quoted}\n"
+
+
+def strategy_request(template: str, problem: str, retrieved: Sequence[tuple[str, str]]) -> str:
+    """Fills a strategy template; braces in the problem or in strategies are left as they are."""
+    head, tail = template.split("{problem}")
+    quoted = quote_strategies(retrieved)
+    if "{strategies}" not in template:
+        return f"{head}{problem}{tail}" if not quoted else f"{head}{problem}\n\n{quoted.rstrip()}{tail}"
+    return head.replace("{strategies}", quoted) + problem + tail.replace("{strategies}", quoted)
+
+
+def problem_text(prompt: Prompt) -> str:
+    """Returns the problem in a prompt: the last user message's text, or the text itself."""
+    if isinstance(prompt, str):
+        return prompt
+    content = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), prompt[-1]["content"])
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def strategy_prompt(prompt: Prompt, template: str, retrieved: Sequence[tuple[str, str]], chat: bool) -> Prompt:
+    """
+    Builds what the model reads in the strategy phase.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The dataset's prompt. Of a conversation, the last message becomes the request.
+        template (`str`):
+            Strategy template with `{problem}`.
+        retrieved (`Sequence[tuple[str, str]]`):
+            Class and text of the strategies shown.
+        chat (`bool`):
+            Whether the tokenizer has a chat template. Without one, conversations are flattened to text.
+
+    Returns:
+        `str` or `list[dict]`: A text, or messages that end in a user turn.
+    """
+    request = strategy_request(template, problem_text(prompt), retrieved)
+    if isinstance(prompt, str):
+        return f"{request}\n\nStrategy:"
+    messages = [*prompt[:-1], {"role": prompt[-1]["role"], "content": request}]
+    if chat:
+        return messages
+    return "\n\n".join(problem_text([message]) for message in messages) + "\n\nStrategy:"
+
+
+def plain_bridge(execution_prompt: str) -> str:
+    """The text between a strategy and its execution for prompts that are not conversations."""
+    return f"\n\n{execution_prompt}\n\nExecution:"
+
+
+def chat_bridge(tokenizer: Any, execution_prompt: str, **chat_template_kwargs: Any) -> str:
+    """
+    The text a chat template puts between the end of a strategy and the start of its execution: end of the assistant
+    turn, the request to execute, start of the next assistant turn.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with a chat template.
+        execution_prompt (`str`):
+            The user turn between the phases.
+        **chat_template_kwargs:
+            Passed on to the template.
+
+    Raises:
+        [`ConfigError`]: The template changes or drops what the assistant said before.
+    """
+    mark = "\u2021strategy\u2021"
+    text = tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": "problem"},
+            {"role": "assistant", "content": mark},
+            {"role": "user", "content": execution_prompt},
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+        **chat_template_kwargs,
+    )
+    if text.count(mark) != 1:
+        raise ConfigError(
+            "The chat template does not show earlier assistant turns, so an execution could not see its strategy. "
+            "Give the tokenizer a template that does, or use plain-text prompts."
+        )
+    return text.split(mark)[1]

@@ -1,0 +1,124 @@
+"""
+What a strategy earns besides its outcomes: coherence and leak, both read from text alone.
+
+Coherence is no judge of taste. A strategy is coherent when it is well formed (parses, ended by itself, does not repeat
+itself, says when it applies) and general (uses no numbers or quotations of its instance).
+"""
+
+import re
+from collections.abc import Sequence
+
+from .prompts import ParsedStrategy
+
+
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:[.,/:]\d+)*(?![\w])")
+_QUOTED = re.compile(r"\"([^\"\n]{3,})\"|'([^'\n]{3,})'(?!\w)")
+_STEP_NUMBER = re.compile(r"^\s*(?:step\s*)?\d+\s*[.):]\s|\bsteps?\s+\d+\b", re.IGNORECASE | re.MULTILINE)
+_APPLIES = re.compile(r"\b(?:when|whenever|if|for|to|given|with|in)\b", re.IGNORECASE)
+_FINAL_ANSWER = re.compile(
+    r"\\boxed\s*\{|####|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]", re.IGNORECASE
+)
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """
+    Share of a text's word `n`-grams that occurred before in it.
+
+    Args:
+        text (`str`):
+            Any text.
+        n (`int`, *optional*, defaults to `3`):
+            Words a gram.
+
+    Returns:
+        `float`: 0 for a text that never repeats itself, close to 1 for a loop.
+    """
+    words = [word.casefold() for word in _WORD.findall(text)]
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def literals(text: str) -> set[str]:
+    """
+    The parts of a problem that belong to its instance: its numbers and what it quotes.
+
+    Args:
+        text (`str`):
+            A problem or a strategy. The numbers of numbered steps do not count.
+
+    Returns:
+        `set[str]`
+    """
+    text = _STEP_NUMBER.sub(" ", text)
+    quoted = {next(filter(None, groups)).casefold() for groups in _QUOTED.findall(text)}
+    return set(_NUMBER.findall(text)) | quoted
+
+
+def copied_literals(strategy: str, problem: str) -> set[str]:
+    """Literals of the problem that occur in the strategy."""
+    body = _STEP_NUMBER.sub(" ", strategy).casefold()
+    return {
+        literal
+        for literal in literals(problem)
+        if re.search(rf"(?<![\w.]){re.escape(literal)}(?![\w]|\.\d)", body) is not None
+    }
+
+
+def coherence(strategy: ParsedStrategy, problem: str) -> float:
+    """
+    Coherence of a strategy: the mean of its form and its generality.
+
+    Form is 0 for a malformed strategy. Otherwise it is 1, less its [`repetition`] beyond a tenth, less a quarter when
+    the first sentence does not say when the strategy applies and a quarter when it has fewer than four words.
+    Generality is 1 / (1 + literals of the instance used), and 0 for a malformed strategy.
+
+    Args:
+        strategy ([`~trl_sgpo.prompts.ParsedStrategy`]):
+            The parsed strategy.
+        problem (`str`):
+            Text of the problem it was written for.
+
+    Returns:
+        `float`: In [0, 1].
+    """
+    if strategy.flaw is not None:
+        return 0.0
+    words = _WORD.findall(strategy.text)
+    opening = re.split(r"[.\n]", strategy.text, maxsplit=1)[0] if not strategy.steps else strategy.text
+    form = 1.0 - max(0.0, repetition(strategy.text) - 0.1)
+    form -= 0.25 * (_APPLIES.search(opening) is None) + 0.25 * (len(words) < 4)
+    general = 1 / (1 + len(copied_literals(strategy.text, problem)))
+    return max(0.0, form + general) / 2
+
+
+def leak(strategy: str, problem: str, answer: str | None) -> float:
+    """
+    Whether a strategy gives its answer away.
+
+    It does when it contains the answer as a word of its own, unless the problem contains it too, or when it carries
+    the mark-up of a final answer followed by a number. Numbers of numbered steps are not read.
+
+    Args:
+        strategy (`str`):
+            Text of the strategy.
+        problem (`str`):
+            Text of the problem it was written for.
+        answer (`str` or `None`):
+            Its short answer, if known.
+
+    Returns:
+        `float`: 1.0 or 0.0.
+    """
+    if _FINAL_ANSWER.search(strategy) is not None:
+        return 1.0
+    if answer is None or not (wanted := " ".join(answer.split()).casefold()):
+        return 0.0
+    whole = re.compile(rf"(?<![\w.]){re.escape(wanted)}(?![\w]|\.\d)")
+    body = " ".join(_STEP_NUMBER.sub(" ", strategy).split()).casefold()
+    return float(whole.search(body) is not None and whole.search(" ".join(problem.split()).casefold()) is None)
+
+
+def distinct(strategies: Sequence[str]) -> float:
+    """Share of distinct texts among strategies, 1 when all differ."""
+    return len({" ".join(text.casefold().split()) for text in strategies}) / max(len(strategies), 1)

@@ -1,0 +1,306 @@
+"""
+Two-phase generation through TRL's own: strategies first, then every strategy of a block on every problem of the block.
+
+What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollout_func` hook, `_tokenize_prompts`,
+`_generate_single_turn`, `generation_config.max_new_tokens` and `vllm_generation.max_completion_length`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm.auto import tqdm
+from trl.data_utils import is_conversational
+
+from .prompts import (
+    ParsedStrategy,
+    Prompt,
+    chat_bridge,
+    parse_strategy,
+    plain_bridge,
+    problem_text,
+    strategy_prompt,
+)
+from .transfer import BlockGeometry
+
+
+if TYPE_CHECKING:
+    from .bank import Strategy
+    from .sgpo_trainer import SGPOTrainer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    A problem as the rollout sees it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The dataset's prompt.
+        problem_class (`str`):
+            Its class, `""` if unknown.
+        answer (`str` or `None`):
+            Its short answer, if the dataset has one.
+        retrieved (`tuple[Strategy, ...]`):
+            Strategies shown with it.
+    """
+
+    prompt: Prompt
+    problem_class: str = ""
+    answer: str | None = None
+    retrieved: tuple["Strategy", ...] = ()
+
+    @property
+    def text(self) -> str:
+        return problem_text(self.prompt)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """
+    What one rank generates at a time.
+
+    Args:
+        problems (`list[Problem]`):
+            Problems in block order.
+        geometry ([`~trl_sgpo.transfer.BlockGeometry`]):
+            Shape of the blocks.
+        bank (`list[list[Strategy]]`):
+            Strategies each block executes as they are, at most b.
+    """
+
+    problems: list[Problem]
+    geometry: BlockGeometry
+    bank: list[list["Strategy"]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    One row: a strategy and its execution on a problem. Reward functions receive it as `rollout`.
+
+    Args:
+        source (`str`):
+            `"own"` (written for this problem), `"borrowed"` (for another problem of the block) or `"bank"`.
+        strategy ([`~trl_sgpo.prompts.ParsedStrategy`]):
+            The strategy.
+        execution (`str`):
+            Text of the execution.
+        execution_ids (`list[int]`):
+            Its tokens.
+        strategy_length (`int`):
+            Trained strategy tokens at the start of the row's completion: 0 unless `source` is `"own"`.
+        strategy_id (`str` or `None`):
+            Bank id of the strategy, if it comes from the bank.
+    """
+
+    source: str
+    strategy: ParsedStrategy
+    execution: str
+    execution_ids: list[int]
+    strategy_length: int
+    strategy_id: str | None = None
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A strategy as generated: its tokens (end token included), their log-probabilities and its parsed text."""
+
+    ids: list[int]
+    logprobs: list[float] | None
+    parsed: ParsedStrategy
+
+
+def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str, list[Any] | None]:
+    """
+    TRL `rollout_func`: writes the strategies of `trainer.rollout_batch`, executes them and returns one row each.
+
+    An own row is prompt, then strategy + turn + execution, the turn masked by `env_mask`. In a borrowed or bank row
+    everything before the execution belongs to the prompt, so that no token is trained twice.
+
+    Args:
+        prompts (`list`):
+            The rows' prompts, each problem repeated for its executions.
+        trainer ([`SGPOTrainer`]):
+            Trainer that generates.
+
+    Returns:
+        `dict` with `prompt_ids`, `completion_ids`, `logprobs`, `env_mask` and `rollout`, one entry a row.
+    """
+    batch = trainer.rollout_batch
+    geometry = batch.geometry
+    tokenizer = trainer.tokenizer
+    chat = tokenizer.chat_template is not None
+    args = trainer.args
+
+    requests = [
+        strategy_prompt(
+            problem.prompt,
+            args.strategy_prompt,
+            [(strategy.problem_class, strategy.text) for strategy in problem.retrieved],
+            chat,
+        )
+        for problem in batch.problems
+    ]
+    request_ids = trainer._tokenize_prompts(requests)[0]
+    is_chat = is_conversational({"prompt": requests[0]})
+    bridge = (
+        chat_bridge(tokenizer, args.execution_prompt, **trainer.chat_template_kwargs)
+        if is_chat
+        else plain_bridge(args.execution_prompt)
+    )
+    bridge_ids = tokenizer(bridge, add_special_tokens=False)["input_ids"]
+
+    with merged_adapters(trainer):
+        phase_one = [ids for ids in request_ids for _ in range(geometry.own)]
+        generated, logprobs = _generate(trainer, phase_one, args.max_strategy_length, "strategies")
+        written = _read_strategies(generated, logprobs, trainer)
+
+        # Row order is problem by problem, strategy by strategy: `transfer.outcome_matrix` relies on it
+        plan = [
+            (position, strategy)
+            for block in range(len(batch.problems) // geometry.problems)
+            for position in range(block * geometry.problems, (block + 1) * geometry.problems)
+            for strategy in range(geometry.executions)
+        ]
+        sources = [_strategy_for(batch, written, position, strategy, tokenizer) for position, strategy in plan]
+        contexts = [
+            request_ids[position] + ids + _turn(ids, bridge_ids)
+            for (position, _), (_, ids, _, _, _) in zip(plan, sources, strict=True)
+        ]
+        executions, execution_logprobs = _generate(trainer, contexts, args.max_completion_length, "executions")
+
+    executions = [ids or [tokenizer.eos_token_id] for ids in executions]
+    texts = tokenizer.batch_decode(executions, skip_special_tokens=True)
+    rows: dict[str, list[Any]] = {
+        key: [] for key in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "rollout")
+    }
+    for row, ((position, _), (source, ids, strategy_logprobs, parsed, strategy_id)) in enumerate(
+        zip(plan, sources, strict=True)
+    ):
+        execution = executions[row]
+        scores = None if execution_logprobs is None else (execution_logprobs[row] or [0.0] * len(execution))
+        if source == "own":
+            turn = _turn(ids, bridge_ids)
+            rows["prompt_ids"].append(request_ids[position])
+            rows["completion_ids"].append(ids + turn + execution)
+            rows["env_mask"].append([1] * len(ids) + [0] * len(turn) + [1] * len(execution))
+            rows["logprobs"].append(None if scores is None else [*strategy_logprobs, *[0.0] * len(turn), *scores])
+        else:
+            rows["prompt_ids"].append(contexts[row])
+            rows["completion_ids"].append(execution)
+            rows["env_mask"].append([1] * len(execution))
+            rows["logprobs"].append(scores)
+        rows["rollout"].append(
+            Rollout(source, parsed, texts[row].strip(), execution, len(ids) if source == "own" else 0, strategy_id)
+        )
+    return {**rows, "logprobs": None if execution_logprobs is None else rows["logprobs"]}
+
+
+def _read_strategies(
+    generated: list[list[int]], logprobs: list[list[float]] | None, trainer: "SGPOTrainer"
+) -> list[_Written]:
+    texts = trainer.tokenizer.batch_decode(generated, skip_special_tokens=True)
+    written = []
+    for index, (ids, text) in enumerate(zip(generated, texts, strict=True)):
+        truncated = not ids or ids[-1] not in trainer.eos_token_ids
+        parsed = parse_strategy(text, trainer.args.strategy_format, truncated and len(ids) > 0)
+        written.append(_Written(ids, None if logprobs is None else logprobs[index], parsed))
+    return written
+
+
+def _strategy_for(
+    batch: RolloutBatch, written: list[_Written], position: int, strategy: int, tokenizer: Any
+) -> tuple[str, list[int], list[float] | None, ParsedStrategy, str | None]:
+    """Returns source, tokens, log-probabilities, text and bank id of a block's strategy, as seen by one problem."""
+    geometry = batch.geometry
+    block, local = divmod(position, geometry.problems)
+    writer = geometry.writer(strategy)
+    if writer is None:
+        slot = strategy - geometry.written
+        if slot < len(batch.bank[block]):
+            entry = batch.bank[block][slot]
+            ids = [*tokenizer(entry.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            return "bank", ids, None, parse_strategy(entry.text), entry.id
+        strategy = slot % geometry.written
+    text = written[block * geometry.written + strategy]
+    return "own" if writer == local else "borrowed", text.ids, text.logprobs, text.parsed, None
+
+
+def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
+    """The bridge without its first token where the strategy already ended with it."""
+    return bridge_ids[1:] if strategy_ids and strategy_ids[-1] == bridge_ids[0] else bridge_ids
+
+
+def _generate(
+    trainer: "SGPOTrainer", prompt_ids: list[list[int]], max_new_tokens: int, phase: str
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    with _max_new_tokens(trainer, max_new_tokens), _progress(trainer, len(prompt_ids), max_new_tokens, phase):
+        # One completion a prompt: vLLM's server mode would otherwise sample every num_generations-th prompt only
+        return trainer._generate_single_turn(prompt_ids, None, {}, num_generations=1)
+
+
+@contextmanager
+def _max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
+    if trainer.use_vllm:
+        before = trainer.vllm_generation.max_completion_length
+        trainer.vllm_generation.max_completion_length = limit
+        try:
+            yield
+        finally:
+            trainer.vllm_generation.max_completion_length = before
+    else:
+        before = trainer.generation_config.max_new_tokens
+        trainer.generation_config.max_new_tokens = limit
+        try:
+            yield
+        finally:
+            trainer.generation_config.max_new_tokens = before
+
+
+@contextmanager
+def _progress(trainer: "SGPOTrainer", rows: int, limit: int, phase: str) -> Iterator[None]:
+    """Shows the tokens generated so far. vLLM has a progress line of its own."""
+    if trainer.use_vllm or trainer.args.disable_tqdm or not trainer.is_world_process_zero():
+        yield
+        return
+    step = trainer.state.global_step + 1
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    with tqdm(total=limit, desc=f"step {step}: {rows} {phase}", unit="token", leave=False, mininterval=1.0) as bar:
+
+        def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            bar.update(1)
+
+        handle = model.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def merged_adapters(trainer: "SGPOTrainer") -> Iterator[None]:
+    """
+    Merges LoRA adapters while generating and restores the base weights exactly.
+
+    Subtracting the adapters again would leave rounding errors that grow with every step, so the base weights are
+    copied back from host memory, where they are kept after the first use.
+    """
+    if not trainer.merges_adapters:
+        yield
+        return
+    layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    if trainer.base_weights is None:
+        trainer.base_weights = [layer.get_base_layer().weight.detach().to("cpu", copy=True) for layer in layers]
+    trainer.model.merge_adapter()
+    try:
+        yield
+    finally:
+        trainer.model.unmerge_adapter()
+        with torch.no_grad():
+            for layer, weight in zip(layers, trainer.base_weights, strict=True):
+                layer.get_base_layer().weight.copy_(weight)

@@ -1,0 +1,262 @@
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from .errors import ConfigError
+from .prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
+
+
+@dataclass
+class SGPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`SGPOTrainer`].
+
+    It adds to [`~trl.GRPOConfig`] what the two phases, the transfer blocks and the strategy bank need. Inherited
+    parameters keep their meaning, with two readings: `max_completion_length` limits the **execution** (the strategy
+    has `max_strategy_length`), and `num_generations` counts the executions of one problem, `n * K + b`: `n` with the
+    problem's own strategies, `n * (K - 1)` with strategies borrowed from the other problems of its block, `b` with
+    strategies from the bank. `n` follows from the other three.
+
+    Parameters:
+        > Parameters that control the transfer blocks
+
+        transfer_block_size (`int`, *optional*, defaults to `2`):
+            K, the number of problems of one class that execute each other's strategies. `1` switches transfer off.
+        num_bank_rollouts (`int`, *optional*, defaults to `0`):
+            b, executions per problem of strategies drawn from the bank as they are. They are how candidates are
+            tried. While the bank holds fewer than b strategies for a class, the block's own are executed again.
+        class_column (`str`, *optional*):
+            Dataset column with the problem class. If `None`, `"problem_class"` is used where the dataset has it, and
+            clusters of prompt embeddings where it does not.
+        num_clusters (`int`, *optional*, defaults to `16`):
+            Number of classes to make where the dataset names none.
+        small_classes (`str`, *optional*, defaults to `"error"`):
+            What becomes of a class with fewer than K problems: `"error"` reports it, `"merge"` joins it to the
+            nearest class by prompt embedding.
+        answer_column (`str`, *optional*, defaults to `"solution"`):
+            Dataset column with the short answer, if there is one. It is used to keep problems with equal answers
+            out of one block and to find answers leaked into strategies.
+
+        > Parameters that control the two phases
+
+        max_strategy_length (`int`, *optional*, defaults to `128`):
+            Maximum number of tokens of a strategy.
+        strategy_format (`str`, *optional*, defaults to `"text"`):
+            `"text"` for free text, `"steps"` for numbered steps with placeholders in braces.
+        strategy_prompt (`str`, *optional*):
+            Template of the request for a strategy, with `{problem}` and, where retrieved strategies go,
+            `{strategies}`. If `None`, the one for `strategy_format` in `trl_sgpo/prompts.py`.
+        execution_prompt (`str`, *optional*):
+            The turn between strategy and execution. If `None`, the one in `trl_sgpo/prompts.py`.
+        merge_adapters (`bool`, *optional*, defaults to `True`):
+            Whether to merge LoRA adapters into the base weights while generating, which transformers does several
+            times faster that way. The base weights are restored bit by bit from a copy in host memory. Has no effect
+            on quantized or sharded models and with vLLM.
+
+        > Parameters that control rewards and credit
+
+        correctness_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of a strategy's outcome on its own problem, relative to the block's other strategies.
+        transfer_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of a strategy's mean outcome on the other problems of its block.
+        coherence_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of a strategy's coherence, in [0, 1].
+        leak_weight (`float`, *optional*, defaults to `0.5`):
+            Penalty for a strategy that contains its problem's answer.
+        execution_baseline (`str`, *optional*, defaults to `"problem"`):
+            What an execution is compared with: `"problem"` (executions of the same problem, as in GRPO),
+            `"strategy"` (executions of the same strategy) or `"two_way"` (what remains after both effects).
+        strategy_weight (`float`, *optional*, defaults to `1.0`):
+            Factor on the advantages of strategy tokens. A strategy is trained in one row but executed in K, so values
+            up to K keep short strategies from vanishing in a token mean.
+
+        > Parameters that control the strategy bank
+
+        use_bank (`bool`, *optional*, defaults to `True`):
+            Whether to retrieve strategies before the strategy phase and to store good ones after the step.
+        bank_path (`str`, *optional*):
+            Directory of the bank. If `None`, `strategy_bank` in `output_dir`, emptied when training starts anew. A
+            bank named here is continued.
+        embedding_model (`str`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
+            Name or path of the sentence-transformers model that embeds problems and strategies.
+        num_retrieved (`int`, *optional*, defaults to `1`):
+            Strategies shown with each problem.
+        bank_min_lift (`float`, *optional*, defaults to `0.0`):
+            A strategy is stored if its mean outcome on siblings exceeds the block's mean on the same problems by
+            more than this.
+        bank_capacity (`int`, *optional*, defaults to `256`):
+            Maximum number of strategies kept per class.
+    """
+
+    per_device_train_batch_size: int = field(
+        default=16,
+        metadata={"help": "Rows per device and forward pass. 16 holds one transfer block of 2 problems x 8 rows."},
+    )
+
+    # Parameters that control the transfer blocks
+    transfer_block_size: int = field(
+        default=2,
+        metadata={
+            "help": "K, the number of problems of one class that execute each other's strategies. 1 switches "
+            "transfer off."
+        },
+    )
+    num_bank_rollouts: int = field(
+        default=0, metadata={"help": "b, executions per problem of strategies drawn from the bank as they are."}
+    )
+    class_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column with the problem class. If `None`, `problem_class` where the dataset has it, "
+            "clusters of prompt embeddings where it does not."
+        },
+    )
+    num_clusters: int = field(default=16, metadata={"help": "Number of classes to make where the dataset names none."})
+    small_classes: str = field(
+        default="error",
+        metadata={
+            "help": "What becomes of a class with fewer than K problems: `error` reports it, `merge` joins it to the "
+            "nearest class.",
+            "choices": ["error", "merge"],
+        },
+    )
+    answer_column: str = field(
+        default="solution", metadata={"help": "Dataset column with the short answer, if there is one."}
+    )
+
+    # Parameters that control the two phases
+    max_strategy_length: int = field(default=128, metadata={"help": "Maximum number of tokens of a strategy."})
+    strategy_format: str = field(
+        default="text",
+        metadata={
+            "help": "`text` for free text, `steps` for numbered steps with placeholders in braces.",
+            "choices": ["text", "steps"],
+        },
+    )
+    strategy_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Template of the request for a strategy, with `{problem}` and optionally `{strategies}`."},
+    )
+    execution_prompt: str | None = field(default=None, metadata={"help": "The turn between strategy and execution."})
+    merge_adapters: bool = field(
+        default=True,
+        metadata={"help": "Whether to merge LoRA adapters into the base weights while generating."},
+    )
+
+    # Parameters that control rewards and credit
+    correctness_weight: float = field(
+        default=1.0, metadata={"help": "Weight of a strategy's outcome on its own problem."}
+    )
+    transfer_weight: float = field(
+        default=1.0, metadata={"help": "Weight of a strategy's mean outcome on the other problems of its block."}
+    )
+    coherence_weight: float = field(default=0.1, metadata={"help": "Weight of a strategy's coherence, in [0, 1]."})
+    leak_weight: float = field(
+        default=0.5, metadata={"help": "Penalty for a strategy that contains its problem's answer."}
+    )
+    execution_baseline: str = field(
+        default="problem",
+        metadata={
+            "help": "What an execution is compared with: `problem` (as in GRPO), `strategy`, or `two_way` (what "
+            "remains after both effects).",
+            "choices": ["problem", "strategy", "two_way"],
+        },
+    )
+    strategy_weight: float = field(default=1.0, metadata={"help": "Factor on the advantages of strategy tokens."})
+
+    # Parameters that control the strategy bank
+    use_bank: bool = field(
+        default=True,
+        metadata={"help": "Whether to retrieve strategies before the strategy phase and to store good ones after."},
+    )
+    bank_path: str | None = field(
+        default=None,
+        metadata={"help": "Directory of a bank to continue. If `None`, a new `strategy_bank` in `output_dir`."},
+    )
+    embedding_model: str = field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metadata={"help": "Name or path of the sentence-transformers model that embeds problems and strategies."},
+    )
+    num_retrieved: int = field(default=1, metadata={"help": "Strategies shown with each problem."})
+    bank_min_lift: float = field(
+        default=0.0, metadata={"help": "Lift over the block's mean on siblings a strategy needs to be stored."}
+    )
+    bank_capacity: int = field(default=256, metadata={"help": "Maximum number of strategies kept per class."})
+
+    @property
+    def own_strategies(self) -> int:
+        """n, the number of strategies each problem writes."""
+        return (self.num_generations - self.num_bank_rollouts) // self.transfer_block_size
+
+    def __post_init__(self):
+        self._check_geometry()
+        self._check_choices()
+        if self.strategy_prompt is None:
+            self.strategy_prompt = default_strategy_prompt(self.strategy_format)
+        check_strategy_prompt(self.strategy_prompt)
+        if self.execution_prompt is None:
+            self.execution_prompt = EXECUTION_PROMPT
+        # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._check_local_batch()
+
+    def _check_geometry(self):
+        K, G, b = self.transfer_block_size, self.num_generations, self.num_bank_rollouts
+        if K < 1 or b < 0:
+            raise ConfigError(
+                f"`transfer_block_size` must be at least 1 and `num_bank_rollouts` at least 0, got {K} and {b}."
+            )
+        if b > 0 and not self.use_bank:
+            raise ConfigError(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
+        own = G - b
+        if own < K or own % K:
+            fit = max(own - own % K, K) + b
+            raise ConfigError(
+                f"num_generations ({G}) must be n * transfer_block_size ({K}) + num_bank_rollouts ({b}) with n >= 1: "
+                f"set num_generations to {fit} or {fit + K}, or transfer_block_size to 1."
+            )
+        if own < 2:
+            raise ConfigError(
+                f"A block needs at least 2 strategies to compare, but num_generations ({G}) - num_bank_rollouts "
+                f"({b}) leaves {own}: set num_generations to at least {b + 2 * K}."
+            )
+        if K == 1 and self.execution_baseline != "problem":
+            raise ConfigError(
+                f"execution_baseline={self.execution_baseline!r} needs strategies executed on several problems: set "
+                "transfer_block_size to 2 or more, or execution_baseline to 'problem'."
+            )
+
+    def _check_choices(self):
+        for name, choices in (
+            ("small_classes", ("error", "merge")),
+            ("strategy_format", ("text", "steps")),
+            ("execution_baseline", ("problem", "strategy", "two_way")),
+        ):
+            value = self.__dict__[name]
+            if value not in choices:
+                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        for name in ("max_strategy_length", "max_completion_length", "bank_capacity"):
+            if self.__dict__[name] < 1:
+                raise ConfigError(f"`{name}` must be at least 1, got {self.__dict__[name]}.")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ConfigError(
+                "SGPO builds its outcome matrix from the weighted sum of the rewards: set "
+                "multi_objective_aggregation to 'sum_then_normalize'."
+            )
+
+    def _check_local_batch(self):
+        K, G = self.transfer_block_size, self.num_generations
+        local = self.per_device_train_batch_size * self.steps_per_generation
+        if local % (K * G):
+            raise ConfigError(
+                f"One device generates per_device_train_batch_size ({self.per_device_train_batch_size}) * "
+                f"steps_per_generation ({self.steps_per_generation}) = {local} rows at a time, which must be a "
+                f"multiple of transfer_block_size ({K}) * num_generations ({G}) = {K * G}, so that a block stays on "
+                f"one device: set per_device_train_batch_size or gradient_accumulation_steps so that their product "
+                f"is {local + K * G - local % (K * G)}."
+            )

@@ -1,0 +1,513 @@
+"""
+`SGPOTrainer`: what differs from `GRPOTrainer`.
+
+1. Sampling: K problems of one class stand side by side (`_get_train_sampler`, `transfer.py`).
+2. Generation: two phases instead of one (`rollout_func`, `rollout.py`). Each problem writes n strategies; every
+   strategy of a block is executed on every problem of the block.
+3. Rewards: reward functions see the execution only (`_calculate_rewards`). Their weighted sum fills the outcome
+   matrix; the first one is the verifier that transfer score and bank rest on.
+4. Credit: strategy tokens and execution tokens have advantages of their own (`_generate_and_score_completions`,
+   `advantages.py`).
+5. Bank: strategies are retrieved before the first phase and stored after the optimizer step (`bank/`); checkpoints
+   hold the bank as of their step, and the rollouts still to be trained on.
+
+In evaluation each row writes and executes its own strategy, and nothing is written to the bank.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, PeftType
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id, nanstd
+
+from . import advantages as credit
+from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
+from .bank.policy import admissible
+from .callbacks import AdviceCallback, StrategyBankCallback
+from .data.classes import merge_small_classes, problem_classes
+from .errors import ConfigError, DataError
+from .prompts import problem_text
+from .rewards import coherence, distinct, leak
+from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
+from .sgpo_config import SGPOConfig
+from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
+
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` warns at every start
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+BANK_DIRECTORY = "strategy_bank"
+CLASS_COLUMN = "transfer_class"
+
+
+class SGPOTrainer(GRPOTrainer):
+    """
+    Trainer for Strategy-Guided Policy Optimization (SGPO).
+
+    For each problem the model writes a strategy for problems of its class, then executes it. A strategy is rewarded
+    when its executions are right on its own problem and on the other problems of its transfer block; an execution is
+    rewarded when it is right. Strategies that prove themselves are kept in a [`StrategyBank`].
+
+    Example:
+
+    ```python
+    >>> from trl_sgpo import SGPOConfig, SGPOTrainer
+    >>> from trl.rewards import accuracy_reward
+
+    >>> trainer = SGPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=SGPOConfig("runs/my-run"),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to train, as in [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            TRL reward functions or reward models. The first is the verifier.
+        args ([`SGPOConfig`], *optional*):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`]):
+            Rows with `prompt`, the columns the reward functions read and, if known, the problem class.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Rows of the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        strategy_bank ([`StrategyBank`], *optional*):
+            Bank to use. If `None`, one is opened as `args` says.
+        **kwargs:
+            Passed on to [`~trl.GRPOTrainer`]: `reward_processing_classes`, `optimizers`, `quantization_config`,
+            `peft_config`.
+
+    Raises:
+        [`ConfigError`]: Something SGPO cannot work with: tools, images, a rollout function, 4-bit weights with vLLM.
+        [`DataError`]: A dataset without a needed column, or with too few problems of a class.
+    """
+
+    _tag_names: ClassVar = ["trl", "sgpo", "trl-sgpo"]
+    _name = "SGPO"
+    _paper: ClassVar[dict[str, str]] = {}
+
+    args: SGPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: SGPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        strategy_bank: StrategyBank | None = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SGPOConfig(f"{name.split('/')[-1]}-SGPO")
+        _refuse_unsupported(args, train_dataset, eval_dataset, processing_class, quantization_config, kwargs)
+        if reward_funcs is None:
+            raise ConfigError(
+                "SGPO needs at least one reward function: pass `reward_funcs`. The first is the verifier."
+            )
+
+        self.geometry = BlockGeometry(args.transfer_block_size, args.own_strategies, args.num_bank_rollouts)
+        self.starts_with_empty_bank = strategy_bank is None and args.bank_path is None
+        if strategy_bank is None and args.use_bank and args.process_index == 0:
+            strategy_bank = StrategyBank(
+                args.bank_path or os.path.join(args.output_dir, BANK_DIRECTORY),
+                embedding_model=args.embedding_model,
+                capacity_per_class=args.bank_capacity,
+            )
+        self.strategy_bank = strategy_bank  # on rank 0 only, which reads and writes for all
+        train_dataset = _with_classes(train_dataset, args, strategy_bank)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            rollout_func=two_phase_rollout,
+            **kwargs,
+        )
+        self.rollout_batch: RolloutBatch | None = None
+        self.base_weights: list[torch.Tensor] | None = None
+        self.merges_adapters = self._can_merge_adapters()
+        self._row_advantages: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._found: list[Strategy] = []
+        self._observed: list[Outcome] = []
+        self.add_callback(StrategyBankCallback(self))
+        self.add_callback(AdviceCallback())
+        if self.accelerator.device.type == "cpu":
+            _keep_4bit_layout(self.model)
+
+    def _can_merge_adapters(self) -> bool:
+        if not self.args.merge_adapters or self.use_vllm or not isinstance(self.model, PeftModel):
+            return False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or "quantization_config" in vars(self.model.config):
+            return False
+        configs = self.model.peft_config.values()
+        return all(config.peft_type == PeftType.LORA and not config.target_parameters for config in configs)
+
+    # 1. Sampling
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        dataset = self.train_dataset if dataset is None else dataset
+        answers = self.args.answer_column
+        return TransferBlockSampler(
+            dataset[CLASS_COLUMN],
+            self.geometry,
+            problems_per_batch=self.args.generation_batch_size // self.geometry.executions,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            seed=self.args.seed,
+            shuffle=self.shuffle_dataset,
+            # Asked of the state, because a dataloader that skips batches on resume does not forward `set_epoch`
+            epoch=lambda: int(self.state.epoch or 0),
+            answers=[str(answer) for answer in dataset[answers]] if answers in dataset.column_names else None,
+        )
+
+    # 2. Generation
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.rollout_batch = self._plan_rollouts(inputs)
+        self._row_advantages = None
+        output = super()._generate_and_score_completions(inputs)
+        if self._row_advantages is not None:
+            strategy, execution = self._row_advantages
+            lengths = torch.tensor([row["rollout"].strategy_length for row in inputs], device=strategy.device)
+            output["advantages"] = credit.token_advantages(
+                strategy * self.args.strategy_weight, execution, lengths, output["completion_ids"].size(1)
+            )
+        return output
+
+    def _plan_rollouts(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
+        """Problems of the local batch with the strategies retrieved for them, by rank 0 for all ranks."""
+        geometry = self.geometry if self.model.training else BlockGeometry(problems=1, own=1)
+        class_column = CLASS_COLUMN if self.model.training else self.args.class_column or "problem_class"
+        problems = [
+            Problem(row["prompt"], str(row.get(class_column, "")), _text_or_none(row.get(self.args.answer_column)))
+            for row in inputs[:: geometry.executions]
+        ]
+        if not self.args.use_bank:
+            return RolloutBatch(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
+        everyone = gather_object([problems])
+        plans: list[Any] = [None] * self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            plans = [self._read_bank(theirs, geometry, rank) for rank, theirs in enumerate(everyone)]
+        return broadcast_object_list(plans)[self.accelerator.process_index]
+
+    def _read_bank(self, problems: list[Problem], geometry: BlockGeometry, rank: int) -> RolloutBatch:
+        """Adds to the problems what the bank has for them. Nothing written for a problem is shown to it."""
+        bank, args = self.strategy_bank, self.args
+        if args.num_retrieved > 0:
+            retrieved = bank.retrieve(
+                [problem.text for problem in problems],
+                k=args.num_retrieved,
+                classes=[problem.problem_class or None for problem in problems],
+                exclude=[{problem_id(problem.prompt)} for problem in problems],
+            )
+            problems = [
+                replace(problem, retrieved=tuple(found.strategy for found in row))
+                for problem, row in zip(problems, retrieved, strict=True)
+            ]
+        blocks = [problems[i : i + geometry.problems] for i in range(0, len(problems), geometry.problems)]
+        tried = [
+            bank.sample(
+                block[0].problem_class,
+                k=geometry.bank,
+                seed=hash((args.seed, self.state.global_step, rank, index)) % 2**32,
+                exclude={problem_id(problem.prompt) for problem in block},
+            )
+            if geometry.bank
+            else []
+            for index, block in enumerate(blocks)
+        ]
+        return RolloutBatch(problems, geometry, tried)
+
+    # 3. Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rollouts = [row["rollout"] for row in inputs]
+        executions = [rollout.execution for rollout in rollouts]
+        if is_conversational({"prompt": prompts[0]}):
+            executions = [[{"role": "assistant", "content": execution}] for execution in executions]
+        rewards = super()._calculate_rewards(
+            inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts]
+        )
+        start = self.accelerator.process_index * len(inputs)
+        local = rewards[start : start + len(inputs)]
+        self._log_phases(rollouts, local[:, 0])
+        if self.model.training:
+            self._assign_credit(rollouts, local)
+        return rewards
+
+    def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
+        own = [rollout for rollout in rollouts if rollout.source == "own"]
+        limit, eos = self.args.max_completion_length, self.eos_token_ids
+        truncated = [r.execution_ids[-1] not in eos and len(r.execution_ids) >= limit for r in rollouts]
+        for name, values in (
+            ("strategy_length", [rollout.strategy_length for rollout in own]),
+            ("strategy_truncated", [rollout.strategy.flaw == "truncated" for rollout in own]),
+            ("malformed", [rollout.strategy.flaw is not None for rollout in own]),
+            ("execution_length", [len(rollout.execution_ids) for rollout in rollouts]),
+            ("execution_truncated", truncated),
+        ):
+            self._log_metric(f"sgpo/{name}", sum(values) / len(values))
+        self._log_metric("sgpo/distinct_strategies", distinct([rollout.strategy.text for rollout in own]))
+        if self.strategy_bank is not None:
+            self._log_metric("sgpo/bank_size", float(len(self.strategy_bank)))
+        self._log_completion_extra("source", [rollout.source for rollout in rollouts])
+        self._log_completion_extra("strategy", [rollout.strategy.text for rollout in rollouts])
+        self._log_completion_extra("execution", [rollout.execution for rollout in rollouts])
+        self._log_completion_extra("correctness", verified.tolist())
+        if not self.model.training:
+            self._log_mean("correctness", verified)
+
+    def _log_mean(self, name: str, values: torch.Tensor) -> None:
+        if not torch.isnan(values).all():
+            self._log_metric(f"sgpo/{name}", torch.nanmean(values.float()).item())
+
+    # 4. Credit
+
+    def _assign_credit(self, rollouts: list[Rollout], rewards: torch.Tensor) -> None:
+        """Fills `_row_advantages` from the local rewards of shape `(B, number of reward functions)`."""
+        args, geometry = self.args, self.geometry
+        n, device = geometry.own, rewards.device
+        weighted = (rewards * self.reward_weights.to(device)).nansum(dim=1)
+        weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
+        outcomes, verified = outcome_matrix(weighted, geometry), outcome_matrix(rewards[:, 0], geometry)
+
+        # Own rows come in the order of their strategies: problem by problem within a block
+        problems = [problem for problem in self.rollout_batch.problems for _ in range(n)]
+        strategies = [rollout.strategy for rollout in rollouts if rollout.source == "own"]
+        pairs = list(zip(strategies, problems, strict=True))
+        shape = (-1, geometry.written)
+        coherent = torch.tensor([coherence(s, p.text) for s, p in pairs], device=device).view(shape)
+        leaked = torch.tensor([leak(s.text, p.text, p.answer) for s, p in pairs], device=device).view(shape)
+
+        weights = (args.correctness_weight, args.transfer_weight, args.coherence_weight, args.leak_weight)
+        raw = credit.strategy_rewards(outcomes, n, coherent, leaked, *weights)
+        compared = credit.strategy_rewards(credit.center_by_problem(outcomes), n, coherent, leaked, *weights)
+        by_group = self.scale_rewards == "group"
+        strategy = credit.strategy_advantages(compared, scaled=by_group)
+        execution = credit.execution_advantages(outcomes, args.execution_baseline, scaled=by_group)
+        if self.scale_rewards == "batch":
+            strategy = strategy / (nanstd(self.accelerator.gather(raw)) + 1e-4)
+            execution = execution / (nanstd(self.accelerator.gather(weighted)) + 1e-4)
+        per_strategy = torch.nn.functional.pad(strategy, (0, geometry.bank)).unsqueeze(2).expand_as(execution)
+        self._row_advantages = (rows_of(per_strategy), rows_of(execution))
+
+        on_own, on_siblings = credit.own_and_siblings(verified, n)
+        for name, values in (
+            ("correctness", on_own),
+            ("transfer", on_siblings),
+            ("coherence", coherent),
+            ("leak", leaked),
+            ("strategy_reward", raw),
+        ):
+            self._log_mean(name, values)
+        signal = strategy.abs().sum(dim=1) + execution.abs().sum(dim=(1, 2))
+        self._log_mean("frac_blocks_no_signal", signal < 1e-6)
+        transfer = torch.nn.functional.pad(on_siblings, (0, geometry.bank), value=torch.nan)
+        self._log_completion_extra("transfer", rows_of(transfer.unsqueeze(2).expand_as(execution)).tolist())
+        self._log_completion_extra("strategy_advantage", self._row_advantages[0].tolist())
+        self._log_completion_extra("execution_advantage", self._row_advantages[1].tolist())
+        if args.use_bank:
+            self._observe(rollouts, verified, pairs, leaked)
+
+    # 5. Bank and checkpoints
+
+    def _observe(self, rollouts, verified, pairs, leaked) -> None:
+        """Notes, on rank 0, what the bank is to learn from this batch once the optimizer step is done."""
+        geometry, n = self.geometry, self.geometry.own
+        centred = credit.center_by_problem(verified)
+        on_own, on_siblings = credit.own_and_siblings(centred, n)
+        lift = on_own if geometry.problems == 1 else on_siblings
+        found = []
+        for block in range(len(verified)):
+            good = [
+                s
+                for s in range(geometry.written)
+                if admissible(
+                    correct=bool(on_own[block, s] >= 0),
+                    sibling_lift=lift[block, s].item(),
+                    leak=leaked[block, s].item(),
+                    well_formed=pairs[block * geometry.written + s][0].flaw is None,
+                    min_lift=self.args.bank_min_lift,
+                )
+            ]
+            if good:
+                best = max(good, key=lambda s: lift[block, s].item())
+                strategy, problem = pairs[block * geometry.written + best]
+                executed = verified[block, best].clamp(0, 1)
+                found.append(
+                    Strategy(
+                        text=strategy.text,
+                        problem_class=problem.problem_class,
+                        source_problems=(problem_id(problem.prompt),),
+                        parents=tuple(shown.id for shown in problem.retrieved),
+                        model=get_config_model_id(self.model.config) or "",
+                        run=os.path.basename(os.path.normpath(self.args.output_dir)),
+                        step=self.state.global_step + 1,
+                        successes=torch.nansum(executed).item(),
+                        trials=int((~torch.isnan(executed)).sum()),
+                        lift=lift[block, best].item(),
+                    )
+                )
+        tried = [
+            (rollout.strategy_id, outcome)
+            for rollout, outcome in zip(rollouts, rows_of(verified).clamp(0, 1).tolist(), strict=True)
+            if rollout.source == "bank" and outcome == outcome
+        ]
+        observed = [Outcome(strategy_id, successes=outcome, trials=1) for strategy_id, outcome in tried]
+        for theirs, outcomes in gather_object([(found, observed)]):
+            self._found += theirs
+            self._observed += outcomes
+
+    def commit_bank(self) -> None:
+        """Writes what the last optimizer step taught to the bank. Does nothing on other ranks."""
+        if self.strategy_bank is not None and (self._found or self._observed):
+            self.strategy_bank.record(self._found, self._observed)
+        self._found, self._observed = [], []
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        directory = Path(output_dir or self.args.output_dir).resolve() / BANK_DIRECTORY
+        if self.strategy_bank is not None and directory != Path(self.strategy_bank.path).resolve():
+            self.strategy_bank.snapshot(directory)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save_rollouts(directory)
+        super()._save_checkpoint(model, trial)  # writes trainer_state.json last: a checkpoint with it is complete
+
+    def _rollouts_file(self, directory: str | Path) -> Path:
+        return Path(directory) / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _save_rollouts(self, directory: Path) -> None:
+        """Keeps the rollouts that later optimizer steps still train on."""
+        tensors = {}
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            for index, rollouts in enumerate(self._buffered_inputs):
+                for key, value in rollouts.items():
+                    if value is not None:
+                        tensors[f"{index}.{key}"] = value.detach().cpu().clone().contiguous()
+        save_file(tensors, self._rollouts_file(directory), metadata={"step": str(self._step)})
+
+    def _load_rollouts(self, directory: str) -> None:
+        path = self._rollouts_file(directory)
+        if not path.exists():
+            return
+        with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file:
+            self._step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if tensors:
+            self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
+            for name, tensor in tensors.items():
+                index, key = name.split(".", 1)
+                self._buffered_inputs[int(index)][key] = tensor
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._load_rollouts(checkpoint)
+        if self.strategy_bank is not None:
+            snapshot = os.path.join(checkpoint, BANK_DIRECTORY)
+            if os.path.isdir(snapshot):
+                self.strategy_bank.load_snapshot(snapshot)
+            else:
+                logger.warning(f"{checkpoint} holds no strategy bank: continuing with {self.strategy_bank.path}.")
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None) -> Dataset:
+    """Adds the column with the class each problem's block is formed from."""
+    K = args.transfer_block_size
+
+    def embed(texts: list[str]) -> Any:
+        return bank.embed(texts) if bank is not None else load_embedder(args.embedding_model)(texts)
+
+    classes = problem_classes(dataset, args.class_column, embed, args.num_clusters, args.seed)
+    clustered = args.class_column is None and "problem_class" not in dataset.column_names
+    classes = merge_small_classes(
+        classes,
+        K,
+        "merge" if clustered else args.small_classes,
+        lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
+    )
+    return dataset.add_column(CLASS_COLUMN, classes)
+
+
+def _refuse_unsupported(
+    args: SGPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    quantization_config: Any,
+    kwargs: Any,
+) -> None:
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if kwargs.pop(name, None) is not None:
+            raise ConfigError(f"SGPO generates in two phases of its own and cannot work with `{name}`: remove it.")
+    if isinstance(processing_class, ProcessorMixin):
+        raise ConfigError("SGPO trains text models: pass a tokenizer as `processing_class`, not a processor.")
+    if quantization_config is not None and args.use_vllm:
+        raise ConfigError(
+            "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. "
+            "Set `use_vllm` to false, or train without quantization."
+        )
+    if train_dataset is None:
+        raise DataError("SGPO needs a `train_dataset`.")
+    evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for dataset in (train_dataset, *(dataset for dataset in evals if dataset is not None)):
+        if isinstance(dataset, IterableDataset):
+            raise DataError(
+                "SGPO sorts problems into classes and cannot stream: load the dataset with `streaming=False`, or take "
+                "a part of it with `Dataset.from_generator`."
+            )
+        if "prompt" not in dataset.column_names:
+            raise DataError(f"The dataset has no column `prompt`, only {', '.join(dataset.column_names)}.")
+        images = {"image", "images"} & set(dataset.column_names)
+        if images:
+            raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+
+
+def _keep_4bit_layout(model: torch.nn.Module) -> None:
+    """
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward without
+    gradients, which generation is, and gradients are wrong from then on.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
