@@ -57,7 +57,12 @@ def save_tiny_model(directory: Path, architecture: str = "llama", chat: bool = T
     torch.manual_seed(0)
     tok = tokenizer(chat)
     config = AutoConfig.for_model(
-        architecture, vocab_size=len(tok), eos_token_id=0, bos_token_id=1, pad_token_id=2, **ARCHITECTURES[architecture]
+        architecture,
+        vocab_size=len(tok),
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=2,
+        **ARCHITECTURES[architecture],
     )
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = transformers.GenerationConfig(eos_token_id=0, bos_token_id=1, pad_token_id=2)
@@ -84,9 +89,7 @@ def problems(size: int = 8, classes: int = 2, chat: bool = True) -> Any:
     for index in range(size):
         question = f"Kind {index % classes}: what is {index} + {index % 5}?"
         prompt = [{"role": "user", "content": question}] if chat else question
-        rows.append(
-            {"prompt": prompt, "solution": str(index + index % 5), "problem_class": f"kind-{index % classes}"}
-        )
+        rows.append({"prompt": prompt, "solution": str(index + index % 5), "problem_class": f"kind-{index % classes}"})
     return Dataset.from_list(rows)
 
 

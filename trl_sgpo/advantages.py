@@ -48,18 +48,11 @@ def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, to
     return on_own, on_siblings
 
 
-def strategy_rewards(
-    outcomes: torch.Tensor,
-    own: int,
-    coherence: torch.Tensor,
-    leak: torch.Tensor,
-    correctness_weight: float = 1.0,
-    transfer_weight: float = 1.0,
-    coherence_weight: float = 0.1,
-    leak_weight: float = 0.5,
+def strategy_outcomes(
+    outcomes: torch.Tensor, own: int, correctness_weight: float = 1.0, transfer_weight: float = 1.0
 ) -> torch.Tensor:
     """
-    R(s) = w_c * o[s, own] + w_t * mean o[s, siblings] + w_k * coherence(s) - w_l * leak(s).
+    What a strategy's executions earn it: w_c * o[s, own] + w_t * mean o[s, siblings].
 
     Pass outcomes centred by problem to compare strategies of problems of different difficulty.
 
@@ -68,23 +61,14 @@ def strategy_rewards(
             Outcome matrices.
         own (`int`):
             n, strategies each problem writes.
-        coherence (`torch.Tensor` of shape `(N, n * K)`):
-            Coherence of the written strategies, in [0, 1].
-        leak (`torch.Tensor` of shape `(N, n * K)`):
-            How much of its answer a strategy gives away, in [0, 1].
-        correctness_weight, transfer_weight, coherence_weight, leak_weight (`float`, *optional*):
-            w_c, w_t, w_k and w_l.
+        correctness_weight, transfer_weight (`float`, *optional*, defaults to `1.0`):
+            w_c and w_t.
 
     Returns:
-        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as the problem's mean if centred, else as 0.
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as 0, which is the problem's mean if centred.
     """
     on_own, on_siblings = own_and_siblings(outcomes, own)
-    return (
-        correctness_weight * on_own.nan_to_num(0.0)
-        + transfer_weight * on_siblings.nan_to_num(0.0)
-        + coherence_weight * coherence
-        - leak_weight * leak
-    )
+    return correctness_weight * on_own.nan_to_num(0.0) + transfer_weight * on_siblings.nan_to_num(0.0)
 
 
 def scale(centred: torch.Tensor, values: torch.Tensor, dim: int | tuple[int, ...] | None) -> torch.Tensor:
@@ -98,9 +82,12 @@ def strategy_advantages(rewards: torch.Tensor, scaled: bool = True) -> torch.Ten
     """
     Compares each strategy with the others of its block.
 
+    The advantage of a strategy is that of its outcomes, scaled, plus that of w_k * coherence - w_l * leak, not scaled:
+    where all executions of a block earn the same, scaling would blow a minute difference in coherence up to full size.
+
     Args:
         rewards (`torch.Tensor` of shape `(N, n * K)`):
-            Strategy rewards.
+            What each strategy earned.
         scaled (`bool`, *optional*, defaults to `True`):
             Whether to divide by the block's standard deviation.
 

@@ -115,7 +115,7 @@ class _Written:
     parsed: ParsedStrategy
 
 
-def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str, list[Any] | None]:
+def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str, Any]:
     """
     TRL `rollout_func`: writes the strategies of `trainer.rollout_batch`, executes them and returns one row each.
 
@@ -133,7 +133,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
     """
     batch = trainer.rollout_batch
     geometry = batch.geometry
-    tokenizer = trainer.tokenizer
+    tokenizer = trainer.processing_class
     chat = tokenizer.chat_template is not None
     args = trainer.args
 
@@ -189,7 +189,9 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
             rows["prompt_ids"].append(request_ids[position])
             rows["completion_ids"].append(ids + turn + execution)
             rows["env_mask"].append([1] * len(ids) + [0] * len(turn) + [1] * len(execution))
-            rows["logprobs"].append(None if scores is None else [*strategy_logprobs, *[0.0] * len(turn), *scores])
+            rows["logprobs"].append(
+                None if scores is None else [*(strategy_logprobs or []), *[0.0] * len(turn), *scores]
+            )
         else:
             rows["prompt_ids"].append(contexts[row])
             rows["completion_ids"].append(execution)
@@ -204,7 +206,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
 def _read_strategies(
     generated: list[list[int]], logprobs: list[list[float]] | None, trainer: "SGPOTrainer"
 ) -> list[_Written]:
-    texts = trainer.tokenizer.batch_decode(generated, skip_special_tokens=True)
+    texts = trainer.processing_class.batch_decode(generated, skip_special_tokens=True)
     written = []
     for index, (ids, text) in enumerate(zip(generated, texts, strict=True)):
         truncated = not ids or ids[-1] not in trainer.eos_token_ids

@@ -46,9 +46,9 @@ class SGPOConfig(GRPOConfig):
             `"text"` for free text, `"steps"` for numbered steps with placeholders in braces.
         strategy_prompt (`str`, *optional*):
             Template of the request for a strategy, with `{problem}` and, where retrieved strategies go,
-            `{strategies}`. If `None`, the one for `strategy_format` in `trl_sgpo/prompts.py`.
+            `{strategies}`. If empty, the one for `strategy_format` in `trl_sgpo/prompts.py`.
         execution_prompt (`str`, *optional*):
-            The turn between strategy and execution. If `None`, the one in `trl_sgpo/prompts.py`.
+            The turn between strategy and execution. Defaults to the one in `trl_sgpo/prompts.py`.
         merge_adapters (`bool`, *optional*, defaults to `True`):
             Whether to merge LoRA adapters into the base weights while generating, which transformers does several
             times faster that way. The base weights are restored bit by bit from a copy in host memory. Has no effect
@@ -134,11 +134,16 @@ class SGPOConfig(GRPOConfig):
             "choices": ["text", "steps"],
         },
     )
-    strategy_prompt: str | None = field(
-        default=None,
-        metadata={"help": "Template of the request for a strategy, with `{problem}` and optionally `{strategies}`."},
+    strategy_prompt: str = field(
+        default="",
+        metadata={
+            "help": "Template of the request for a strategy, with `{problem}` and optionally `{strategies}`. If "
+            "empty, the one for `strategy_format`."
+        },
     )
-    execution_prompt: str | None = field(default=None, metadata={"help": "The turn between strategy and execution."})
+    execution_prompt: str = field(
+        default=EXECUTION_PROMPT, metadata={"help": "The turn between strategy and execution."}
+    )
     merge_adapters: bool = field(
         default=True,
         metadata={"help": "Whether to merge LoRA adapters into the base weights while generating."},
@@ -192,11 +197,8 @@ class SGPOConfig(GRPOConfig):
     def __post_init__(self):
         self._check_geometry()
         self._check_choices()
-        if self.strategy_prompt is None:
-            self.strategy_prompt = default_strategy_prompt(self.strategy_format)
+        self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         check_strategy_prompt(self.strategy_prompt)
-        if self.execution_prompt is None:
-            self.execution_prompt = EXECUTION_PROMPT
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         try:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+import trl.trainer.utils
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
@@ -141,7 +142,7 @@ class SGPOTrainer(GRPOTrainer):
                 capacity_per_class=args.bank_capacity,
             )
         self.strategy_bank = strategy_bank  # on rank 0 only, which reads and writes for all
-        train_dataset = _with_classes(train_dataset, args, strategy_bank)
+        train_dataset = with_classes(train_dataset, args, strategy_bank)
 
         super().__init__(
             model=model,
@@ -156,7 +157,7 @@ class SGPOTrainer(GRPOTrainer):
             rollout_func=two_phase_rollout,
             **kwargs,
         )
-        self.rollout_batch: RolloutBatch | None = None
+        self.rollout_batch = RolloutBatch([], self.geometry)
         self.base_weights: list[torch.Tensor] | None = None
         self.merges_adapters = self._can_merge_adapters()
         self._row_advantages: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -166,6 +167,7 @@ class SGPOTrainer(GRPOTrainer):
         self.add_callback(AdviceCallback())
         if self.accelerator.device.type == "cpu":
             _keep_4bit_layout(self.model)
+            score_trained_positions_only()
 
     def _can_merge_adapters(self) -> bool:
         if not self.args.merge_adapters or self.use_vllm or not isinstance(self.model, PeftModel):
@@ -225,6 +227,7 @@ class SGPOTrainer(GRPOTrainer):
     def _read_bank(self, problems: list[Problem], geometry: BlockGeometry, rank: int) -> RolloutBatch:
         """Adds to the problems what the bank has for them. Nothing written for a problem is shown to it."""
         bank, args = self.strategy_bank, self.args
+        assert bank is not None
         if args.num_retrieved > 0:
             retrieved = bank.retrieve(
                 [problem.text for problem in problems],
@@ -254,18 +257,20 @@ class SGPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = [row["rollout"] for row in inputs]
-        executions = [rollout.execution for rollout in rollouts]
-        if is_conversational({"prompt": prompts[0]}):
-            executions = [[{"role": "assistant", "content": execution}] for execution in executions]
-        rewards = super()._calculate_rewards(
-            inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts]
-        )
+        rewards = self._verify(inputs, prompts, rollouts)
         start = self.accelerator.process_index * len(inputs)
         local = rewards[start : start + len(inputs)]
         self._log_phases(rollouts, local[:, 0])
         if self.model.training:
             self._assign_credit(rollouts, local)
         return rewards
+
+    def _verify(self, inputs: list[dict[str, Any]], prompts: list[Any], rollouts: list[Rollout]) -> torch.Tensor:
+        """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
+        executions: list[Any] = [rollout.execution for rollout in rollouts]
+        if is_conversational({"prompt": prompts[0]}):
+            executions = [[{"role": "assistant", "content": execution}] for execution in executions]
+        return super()._calculate_rewards(inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts])
 
     def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
         own = [rollout for rollout in rollouts if rollout.source == "own"]
@@ -311,15 +316,18 @@ class SGPOTrainer(GRPOTrainer):
         coherent = torch.tensor([coherence(s, p.text) for s, p in pairs], device=device).view(shape)
         leaked = torch.tensor([leak(s.text, p.text, p.answer) for s, p in pairs], device=device).view(shape)
 
-        weights = (args.correctness_weight, args.transfer_weight, args.coherence_weight, args.leak_weight)
-        raw = credit.strategy_rewards(outcomes, n, coherent, leaked, *weights)
-        compared = credit.strategy_rewards(credit.center_by_problem(outcomes), n, coherent, leaked, *weights)
+        weights = (args.correctness_weight, args.transfer_weight)
+        earned = credit.strategy_outcomes(outcomes, n, *weights)
+        compared = credit.strategy_outcomes(credit.center_by_problem(outcomes), n, *weights)
+        shaping = args.coherence_weight * coherent - args.leak_weight * leaked
         by_group = self.scale_rewards == "group"
         strategy = credit.strategy_advantages(compared, scaled=by_group)
         execution = credit.execution_advantages(outcomes, args.execution_baseline, scaled=by_group)
         if self.scale_rewards == "batch":
-            strategy = strategy / (nanstd(self.accelerator.gather(raw)) + 1e-4)
+            strategy = strategy / (nanstd(self.accelerator.gather(earned)) + 1e-4)
             execution = execution / (nanstd(self.accelerator.gather(weighted)) + 1e-4)
+        signal = strategy.abs().amax(dim=1).maximum(execution.abs().amax(dim=(1, 2)))
+        strategy = strategy + credit.strategy_advantages(shaping, scaled=False)
         per_strategy = torch.nn.functional.pad(strategy, (0, geometry.bank)).unsqueeze(2).expand_as(execution)
         self._row_advantages = (rows_of(per_strategy), rows_of(execution))
 
@@ -329,17 +337,57 @@ class SGPOTrainer(GRPOTrainer):
             ("transfer", on_siblings),
             ("coherence", coherent),
             ("leak", leaked),
-            ("strategy_reward", raw),
+            ("strategy_reward", earned + shaping),
         ):
             self._log_mean(name, values)
-        signal = strategy.abs().sum(dim=1) + execution.abs().sum(dim=(1, 2))
-        self._log_mean("frac_blocks_no_signal", signal < 1e-6)
+        self._log_mean("frac_blocks_no_signal", signal < 1e-2)
         transfer = torch.nn.functional.pad(on_siblings, (0, geometry.bank), value=torch.nan)
         self._log_completion_extra("transfer", rows_of(transfer.unsqueeze(2).expand_as(execution)).tolist())
         self._log_completion_extra("strategy_advantage", self._row_advantages[0].tolist())
-        self._log_completion_extra("execution_advantage", self._row_advantages[1].tolist())
+        if args.execution_baseline != "problem":  # otherwise it is TRL's own column `advantage`
+            self._log_completion_extra("execution_advantage", self._row_advantages[1].tolist())
         if args.use_bank:
             self._observe(rollouts, verified, pairs, leaked)
+
+    @torch.no_grad()
+    def execute_blocks(
+        self, rows: list[dict[str, Any]], geometry: BlockGeometry
+    ) -> tuple[list[Rollout], torch.Tensor]:
+        """
+        Greedy rollouts of whole blocks outside training, for measuring transfer. Nothing is logged or stored.
+
+        Args:
+            rows (`list[dict]`):
+                Problems in block order, one class a block.
+            geometry ([`~trl_sgpo.transfer.BlockGeometry`]):
+                Shape of the blocks.
+
+        Returns:
+            `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
+        """
+        column = self.args.class_column or "problem_class"
+        answers = self.args.answer_column
+        problems = [Problem(row["prompt"], str(row.get(column, "")), _text_or_none(row.get(answers))) for row in rows]
+        if self.strategy_bank is None:
+            self.rollout_batch = RolloutBatch(problems, geometry, [[] for _ in range(len(rows) // geometry.problems)])
+        else:
+            self.rollout_batch = self._read_bank(problems, geometry, rank=0)
+        training, sampling = self.model.training, self.generation_config.do_sample
+        logs, metrics = dict(self._pending_extra_logs), dict(self._pending_metrics)
+        self.model.eval()
+        self.generation_config.do_sample = False
+        try:
+            repeated = [dict(row) for row in rows for _ in range(geometry.executions)]
+            prompts = [row["prompt"] for row in repeated]
+            rollouts = two_phase_rollout(prompts, self)["rollout"]
+            rewards = self._verify(repeated, prompts, rollouts)
+        finally:
+            self.model.train(training)
+            self.generation_config.do_sample = sampling
+            for pending, before in ((self._pending_extra_logs, logs), (self._pending_metrics, metrics)):
+                pending.clear()
+                pending.update(before)
+        return rollouts, rewards[:, 0]
 
     # 5. Bank and checkpoints
 
@@ -429,7 +477,7 @@ class SGPOTrainer(GRPOTrainer):
             self._step = int(file.metadata()["step"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if tensors:
-            self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
+            self._buffered_inputs: list[dict[str, Any]] = [{} for _ in range(self.args.steps_per_generation)]
             for name, tensor in tensors.items():
                 index, key = name.split(".", 1)
                 self._buffered_inputs[int(index)][key] = tensor
@@ -451,9 +499,26 @@ def _text_or_none(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None) -> Dataset:
-    """Adds the column with the class each problem's block is formed from."""
-    K = args.transfer_block_size
+def with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None = None) -> Dataset:
+    """
+    Adds the column with the class that each problem's block is formed from.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Training problems. If they have the column already they are returned as they are.
+        args ([`SGPOConfig`]):
+            Says where classes come from.
+        bank ([`StrategyBank`], *optional*):
+            Its embedder is used where embeddings are needed.
+
+    Returns:
+        [`~datasets.Dataset`]
+
+    Raises:
+        [`DataError`]: The class column is missing, or a class has too few problems for a block.
+    """
+    if CLASS_COLUMN in dataset.column_names:
+        return dataset
 
     def embed(texts: list[str]) -> Any:
         return bank.embed(texts) if bank is not None else load_embedder(args.embedding_model)(texts)
@@ -462,7 +527,7 @@ def _with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None)
     clustered = args.class_column is None and "problem_class" not in dataset.column_names
     classes = merge_small_classes(
         classes,
-        K,
+        args.transfer_block_size,
         "merge" if clustered else args.small_classes,
         lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
     )
@@ -501,6 +566,14 @@ def _refuse_unsupported(
         images = {"image", "images"} & set(dataset.column_names)
         if images:
             raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+
+
+def score_trained_positions_only() -> None:
+    """
+    Without Triton, TRL 1.16 projects prompts onto the vocabulary too, most of a training step on a CPU. The path that
+    leaves them out does not need Triton; it is avoided for devices that compile one program a shape.
+    """
+    trl.trainer.utils._use_triton = lambda device: device.type != "neuron"
 
 
 def _keep_4bit_layout(model: torch.nn.Module) -> None:

@@ -332,7 +332,7 @@ class StrategyBank:
         self,
         problems: list[str],
         k: int = 3,
-        classes: list[str] | None = None,
+        classes: Sequence[str | None] | None = None,
         exclude: list[set[str]] | None = None,
         cross_class: bool = False,
     ) -> list[list[Retrieved]]:

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class SGPOScriptArguments(GRPOScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Names of TRL's reward functions, `answer_reward` (reads the final answer and checks it with the problem
             family's own verifier or math-verify), or dotted import paths.
+        system_prompt (`str`, *optional*):
+            System message put before conversational prompts that have none.
         warmstart_traces (`int`, *optional*, defaults to `0`):
             Number of two-phase traces to fine-tune on before training. `0` starts from the model as it is.
         warmstart_learning_rate (`float`, *optional*, defaults to `1e-3`):
@@ -41,6 +43,9 @@ class SGPOScriptArguments(GRPOScriptArguments):
             Unseen problems on which accuracy and transfer are measured before and after training. `0` measures none.
     """
 
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message put before conversational prompts that have none."}
+    )
     warmstart_traces: int = field(
         default=0,
         metadata={"help": "Number of two-phase traces to fine-tune on before training. 0 starts from the model."},
@@ -158,21 +163,40 @@ def load_data(recipe: Recipe) -> DatasetDict:
     Loads the recipe's dataset or mixture.
 
     Returns:
-        [`~datasets.DatasetDict`]: With the training split and, if there is one, the test split.
+        [`~datasets.DatasetDict`]: With the split to train on and, where the recipe evaluates or reports, the one to
+        evaluate on.
     """
     script = recipe.script
-    if recipe.mixture.datasets:
-        return load_mixture(recipe.mixture)
-    if not script.dataset_name:
-        raise ConfigError("Name the training problems: set `dataset_name` (or `datasets` for a mixture).")
-    if script.dataset_streaming:
-        raise DataError("SGPO sorts problems into classes and cannot stream: set `dataset_streaming` to false.")
-    splits = {script.dataset_train_split: load_problems(script.dataset_name, script.dataset_train_split, script.dataset_config)}
+    train, test = script.dataset_train_split, script.dataset_test_split
+    wanted = [train]
     if recipe.training.eval_strategy != "no" or script.report_problems > 0:
-        splits[script.dataset_test_split] = load_problems(
-            script.dataset_name, script.dataset_test_split, script.dataset_config
+        wanted.append(test)
+    if script.dataset_streaming or recipe.mixture.streaming:
+        raise DataError("SGPO sorts problems into classes and cannot stream: leave `streaming` out.")
+    if recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
+        data = load_mixture(recipe.mixture)
+    elif recipe.mixture.datasets:
+        # A mixture of families with a test split of their own: the same mixture of both
+        data = DatasetDict({split: load_mixture(_with_split(recipe.mixture, split))["train"] for split in wanted})
+    elif script.dataset_name:
+        data = DatasetDict(
+            {split: load_problems(script.dataset_name, split, script.dataset_config) for split in wanted}
         )
-    return DatasetDict(splits)
+    else:
+        raise ConfigError("Name the training problems: set `dataset_name`, or `datasets` for a mixture.")
+    if script.system_prompt is not None:
+        data = data.map(_add_system_prompt, fn_kwargs={"system_prompt": script.system_prompt}, desc="System prompt")
+    return data
+
+
+def _with_split(mixture: DatasetMixtureConfig, split: str) -> DatasetMixtureConfig:
+    return replace(mixture, datasets=[replace(part, split=split) for part in mixture.datasets])
+
+
+def _add_system_prompt(row: dict[str, Any], system_prompt: str) -> dict[str, Any]:
+    if isinstance(row["prompt"], str) or row["prompt"][0]["role"] == "system":
+        return {"prompt": row["prompt"]}
+    return {"prompt": [{"role": "system", "content": system_prompt}, *row["prompt"]]}
 
 
 def load_rewards(script: SGPOScriptArguments) -> list[Any]:
@@ -223,8 +247,3 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         **(recipe.training.model_init_kwargs or {}),
     }
-
-
-def recipe_keys() -> set[str]:
-    """All keys a recipe may have."""
-    return {item.name for part in _PARTS for item in fields(part)} | {"env", "accelerate_config"}

@@ -101,8 +101,10 @@ def warmstart(
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
+
+    from ..sgpo_trainer import score_trained_positions_only
 
     output_dir = Path(output_dir)
     if (output_dir / "config.json").is_file():
@@ -133,6 +135,7 @@ def warmstart(
             bf16=config.bf16,
             fp16=config.fp16,
             use_cpu=config.use_cpu,
+            gradient_checkpointing=config.gradient_checkpointing,
             disable_tqdm=config.disable_tqdm,
             train_sampling_strategy="group_by_length",
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -142,6 +145,8 @@ def warmstart(
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    if trainer.accelerator.device.type == "cpu":
+        score_trained_positions_only()
     trainer.train()
     merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     if trainer.accelerator.is_main_process:

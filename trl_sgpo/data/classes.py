@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 
@@ -76,7 +76,7 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 def merge_small_classes(
     classes: list[str],
     min_size: int,
-    policy: Literal["error", "merge"],
+    policy: str,
     embeddings: Callable[[], "np.ndarray"],
 ) -> list[str]:
     """

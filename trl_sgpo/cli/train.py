@@ -1,0 +1,243 @@
+"""`trl-sgpo train`: what `trl grpo` is, for SGPO."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from datasets import Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging as transformers_logging
+from trl import get_peft_config, get_quantization_config
+
+from ..data.bootstrap import warmstart
+from ..data.worked import traces
+from ..errors import ConfigError, SGPOError
+from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
+from ..offline import require_model
+from ..sgpo_config import SGPOConfig
+from ..sgpo_trainer import SGPOTrainer, with_classes
+from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
+
+
+logger = transformers_logging.get_logger(__name__)
+
+_LAUNCHED = "TRL_SGPO_LAUNCHED"
+
+
+def main(argv: list[str]) -> int:
+    """Trains as the recipe says, through `accelerate launch` where it is asked for or several GPUs are visible."""
+    recipe = read_recipe(argv, "trl-sgpo train")
+    if _LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
+        os.environ[_LAUNCHED] = "1"
+        launcher = launch_command_parser()
+        try:
+            launch_command(launcher.parse_args([*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own]))
+        except subprocess.CalledProcessError as error:
+            return error.returncode
+        return 0
+    train(recipe)
+    return 0
+
+
+def _needs_launcher(recipe: Recipe) -> bool:
+    return bool(recipe.launch) or os.path.isfile(default_config_file) or torch.cuda.device_count() > 1
+
+
+def train(recipe: Recipe) -> SGPOTrainer:
+    """
+    Warm-starts, trains, saves and reports as the recipe says.
+
+    Args:
+        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+            The recipe.
+
+    Returns:
+        [`SGPOTrainer`]: After training.
+    """
+    script, training = recipe.script, recipe.training
+    rewards = load_rewards(script)
+    model = require_model(recipe.model.model_name_or_path)
+    data = load_data(recipe)
+    # Before the warm start, so that a dataset that cannot work says so at once
+    train_dataset = with_classes(data[script.dataset_train_split], training)
+    training.model_init_kwargs = model_init_kwargs(recipe)
+    checkpoint = resume_point(training)
+    if script.warmstart_traces > 0:
+        model = warmstart_model(recipe, model, train_dataset)
+    trainer = SGPOTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(recipe.model),
+        peft_config=get_peft_config(recipe.model),
+    )
+    reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1
+    unseen = data[script.dataset_test_split] if reports else None
+    before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(training.output_dir)
+    trainer.create_model_card(dataset_name=script.dataset_name)
+    trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
+    if before is not None:
+        after = measure_transfer(trainer, unseen, script.report_problems)
+        report = {"before": before.to_dict(), "after": after.to_dict()}
+        Path(training.output_dir, "report.json").write_text(json.dumps(report, indent=2))
+        print_report(trainer, before, after, recipe)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.end()
+    return trainer
+
+
+def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
+    """
+    Fine-tunes the model on worked two-phase traces, unless an earlier run of the recipe did.
+
+    Returns:
+        `str`: Directory of the fine-tuned model.
+    """
+    script, training = recipe.script, recipe.training
+    directory = Path(training.output_dir) / "warmstart"
+    wanted = script.warmstart_traces
+    repeats = -(-wanted // len(dataset)) + 1
+    worked = traces(dataset.shuffle(seed=training.seed), per_problem=repeats, seed=training.seed)
+    if not (directory / "config.json").is_file():
+        print(f"Warm start on {min(wanted, len(worked))} two-phase traces:")
+    # Every problem's first trace, then every problem's second one
+    in_rounds = [worked[i] for start in range(repeats) for i in range(start, len(worked), repeats)]
+    return warmstart(
+        model,
+        in_rounds[:wanted],
+        training,
+        directory,
+        learning_rate=script.warmstart_learning_rate,
+        model_init_kwargs=model_init_kwargs(recipe),
+    )
+
+
+def resume_point(training: SGPOConfig) -> str | None:
+    """
+    Finds the checkpoint to resume from.
+
+    Args:
+        training ([`SGPOConfig`]):
+            Its `resume_from_checkpoint` is a directory, or true for the last complete checkpoint in `output_dir`.
+
+    Returns:
+        `str` or `None`: A directory, or `None` to start anew.
+
+    Raises:
+        [`ConfigError`]: The directory named is no complete checkpoint.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).casefold() in ("false", "no", "none", ""):
+        return None
+    if str(wanted).casefold() not in ("true", "yes"):
+        if not _is_complete(Path(wanted)):
+            raise ConfigError(
+                f"{wanted} is no complete checkpoint: set `resume_from_checkpoint` to true for the last complete one "
+                f"in {training.output_dir}."
+            )
+        return str(wanted)
+    found = sorted(
+        (int(path.name.rsplit("-", 1)[1]), str(path))
+        for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
+    )
+    if not found:
+        print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
+        return None
+    print(f"Resuming from {found[-1][1]}.")
+    return found[-1][1]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """A checkpoint is complete once its trainer state, which is written last, can be read."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkpoint: str | None) -> TransferScore:
+    path = Path(trainer.args.output_dir) / "before.json"
+    if checkpoint is not None and path.is_file():
+        return TransferScore(**json.loads(path.read_text()))
+    print(f"Measuring on {problems} unseen problems before training …")
+    score = measure_transfer(trainer, unseen, problems)
+    path.write_text(json.dumps(score.to_dict()))
+    return score
+
+
+def print_report(trainer: SGPOTrainer, before: TransferScore, after: TransferScore, recipe: Recipe) -> None:
+    """Prints accuracy and transfer before and after training, strategies from the bank, and what to run next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{after.problems} unseen problems, greedy, with 95% intervals")
+    for name in ("", "before", "after"):
+        table.add_column(name)
+    table.add_row(
+        "accuracy with own strategy",
+        _with_interval(before.accuracy, before.problems),
+        _with_interval(after.accuracy, after.problems),
+    )
+    table.add_row(
+        "strategy transfer score",
+        _with_interval(before.transfer, before.transfers),
+        _with_interval(after.transfer, after.transfers),
+    )
+    console.print(table)
+    correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
+    if len(correct) >= 4:
+        quarter = len(correct) // 4
+        first, last = sum(correct[:quarter]) / quarter, sum(correct[-quarter:]) / quarter
+        console.print(f"Sampled correctness, first and last quarter of steps: {first:.3f} → {last:.3f}")
+    bank = trainer.strategy_bank
+    if bank is not None and len(bank) > 0:
+        console.print(f"\nThree of the {len(bank)} strategies in {bank.path}:")
+        for strategy in bank.best(3):
+            tally = f"{strategy.problem_class}, right {strategy.successes:g} of {strategy.trials}"
+            console.print(f"  • {strategy.text} ({tally})", highlight=False, markup=False)
+    output_dir, path = recipe.training.output_dir, recipe.path
+    console.print(
+        f"\nNext:\n  read the rollouts     {output_dir}/completions/*.parquet\n"
+        f"  train longer          trl-sgpo train --config {path} --max_steps {2 * trainer.state.global_step} "
+        "--resume_from_checkpoint true\n"
+        f"  another model         trl-sgpo train --config {path} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct "
+        "--output_dir runs/qwen\n"
+        f"  what SGPO costs here  trl-sgpo bench step --config {path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _with_interval(rate: float, trials: int) -> str:
+    if trials == 0:
+        return "not measured"
+    low, high = wilson_interval(rate, trials)
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _main_of_launched_process() -> Any:
+    try:
+        return main(sys.argv[1:])
+    except SGPOError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"trl-sgpo train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(_main_of_launched_process())
