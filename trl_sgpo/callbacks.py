@@ -1,6 +1,5 @@
 """Trainer callbacks: when the bank is written, and what a user should know while a run goes on."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -23,16 +22,8 @@ class StrategyBankCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        bank = self.trainer.strategy_bank
-        if bank is None or state.global_step > 0 or not self.trainer.starts_with_empty_bank or len(bank) == 0:
-            return
-        kept = Path(args.output_dir) / "strategy_bank.previous"
-        bank.snapshot(kept)
-        logger.warning(
-            f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "
-            f"they are kept in {kept}. To continue with them, set `--bank_path {kept}`."
-        )
-        bank.clear()
+        if state.global_step == 0:
+            self.trainer.set_aside_old_bank()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.commit_bank()

@@ -103,7 +103,8 @@ def quote_strategies(retrieved: Sequence[tuple[str, str]]) -> str:
     """
     if not retrieved:
         return ""
-    quoted = "".join(f"> [{problem_class}] {' '.join(text.split())}\n" for problem_class, text in retrieved)
+    flat = [(" ".join(problem_class.split()), " ".join(text.split())) for problem_class, text in retrieved]
+    quoted = "".join(f"> [{problem_class}] {text}\n" for problem_class, text in flat)
     return f"{RETRIEVED_HEADER}{quoted}\n"
 
 

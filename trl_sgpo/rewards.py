@@ -14,10 +14,12 @@ from .prompts import ParsedStrategy
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:[.,/:]\d+)*(?![\w])")
 _QUOTED = re.compile(r"\"([^\"\n]{3,})\"|'([^'\n]{3,})'(?!\w)")
-_STEP_NUMBER = re.compile(r"^\s*(?:step\s*)?\d+\s*[.):]\s|\bsteps?\s+\d+\b", re.IGNORECASE | re.MULTILINE)
+_STEP_NUMBER = re.compile(
+    r"^[ \t]*\(?(?:step\s*)?\d+[ \t]*[.):][ \t]*(?=[^\s\d])|\bsteps?\s+\d+\b", re.IGNORECASE | re.MULTILINE
+)
 _APPLIES = re.compile(r"\b(?:when|whenever|if|for|to|given|with|in)\b", re.IGNORECASE)
 _FINAL_ANSWER = re.compile(
-    r"\\boxed\s*\{|####|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]", re.IGNORECASE
+    r"(?:\\boxed\s*\{|####)\s*[-$\d]|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]", re.IGNORECASE
 )
 
 

@@ -201,11 +201,11 @@ class SGPOConfig(GRPOConfig):
         check_strategy_prompt(self.strategy_prompt)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._check_local_batch()
         try:
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._check_local_batch()
 
     def _check_geometry(self):
         K, G, b = self.transfer_block_size, self.num_generations, self.num_bank_rollouts
@@ -216,16 +216,17 @@ class SGPOConfig(GRPOConfig):
         if b > 0 and not self.use_bank:
             raise ConfigError(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
         own = G - b
+        fit = max(own - own % K, K, 2) + b
         if own < K or own % K:
-            fit = max(own - own % K, K) + b
+            single = K > 1 and own >= 2 and self.execution_baseline == "problem"
             raise ConfigError(
                 f"num_generations ({G}) must be n * transfer_block_size ({K}) + num_bank_rollouts ({b}) with n >= 1: "
-                f"set num_generations to {fit} or {fit + K}, or transfer_block_size to 1."
+                f"set num_generations to {fit} or {fit + K}{', or transfer_block_size to 1' if single else ''}."
             )
         if own < 2:
             raise ConfigError(
                 f"A block needs at least 2 strategies to compare, but num_generations ({G}) - num_bank_rollouts "
-                f"({b}) leaves {own}: set num_generations to at least {b + 2 * K}."
+                f"({b}) leaves {own}: set num_generations to {fit}."
             )
         if K == 1 and self.execution_baseline != "problem":
             raise ConfigError(
@@ -242,9 +243,15 @@ class SGPOConfig(GRPOConfig):
             value = self.__dict__[name]
             if value not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-        for name in ("max_strategy_length", "max_completion_length", "bank_capacity"):
-            if self.__dict__[name] < 1:
-                raise ConfigError(f"`{name}` must be at least 1, got {self.__dict__[name]}.")
+        for name, least in (
+            ("max_strategy_length", 1),
+            ("max_completion_length", 1),
+            ("bank_capacity", 1),
+            ("num_clusters", 1),
+            ("num_retrieved", 0),
+        ):
+            if self.__dict__[name] is None or self.__dict__[name] < least:
+                raise ConfigError(f"`{name}` must be at least {least}, got {self.__dict__[name]}.")
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ConfigError(
                 "SGPO builds its outcome matrix from the weighted sum of the rewards: set "
@@ -252,13 +259,21 @@ class SGPOConfig(GRPOConfig):
             )
 
     def _check_local_batch(self):
+        """Checked before TRL does, whose message names no fix."""
         K, G = self.transfer_block_size, self.num_generations
-        local = self.per_device_train_batch_size * self.steps_per_generation
+        rows = self.per_device_train_batch_size
+        if self.generation_batch_size is not None:
+            local, what = self.generation_batch_size // self.world_size, "generation_batch_size / number of devices"
+            fix = "generation_batch_size"
+        else:
+            per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            local = rows * per_generation
+            name = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
+            what = f"per_device_train_batch_size ({rows}) * {name} ({per_generation})"
+            fix = f"per_device_train_batch_size or {name}"
         if local % (K * G):
             raise ConfigError(
-                f"One device generates per_device_train_batch_size ({self.per_device_train_batch_size}) * "
-                f"steps_per_generation ({self.steps_per_generation}) = {local} rows at a time, which must be a "
-                f"multiple of transfer_block_size ({K}) * num_generations ({G}) = {K * G}, so that a block stays on "
-                f"one device: set per_device_train_batch_size or gradient_accumulation_steps so that their product "
-                f"is {local + K * G - local % (K * G)}."
+                f"One device generates {what} = {local} rows at a time, which must be a multiple of "
+                f"transfer_block_size ({K}) * num_generations ({G}) = {K * G}, so that a block stays on one device: "
+                f"set {fix} so that it is {local + K * G - local % (K * G)}."
             )

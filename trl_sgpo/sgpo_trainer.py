@@ -14,6 +14,7 @@
 In evaluation each row writes and executes its own strategy, and nothing is written to the bank.
 """
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,11 @@ logger = transformers.utils.logging.get_logger(__name__)
 
 BANK_DIRECTORY = "strategy_bank"
 CLASS_COLUMN = "transfer_class"
+
+_QUANTIZED_VLLM = (
+    "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. Set "
+    "`use_vllm` to false, or train without quantization."
+)
 
 
 class SGPOTrainer(GRPOTrainer):
@@ -135,6 +141,9 @@ class SGPOTrainer(GRPOTrainer):
 
         self.geometry = BlockGeometry(args.transfer_block_size, args.own_strategies, args.num_bank_rollouts)
         self.starts_with_empty_bank = strategy_bank is None and args.bank_path is None
+        if args.process_index > 0 and strategy_bank is not None:
+            strategy_bank.close()  # one process may have a bank open
+            strategy_bank = None
         if strategy_bank is None and args.use_bank and args.process_index == 0:
             strategy_bank = StrategyBank(
                 args.bank_path or os.path.join(args.output_dir, BANK_DIRECTORY),
@@ -165,6 +174,8 @@ class SGPOTrainer(GRPOTrainer):
         self._observed: list[Outcome] = []
         self.add_callback(StrategyBankCallback(self))
         self.add_callback(AdviceCallback())
+        if args.use_vllm and "quantization_config" in vars(self.model.config):
+            raise ConfigError(_QUANTIZED_VLLM)
         if self.accelerator.device.type == "cpu":
             _keep_4bit_layout(self.model)
             score_trained_positions_only()
@@ -175,7 +186,10 @@ class SGPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or "quantization_config" in vars(self.model.config):
             return False
         configs = self.model.peft_config.values()
-        return all(config.peft_type == PeftType.LORA and not config.target_parameters for config in configs)
+        return all(
+            config.peft_type == PeftType.LORA and not config.target_parameters and not config.lora_bias
+            for config in configs
+        )
 
     # 1. Sampling
 
@@ -212,10 +226,7 @@ class SGPOTrainer(GRPOTrainer):
         """Problems of the local batch with the strategies retrieved for them, by rank 0 for all ranks."""
         geometry = self.geometry if self.model.training else BlockGeometry(problems=1, own=1)
         class_column = CLASS_COLUMN if self.model.training else self.args.class_column or "problem_class"
-        problems = [
-            Problem(row["prompt"], str(row.get(class_column, "")), _text_or_none(row.get(self.args.answer_column)))
-            for row in inputs[:: geometry.executions]
-        ]
+        problems = [self._problem(row, class_column) for row in inputs[:: geometry.executions]]
         if not self.args.use_bank:
             return RolloutBatch(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
         everyone = gather_object([problems])
@@ -223,6 +234,14 @@ class SGPOTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             plans = [self._read_bank(theirs, geometry, rank) for rank, theirs in enumerate(everyone)]
         return broadcast_object_list(plans)[self.accelerator.process_index]
+
+    def _problem(self, row: dict[str, Any], class_column: str) -> Problem:
+        problem_class, answer = row.get(class_column), row.get(self.args.answer_column)
+        return Problem(
+            row["prompt"],
+            problem_class="" if problem_class is None else str(problem_class),
+            answer=None if answer is None else str(answer),
+        )
 
     def _read_bank(self, problems: list[Problem], geometry: BlockGeometry, rank: int) -> RolloutBatch:
         """Adds to the problems what the bank has for them. Nothing written for a problem is shown to it."""
@@ -293,6 +312,11 @@ class SGPOTrainer(GRPOTrainer):
         self._log_completion_extra("correctness", verified.tolist())
         if not self.model.training:
             self._log_mean("correctness", verified)
+            # TRL keeps the last rows of each column apart, so a column left out would show rows of training
+            columns = ["transfer", "strategy_advantage"]
+            columns += ["execution_advantage"] if self.args.execution_baseline != "problem" else []
+            for column in columns:
+                self._log_completion_extra(column, [math.nan] * len(rollouts))
 
     def _log_mean(self, name: str, values: torch.Tensor) -> None:
         if not torch.isnan(values).all():
@@ -365,9 +389,7 @@ class SGPOTrainer(GRPOTrainer):
         Returns:
             `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
         """
-        column = self.args.class_column or "problem_class"
-        answers = self.args.answer_column
-        problems = [Problem(row["prompt"], str(row.get(column, "")), _text_or_none(row.get(answers))) for row in rows]
+        problems = [self._problem(row, self.args.class_column or "problem_class") for row in rows]
         if self.strategy_bank is None:
             self.rollout_batch = RolloutBatch(problems, geometry, [[] for _ in range(len(rows) // geometry.problems)])
         else:
@@ -397,13 +419,14 @@ class SGPOTrainer(GRPOTrainer):
         centred = credit.center_by_problem(verified)
         on_own, on_siblings = credit.own_and_siblings(centred, n)
         lift = on_own if geometry.problems == 1 else on_siblings
+        solved, _ = credit.own_and_siblings(verified, n)
         found = []
         for block in range(len(verified)):
             good = [
                 s
                 for s in range(geometry.written)
                 if admissible(
-                    correct=bool(on_own[block, s] >= 0),
+                    correct=bool(on_own[block, s] >= 0) and bool(solved[block, s] > 0),
                     sibling_lift=lift[block, s].item(),
                     leak=leaked[block, s].item(),
                     well_formed=pairs[block * geometry.written + s][0].flaw is None,
@@ -435,8 +458,26 @@ class SGPOTrainer(GRPOTrainer):
         ]
         observed = [Outcome(strategy_id, successes=outcome, trials=1) for strategy_id, outcome in tried]
         for theirs, outcomes in gather_object([(found, observed)]):
-            self._found += theirs
+            self.note_found(theirs)
             self._observed += outcomes
+
+    def set_aside_old_bank(self) -> None:
+        """Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it."""
+        bank = self.strategy_bank
+        if bank is None or not self.starts_with_empty_bank or len(bank) == 0:
+            return
+        kept = Path(self.args.output_dir) / f"{BANK_DIRECTORY}.previous"
+        bank.snapshot(kept)
+        logger.warning(
+            f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "
+            f"they are kept in {kept}. To continue with them, set `--bank_path {kept}`."
+        )
+        bank.clear()
+        self.starts_with_empty_bank = False
+
+    def note_found(self, strategies: list[Strategy]) -> None:
+        """Adds strategies to those the next [`~SGPOTrainer.commit_bank`] stores."""
+        self._found += strategies
 
     def commit_bank(self) -> None:
         """Writes what the last optimizer step taught to the bank. Does nothing on other ranks."""
@@ -495,10 +536,6 @@ class SGPOTrainer(GRPOTrainer):
                 logger.warning(f"{checkpoint} holds no strategy bank: continuing with {self.strategy_bank.path}.")
 
 
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 def with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None = None) -> Dataset:
     """
     Adds the column with the class that each problem's block is formed from.
@@ -548,10 +585,7 @@ def _refuse_unsupported(
     if isinstance(processing_class, ProcessorMixin):
         raise ConfigError("SGPO trains text models: pass a tokenizer as `processing_class`, not a processor.")
     if quantization_config is not None and args.use_vllm:
-        raise ConfigError(
-            "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. "
-            "Set `use_vllm` to false, or train without quantization."
-        )
+        raise ConfigError(_QUANTIZED_VLLM)
     if train_dataset is None:
         raise DataError("SGPO needs a `train_dataset`.")
     evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]

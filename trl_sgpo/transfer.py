@@ -88,10 +88,12 @@ def _deal(members: list[int], answers: Sequence[str] | None, size: int, rng: ran
     for position, index in enumerate(members):
         blocks[position % len(blocks)].append(index)
     for block in blocks:
-        missing = size - len(block)
-        if missing:
+        while len(block) < size:
             others = [index for index in members if index not in block]
-            block += rng.sample(others, missing)
+            if answers is not None:
+                taken = {answers[index] for index in block}
+                others = [index for index in others if answers[index] not in taken] or others
+            block.append(rng.choice(others))
     return blocks
 
 
@@ -102,7 +104,7 @@ def block_order(
     Orders problems so that every `size` consecutive ones form a block of one class.
 
     Every problem occurs at least once. Where a class is no multiple of `size`, its last blocks are filled with
-    problems of the same class, fewer than `size` of them.
+    problems of the same class, fewer than `size` of them. The blocks of each class are spread evenly over the order.
 
     Args:
         classes (`Sequence[str]`):
@@ -124,9 +126,13 @@ def block_order(
     by_class = defaultdict(list)
     for index, problem_class in enumerate(classes):
         by_class[problem_class].append(index)
-    blocks = [block for name in sorted(by_class) for block in _deal(by_class[name], answers, size, rng)]
-    rng.shuffle(blocks)
-    return [index for block in blocks for index in block]
+    placed = []
+    for name in sorted(by_class):
+        blocks = _deal(by_class[name], answers, size, rng)
+        rng.shuffle(blocks)
+        # Spread evenly over the epoch, so that every generation batch sees the classes in proportion
+        placed += [((position + rng.random()) / len(blocks), block) for position, block in enumerate(blocks)]
+    return [index for _, block in sorted(placed) for index in block]
 
 
 class TransferBlockSampler(Sampler[int]):

@@ -8,6 +8,7 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
 
+from ..bank import Strategy, StrategyBank
 from ..errors import ConfigError
 from ..offline import require_model
-from ..sgpo_trainer import SGPOTrainer, score_trained_positions_only, with_classes
+from ..sgpo_config import SGPOConfig
+from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, score_trained_positions_only, with_classes
 from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 
 
@@ -91,7 +95,7 @@ def _trainer(arm: str, recipe: Recipe) -> Any:
         "peft_config": get_peft_config(recipe.model),
     }
     if arm == "sgpo":
-        trainer: Any = SGPOTrainer(args=replace(args, **shared, bank_path=None), **common)
+        trainer: Any = SGPOTrainer(args=replace(args, **shared), strategy_bank=_filled_bank(args, dataset), **common)
     else:
         known = {item.name for item in fields(GRPOConfig) if item.init}
         settings = {item.name: args.__dict__[item.name] for item in fields(args) if item.init and item.name in known}
@@ -99,7 +103,41 @@ def _trainer(arm: str, recipe: Recipe) -> Any:
         if trainer.accelerator.device.type == "cpu":
             score_trained_positions_only()  # SGPO's remedy for TRL on CPUs is given to both
     trainer.generation_config.eos_token_id = None
+    if arm == "sgpo" and trainer.strategy_bank is not None:
+        trainer.add_callback(_NewStrategies(trainer))
     return trainer
+
+
+_SUBJECTS = ("carry", "order", "divide", "split", "count", "compare", "round", "factor", "list", "check", "cancel")
+
+
+def _strategies(problem_class: str, first: int, count: int) -> list[Strategy]:
+    """Strategies of a class for a bank to work with: different words, so that none counts as a near-copy."""
+    picked = [(_SUBJECTS[i % 11], _SUBJECTS[(3 * i + i // 11) % 11], i) for i in range(first, first + count)]
+    return [Strategy(f"For {problem_class}: {a}, then {b}, in way {i}.", problem_class, ("",)) for a, b, i in picked]
+
+
+def _filled_bank(args: SGPOConfig, dataset: Dataset) -> StrategyBank | None:
+    """A bank of 32 strategies a class, so that retrieval is part of what is measured."""
+    if not args.use_bank:
+        return None
+    bank = StrategyBank(tempfile.mkdtemp(prefix="trl-sgpo-bench-"), embedding_model=args.embedding_model)
+    for problem_class in sorted(set(dataset[CLASS_COLUMN])):
+        bank.add(_strategies(problem_class, 0, 32))
+    return bank
+
+
+class _NewStrategies(TrainerCallback):
+    """Lets each step find one strategy a block, so that writing them is part of what is measured."""
+
+    def __init__(self, trainer: SGPOTrainer):
+        self.trainer = trainer
+        self.step = 0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.step += 1
+        blocks = len(self.trainer.rollout_batch.problems) // self.trainer.geometry.problems
+        self.trainer.note_found(_strategies("bench", 1000 * self.step, max(blocks, 1)))
 
 
 class _StepTimer(TrainerCallback):

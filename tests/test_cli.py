@@ -1,0 +1,210 @@
+"""The command line: messages, resume after real kills, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from models import save_tiny_model
+
+from trl_sgpo.cli.main import COMMANDS, main
+
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(tiny: str, tmp_path: Path) -> Path:
+    """A recipe that trains a tiny model on reasoning-gym sums with a reward that gives random text a signal."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model_name_or_path": tiny,
+                "dataset_name": "reasoning_gym/chain_sum+gcd?size=24&max_terms=2&max_digits=1",
+                "reward_funcs": ["models.evenness", "answer_reward"],
+                "max_strategy_length": 8,
+                "max_completion_length": 8,
+                "num_generations": 4,
+                "per_device_train_batch_size": 8,
+                "use_bank": False,
+                "bf16": False,
+                "report_to": "none",
+                "logging_steps": 1,
+                "save_steps": 1,
+                "max_steps": 6,
+                "log_completions": True,
+                "num_completions_to_print": 0,
+                "output_dir": str(tmp_path / "run"),
+            }
+        )
+    )
+    return path
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trl_sgpo.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    """Logged metrics of the last checkpoint, without the times."""
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in log.items() if key != "step_time"} for log in history]
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (["--no_such_key", "1"], ["no_such_key", "--help"]),
+            (["--num_generatoins", "8"], ["num_generatoins", "num_generations"]),
+            (["--class_column", "topic"], ["topic", "problem_class"]),
+            (["--num_generations", "7"], ["num_generations (7)", "set num_generations to 6 or 8"]),
+            (["--per_device_train_batch_size", "12"], ["12", "multiple of"]),
+            (["--model_name_or_path", "no-such-org/no-such-model"], ["no-such-org/no-such-model"]),
+            (["--dataset_name", "reasoning_gym/chain_sums"], ["chain_sums", "chain_sum"]),
+            (["--dataset_name", "nowhere.jsonl"], ["nowhere.jsonl"]),
+            (["--reward_funcs", "nothing_known"], ["nothing_known", "answer_reward"]),
+            (["--reward_funcs", "models.no_such_reward"], ["models.no_such_reward"]),
+            (["--trust_remote_code", "true"], ["trust_remote_code"]),
+            (["--resume_from_checkpoint", "nowhere/checkpoint-3"], ["checkpoint-3", "true"]),
+        ],
+    )
+    def test_one_line_that_names_the_fix(
+        self,
+        recipe: Path,
+        overrides: list[str],
+        words: list[str],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("TRL_SGPO_LAUNCHED", "1")
+        assert main(["train", "--config", str(recipe), *overrides]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        message = [line for line in lines if line.startswith("trl-sgpo train: error: ")]
+        assert len(message) == 1 and "Traceback" not in "".join(lines)
+        assert all(word in message[0] for word in words), message[0]
+
+    def test_no_class_with_enough_problems(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [{"prompt": f"What is {i}?", "solution": str(i), "problem_class": f"class-{i}"} for i in range(6)]
+        data = tmp_path / "lonely.jsonl"
+        data.write_text("\n".join(json.dumps(row) for row in rows))
+        assert main(["train", "--config", str(recipe), "--dataset_name", str(data)]) == 2
+        assert "transfer_block_size" in capsys.readouterr().err
+
+    def test_unreadable_recipes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        broken = tmp_path / "broken.yaml"
+        broken.write_text("a: [1")
+        for path, word in ((tmp_path / "none.yaml", "cannot be read"), (broken, "no valid YAML")):
+            assert main(["train", "--config", str(path)]) == 2
+            assert word in capsys.readouterr().err
+
+    def test_unknown_command_and_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["trian"]) == 2
+        assert "train" in capsys.readouterr().err
+        assert main(["--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in COMMANDS)
+
+    def test_recipe_environment_and_imports_are_announced(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        content = yaml.safe_load(recipe.read_text()) | {"env": {"SGPO_TEST_VARIABLE": "7"}}
+        recipe.write_text(yaml.safe_dump(content))
+        monkeypatch.setenv("SGPO_TEST_VARIABLE", "0")
+        monkeypatch.syspath_prepend(str(ROOT / "tests"))
+        assert main(["train", "--config", str(recipe), "--model_name_or_path", "no-such-org/x"]) == 2
+        out = capsys.readouterr().out
+        assert "SGPO_TEST_VARIABLE" in out and "importing models" in out
+
+
+class TestLightness:
+    def test_help_and_import_load_no_heavy_module(self) -> None:
+        code = (
+            "import sys, trl_sgpo\nfrom trl_sgpo.cli.main import main\nmain(['--help'])\n"
+            "heavy = {'torch', 'trl', 'transformers', 'chromadb', 'datasets'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, capture_output=True)
+
+
+class TestRuns:
+    def test_killed_run_resumes_to_the_same_metrics(self, recipe: Path, tmp_path: Path) -> None:
+        whole = run("train", "--config", str(recipe), "--output_dir", str(tmp_path / "whole"))
+        assert whole.returncode == 0, whole.stderr[-2000:]
+        command = [
+            sys.executable, "-m", "trl_sgpo.cli.main", "train", "--config", str(recipe),
+            "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "true",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (tmp_path / "killed" / "checkpoint-2").exists():
+            assert process.poll() is None
+            time.sleep(0.01)  # polls for an event, measures nothing
+        process.send_signal(signal.SIGKILL)  # in the middle of writing checkpoint-2, or soon after
+        process.wait()
+        assert not (tmp_path / "killed" / "checkpoint-6").exists()
+        resumed = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert resumed.returncode == 0, resumed.stderr[-2000:]
+        assert "Resuming from" in resumed.stdout
+        expected, found = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
+        assert len(expected) >= 6 and found == expected
+        assert sorted(path.name for path in (tmp_path / "whole" / "completions").glob("*.parquet"))
+
+    def test_run_leaves_model_card_and_completions(self, recipe: Path, tmp_path: Path) -> None:
+        done = run("train", "--config", str(recipe), "--max_steps", "1", "--report_problems", "4")
+        assert done.returncode == 0, done.stderr[-2000:]
+        output = tmp_path / "run"
+        assert (output / "model.safetensors").is_file() and (output / "README.md").is_file()
+        assert list((output / "completions").glob("*.parquet"))
+        report = json.loads((output / "report.json").read_text())
+        assert report["before"]["problems"] == report["after"]["problems"] == 4
+        assert "strategy transfer score" in done.stdout
+
+    def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path) -> None:
+        done = run("train", "--config", str(recipe), "--max_steps", "1", "--num_processes", "2", "--cpu")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (tmp_path / "run" / "model.safetensors").is_file()
+
+    def test_warmstart_writes_a_model_once(self, recipe: Path, tmp_path: Path) -> None:
+        done = run("warmstart", "--config", str(recipe), "--warmstart_traces", "8")
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights = tmp_path / "run" / "warmstart" / "model.safetensors"
+        written = weights.stat().st_mtime_ns
+        again = run("warmstart", "--config", str(recipe), "--warmstart_traces", "8")
+        assert again.returncode == 0 and weights.stat().st_mtime_ns == written
+
+    def test_bench_step_writes_its_figures(self, recipe: Path, tmp_path: Path) -> None:
+        output = tmp_path / "bench.json"
+        done = run("bench", "step", "--config", str(recipe), "--steps", "1", "--output", str(output))
+        assert done.returncode == 0, done.stderr[-2000:]
+        figures = json.loads(output.read_text())
+        assert figures["generated_tokens_ratio"] == pytest.approx(1.5)  # K = 2: half a strategy an execution
+        for key in ("step_time_ratio", "seconds_per_generated_token_ratio", "peak_memory_ratio"):
+            assert figures[key] > 0
+        assert 0 < figures["share_outside_model"] < 1
+        assert {row["arm"] for row in figures["rows"]} == {"sgpo", "grpo"} and figures["settings"][
+            "num_generations"
+        ] == 4

@@ -1,0 +1,859 @@
+"""The trainer: advantages, gradients, rows, rewards, metrics, the bank, and resuming."""
+
+import hashlib
+import re
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from models import evenness, hash_embedder, problems, save_tiny_model, tokenizer
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
+from trl import GRPOTrainer
+
+import trl_sgpo.bank.bank
+from trl_sgpo import SGPOConfig, SGPOTrainer
+from trl_sgpo.bank import Strategy, StrategyBank, problem_id
+from trl_sgpo.bank.bank import LEDGER
+from trl_sgpo.errors import ConfigError, DataError
+from trl_sgpo.rollout import merged_adapters
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+SGPO_METRICS = [
+    "correctness",
+    "transfer",
+    "coherence",
+    "leak",
+    "strategy_reward",
+    "strategy_length",
+    "strategy_truncated",
+    "malformed",
+    "execution_length",
+    "execution_truncated",
+    "distinct_strategies",
+    "frac_blocks_no_signal",
+    "bank_size",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("plain-model"), chat=False)
+
+
+@pytest.fixture
+def make(tmp_path, model):
+    """Makes trainers on the tiny model; keyword arguments beyond the trainer's own go to the configuration."""
+    banks = []
+
+    def make(
+        reward_funcs=evenness,
+        train_dataset=None,
+        eval_dataset=None,
+        peft_config=None,
+        callbacks=None,
+        model=model,
+        trainer_kwargs=None,
+        **kwargs,
+    ):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "transfer_block_size": 2,
+            "max_strategy_length": 12,
+            "max_completion_length": 12,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "use_bank": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "bf16": False,
+        }
+        args = SGPOConfig(**(defaults | kwargs))
+        if args.use_bank:
+            banks.append(StrategyBank(tmp_path / "bank", embedding_model=hash_embedder))
+        return SGPOTrainer(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=problems() if train_dataset is None else train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            strategy_bank=banks[-1] if args.use_bank else None,
+            **(trainer_kwargs or {}),
+        )
+
+    yield make
+    for bank in banks:
+        bank.close()
+
+
+class Script:
+    """
+    Stands in for `_generate_single_turn` and answers each context by rule.
+
+    Strategies alternate between one with "alpha", whose executions are right, and one with "omega", whose executions
+    are wrong; each also has a word for the problem it was written for.
+    """
+
+    def __init__(self, monkeypatch, strategy=None, execution=None):
+        self.tokenizer = tokenizer()
+        self.strategy = strategy or self.default_strategy
+        self.execution = execution or self.default_execution
+        self.requests: list[str] = []
+        self.contexts: list[str] = []
+        monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", self)
+
+    def __get__(self, trainer, owner=None):
+        return lambda prompt_ids, images, fields, num_generations: self.generate(prompt_ids)
+
+    @staticmethod
+    def word(request):
+        """A word for the problem in a text, such as "cccc" for "what is 2 + 2"."""
+        return chr(ord("a") + int(re.search(r"what is (\d+)", request).group(1))) * 4
+
+    def default_strategy(self, request, index):
+        return f"{('alpha', 'omega')[index % 2]} {self.word(request)} for {self.word(request)}s<|im_end|>"
+
+    @staticmethod
+    def default_execution(context, index):
+        strategy = context.rsplit("<|im_start|>user", 1)[0].rsplit("Do not solve it yet", 1)[1]
+        return "good<|im_end|>" if "alpha" in strategy else "bad<|im_end|>"
+
+    def generate(self, prompt_ids):
+        texts = self.tokenizer.batch_decode(prompt_ids)
+        first_phase = "Now apply this strategy" not in texts[0]
+        (self.requests if first_phase else self.contexts).extend(texts)
+        answer = self.strategy if first_phase else self.execution
+        answers = [answer(text, index) for index, text in enumerate(texts)]
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers], None
+
+
+def is_good(completions, **kwargs):
+    return [float("good" in (c if isinstance(c, str) else c[0]["content"])) for c in completions]
+
+
+def capture(monkeypatch, name, owner=SGPOTrainer):
+    """Records what a method of the trainer takes and returns."""
+    calls = []
+    original = getattr(owner, name)
+
+    def wrapper(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        kept = {k: v.clone() for k, v in result.items()} if isinstance(result, dict) else result
+        calls.append((args, kept))
+        return result
+
+    monkeypatch.setattr(owner, name, wrapper)
+    return calls
+
+
+def rows_of_one_batch(trainer):
+    """Problems of the first batch as the trainer's dataloader yields them."""
+    return next(iter(trainer.get_train_dataloader()))
+
+
+# Credit
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_one_problem_a_block_is_grpo(make, monkeypatch, scale_rewards):
+    """With K = 1, no bank and no shaping, every token has the advantage that GRPO gives the row."""
+
+    def half(completions, **kwargs):
+        return [len(str(completion)) % 3 / 2 for completion in completions]
+
+    grpo = capture(monkeypatch, "_generate_and_score_completions", GRPOTrainer)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    rewards = capture(monkeypatch, "_calculate_rewards")
+    trainer = make(
+        [evenness, half],
+        transfer_block_size=1,
+        coherence_weight=0.0,
+        leak_weight=0.0,
+        scale_rewards=scale_rewards,
+        reward_weights=[1.0, 0.3],
+    )
+    trainer.train()
+    assert len(sgpo) == 2
+    for (_, base), (_, output), (_, row_rewards) in zip(grpo, sgpo, rewards, strict=True):
+        advantages = output["advantages"]
+        assert advantages.shape == output["completion_ids"].shape
+        torch.testing.assert_close(advantages, base["advantages"].unsqueeze(1).expand_as(advantages))
+        total = (row_rewards @ torch.tensor([1.0, 0.3])).view(-1, 4)
+        by_hand = total - total.mean(1, keepdim=True)
+        if scale_rewards != "none":
+            std = total.std(1, keepdim=True) if scale_rewards == "group" else total.std()
+            by_hand = by_hand / (std + 1e-4)
+        torch.testing.assert_close(advantages[:, 0], by_hand.flatten())
+        assert advantages.abs().max() > 0.1
+
+
+def test_correctness_is_the_first_reward_function(make):
+    """Further reward functions enter the reward, not the metrics of the verifier."""
+
+    def always(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def never(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    trainer = make([never, always], reward_weights=[1.0, 0.5], max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["sgpo/correctness"] == logs["sgpo/transfer"] == 0
+    assert logs["reward"] == 0.5
+    assert logs["rewards/always/mean"] == 1
+
+
+def test_strategies_are_credited_for_siblings(make, monkeypatch):
+    """Strategies that make executions right have a positive advantage, those that do not a negative one."""
+    Script(monkeypatch)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(is_good, coherence_weight=0.0, max_steps=1)
+    trainer.train()
+    ((rows,), output), *_ = sgpo
+    own = [index for index, row in enumerate(rows) if row["rollout"].source == "own"]
+    assert len(own) == 4
+    for index in own:
+        good = "alpha" in rows[index]["rollout"].strategy.text
+        advantages = output["advantages"][index]
+        assert (advantages > 0.5).all() if good else (advantages < -0.5).all()
+    logs = trainer.state.log_history[0]
+    assert logs["sgpo/correctness"] == logs["sgpo/transfer"] == 0.5
+    assert logs["sgpo/frac_blocks_no_signal"] == 0
+
+
+def test_strategy_and_execution_tokens_are_credited_apart(make, monkeypatch):
+    """In an own row the strategy's tokens have its advantage times `strategy_weight`, the others the execution's."""
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(strategy_weight=2.0, max_steps=1)
+    trainer.train()
+    ((rows,), output), *_ = sgpo
+    plain, execution = trainer._row_advantages
+    for index, row in enumerate(rows):
+        length = row["rollout"].strategy_length
+        advantages = output["advantages"][index]
+        assert (length > 0) == (row["rollout"].source == "own")
+        torch.testing.assert_close(advantages[:length], (2 * plain[index]).expand(length))
+        torch.testing.assert_close(advantages[length:], execution[index].expand(len(advantages) - length))
+    assert (plain != execution).any()
+
+
+# What training changes
+
+
+def snapshot(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_full_training_changes_every_weight(make):
+    trainer = make(learning_rate=1e-2)
+    before = snapshot(trainer)
+    trainer.train()
+    assert [name for name, weight in snapshot(trainer).items() if torch.equal(weight, before[name])] == []
+
+
+def test_lora_training_changes_adapters_only(make):
+    """Also with merging: after two steps all adapters differ, and no base weight does, bit by bit."""
+    trainer = make(learning_rate=1e-2, peft_config=LORA)
+    assert trainer.merges_adapters
+    before = snapshot(trainer)
+    trainer.train()
+    changed = {name for name, weight in snapshot(trainer).items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    assert len(changed) == 8
+
+
+def test_merged_adapters(make, model):
+    """Merging changes no greedy token, is undone bit by bit, and also after an error in generation."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make(peft_config=lora)
+    trainer.generation_config.do_sample = False
+    prompts = [[5, 6, 7, 8], [40, 50, 60], [100] * 12]
+    before = snapshot(trainer)
+    plain = trainer._generate_single_turn(prompts, None, {}, 1)[0]
+    with merged_adapters(trainer):
+        layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+        assert layer.merged
+        assert not torch.equal(layer.get_base_layer().weight, before[next(n for n in before if "0.self_attn.q" in n)])
+        merged = trainer._generate_single_turn(prompts, None, {}, 1)[0]
+    with trainer.model.disable_adapter():
+        base = trainer._generate_single_turn(prompts, None, {}, 1)[0]
+    assert merged == plain != base
+    with pytest.raises(RuntimeError, match="out of tokens"), merged_adapters(trainer):
+        raise RuntimeError("out of tokens")
+    assert not layer.merged
+    after = snapshot(trainer)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_merging_can_be_switched_off(make):
+    assert not make(peft_config=LORA, merge_adapters=False).merges_adapters
+
+
+def test_adapters_with_biases_are_not_merged(make):
+    """Merging would fail where the base layer has no bias, and leave rounding errors in it where it has one."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    trainer = make(peft_config=lora, max_steps=1)
+    assert not trainer.merges_adapters
+    trainer.train()
+
+
+# Rows
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_row_layout(make, monkeypatch, tmp_path, model, plain_model, chat):
+    """Own rows train strategy and execution; borrowed and bank rows train the execution after another's strategy."""
+    with StrategyBank(tmp_path / "bank", embedding_model=hash_embedder) as bank:
+        bank.add(
+            Strategy(
+                text=f"bankish zzzz for kind {kind}", problem_class=f"kind-{kind}", source_problems=("elsewhere",)
+            )
+            for kind in (0, 1)
+        )
+
+    def execution(context, index):
+        return f"done {index}<|im_end|>"
+
+    script = Script(monkeypatch, execution=execution)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(
+        is_good,
+        problems(chat=chat),
+        model=model if chat else plain_model,
+        num_generations=5,
+        num_bank_rollouts=1,
+        per_device_train_batch_size=10,
+        use_bank=True,
+        num_retrieved=0,
+        max_steps=1,
+    )
+    trainer.train()
+    ((rows,), output), *_ = sgpo
+    tok = script.tokenizer
+    assert [row["rollout"].source for row in rows] == ["own"] * 2 + ["borrowed"] * 2 + ["bank"] + ["borrowed"] * 2 + [
+        "own"
+    ] * 2 + ["bank"]
+    siblings = [row["rollout"].strategy.text for row in rows[:4]]
+    assert [row["rollout"].strategy.text for row in rows[5:9]] == siblings
+    for index, row in enumerate(rows):
+        rollout = row["rollout"]
+        length = int(output["completion_mask"][index].sum())
+        completion = output["completion_ids"][index][:length].tolist()
+        prompt = tok.decode(output["prompt_ids"][index][output["prompt_mask"][index].bool()])
+        mask = output["tool_mask"][index][:length].tolist()
+        question = row["prompt"][0]["content"] if chat else row["prompt"]
+        assert question in prompt
+        assert rollout.execution == f"done {index}"
+        assert tok.decode(rollout.execution_ids) == f"done {index}<|im_end|>"
+        assert completion[-len(rollout.execution_ids) :] == rollout.execution_ids
+        if rollout.source == "own":
+            assert Script.word(question) in rollout.strategy.text
+            trained = tok.decode([token for token, flag in zip(completion, mask, strict=True) if flag])
+            masked = tok.decode([token for token, flag in zip(completion, mask, strict=True) if not flag])
+            assert trained == f"{rollout.strategy.text}<|im_end|>done {index}<|im_end|>"
+            assert trainer.args.execution_prompt in masked
+            assert "alpha" not in prompt + masked and "omega" not in prompt + masked
+            assert sum(mask[: rollout.strategy_length]) == rollout.strategy_length
+            assert tok.decode(completion[: rollout.strategy_length]) == f"{rollout.strategy.text}<|im_end|>"
+            assert prompt + tok.decode(completion[: -len(rollout.execution_ids)]) == script.contexts[index]
+        else:
+            assert rollout.strategy_length == 0
+            assert mask == [1] * length
+            assert completion == rollout.execution_ids
+            assert prompt == script.contexts[index]
+            assert f"{rollout.strategy.text}<|im_end|>" in prompt
+            assert Script.word(question) not in rollout.strategy.text
+            assert trainer.args.execution_prompt in prompt
+    assert all("bankish" in rows[index]["rollout"].strategy.text for index in (4, 9))
+    # An execution request follows the strategy exactly once: no doubled end of turn
+    assert all("<|im_end|><|im_end|>" not in context for context in script.contexts)
+
+
+# Rewards
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_rewards_see_the_execution_only(make, monkeypatch, model, plain_model, chat):
+    Script(monkeypatch, strategy=lambda request, index: f"alpha number {index}<|im_end|>")
+    seen = []
+
+    def reward(prompts, completions, completion_ids, solution, rollout, **kwargs):
+        seen.append((completions, completion_ids, rollout))
+        return [0.0] * len(completions)
+
+    trainer = make(
+        reward,
+        problems(chat=chat),
+        model=model if chat else plain_model,
+        max_steps=1,
+        eval_dataset=problems(2, 1, chat),
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 1
+    for completions, completion_ids, rollouts in seen:
+        expected = {"good", "bad"} if not chat else {"good"}
+        texts = [completion[0]["content"] if chat else completion for completion in completions]
+        assert set(texts) <= expected
+        assert all(message[0]["role"] == "assistant" for message in completions if chat)
+        assert completion_ids == [rollout.execution_ids for rollout in rollouts]
+
+
+@pytest.mark.parametrize("unscored", ["some", "problem", "all"])
+def test_rewards_of_none(make, monkeypatch, unscored):
+    """Executions without a reward have no advantage; the others of the block are compared without them."""
+
+    def reward(completions, **kwargs):
+        values = evenness(completions)
+        values[:4] = [0.0, 1.0, 0.0, 1.0]
+        hidden = {"some": (1, 4, 6), "problem": (4, 5, 6, 7), "all": range(8)}[unscored]
+        return [None if index in hidden else value for index, value in enumerate(values)]
+
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    rewards = capture(monkeypatch, "_calculate_rewards")
+    trainer = make(reward, max_steps=1, use_bank=True, coherence_weight=0.0, leak_weight=0.0)
+    before = snapshot(trainer)
+    trainer.train()
+    ((_, output),) = sgpo
+    missing = torch.isnan(rewards[0][1][:, 0])
+    assert missing.any()
+    assert torch.isfinite(output["advantages"]).all()
+    assert (output["advantages"][missing][:, -1] == 0).all()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    if unscored == "all":
+        assert (output["advantages"] == 0).all()
+        assert "sgpo/correctness" not in trainer.state.log_history[0]
+        assert all(torch.equal(weight, before[name]) for name, weight in snapshot(trainer).items())
+    else:
+        assert output["advantages"].abs().max() > 0.1
+        assert trainer.state.log_history[0]["sgpo/correctness"] is not None
+
+
+def test_row_without_one_reward_keeps_the_other(make, monkeypatch):
+    """Where one of two functions returns None, the other still counts."""
+
+    def sometimes(completions, **kwargs):
+        return [None if index % 2 else 1.0 for index in range(len(completions))]
+
+    def parity(completions, **kwargs):
+        return [float(index % 4 < 2) for index in range(len(completions))]
+
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make([sometimes, parity], max_steps=1)
+    trainer.train()
+    execution = trainer._row_advantages[1].view(2, 4)
+    total = torch.tensor([2.0, 1.0, 1.0, 0.0])
+    by_hand = (total - total.mean()) / (total.std() + 1e-4)
+    assert len(sgpo) == 1
+    torch.testing.assert_close(execution, by_hand.expand(2, 4))
+
+
+# Bad strategies
+
+
+@pytest.mark.parametrize(
+    "strategy, strategy_format, malformed, truncated",
+    [
+        ("", "text", 1, 0),
+        ("<|im_end|>", "text", 1, 0),
+        ("  \n<|im_end|>", "text", 1, 0),
+        ("When given numbers, add th", "text", 1, 1),
+        ("When given numbers, add them.<|im_end|>", "text", 0, 0),
+        ("When given numbers, add them.<|im_end|>", "steps", 1, 0),
+        ("1. take {a}\n2. add {b}<|im_end|>", "steps", 0, 0),
+        ("1. take {a}\n2. add {b", "steps", 1, 1),
+    ],
+)
+def test_bad_strategies_are_counted(make, monkeypatch, strategy, strategy_format, malformed, truncated):
+    Script(monkeypatch, lambda request, index: strategy, lambda context, index: ("good", "")[index % 3 == 0])
+    trainer = make(is_good, strategy_format=strategy_format, use_bank=True, max_steps=2)
+    trainer.train()
+    assert len(trainer.state.log_history) == 3
+    for logs in trainer.state.log_history[:2]:
+        assert logs["sgpo/malformed"] == malformed
+        assert logs["sgpo/strategy_truncated"] == truncated
+        assert torch.isfinite(torch.tensor(logs["loss"]))
+        assert torch.isfinite(torch.tensor(logs["grad_norm"]))
+    if malformed:
+        assert len(trainer.strategy_bank) == 0
+
+
+def test_conversations_without_a_chat_template(make, plain_model):
+    """Conversations are flattened where the tokenizer has no template."""
+    seen = []
+
+    def reward(prompts, completions, **kwargs):
+        seen.extend(completions)
+        return evenness(completions)
+
+    trainer = make(reward, problems(chat=True), model=plain_model, max_steps=1)
+    trainer.train()
+    assert len(seen) == 8
+    assert trainer.state.global_step == 1
+
+
+# Metrics and evaluation
+
+
+def test_metrics_are_logged(make):
+    trainer = make(use_bank=True)
+    trainer.train()
+    for logs in trainer.state.log_history[:2]:
+        assert {f"sgpo/{name}" for name in SGPO_METRICS} <= logs.keys()
+        assert 0 <= logs["sgpo/correctness"] <= 1 and 0 <= logs["sgpo/transfer"] <= 1
+        assert 1 <= logs["sgpo/strategy_length"] <= 12 and 1 <= logs["sgpo/execution_length"] <= 12
+        assert 0 < logs["sgpo/distinct_strategies"] <= 1
+
+
+def test_completions_table(make, monkeypatch, tmp_path):
+    """The table names each row's strategy and execution, what it earned, and whose strategy it ran."""
+    Script(monkeypatch)
+    trainer = make(is_good, log_completions=True, max_steps=1)
+    trainer.train()
+    (file,) = (tmp_path / "out" / "completions").glob("*.parquet")
+    table = pd.read_parquet(file)
+    assert {"strategy", "execution", "correctness", "transfer", "source", "strategy_advantage"} <= set(table.columns)
+    assert len(table) == 8
+    alpha = table["strategy"].str.contains("alpha")
+    assert alpha.sum() == 4
+    assert (table["execution"] == alpha.map({True: "good", False: "bad"})).all()
+    assert (table["correctness"] == alpha).all() and (table["transfer"] == alpha).all()
+    assert (table["strategy_advantage"] > 0).equals(alpha.rename("strategy_advantage"))
+    assert table["source"].tolist() == ["own"] * 2 + ["borrowed"] * 4 + ["own"] * 2
+
+
+def test_completions_table_of_an_evaluation(make, monkeypatch, tmp_path):
+    """Rows of an evaluation do not carry the training rows' transfer and advantages."""
+    Script(monkeypatch)
+    trainer = make(
+        is_good, log_completions=True, eval_dataset=problems(2, 1), max_steps=1, per_device_eval_batch_size=8
+    )
+    trainer.train()
+    for file in (tmp_path / "out" / "completions").glob("*.parquet"):
+        file.unlink()
+    trainer.evaluate()
+    (file,) = (tmp_path / "out" / "completions").glob("*.parquet")
+    table = pd.read_parquet(file)
+    assert table["source"].tolist() == ["own"] * 8
+    assert table["transfer"].isna().all()
+    assert table["strategy_advantage"].isna().all()
+
+
+def ledger(bank):
+    return hashlib.sha256((bank.path / LEDGER).read_bytes()).hexdigest()
+
+
+def test_evaluation_writes_nothing_to_the_bank(make, monkeypatch):
+    """Each row writes and executes a strategy of its own, with the bank's as reading."""
+    script = Script(monkeypatch)
+    trainer = make(is_good, eval_dataset=problems(4, 2), use_bank=True, max_steps=4, per_device_eval_batch_size=8)
+    trainer.train()
+    bank = trainer.strategy_bank
+    entries, before = sorted(bank.strategies(), key=lambda s: s.id), ledger(bank)
+    assert entries
+    script.requests.clear()
+    metrics = trainer.evaluate()
+    trainer.commit_bank()
+    assert ledger(bank) == before
+    assert sorted(bank.strategies(), key=lambda s: s.id) == entries
+    assert metrics["eval_sgpo/correctness"] == 0.5
+    assert metrics["eval_sgpo/malformed"] == 0
+    assert any("alpha" in request for request in script.requests)
+    assert any("eval_sgpo/correctness" in logs for logs in trainer.state.log_history)
+
+
+def test_evaluation_in_between_does_not_disturb_training(make):
+    """A run that evaluates after each step trains on batches of the same form."""
+    trainer = make(eval_dataset=problems(2, 1), eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8)
+    trainer.train()
+    assert sum("eval_sgpo/correctness" in logs for logs in trainer.state.log_history) == 2
+    assert sum("sgpo/transfer" in logs for logs in trainer.state.log_history) == 2
+
+
+# The bank
+
+
+class BankSizes(TrainerCallback):
+    """Bank size and strategies waiting, right before each optimizer step and at each log after it."""
+
+    def __init__(self):
+        self.before, self.waiting, self.after = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before.append(len(self.trainer.strategy_bank))
+        self.waiting.append(len(self.trainer._found))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.after.append(len(self.trainer.strategy_bank))
+
+
+def test_bank_grows_after_the_optimizer_step(make, monkeypatch):
+    Script(monkeypatch)
+    sizes = BankSizes()
+    trainer = make(is_good, use_bank=True, callbacks=[sizes], max_steps=3)
+    sizes.trainer = trainer
+    trainer.train()
+    assert sizes.waiting == [1, 1, 1]
+    assert sizes.before == [0, *sizes.after[:2]]
+    assert sizes.after[0] == 1
+    assert sizes.after == sorted(set(sizes.after))
+    best = trainer.strategy_bank.strategies()
+    assert all("alpha" in strategy.text for strategy in best)
+    assert all((strategy.successes, strategy.trials, strategy.lift) == (2, 2, 0.5) for strategy in best)
+    assert {strategy.step for strategy in best} == {1, 2, 3}
+
+
+def test_strategies_are_not_shown_to_their_own_problem(make, monkeypatch):
+    """Over two epochs, problems read others' strategies of their class, never one written for them."""
+    script = Script(monkeypatch)
+    trainer = make(is_good, use_bank=True, num_retrieved=3, max_steps=9)
+    trainer.train()
+    shown = [request for request in script.requests if "alpha" in request]
+    assert len(shown) > 8
+    for request in shown:
+        kind, number = re.search(r"Kind (\d): what is (\d+)", request).groups()
+        quoted = re.findall(r"> \[kind-(\d)\] alpha (\w)\w+", request)
+        assert quoted
+        for quoted_kind, letter in quoted:
+            assert quoted_kind == kind
+            assert ord(letter) - ord("a") != int(number)
+    parents = [parent for strategy in trainer.strategy_bank.strategies() for parent in strategy.parents]
+    assert parents
+
+
+def test_bank_rollouts_are_counted(make, monkeypatch, tmp_path):
+    """Executions of a strategy from the bank are added to its trials after the step."""
+    Script(monkeypatch)
+    with StrategyBank(tmp_path / "bank", embedding_model=hash_embedder) as bank:
+        (entry,) = bank.add(
+            [Strategy(text="alpha tried before", problem_class="kind-0", source_problems=("elsewhere",))]
+        )
+    trainer = make(
+        is_good,
+        problems(4, 1),
+        use_bank=True,
+        num_bank_rollouts=1,
+        num_generations=5,
+        per_device_train_batch_size=10,
+        num_retrieved=0,
+        max_steps=1,
+    )
+    before = trainer.strategy_bank.get(entry)
+    trainer.train()
+    after = trainer.strategy_bank.get(entry)
+    assert (after.successes, after.trials) == (before.successes + 2, before.trials + 2)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model, named):
+    """The bank of `output_dir` starts empty and the old one is kept beside it; a bank named in the config stays."""
+    Script(monkeypatch)
+    monkeypatch.setattr(trl_sgpo.bank.bank, "load_embedder", lambda name: hash_embedder)
+    path = tmp_path / "out" / "strategy_bank"
+    args = make(max_steps=1).args
+    args.use_bank, args.bank_path = True, str(path) if named else None
+    with StrategyBank(path, args.embedding_model) as bank:
+        bank.add([Strategy(text="qqq of yesterday", problem_class="kind-0", source_problems=("elsewhere",))])
+    trainer = SGPOTrainer(model=model, reward_funcs=is_good, args=args, train_dataset=problems())
+    trainer.train()
+    texts = {strategy.text for strategy in trainer.strategy_bank.strategies()}
+    trainer.strategy_bank.close()
+    assert ("qqq of yesterday" in texts) == named
+    assert any("alpha" in text for text in texts)
+    previous = tmp_path / "out" / "strategy_bank.previous"
+    assert previous.exists() != named
+    if not named:
+        with StrategyBank.restore(previous, args.embedding_model) as kept:
+            assert [strategy.text for strategy in kept.strategies()] == ["qqq of yesterday"]
+
+
+def test_saved_model_carries_the_bank(make, monkeypatch, tmp_path):
+    Script(monkeypatch)
+    trainer = make(is_good, use_bank=True)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    with StrategyBank.restore(tmp_path / "saved" / "strategy_bank", hash_embedder) as saved:
+        assert {s.id for s in saved.strategies()} == {s.id for s in trainer.strategy_bank.strategies()} != set()
+
+
+# What is refused
+
+
+def lookup(query: str) -> str:
+    """
+    Looks something up.
+
+    Args:
+        query: What to look up.
+    """
+    return query
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, message",
+    [
+        ({"trainer_kwargs": {"tools": [lookup]}}, ConfigError, "`tools`"),
+        ({"trainer_kwargs": {"rollout_func": lambda prompts, trainer: {}}}, ConfigError, "`rollout_func`"),
+        ({"trainer_kwargs": {"environment_factory": dict}}, ConfigError, "`environment_factory`"),
+        ({"reward_funcs": None}, ConfigError, "reward function"),
+        ({"train_dataset": problems().to_iterable_dataset()}, DataError, "stream"),
+        ({"eval_dataset": problems().to_iterable_dataset()}, DataError, "stream"),
+        ({"eval_dataset": {"one": problems().to_iterable_dataset()}}, DataError, "stream"),
+        ({"train_dataset": problems().add_column("image", [None] * 8)}, DataError, "column `image`"),
+        ({"train_dataset": problems().rename_column("prompt", "question")}, DataError, "no column `prompt`"),
+        ({"train_dataset": problems().select(range(3))}, DataError, "kind-1"),
+        ({"class_column": "topic"}, DataError, "topic"),
+    ],
+)
+def test_refusals(make, kwargs, error, message):
+    """What SGPO cannot work with is refused before anything is loaded, in words that say what to change."""
+    with pytest.raises(error, match=message):
+        make(**kwargs)
+
+
+def test_refusal_of_quantized_weights_with_vllm(make, model):
+    args = make().args
+    object.__setattr__(args, "use_vllm", True)
+    with pytest.raises(ConfigError, match="use_vllm"):
+        SGPOTrainer(
+            model=model,
+            reward_funcs=evenness,
+            args=args,
+            train_dataset=problems(),
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        )
+
+
+def test_refusal_of_no_dataset(make, model):
+    with pytest.raises(DataError, match="train_dataset"):
+        SGPOTrainer(model=model, reward_funcs=evenness, args=make().args)
+
+
+def test_classes_are_clustered_where_there_are_none(make, monkeypatch):
+    """Without a class column, problems are clustered by the bank's embedder into classes big enough for a block."""
+    dataset = Dataset.from_list([{"prompt": row["prompt"]} for row in problems()])
+    trainer = make(train_dataset=dataset, use_bank=True, num_clusters=3, max_steps=1)
+    classes = trainer.train_dataset["transfer_class"]
+    assert all(classes.count(name) >= 2 for name in classes)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# Resuming
+
+
+TIMES = re.compile(r"step_time|runtime|per_second|train_loss|total_flos")
+
+
+def metrics_of(trainer, first_step):
+    return [
+        {key: value for key, value in logs.items() if not TIMES.search(key)}
+        for logs in trainer.state.log_history
+        if logs["step"] >= first_step and "loss" in logs
+    ]
+
+
+RESUMED = {
+    "plain": ({}, 8, 2, 3),
+    "second epoch": ({}, 4, 1, 3),
+    "end of an epoch": ({}, 6, 1, 3),
+    "end of the second epoch": ({}, 4, 1, 4),
+    "reused over steps": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        8,
+        2,
+        3,
+    ),
+    "reused, at a boundary": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        8,
+        2,
+        2,
+    ),
+    "iterations": ({"num_iterations": 2}, 8, 2, 3),
+    "iterations and reuse": (
+        {"num_iterations": 2, "per_device_train_batch_size": 4, "steps_per_generation": 2},
+        8,
+        2,
+        3,
+    ),
+    "bank rollouts": ({"num_bank_rollouts": 1, "num_generations": 5, "per_device_train_batch_size": 10}, 8, 2, 3),
+    "lora": ({"peft_config": LORA}, 8, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_equals_an_uninterrupted_one(make, monkeypatch, tmp_path, name):
+    """Metrics of the remaining steps, weights and bank are those of a run that was never interrupted."""
+    kwargs, size, classes, step = RESUMED[name]
+    sampled = SGPOTrainer._generate_single_turn
+
+    def with_end(trainer, prompt_ids, images, fields, num_generations):
+        ids, logprobs = sampled(trainer, prompt_ids, images, fields, num_generations)
+        if trainer.generation_config.max_new_tokens == trainer.args.max_strategy_length:
+            ids = [row if row[-1] in trainer.eos_token_ids else [*row, trainer.eos_token_ids[0]] for row in ids]
+        return ids, logprobs
+
+    monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", with_end)
+
+    def run(**more):
+        trainer = make(
+            train_dataset=problems(size, classes),
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=1,
+            use_bank=True,
+            max_strategy_length=10,
+            bank_min_lift=-1.0,
+            learning_rate=1e-2,
+            **kwargs,
+        )
+        trainer.train(**more)
+        entries = sorted(trainer.strategy_bank.strategies(), key=lambda s: s.id)
+        trainer.strategy_bank.close()
+        return metrics_of(trainer, step + 1), entries, snapshot(trainer), metrics_of(trainer, 1)
+
+    whole, bank, weights, history = run()
+    assert len(whole) == 6 - step
+    assert bank
+    assert history[0]["sgpo/bank_size"] == 0 < max(logs.get("sgpo/bank_size", 0) for logs in whole)
+    for later in range(step + 1, 7):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{later}")
+    with StrategyBank(tmp_path / "bank", embedding_model=hash_embedder) as lost:
+        lost.add([Strategy(text="written later", problem_class="kind-0", source_problems=("elsewhere",))])
+    resumed, resumed_bank, resumed_weights, resumed_history = run(resume_from_checkpoint=True)
+    assert resumed == whole
+    assert resumed_history == history
+    assert resumed_bank == bank
+    assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
+
+
+def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
+    """Within an epoch each problem is met once; the next epoch has other blocks."""
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    Script(monkeypatch)
+    trainer = make(is_good, problems(8, 1), max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    batches = [tuple(problem_id(row["prompt"]) for row in rows[::4]) for ((rows,), _) in sgpo]
+    assert len(batches) == 8
+    epochs = batches[:4], batches[4:]
+    everything = {problem_id(prompt) for prompt in problems(8, 1)["prompt"]}
+    assert [set(sum(epoch, ())) for epoch in epochs] == [everything, everything]
+    assert {frozenset(block) for block in epochs[0]} != {frozenset(block) for block in epochs[1]}

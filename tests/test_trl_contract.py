@@ -1,0 +1,199 @@
+"""What the package relies on in TRL and transformers beyond their documented interfaces."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import trl.trainer.utils
+from models import evenness, problems, save_tiny_model
+from transformers import TrainerState
+from trl import GRPOConfig, GRPOTrainer
+from trl.kernels.chunked_logprob import _use_triton
+
+from trl_sgpo.sgpo_trainer import score_trained_positions_only
+
+
+LOSS_TYPES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def fixed_rollout(prompts, trainer):
+    """Two tokens of a first phase, one masked, two of a second one, different for each row."""
+    rows = range(len(prompts))
+    return {
+        "prompt_ids": [[10 + row, 11, 12][: 2 + row % 2] for row in rows],
+        "completion_ids": [[20 + row, 21, 22, 23 + row, 24][: 4 + row % 2] for row in rows],
+        "logprobs": None,
+        "env_mask": [[1, 1, 0, 1, 1][: 4 + row % 2] for row in rows],
+        "extra": [f"row {row}" for row in rows],
+    }
+
+
+def by_parity(completions, **kwargs):
+    return [float(index % 2) for index in range(len(completions))]
+
+
+def make(model, directory, reward=by_parity, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "max_steps": 1,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    args = GRPOConfig(str(directory), **(defaults | kwargs))
+    return GRPOTrainer(
+        model=model, reward_funcs=reward, args=args, train_dataset=problems(), rollout_func=fixed_rollout
+    )
+
+
+@pytest.fixture
+def scored(model, tmp_path):
+    """A trainer, ready to compute a loss, and a scored batch."""
+    trainer = make(model, tmp_path)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [dict(trainer.train_dataset[index]) for index in (0, 0, 1, 1)]
+    return trainer, rows, trainer._generate_and_score_completions(rows)
+
+
+def loss_and_gradients(trainer, batch):
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "method, parameters",
+    [
+        ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_tokenize_prompts", ["self", "prompts"]),
+        ("_log_completion_extra", ["self", "column", "values"]),
+        ("_log_metric", ["self", "name", "value"]),
+        ("_save", ["self", "output_dir", "state_dict"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+    ],
+)
+def test_signatures(method, parameters):
+    """Methods called or overridden start with these parameters, and further ones have defaults."""
+    found = inspect.signature(getattr(GRPOTrainer, method)).parameters
+    assert list(found)[: len(parameters)] == parameters
+    assert all(found[name].default is not inspect.Parameter.empty for name in list(found)[len(parameters) :])
+
+
+def test_extras_of_a_rollout_reach_inputs_and_rewards(model, tmp_path):
+    """Prompts arrive repeated; lists beyond the required keys come back in `inputs` and in reward arguments."""
+    seen = {}
+
+    def reward(completions, extra, solution, **kwargs):
+        seen.update(extra=extra, solution=solution, env_mask="env_mask" in kwargs)
+        return [0.0] * len(completions)
+
+    trainer = make(model, tmp_path, reward)
+    rows = [dict(trainer.train_dataset[index]) for index in (0, 0, 1, 1)]
+    trainer._generate_and_score_completions(rows)
+    assert [row["extra"] for row in rows] == ["row 0", "row 1", "row 2", "row 3"]
+    assert seen == {"extra": [row["extra"] for row in rows], "solution": ["0", "0", "2", "2"], "env_mask": False}
+
+
+def test_env_mask_becomes_tool_mask(scored):
+    """Masked tokens are attended to but not trained."""
+    _, _, output = scored
+    assert output["completion_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5] * 2
+    assert (output["tool_mask"] * output["completion_mask"]).tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]] * 2
+    assert output["advantages"].shape == (4,)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_token_advantages_broadcast(scored, loss_type):
+    """(B, T) advantages that are constant in T equal (B,) ones, and what masked tokens carry does not matter."""
+    trainer, _, output = scored
+    trainer.loss_type = loss_type
+    loss, gradients = loss_and_gradients(trainer, output)
+    spread = output["advantages"].unsqueeze(1).repeat(1, output["completion_ids"].size(1))
+    trained = output["completion_mask"] * output["tool_mask"]
+    spread = torch.where(trained.bool(), spread, 1e6)
+    same_loss, same_gradients = loss_and_gradients(trainer, {**output, "advantages": spread})
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-6
+    torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_token_advantages_credit_tokens(scored):
+    """Gradients of two parts of the tokens add up to that of all tokens."""
+    trainer, _, output = scored
+    trainer.loss_type = "dapo"
+    whole = output["advantages"].unsqueeze(1).repeat(1, output["completion_ids"].size(1))
+    first, second = whole.clone(), whole.clone()
+    first[:, 2:], second[:, :2] = 0, 0
+    parts = [loss_and_gradients(trainer, {**output, "advantages": part})[1] for part in (first, second)]
+    _, together = loss_and_gradients(trainer, {**output, "advantages": whole})
+    assert all(max(gradient.abs().max() for gradient in part.values()) > 1e-6 for part in parts)
+    for name, gradient in together.items():
+        torch.testing.assert_close(parts[0][name] + parts[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_scoring_trained_positions_only_changes_nothing_but_work(scored, monkeypatch):
+    """`_use_triton` in `trl.trainer.utils` decides whether prompts are projected, and only that."""
+    trainer, _, output = scored
+    projected = []
+    original = trl.trainer.utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden_states, *args):
+            projected.append(len(hidden_states))
+            return original.apply(hidden_states, *args)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", _use_triton)
+    assert not _use_triton(torch.device("cpu"))
+    loss, gradients = loss_and_gradients(trainer, output)
+    score_trained_positions_only()  # undone by `monkeypatch`, which keeps the value from before
+    same_loss, same_gradients = loss_and_gradients(trainer, output)
+    assert projected[1] == output["completion_mask"].sum() < projected[0]
+    torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_trainer_state_is_written_last(model, tmp_path, monkeypatch):
+    """A checkpoint with a `trainer_state.json` is complete."""
+    present = []
+    write = TrainerState.save_to_json
+
+    def save_to_json(self, json_path):
+        present.append({path.name for path in Path(json_path).parent.iterdir()})
+        write(self, json_path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", save_to_json)
+    trainer = make(model, tmp_path, evenness, save_strategy="steps", save_steps=1)
+    trainer.train()
+    files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= files
+    assert present[0] == files - {"trainer_state.json"}
+
+
+def test_buffered_rollouts_can_be_saved_as_tensors(model, tmp_path):
+    """What later steps still train on is a list of dicts of tensors or None, one a slice; `_step` counts slices."""
+    trainer = make(model, tmp_path, steps_per_generation=2)
+    trainer.train()
+    assert trainer._step == 1
+    assert len(trainer._buffered_inputs) == 2
+    for rollouts in trainer._buffered_inputs:
+        assert {"prompt_ids", "completion_ids", "advantages", "tool_mask", "old_per_token_logps"} <= rollouts.keys()
+        assert all(value is None or isinstance(value, torch.Tensor) for value in rollouts.values())

@@ -1,0 +1,101 @@
+"""
+Trains three steps with scripted generations and saves what each step computed.
+
+Usage: `python two_ranks.py OUT MODEL SCALE_REWARDS`, alone or under `torch.distributed.run`. Two ranks with one
+transfer block each have to do what one rank does with two.
+"""
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from models import evenness, hash_embedder, problems
+
+from trl_sgpo import SGPOConfig, SGPOTrainer
+from trl_sgpo.bank import StrategyBank
+
+
+def scripted(trainer, prompt_ids, images, fields, num_generations):
+    """Tokens that depend on a context and on how often it occurred among those of its batch, and an end token."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    answers = []
+    for ids in map(tuple, prompt_ids):
+        seen[ids] += 1
+        rng = random.Random(f"{ids} {seen[ids]}")
+        answers.append([*(rng.randrange(3, 259) for _ in range(rng.randrange(4, 10))), 0])
+    return answers, None
+
+
+class Recording(SGPOTrainer):
+    """Keeps each row's advantages token by token, before rows are shuffled."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        lengths = output["completion_mask"].sum(1).tolist()
+        self.rows += [
+            {
+                "step": self.state.global_step,
+                "prompt": row["prompt"][0]["content"],
+                "source": row["rollout"].source,
+                "strategy": row["rollout"].strategy.text,
+                "advantages": advantages[:length].tolist(),
+                "retrieved": "quoted" in self.processing_class.decode(prompt),
+            }
+            for row, advantages, length, prompt in zip(
+                inputs, output["advantages"], lengths, output["prompt_ids"], strict=True
+            )
+        ]
+        return output
+
+
+def main(directory: Path, model: str, scale_rewards: str) -> None:
+    SGPOTrainer._generate_single_turn = scripted
+    ranks = torch.distributed.is_torchelastic_launched() + 1
+    args = SGPOConfig(
+        str(directory / "run"),
+        per_device_train_batch_size=16 // ranks,
+        num_generations=4,
+        max_strategy_length=12,
+        max_completion_length=12,
+        max_steps=3,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        scale_rewards=scale_rewards,
+        bank_min_lift=-1.0,
+        save_strategy="steps",
+        save_steps=3,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        bf16=False,
+    )
+    bank = StrategyBank(directory / "bank", hash_embedder) if args.process_index == 0 else None
+    trainer = Recording(model=model, reward_funcs=evenness, args=args, train_dataset=problems(), strategy_bank=bank)
+    trainer.rows = []
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    rows = gather_object(trainer.rows)
+    if bank is not None:
+        torch.save(
+            {
+                "ranks": trainer.accelerator.num_processes,
+                "rows": rows,
+                "steps": {
+                    name: parameter.detach() - before[name] for name, parameter in trainer.model.named_parameters()
+                },
+                "bank": {s.id: (s.successes, s.trials, s.lift, s.step) for s in bank.strategies()},
+                "logs": trainer.state.log_history,
+                "checkpoint": sorted(path.name for path in (directory / "run" / "checkpoint-3").iterdir()),
+            },
+            directory / "result.pt",
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
