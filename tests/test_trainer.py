@@ -362,24 +362,21 @@ def test_row_layout(make, monkeypatch, tmp_path, model, plain_model, chat):
         assert rollout.execution == f"done {index}"
         assert tok.decode(rollout.execution_ids) == f"done {index}<|im_end|>"
         assert completion[-len(rollout.execution_ids) :] == rollout.execution_ids
+        before = completion[: -len(rollout.execution_ids)]
+        assert tok.decode(before).startswith(f"{rollout.strategy.text}<|im_end|>")
+        assert trainer.args.execution_prompt in tok.decode(before)
+        assert prompt + tok.decode(before) == script.contexts[index]
+        assert "alpha" not in prompt
+        trained = tok.decode([token for token, flag in zip(completion, mask, strict=True) if flag])
         if rollout.source == "own":
             assert Script.word(question) in rollout.strategy.text
-            trained = tok.decode([token for token, flag in zip(completion, mask, strict=True) if flag])
-            masked = tok.decode([token for token, flag in zip(completion, mask, strict=True) if not flag])
             assert trained == f"{rollout.strategy.text}<|im_end|>done {index}<|im_end|>"
-            assert trainer.args.execution_prompt in masked
-            assert "alpha" not in prompt + masked and "omega" not in prompt + masked
             assert sum(mask[: rollout.strategy_length]) == rollout.strategy_length
             assert tok.decode(completion[: rollout.strategy_length]) == f"{rollout.strategy.text}<|im_end|>"
-            assert prompt + tok.decode(completion[: -len(rollout.execution_ids)]) == script.contexts[index]
         else:
             assert rollout.strategy_length == 0
-            assert mask == [1] * length
-            assert completion == rollout.execution_ids
-            assert prompt == script.contexts[index]
-            assert f"{rollout.strategy.text}<|im_end|>" in prompt
+            assert trained == f"done {index}<|im_end|>"
             assert Script.word(question) not in rollout.strategy.text
-            assert trainer.args.execution_prompt in prompt
     assert all("bankish" in rows[index]["rollout"].strategy.text for index in (4, 9))
     # An execution request follows the strategy exactly once: no doubled end of turn
     assert all("<|im_end|><|im_end|>" not in context for context in script.contexts)

@@ -11,7 +11,7 @@ from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import _use_triton
 
-from trl_sgpo.sgpo_trainer import score_trained_positions_only
+from trl_sgpo.sgpo_trainer import _without_padding, score_trained_positions_only
 
 
 LOSS_TYPES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
@@ -146,6 +146,28 @@ def test_token_advantages_credit_tokens(scored):
     assert all(max(gradient.abs().max() for gradient in part.values()) > 1e-6 for part in parts)
     for name, gradient in together.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_cutting_off_padding_changes_nothing_but_work(scored, loss_type):
+    """Columns that are padding in all rows of a micro-batch carry nothing: loss and gradients stay."""
+    trainer, _, output = scored
+    trainer.loss_type = loss_type
+    length = output["completion_ids"].size(1)
+    per_token = output["advantages"].unsqueeze(1).repeat(1, length)
+    output = {**output, "advantages": per_token, "old_per_token_logps": torch.full((4, length), -5.0)}
+    padded = dict(output)
+    for key in ("prompt_ids", "prompt_mask"):
+        padded[key] = torch.nn.functional.pad(output[key], (3, 0))
+    for key in ("completion_ids", "completion_mask", "tool_mask", "advantages", "old_per_token_logps"):
+        padded[key] = torch.nn.functional.pad(output[key], (0, 5))
+    cut = _without_padding(padded)
+    shapes = {key: value.shape for key, value in cut.items()}
+    assert shapes == {key: value.shape for key, value in output.items()}
+    loss, gradients = loss_and_gradients(trainer, padded)
+    same_loss, same_gradients = loss_and_gradients(trainer, cut)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_scoring_trained_positions_only_changes_nothing_but_work(scored, monkeypatch):

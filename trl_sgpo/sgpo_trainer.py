@@ -475,6 +475,10 @@ class SGPOTrainer(GRPOTrainer):
         bank.clear()
         self.starts_with_empty_bank = False
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cuts off columns that are padding in all rows of this micro-batch: TRL pads to the longest of all rows."""
+        return super().compute_loss(model, _without_padding(inputs), return_outputs, num_items_in_batch)
+
     def note_found(self, strategies: list[Strategy]) -> None:
         """Adds strategies to those the next [`~SGPOTrainer.commit_bank`] stores."""
         self._found += strategies
@@ -600,6 +604,19 @@ def _refuse_unsupported(
         images = {"image", "images"} & set(dataset.column_names)
         if images:
             raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+
+
+def _without_padding(inputs: dict[str, Any]) -> dict[str, Any]:
+    prompt, completion = inputs["prompt_mask"].any(dim=0).nonzero(), inputs["completion_mask"].any(dim=0).nonzero()
+    if len(prompt) == 0 or len(completion) == 0:
+        return inputs
+    start, stop = int(prompt[0]), int(completion[-1]) + 1
+    length = inputs["completion_mask"].size(1)
+    cut = {key: inputs[key][:, start:] for key in ("prompt_ids", "prompt_mask")}
+    for key, value in inputs.items():
+        if key not in cut and isinstance(value, torch.Tensor) and value.dim() == 2 and value.size(1) == length:
+            cut[key] = value[:, :stop]
+    return {**inputs, **cut}
 
 
 def score_trained_positions_only() -> None:
