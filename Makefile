@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build has no CUDA packages. On a machine with a GPU: make install TORCH=torch
+# Pinned for repeatable figures. For the newest build: make install TORCH=torch
 TORCH ?= torch==2.13.0
 
 .PHONY: install quickstart test lint

@@ -180,7 +180,7 @@ class TestRuns:
         assert (output / "model.safetensors").is_file() and (output / "README.md").is_file()
         assert list((output / "completions").glob("*.parquet"))
         report = json.loads((output / "report.json").read_text())
-        assert report["before"]["problems"] == report["after"]["problems"] == 4
+        assert report["before"]["greedy"]["problems"] == report["after"]["sampled"]["problems"] == 4
         assert "strategy transfer score" in done.stdout
 
     def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path) -> None:

@@ -854,3 +854,22 @@ def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
     everything = {problem_id(prompt) for prompt in problems(8, 1)["prompt"]}
     assert [set(sum(epoch, ())) for epoch in epochs] == [everything, everything]
     assert {frozenset(block) for block in epochs[0]} != {frozenset(block) for block in epochs[1]}
+
+
+def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):
+    """As vLLM returns them: each token's with its token, 0 for tokens that were not sampled in the row."""
+    generate = SGPOTrainer._generate_single_turn
+
+    def with_logprobs(trainer, prompt_ids, images, fields, num_generations):
+        assert num_generations == 1
+        ids, _ = generate(trainer, prompt_ids, images, fields, num_generations)
+        return ids, [[-float(token + 1) for token in row] for row in ids]
+
+    monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", with_logprobs)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    make(max_steps=1).train()
+    ((_, output),) = sgpo
+    trained = (output["completion_mask"] * output["tool_mask"]).bool()
+    expected = torch.where(trained, -(output["completion_ids"].float() + 1), 0.0)
+    assert torch.equal(output["sampling_per_token_logps"], expected)
+    assert trained.any(dim=1).all()

@@ -375,16 +375,19 @@ class SGPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def execute_blocks(
-        self, rows: list[dict[str, Any]], geometry: BlockGeometry
+        self, rows: list[dict[str, Any]], geometry: BlockGeometry, greedy: bool = True
     ) -> tuple[list[Rollout], torch.Tensor]:
         """
-        Greedy rollouts of whole blocks outside training, for measuring transfer. Nothing is logged or stored.
+        Rollouts of whole blocks outside training, for measuring transfer, with transformers generation. Nothing is
+        logged or stored, and training's random numbers stay as they are.
 
         Args:
             rows (`list[dict]`):
                 Problems in block order, one class a block.
             geometry ([`~trl_sgpo.transfer.BlockGeometry`]):
                 Shape of the blocks.
+            greedy (`bool`, *optional*, defaults to `True`):
+                Whether to decode greedily. If `False`, rollouts are sampled as in training, seeded with `args.seed`.
 
         Returns:
             `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
@@ -397,11 +400,13 @@ class SGPOTrainer(GRPOTrainer):
         training, sampling = self.model.training, self.generation_config.do_sample
         logs, metrics = dict(self._pending_extra_logs), dict(self._pending_metrics)
         self.model.eval()
-        self.generation_config.do_sample = False
+        self.generation_config.do_sample = not greedy
         try:
             repeated = [dict(row) for row in rows for _ in range(geometry.executions)]
             prompts = [row["prompt"] for row in repeated]
-            rollouts = two_phase_rollout(prompts, self)["rollout"]
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)
+                rollouts = two_phase_rollout(prompts, self)["rollout"]
             rewards = self._verify(repeated, prompts, rollouts)
         finally:
             self.model.train(training)

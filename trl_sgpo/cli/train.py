@@ -93,7 +93,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
     )
-    reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1
+    reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1 and not training.use_vllm
     unseen = data[script.dataset_test_split] if reports else None
     before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -101,8 +101,8 @@ def train(recipe: Recipe) -> SGPOTrainer:
     trainer.create_model_card(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
     if before is not None:
-        after = measure_transfer(trainer, unseen, script.report_problems)
-        report = {"before": before.to_dict(), "after": after.to_dict()}
+        after = _measure(trainer, unseen, script.report_problems)
+        report = {"before": _to_json(before), "after": _to_json(after)}
         Path(training.output_dir, "report.json").write_text(json.dumps(report, indent=2))
         print_report(trainer, before, after, recipe)
     if training.push_to_hub:
@@ -180,36 +180,48 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkpoint: str | None) -> TransferScore:
+Scores = dict[str, TransferScore]
+
+
+def _to_json(scores: Scores) -> dict[str, Any]:
+    return {decoding: score.to_dict() for decoding, score in scores.items()}
+
+
+def _measure(trainer: SGPOTrainer, unseen: Dataset, problems: int) -> Scores:
+    return {
+        "sampled": measure_transfer(trainer, unseen, problems, greedy=False),
+        "greedy": measure_transfer(trainer, unseen, problems),
+    }
+
+
+def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkpoint: str | None) -> Scores:
     path = Path(trainer.args.output_dir) / "before.json"
     if checkpoint is not None and path.is_file():
-        return TransferScore(**json.loads(path.read_text()))
+        return {decoding: TransferScore(**score) for decoding, score in json.loads(path.read_text()).items()}
     trainer.set_aside_old_bank()
     print(f"Measuring on up to {problems} unseen problems before training …")
-    score = measure_transfer(trainer, unseen, problems)
-    path.write_text(json.dumps(score.to_dict()))
-    return score
+    scores = _measure(trainer, unseen, problems)
+    path.write_text(json.dumps(_to_json(scores)))
+    return scores
 
 
-def print_report(trainer: SGPOTrainer, before: TransferScore, after: TransferScore, recipe: Recipe) -> None:
+def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
     """Prints accuracy and transfer before and after training, strategies from the bank, and what to run next."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{after.problems} unseen problems, greedy, with 95% intervals")
+    table = Table(title=f"{after['greedy'].problems} unseen problems, with 95% intervals")
     for name in ("", "before", "after"):
         table.add_column(name)
-    table.add_row(
-        "accuracy with own strategy",
-        _with_interval(before.accuracy, before.problems),
-        _with_interval(after.accuracy, after.problems),
-    )
-    table.add_row(
-        "strategy transfer score",
-        _with_interval(before.transfer, before.transfers),
-        _with_interval(after.transfer, after.transfers),
-    )
+    for decoding in ("sampled", "greedy"):
+        scores = (before[decoding], after[decoding])
+        table.add_row(
+            f"accuracy with own strategy, {decoding}", *(_with_interval(s.accuracy, s.problems) for s in scores)
+        )
+        table.add_row(
+            f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.transfers) for s in scores)
+        )
     console.print(table)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
     if len(correct) >= 4:

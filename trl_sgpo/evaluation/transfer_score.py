@@ -100,9 +100,11 @@ def select_blocks(dataset: "Dataset", class_column: str, size: int, limit: int, 
     return chosen
 
 
-def measure_transfer(trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int) -> TransferScore:
+def measure_transfer(
+    trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int, greedy: bool = True
+) -> TransferScore:
     """
-    Writes one strategy a problem, greedily, and executes it on every problem of its block.
+    Writes one strategy a problem and executes it on every problem of its block.
 
     Args:
         trainer ([`SGPOTrainer`]):
@@ -111,6 +113,8 @@ def measure_transfer(trainer: "SGPOTrainer", dataset: "Dataset", num_problems: i
             Problems not trained on.
         num_problems (`int`):
             How many to measure.
+        greedy (`bool`, *optional*, defaults to `True`):
+            Whether to decode greedily. If `False`, as in training, which is what training optimises.
 
     Returns:
         [`TransferScore`]
@@ -123,7 +127,7 @@ def measure_transfer(trainer: "SGPOTrainer", dataset: "Dataset", num_problems: i
     on_own, on_siblings = [], []
     for start in range(0, len(chosen), at_once):
         rows = [dataset[index] for index in chosen[start : start + at_once]]
-        _, outcomes = trainer.execute_blocks(rows, geometry)
+        _, outcomes = trainer.execute_blocks(rows, geometry, greedy)
         for matrix in outcome_matrix(outcomes, geometry).nan_to_num(0.0).clamp(0, 1).tolist():
             on_own += [matrix[i][i] for i in range(K)]
             on_siblings += [matrix[s][x] for s in range(K) for x in range(K) if s != x]
