@@ -102,7 +102,7 @@ def _trainer(arm: str, recipe: Recipe) -> Any:
         trainer = GRPOTrainer(args=GRPOConfig(**(settings | shared)), **common)
         if trainer.accelerator.device.type == "cpu":
             score_trained_positions_only()  # SGPO's remedy for TRL on CPUs is given to both
-    trainer.generation_config.eos_token_id = None
+    trainer.generation_config.suppress_tokens = trainer.eos_token_ids
     if arm == "sgpo" and trainer.strategy_bank is not None:
         trainer.add_callback(_NewStrategies(trainer))
     return trainer
