@@ -110,6 +110,8 @@ class TestMessages:
         rows = [{"prompt": f"What is {i}?", "solution": str(i), "problem_class": f"class-{i}"} for i in range(6)]
         data = tmp_path / "lonely.jsonl"
         data.write_text("\n".join(json.dumps(row) for row in rows))
+        content = yaml.safe_load(recipe.read_text()) | {"datasets": [{"path": "reasoning_gym/gcd", "split": "train"}]}
+        recipe.write_text(yaml.safe_dump(content))
         assert main(["train", "--config", str(recipe), "--dataset_name", str(data)]) == 2
         assert "transfer_block_size" in capsys.readouterr().err
 

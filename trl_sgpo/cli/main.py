@@ -1,6 +1,8 @@
 """Entry point of `trl-sgpo`: finds the command and turns errors a user can act on into one line."""
 
+import logging
 import sys
+import warnings
 from importlib import import_module
 
 from .._version import __version__
@@ -47,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sgpo: error: no command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    # What dependencies say to their own developers would bury what a user has to read
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return import_module(f"trl_sgpo.cli.{argv[0]}").main(argv[1:])
     except SGPOError as error:

@@ -119,6 +119,8 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
         raise ConfigError(str(error)) from error
     launch = _check_launch(from_file + from_command_line, parser)
     script, training, model, mixture = parts
+    if "--dataset_name" in argv:
+        mixture.datasets = []  # overrides win, also over a recipe's mixture
     if training.trust_remote_code:
         raise ConfigError("`trust_remote_code` is refused: it would run code from the model's repository.")
     leftover = list(from_command_line)
