@@ -32,7 +32,7 @@ def run(directory, *command):
         [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=directory, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return torch.load(directory / "result.pt")
+    return torch.load(directory / "result.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module", params=["group", "batch"])
