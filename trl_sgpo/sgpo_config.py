@@ -53,6 +53,10 @@ class SGPOConfig(GRPOConfig):
             Whether to merge LoRA adapters into the base weights while generating, which transformers does several
             times faster that way. The base weights are restored bit by bit from a copy in host memory. Has no effect
             on quantized or sharded models and with vLLM.
+        share_prompts (`bool`, *optional*, defaults to `True`):
+            Whether training reads the prompt of a problem once for all its rows in a forward pass. Has no effect with
+            attention implementations other than `"sdpa"` and `"eager"`, on models that are recurrent, slide their
+            attention within a row or add a router loss, and where rows are so long that it would cost more.
 
         > Parameters that control rewards and credit
 
@@ -147,6 +151,10 @@ class SGPOConfig(GRPOConfig):
     merge_adapters: bool = field(
         default=True,
         metadata={"help": "Whether to merge LoRA adapters into the base weights while generating."},
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Whether training reads the prompt of a problem once for all its rows in a forward pass."},
     )
 
     # Parameters that control rewards and credit

@@ -10,10 +10,13 @@
    `advantages.py`).
 5. Bank: strategies are retrieved before the first phase and stored after the optimizer step (`bank/`); checkpoints
    hold the bank as of their step, and the rollouts still to be trained on.
+6. Speed: rows of a problem are trained side by side, their prompt is read once, and only trained tokens are scored
+   (`_prepare_inputs`, `_get_per_token_logps_and_entropies`, `shared_prompts.py`).
 
 In evaluation each row writes and executes its own strategy, and nothing is written to the bank.
 """
 
+import inspect
 import math
 import os
 from dataclasses import replace
@@ -33,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.trainer.utils import get_config_model_id, nanstd
+from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 
 from . import advantages as credit
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
@@ -45,6 +48,7 @@ from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
 from .sgpo_config import SGPOConfig
+from .shared_prompts import SharedPrompts, is_cheaper, share_prompts
 from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 
 
@@ -115,6 +119,7 @@ class SGPOTrainer(GRPOTrainer):
     _paper: ClassVar[dict[str, str]] = {}
 
     args: SGPOConfig
+    _buffered_inputs: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -169,7 +174,9 @@ class SGPOTrainer(GRPOTrainer):
         self.rollout_batch = RolloutBatch([], self.geometry)
         self.base_weights: list[torch.Tensor] | None = None
         self.merges_adapters = self._can_merge_adapters()
+        self.shares_prompts = self._can_share_prompts()
         self._row_advantages: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._trained_tokens: torch.Tensor | None = None
         self._found: list[Strategy] = []
         self._observed: list[Outcome] = []
         self.add_callback(StrategyBankCallback(self))
@@ -189,6 +196,21 @@ class SGPOTrainer(GRPOTrainer):
         return all(
             config.peft_type == PeftType.LORA and not config.target_parameters and not config.lora_bias
             for config in configs
+        )
+
+    def _can_share_prompts(self) -> bool:
+        """Whether the model takes a mask that hides completions from each other, and positions that start again."""
+        config = self.model.config.get_text_config()
+        settings = vars(config)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return (
+            self.args.share_prompts
+            and config._attn_implementation in ("sdpa", "eager")
+            and "position_ids" in inspect.signature(base.forward).parameters
+            and set(settings.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
+            and not settings.get("alibi")
+            and not base._is_stateful
+            and not self.aux_loss_enabled  # TRL reads the mask to count each row's tokens
         )
 
     # 1. Sampling
@@ -480,10 +502,6 @@ class SGPOTrainer(GRPOTrainer):
         bank.clear()
         self.starts_with_empty_bank = False
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cuts off columns that are padding in all rows of this micro-batch: TRL pads to the longest of all rows."""
-        return super().compute_loss(model, _without_padding(inputs), return_outputs, num_items_in_batch)
-
     def note_found(self, strategies: list[Strategy]) -> None:
         """Adds strategies to those the next [`~SGPOTrainer.commit_bank`] stores."""
         self._found += strategies
@@ -493,6 +511,30 @@ class SGPOTrainer(GRPOTrainer):
         if self.strategy_bank is not None and (self._found or self._observed):
             self.strategy_bank.record(self._found, self._observed)
         self._found, self._observed = [], []
+
+    # 6. Speed
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = problems_together(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = _without_padding(inputs)
+        self._trained_tokens = inputs["completion_mask"] * inputs["tool_mask"]
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._trained_tokens = None
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        scorer = _RowScorer(self, model, input_ids.size(1) - logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -527,7 +569,7 @@ class SGPOTrainer(GRPOTrainer):
             self._step = int(file.metadata()["step"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if tensors:
-            self._buffered_inputs: list[dict[str, Any]] = [{} for _ in range(self.args.steps_per_generation)]
+            self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
             for name, tensor in tensors.items():
                 index, key = name.split(".", 1)
                 self._buffered_inputs[int(index)][key] = tensor
@@ -609,6 +651,79 @@ def _refuse_unsupported(
         images = {"image", "images"} & set(dataset.column_names)
         if images:
             raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+
+
+def problems_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Moves rows with the same prompt next to each other, problems in the order of their first rows.
+
+    TRL shuffles the rows of a generation batch, so those of a problem would be trained in different micro-batches.
+
+    Args:
+        batches (`list[dict]`):
+            Micro-batches of equal size. Values are tensors with a row each, 0-dimensional tensors or `None`.
+
+    Returns:
+        `list[dict]`: Micro-batches of the same size.
+    """
+    prompts = torch.cat([batch["prompt_ids"] for batch in batches])
+    problem = torch.unique(prompts, dim=0, return_inverse=True)[1]
+    position = torch.arange(len(problem), device=problem.device)
+    first = torch.full_like(position, len(problem)).scatter_reduce(0, problem, position, "amin")
+    order = torch.argsort(first[problem], stable=True)
+    rows = {
+        key: value if value is None or value.dim() == 0 else torch.cat([batch[key] for batch in batches])[order]
+        for key, value in batches[0].items()
+    }
+    return split_tensor_dict(rows, len(batches))
+
+
+class _RowScorer:
+    """
+    Stands in for a model where TRL scores completions: reads the prompt of consecutive rows once, and projects only
+    tokens that are trained onto the vocabulary. What it returns is what the model would.
+    """
+
+    def __init__(self, trainer: SGPOTrainer, model: Any, prompt_width: int):
+        self.trainer, self.model, self.prompt_width = trainer, model, prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any):
+        trained = self.trainer._trained_tokens
+        if trained is not None:
+            labels = torch.cat(
+                [labels[:, : self.prompt_width], labels[:, self.prompt_width :].masked_fill(trained == 0, -100)], dim=1
+            )
+        shared = self._shared(input_ids, attention_mask) if self.trainer.shares_prompts else None
+        if shared is None:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        outputs = self.model(
+            input_ids=shared.input_ids,
+            attention_mask=self._for_attention(shared.attention_mask),
+            position_ids=shared.position_ids,
+            shift_labels=shared.next_labels(labels),
+            **kwargs,
+        )
+        log_probs, entropy = outputs.log_probs, outputs.entropy
+        return replace(
+            outputs,
+            log_probs=shared.to_rows(log_probs)[:, :-1],
+            entropy=None if entropy is None else shared.to_rows(entropy)[:, :-1],
+        )
+
+    def _shared(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SharedPrompts | None:
+        """The layout, unless rows are cheaper apart or attention would have to slide within a row."""
+        config = self.trainer.model.config.get_text_config()
+        window = vars(config).get("sliding_window")
+        if window is not None and int(attention_mask.sum(dim=1).max()) > window:
+            return None
+        shared = share_prompts(input_ids, attention_mask, self.prompt_width)
+        return shared if is_cheaper(shared, config.hidden_size) else None
+
+    def _for_attention(self, visible: torch.Tensor) -> torch.Tensor:
+        if self.trainer.model.config.get_text_config()._attn_implementation != "eager":
+            return visible
+        dtype = self.trainer.model.get_input_embeddings().weight.dtype  # eager attention adds the mask
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _without_padding(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,193 @@
+"""Rows that share a prompt: the same log-probabilities, entropies and gradients as rows apart."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ARCHITECTURES, evenness, problems, save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from trl_sgpo import SGPOConfig, SGPOTrainer
+from trl_sgpo.sgpo_trainer import problems_together
+from trl_sgpo.shared_prompts import is_cheaper, share_prompts
+
+
+token = st.integers(3, 250)
+group = st.tuples(
+    st.lists(token, min_size=1, max_size=5),
+    st.lists(st.lists(token, max_size=4), min_size=1, max_size=4),
+)
+
+
+def padded(groups):
+    """Rows of all groups as TRL has them: prompts padded on the left, completions on the right."""
+    rows = [(prompt, completion) for prompt, completions in groups for completion in completions]
+    P, T = (max(len(row[part]) for row in rows) for part in (0, 1))
+    ids = [[2] * (P - len(p)) + p + c + [2] * (T - len(c)) for p, c in rows]
+    mask = [[0] * (P - len(p)) + [1] * (len(p) + len(c)) + [0] * (T - len(c)) for p, c in rows]
+    return torch.tensor(ids), torch.tensor(mask), P
+
+
+@given(st.lists(group, min_size=1, max_size=4))
+def test_each_token_sees_its_row(groups):
+    """A token sees exactly the tokens that stand before it in its row, each at its own position."""
+    ids, mask, width = padded(groups)
+    shared = share_prompts(ids, mask, width)
+    rows = [prompt + completion for prompt, completions in groups for completion in completions]
+    owners = [row for row, completion in enumerate(rows)]
+    for n, source in enumerate(shared.source.tolist()):
+        for i, place in enumerate(source):
+            if place < 0:
+                continue
+            row, column = divmod(place, ids.size(1))
+            position = int(shared.position_ids[n, i])
+            seen = shared.attention_mask[n, 0, i].nonzero().flatten().tolist()
+            assert [int(shared.input_ids[n, j]) for j in seen] == rows[owners[row]][: position + 1]
+            assert [int(shared.position_ids[n, j]) for j in seen] == list(range(position + 1))
+            assert column == width - len(groups_prompt(groups, row)) + position
+
+
+def groups_prompt(groups, row):
+    prompts = [prompt for prompt, completions in groups for _ in completions]
+    return prompts[row]
+
+
+@given(st.lists(group, min_size=1, max_size=4))
+def test_labels_and_values_find_their_places(groups):
+    """Every completion token is predicted exactly once, and what is said of it returns to its place."""
+    ids, mask, width = padded(groups)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :width] = -100
+    shared = share_prompts(ids, mask, width)
+    predicted = shared.next_labels(labels)
+    back = shared.to_rows(torch.where(predicted == -100, 0, predicted))[:, :-1]
+    assert torch.equal(back, torch.where(labels == -100, 0, labels)[:, 1:])
+    assert (predicted != -100).sum() == (labels != -100).sum()
+
+
+@given(st.lists(group, min_size=1, max_size=4))
+def test_prompts_are_read_once(groups):
+    """Consecutive rows with one prompt make one sequence, which holds the prompt once and a token more a row."""
+    ids, mask, width = padded(groups)
+    shared = share_prompts(ids, mask, width)
+    merged: list[tuple[list[int], list[list[int]]]] = []
+    for prompt, completions in groups:
+        if merged and merged[-1][0] == prompt:
+            merged[-1][1].extend(completions)
+        else:
+            merged.append((prompt, list(completions)))
+    lengths = [len(prompt) - 1 + sum(1 + len(c) for c in completions) for prompt, completions in merged]
+    assert (shared.source >= 0).sum(dim=1).tolist() == lengths
+
+
+def test_long_rows_with_short_prompts_are_cheaper_apart():
+    prompt, completion = [5, 6], [7] * 200
+    assert not is_cheaper(share_prompts(*padded([(prompt, [completion] * 8)])), hidden_size=16)
+    assert is_cheaper(share_prompts(*padded([(completion, [prompt] * 8)])), hidden_size=16)
+
+
+def make_trainer(directory, architecture, attention=None, **settings):
+    path = save_tiny_model(directory / "model", architecture)
+    args = SGPOConfig(
+        str(directory / "out"),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        use_bank=False,
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **settings)
+    return SGPOTrainer(model, evenness, args, problems())
+
+
+@pytest.fixture(scope="module", params=[*sorted(ARCHITECTURES.keys() - {"mixtral"}), "llama-eager"])
+def trainer(request, tmp_path_factory):
+    architecture, _, attention = request.param.partition("-")
+    return make_trainer(tmp_path_factory.mktemp(request.param), architecture, attention or None)
+
+
+GROUPS = [([5, 6, 7, 8, 9], [[10, 11, 12], [13], [14, 15]]), ([20, 21, 22], [[23, 24, 25, 26], [27, 28]])]
+
+
+def scored(trainer, share, groups=GROUPS):
+    ids, mask, width = padded(groups)
+    trainer.shares_prompts = share
+    trainer.model.zero_grad()
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, ids.size(1) - width, compute_entropy=True
+    )
+    weights = torch.arange(logps.numel()).view_as(logps).cos()
+    (logps * weights).sum().backward()
+    return logps.detach(), entropies.detach(), [p.grad for p in trainer.model.parameters() if p.grad is not None]
+
+
+def test_same_scores_and_gradients_as_apart(trainer, monkeypatch):
+    assert trainer.shares_prompts
+    monkeypatch.setattr("trl_sgpo.sgpo_trainer.is_cheaper", lambda shared, hidden_size: True)
+    # Absolute positions of GPT-2 count padding where rows are apart, so each group is compared without any
+    for groups in ([GROUPS[0]], [GROUPS[1]]):
+        apart, together = scored(trainer, False, groups), scored(trainer, True, groups)
+        torch.testing.assert_close(together[:2], apart[:2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[2], apart[2], rtol=1e-3, atol=1e-5)
+    both = scored(trainer, True)[0]
+    for rows, group in ((slice(0, 3), GROUPS[0]), (slice(3, 5), GROUPS[1])):
+        alone = scored(trainer, False, [group])[0]
+        torch.testing.assert_close(both[rows, : alone.size(1)], alone, rtol=1e-4, atol=1e-5)
+
+
+def shapes_read(trainer):
+    """Shapes of what the model reads to score the groups."""
+    read = []
+    embeddings = trainer.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
+    scored(trainer, trainer.shares_prompts)
+    handle.remove()
+    return read
+
+
+APART, TOGETHER = [(5, 9)], [(2, 4 + 4 + 2 + 3)]
+
+
+def test_prompts_are_shared_where_attention_allows_it(tmp_path, monkeypatch):
+    """A window counts only where rows are longer. A router loss counts tokens by row, so rows stay as they are."""
+    monkeypatch.setattr("trl_sgpo.sgpo_trainer.is_cheaper", lambda shared, hidden_size: True)
+    assert shapes_read(make_trainer(tmp_path, "llama")) == TOGETHER
+    assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=8)) == TOGETHER
+    assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=7)) == APART
+    assert shapes_read(make_trainer(tmp_path, "mixtral")) == APART
+
+
+def test_untrained_tokens_are_not_scored(tmp_path):
+    """What the loss leaves out is not projected onto the vocabulary; what it counts is the same."""
+    trainer = make_trainer(tmp_path, "llama")
+    everything = scored(trainer, True)[0]
+    trainer._trained_tokens = torch.tensor([[1, 1, 0, 0], [0] * 4, [0, 1, 0, 0], [1, 1, 1, 1], [0] * 4])
+    some = scored(trainer, True)[0]
+    torch.testing.assert_close(some, everything * trainer._trained_tokens, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=8), st.sampled_from([1, 2, 4]))
+def test_problems_together(problem, batches):
+    """Rows of a problem become neighbours, each row stays whole, none is lost."""
+    rows = {
+        "prompt_ids": torch.tensor(problem).unsqueeze(1).expand(-1, 3),
+        "completion_ids": torch.arange(8).unsqueeze(1),
+        "advantages": torch.arange(8.0),
+        "num_items_in_batch": torch.tensor(8),
+        "old_per_token_logps": None,
+    }
+    size = 8 // batches
+    split = [
+        {k: v if v is None or v.dim() == 0 else v[i * size : (i + 1) * size] for k, v in rows.items()}
+        for i in range(batches)
+    ]
+    moved = problems_together(split)
+    assert len(moved) == batches and all(len(batch["advantages"]) == size for batch in moved)
+    order = [int(row) for batch in moved for row in batch["completion_ids"]]
+    prompts = [int(row[0]) for batch in moved for row in batch["prompt_ids"]]
+    assert sorted(order) == list(range(8))
+    assert prompts == [problem[row] for row in order] == sorted(problem, key=problem.index)
+    assert [float(row) for batch in moved for row in batch["advantages"]] == order
+    assert all(batch["num_items_in_batch"] == 8 and batch["old_per_token_logps"] is None for batch in moved)
