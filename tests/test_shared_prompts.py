@@ -8,6 +8,7 @@ from models import ARCHITECTURES, evenness, problems, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
+from trl_sgpo.rollout import _generate
 from trl_sgpo.sgpo_trainer import problems_together
 from trl_sgpo.shared_prompts import is_cheaper, share_prompts
 
@@ -33,8 +34,8 @@ def test_each_token_sees_its_row(groups):
     """A token sees exactly the tokens that stand before it in its row, each at its own position."""
     ids, mask, width = padded(groups)
     shared = share_prompts(ids, mask, width)
+    prompts = [prompt for prompt, completions in groups for _ in completions]
     rows = [prompt + completion for prompt, completions in groups for completion in completions]
-    owners = [row for row, completion in enumerate(rows)]
     for n, source in enumerate(shared.source.tolist()):
         for i, place in enumerate(source):
             if place < 0:
@@ -42,14 +43,9 @@ def test_each_token_sees_its_row(groups):
             row, column = divmod(place, ids.size(1))
             position = int(shared.position_ids[n, i])
             seen = shared.attention_mask[n, 0, i].nonzero().flatten().tolist()
-            assert [int(shared.input_ids[n, j]) for j in seen] == rows[owners[row]][: position + 1]
+            assert [int(shared.input_ids[n, j]) for j in seen] == rows[row][: position + 1]
             assert [int(shared.position_ids[n, j]) for j in seen] == list(range(position + 1))
-            assert column == width - len(groups_prompt(groups, row)) + position
-
-
-def groups_prompt(groups, row):
-    prompts = [prompt for prompt, completions in groups for _ in completions]
-    return prompts[row]
+            assert column == width - len(prompts[row]) + position
 
 
 @given(st.lists(group, min_size=1, max_size=4))
@@ -134,6 +130,25 @@ def test_same_scores_and_gradients_as_apart(trainer, monkeypatch):
     for rows, group in ((slice(0, 3), GROUPS[0]), (slice(3, 5), GROUPS[1])):
         alone = scored(trainer, False, [group])[0]
         torch.testing.assert_close(both[rows, : alone.size(1)], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7, 8], [20, 21]], [[5], [20, 21]]])
+def test_same_generation_as_apart(trainer, prompts):
+    """Greedy completions are those of rows read apart; the requests are read once, unless one has nothing to share."""
+    requests = [prompts[0], prompts[0], prompts[1], prompts[0]]
+    contexts = [request + rest for request, rest in zip(requests, [[9], [], [30, 31, 32], [40, 41]], strict=True)]
+    trainer.generation_config.do_sample = False
+    trainer.reads_requests_once = False
+    apart = _generate(trainer, contexts, requests, 6, "test")
+    trainer.reads_requests_once = True
+    read = []
+    embeddings = trainer.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
+    together = _generate(trainer, contexts, requests, 6, "test")
+    handle.remove()
+    assert together == apart
+    assert read[:2] == ([(2, 3), (4, 4)] if len(prompts[0]) > 1 else [(4, 5), (4, 1)])
+    assert "generate" not in vars(trainer.model)
 
 
 def shapes_read(trainer):

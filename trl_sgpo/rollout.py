@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 from trl.data_utils import is_conversational
 
 from .prompts import (
@@ -25,6 +26,7 @@ from .prompts import (
     problem_text,
     strategy_prompt,
 )
+from .shared_prompts import within_window
 from .transfer import BlockGeometry
 
 
@@ -158,7 +160,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
 
     with merged_adapters(trainer):
         phase_one = [ids for ids in request_ids for _ in range(geometry.own)]
-        generated, logprobs = _generate(trainer, phase_one, args.max_strategy_length, "strategies")
+        generated, logprobs = _generate(trainer, phase_one, phase_one, args.max_strategy_length, "strategies")
         written = _read_strategies(generated, logprobs, trainer)
 
         # Row order is problem by problem, strategy by strategy: `transfer.outcome_matrix` relies on it
@@ -173,7 +175,10 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
             request_ids[position] + ids + _turn(ids, bridge_ids)
             for (position, _), (_, ids, _, _, _) in zip(plan, sources, strict=True)
         ]
-        executions, execution_logprobs = _generate(trainer, contexts, args.max_completion_length, "executions")
+        begun_by = [request_ids[position] for position, _ in plan]
+        executions, execution_logprobs = _generate(
+            trainer, contexts, begun_by, args.max_completion_length, "executions"
+        )
 
     executions = [ids or [tokenizer.eos_token_id] for ids in executions]
     texts = tokenizer.batch_decode(executions, skip_special_tokens=True)
@@ -234,10 +239,12 @@ def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
 
 
 def _generate(
-    trainer: "SGPOTrainer", prompt_ids: list[list[int]], max_new_tokens: int, phase: str
+    trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], max_new_tokens: int, phase: str
 ) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Continues each prompt, which begins with the request beside it."""
     with (
         _max_new_tokens(trainer, max_new_tokens),
+        _requests_read_once(trainer, requests),
         _contiguous_head_input(trainer),
         _progress(trainer, len(prompt_ids), max_new_tokens, phase),
     ):
@@ -261,6 +268,62 @@ def _max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
             yield
         finally:
             trainer.generation_config.max_new_tokens = before
+
+
+def _left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = [[padding] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextmanager
+def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> Iterator[None]:
+    """
+    Reads the request of a problem once for all rows that begin with it, and continues from its keys and values.
+
+    Everything but a request's last token is read ahead: generation needs a token to start from.
+    """
+    if not trainer.reads_requests_once:
+        yield
+        return
+    model, padding = trainer.model, trainer.processing_class.pad_token_id
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = list(dict.fromkeys(tuple(request[:-1]) for request in requests))
+    row_head = {head: index for index, head in enumerate(heads)}
+    generate = model.generate
+
+    def generate_after_heads(input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        device = input_ids.device
+        longest = len(max(heads, key=len)) + input_ids.size(1) + trainer.generation_config.max_new_tokens
+        if not all(heads) or not within_window(base.config, longest):
+            return generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        rests = [
+            ids[mask.bool()].tolist()[len(request) - 1 :]
+            for ids, mask, request in zip(input_ids.cpu(), attention_mask.cpu(), requests, strict=True)
+        ]
+        head_ids, head_mask = _left_padded(list(map(list, heads)), padding, device)
+        rest_ids, rest_mask = _left_padded(rests, padding, device)
+        rows = torch.tensor([row_head[tuple(request[:-1])] for request in requests], device=device)
+        cache = DynamicCache(config=base.config.get_text_config())
+        base.get_decoder()(
+            input_ids=head_ids,
+            attention_mask=head_mask,
+            position_ids=(head_mask.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_select_indices(rows)
+        ids = torch.cat([head_ids[rows], rest_ids], dim=1)
+        mask = torch.cat([head_mask[rows], rest_mask], dim=1)
+        output = generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
+        return torch.cat([input_ids, output[:, ids.size(1) :]], dim=1)
+
+    model.generate = generate_after_heads
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
 from .sgpo_config import SGPOConfig
-from .shared_prompts import SharedPrompts, is_cheaper, share_prompts
+from .shared_prompts import SharedPrompts, is_cheaper, share_prompts, within_window
 from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 
 
@@ -175,6 +175,12 @@ class SGPOTrainer(GRPOTrainer):
         self.base_weights: list[torch.Tensor] | None = None
         self.merges_adapters = self._can_merge_adapters()
         self.shares_prompts = self._can_share_prompts()
+        self.reads_requests_once = self.shares_prompts and not (
+            self.use_vllm
+            or self.use_transformers_continuous_batching
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+        )
         self._row_advantages: tuple[torch.Tensor, torch.Tensor] | None = None
         self._trained_tokens: torch.Tensor | None = None
         self._found: list[Strategy] = []
@@ -713,8 +719,7 @@ class _RowScorer:
     def _shared(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SharedPrompts | None:
         """The layout, unless rows are cheaper apart or attention would have to slide within a row."""
         config = self.trainer.model.config.get_text_config()
-        window = vars(config).get("sliding_window")
-        if window is not None and int(attention_mask.sum(dim=1).max()) > window:
+        if not within_window(config, int(attention_mask.sum(dim=1).max())):
             return None
         shared = share_prompts(input_ids, attention_mask, self.prompt_width)
         return shared if is_cheaper(shared, config.hidden_size) else None

@@ -8,6 +8,7 @@ the prompt and itself. All of it is in the attention mask and the positions, so 
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -137,3 +138,9 @@ def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
         return sequences * length * (6 * hidden_size + length)
 
     return work(*shared.input_ids.shape) < work(*shared.shape)
+
+
+def within_window(config: PreTrainedConfig, length: int) -> bool:
+    """Whether a row of this length is seen whole by every layer, so that no attention slides within it."""
+    window = vars(config.get_text_config()).get("sliding_window")
+    return window is None or length <= window
