@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,12 @@ def loss_and_gradients(trainer, batch):
         ("_tokenize_prompts", ["self", "prompts"]),
         ("_log_completion_extra", ["self", "column", "values"]),
         ("_log_metric", ["self", "name", "value"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("compute_loss", ["self", "model", "inputs"]),
+        (
+            "_get_per_token_logps_and_entropies",
+            ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+        ),
         ("_save", ["self", "output_dir", "state_dict"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
@@ -191,6 +198,37 @@ def test_scoring_trained_positions_only_changes_nothing_but_work(scored, monkeyp
     assert projected[1] == output["completion_mask"].sum() < projected[0]
     torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stand_in_for_the_model_can_score(scored):
+    """Scoring calls its model by keywords and reads two fields of what it returns; the loss has no other use of it."""
+    trainer, _, output = scored
+    seen = []
+
+    def stand_in(**inputs):
+        seen.append(inputs)
+        outputs = trainer.model(**inputs)
+        return SimpleNamespace(log_probs=outputs.log_probs, entropy=outputs.entropy)
+
+    loss, _ = loss_and_gradients(trainer, output)
+    assert torch.equal(trainer._compute_loss(stand_in, output).detach(), loss)
+    assert [set(inputs) for inputs in seen] == [{"input_ids", "attention_mask", "labels", "fused_lm_head"}]
+    labels = seen[0]["labels"]
+    width = output["prompt_ids"].size(1)
+    assert (labels[:, :width] == -100).all()
+    assert torch.equal(labels[:, width:] != -100, output["completion_mask"].bool())
+
+
+def test_labels_can_be_given_shifted(scored):
+    """With `shift_labels`, scores stand where their labels do."""
+    trainer, _, output = scored
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask, "fused_lm_head": True}
+    expected = trainer.model(**inputs, labels=labels).log_probs
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(trainer.model(**inputs, shift_labels=shifted).log_probs[:, :-1], expected)
 
 
 def test_trainer_state_is_written_last(model, tmp_path, monkeypatch):

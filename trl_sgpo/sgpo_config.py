@@ -54,9 +54,10 @@ class SGPOConfig(GRPOConfig):
             times faster that way. The base weights are restored bit by bit from a copy in host memory. Has no effect
             on quantized or sharded models and with vLLM.
         share_prompts (`bool`, *optional*, defaults to `True`):
-            Whether training reads the prompt of a problem once for all its rows in a forward pass. Has no effect with
-            attention implementations other than `"sdpa"` and `"eager"`, on models that are recurrent, slide their
-            attention within a row or add a router loss, and where rows are so long that it would cost more.
+            Whether the request of a problem is read once for all its rows, in a forward pass of training and in
+            generation with transformers. Has no effect with attention implementations other than `"sdpa"` and
+            `"eager"`, on models that are recurrent, slide their attention within a row or add a router loss, and, in
+            training, where rows are so long that it would cost more.
 
         > Parameters that control rewards and credit
 
@@ -154,7 +155,7 @@ class SGPOConfig(GRPOConfig):
     )
     share_prompts: bool = field(
         default=True,
-        metadata={"help": "Whether training reads the prompt of a problem once for all its rows in a forward pass."},
+        metadata={"help": "Whether the request of a problem is read once for all its rows."},
     )
 
     # Parameters that control rewards and credit

@@ -102,7 +102,7 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
     Raises:
         [`ConfigError`]: A file that cannot be read, an unknown key, a value that cannot be.
     """
-    argv = [
+    argv = [  # TRL's parser knows `--config FILE` only as two words
         part
         for argument in argv
         for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
@@ -126,11 +126,6 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
     leftover = list(from_command_line)
     own = [argument for argument in argv if not (leftover and argument == leftover[0] and leftover.pop(0))]
     return Recipe(script, training, model, mixture, path, launch, own)
-
-
-def _apart(argument: str) -> list[str]:
-    """TRL's parser knows `--config FILE` only as two words."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _check_file(argv: list[str]) -> str | None:
