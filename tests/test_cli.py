@@ -190,6 +190,13 @@ class TestRuns:
         assert done.returncode == 0, done.stderr[-2000:]
         assert (tmp_path / "run" / "model.safetensors").is_file()
 
+    def test_error_on_two_processes_is_one_line(self, recipe: Path) -> None:
+        """What only the processes find out ends them with its message, not with the launcher's traceback."""
+        done = run("train", "--config", str(recipe), "--per_device_train_batch_size", "6", "--num_processes", "2")
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert len([line for line in done.stderr.splitlines() if "error: One device generates" in line]) == 1
+
     def test_warmstart_writes_a_model_once(self, recipe: Path, tmp_path: Path) -> None:
         done = run("warmstart", "--config", str(recipe), "--warmstart_traces", "8")
         assert done.returncode == 0, done.stderr[-2000:]

@@ -40,8 +40,10 @@ def results(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     model = save_tiny_model(directory / "model")
     one = run(directory / "one", str(SCRIPT), str(directory / "one"), model, request.param)
-    # `accelerate launch --cpu` starts one process only
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    # Without `--multi_gpu`, `accelerate launch` starts one process on a CPU, whatever it is asked for
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(free_port())]
     two = run(directory / "two", *launch, str(SCRIPT), str(directory / "two"), model, request.param)
     assert (one["ranks"], two["ranks"]) == (1, 2)
     return one, two

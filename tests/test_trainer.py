@@ -83,6 +83,8 @@ def make(tmp_path, model):
         }
         args = SGPOConfig(**(defaults | kwargs))
         if args.use_bank:
+            for bank in banks:
+                bank.close()
             banks.append(StrategyBank(tmp_path / "bank", embedding_model=hash_embedder))
         return SGPOTrainer(
             model=model,

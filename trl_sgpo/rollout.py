@@ -347,9 +347,9 @@ def _progress(trainer: "SGPOTrainer", rows: int, limit: int, phase: str) -> Iter
     if trainer.use_vllm or trainer.args.disable_tqdm or not trainer.is_world_process_zero():
         yield
         return
-    step = trainer.state.global_step + 1
+    when = f"step {trainer.state.global_step + 1}" if trainer.model.training else "measuring"
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
-    with tqdm(total=limit, desc=f"step {step}: {rows} {phase}", unit="token", leave=False, mininterval=1.0) as bar:
+    with tqdm(total=limit, desc=f"{when}: {rows} {phase}", unit="token", leave=False, mininterval=1.0) as bar:
 
         def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             bar.update(1)

@@ -1,8 +1,12 @@
 """What the bank survives: a lost or damaged index, another embedder, torn snapshots, files that are no ledger."""
 
 import json
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +44,28 @@ def damage_dimension(directory):
     Index.rebuild(directory, 8, ids, np.ones((10, 8), dtype=np.float32), [{"problem_class": "x"}] * 10).close()
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, damage_ids, damage_file, damage_dimension])
+def damage_unnoticed_by_chroma(directory):
+    vectors = next(directory.rglob("data_level0.bin"), directory / "chroma.sqlite3")
+    content = bytearray(vectors.read_bytes())
+    content[len(content) // 2] ^= 1
+    vectors.write_bytes(content)
+
+
+def damage_by_a_foreign_file(directory):
+    (directory / "extra").write_text("x")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        damage_ids,
+        damage_file,
+        damage_dimension,
+        damage_unnoticed_by_chroma,
+        damage_by_a_foreign_file,
+    ],
+)
 def test_the_index_is_rebuilt_from_the_ledger(bank, damage):
     stored = fill(bank)
     problems = [strategy.text for strategy in stored]
@@ -51,6 +76,73 @@ def test_the_index_is_rebuilt_from_the_ledger(bank, damage):
         assert again.strategies() == stored
         assert again.retrieve(problems, k=2, exclude=[set()] * 10) == found
         assert again._index.ids() == {strategy.id for strategy in stored}
+
+
+def test_an_index_closed_well_is_not_rebuilt(bank, monkeypatch):
+    """Neither at once nor after a run that only read."""
+    stored = fill(bank)
+    monkeypatch.setattr(Index, "rebuild", None)
+    for _ in range(2):
+        bank.close()
+        bank = StrategyBank(bank.path, hashed_words)
+        assert bank.strategies() == stored and bank._index.ids() == {s.id for s in stored}
+    bank.close()
+
+
+def test_an_index_that_failed_is_rebuilt(bank, monkeypatch):
+    """What reached the ledger and not the index is found again after the next start."""
+    fill(bank)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "add", lambda *args: (_ for _ in ()).throw(BankError("disk full")))
+        with pytest.raises(BankError, match="disk full"):
+            bank.add([make("later")])
+    bank.close()
+    with StrategyBank(bank.path, hashed_words) as again:
+        assert again._index.ids() == {s.id for s in again.strategies()}
+        assert again.retrieve([make("later").text], exclude=[set()])[0][0].strategy == make("later")
+
+
+HOLDS_A_BANK = """
+import sys
+from bank_helpers import hashed_words, make
+from trl_sgpo.bank import StrategyBank
+bank = StrategyBank(sys.argv[1], hashed_words)
+bank.add([make("theirs")])
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog):
+    """The message names the holder. A holder that is killed leaves nothing locked and nothing lost."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_A_BANK, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )
+    try:
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(BankError, match=rf"process {holder.pid} on .*bank_path"):
+            StrategyBank(tmp_path, hashed_words)
+    finally:
+        holder.kill()
+        holder.communicate()
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        assert bank.strategies() == [make("theirs")]
+        assert "rebuilding it" in caplog.text
+        with pytest.raises(BankError, match=rf"process {os.getpid()} .*trainer.strategy_bank.close"):
+            StrategyBank(tmp_path, hashed_words)
+    with StrategyBank(tmp_path, hashed_words):
+        pass
+
+
+def test_a_bank_that_cannot_be_opened_is_not_held(tmp_path):
+    (tmp_path / "ledger.sqlite").write_bytes(b"no database at all " * 100)
+    for _ in range(2):
+        with pytest.raises(BankError, match="damaged or no strategy bank"):
+            StrategyBank(tmp_path, hashed_words)
 
 
 def test_index_pages_and_query(tmp_path):

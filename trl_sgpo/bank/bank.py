@@ -15,8 +15,9 @@ import numpy as np
 from ..errors import BankError
 from . import policy
 from .embedder import Embedder, load_embedder
-from .index import Index
+from .index import Index, break_seal, seal
 from .ledger import SCHEMA_VERSION, Ledger, durable_replace
+from .lock import BankLock
 from .strategy import Outcome, Retrieved, Strategy, problem_id
 
 
@@ -38,8 +39,8 @@ class StrategyBank:
     """
     Strategies that proved themselves, kept in a directory and found again by the problems they may help.
 
-    The directory holds `ledger.sqlite`, the record, and `chroma/`, an index that is rebuilt from the record whenever
-    the two differ. One process may have it open at a time.
+    The directory holds `ledger.sqlite`, the record, and `chroma/`, an index that is rebuilt from the record unless it
+    is, bit by bit, what the bank left when it was closed. One process may have it open at a time.
 
     Args:
         path (`str` or `Path`):
@@ -53,7 +54,7 @@ class StrategyBank:
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the record is damaged, is no strategy bank, or was written by a newer
-            version.
+            version, or if another process has the bank open.
     """
 
     def __init__(
@@ -73,7 +74,12 @@ class StrategyBank:
             self._embedder = embedding_model
         self._problem_embeddings: dict[str, np.ndarray] = {}
         self.path.mkdir(parents=True, exist_ok=True)
-        self._open()
+        self._lock = BankLock(self.path)
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
 
     # Opening and closing
 
@@ -81,6 +87,7 @@ class StrategyBank:
         self._ledger = Ledger(self.path / LEDGER)
         self._strategies = {strategy.id: strategy for strategy in self._ledger.all()}
         self._index: Index | None = None
+        self._indexed = ""  # state of the ledger that the index holds
         stored = self._ledger.embedder
         if stored is not None and self._strategies:
             model, dimension = stored
@@ -104,18 +111,14 @@ class StrategyBank:
         )
 
     def _open_index(self) -> Index:
-        """Open the index, and rebuild it from the ledger where the two differ."""
+        """Open the index if it is as the ledger left it, and rebuild it from the ledger if it is not."""
         assert self.dimension is not None
         directory = self.path / INDEX
+        self._indexed = self._ledger.state
         if directory.exists():
-            try:
-                index = Index(directory, self.dimension)
-                if index.ids() == self._embeddings.keys():
-                    return index
-                index.close()
-                logger.warning("%s differs from the ledger: rebuilding it.", directory)
-            except BankError as error:
-                logger.warning("Rebuilding %s from the ledger: %s", directory, error)
+            if break_seal(directory, self._ledger.state):
+                return Index(directory, self.dimension)
+            logger.warning("%s was not closed or has changed since: rebuilding it from the ledger.", directory)
         return Index.rebuild(directory, self.dimension, *self._entries(list(self._embeddings)))
 
     def _remove_index(self) -> None:
@@ -127,9 +130,17 @@ class StrategyBank:
         return ids, embeddings, [{"problem_class": self._strategies[key].problem_class} for key in ids]
 
     def close(self) -> None:
-        """Close the bank's files."""
+        """Close the bank's files and let other processes open it."""
+        had_index = self._index is not None
+        self._close_files()
+        if had_index and self._indexed:
+            seal(self.path / INDEX, self._indexed)
+        self._lock.release()
+
+    def _close_files(self) -> None:
         if self._index is not None:
             self._index.close()
+            self._index = None
         self._ledger.close()
 
     def __enter__(self) -> Self:
@@ -245,8 +256,10 @@ class StrategyBank:
         self._embeddings.update((key, embeddings[key]) for key in added)
         removed = [key for key in retired if self._embeddings.pop(key, None) is not None]
         if self._index is not None:
+            self._indexed = ""  # until both are done: an index that failed halfway must not be sealed
             self._index.delete(removed)
             self._index.add(*self._entries(added))
+            self._indexed = self._ledger.state
         return added
 
     def _admit(self, strategies: list[Strategy]) -> tuple[dict[str, Strategy], dict[str, np.ndarray]]:
@@ -296,9 +309,7 @@ class StrategyBank:
 
     def clear(self) -> None:
         """Remove all strategies. Take a [`~StrategyBank.snapshot`] first to keep them."""
-        if self._index is not None:
-            self._index.close()
-        self._ledger.close()
+        self._close_files()
         for name in (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm"):
             (self.path / name).unlink(missing_ok=True)
         self._remove_index()
@@ -482,7 +493,7 @@ class StrategyBank:
                     "one in its manifest. Resume from another checkpoint."
                 )
             Ledger(copy).close()
-            self.close()
+            self._close_files()
             self._remove_index()
             for suffix in ("-wal", "-shm"):
                 (self.path / (LEDGER + suffix)).unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """The index of the bank: ids and embeddings in Chroma. It holds nothing that the ledger does not."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,19 +9,68 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..errors import BankError
 
 
 PAGE = 5_000  # Chroma refuses batches above 5,461
 COLLECTION = "strategies"
+SEAL = "seal.json"
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Path and SHA-256 of every file but the seal."""
+    digests = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            with path.open("rb") as file:
+                digests[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def seal(directory: Path, state: str) -> None:
+    """
+    Certifies that a closed index holds what the ledger does.
+
+    Args:
+        directory (`Path`):
+            The index.
+        state (`str`):
+            State of the ledger, by [`Ledger.state`].
+    """
+    (directory / SEAL).write_text(json.dumps({"state": state, "files": _digests(directory)}))
+
+
+def break_seal(directory: Path, state: str) -> bool:
+    """
+    Removes the seal, since an index in use may be torn any time, and says whether it was intact.
+
+    Opening a torn index can end the process or fill the disk, so it has to be known before Chroma touches it.
+
+    Args:
+        directory (`Path`):
+            The index.
+        state (`str`):
+            State of the ledger, by [`Ledger.state`].
+
+    Returns:
+        `bool`: Whether the files are, bit by bit, those that were sealed for this state of the ledger.
+    """
+    path = directory / SEAL
+    try:
+        sealed = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    path.unlink()
+    return sealed == {"state": state, "files": _digests(directory)}
 
 
 class Index:
     """
     Nearest-neighbour index by cosine similarity, persisted in a directory.
 
-    Opening it runs one query, which finds most kinds of damage.
+    Opening it runs one query, which finds some kinds of damage. [`break_seal`] finds the others before it is opened.
 
     Args:
         directory (`str` or `Path`):
@@ -97,7 +148,7 @@ class Index:
                 What is fixed about them. What changes belongs in the ledger.
         """
         with self._readable_errors():
-            for start in range(0, len(ids), PAGE):
+            for start in tqdm(range(0, len(ids), PAGE), desc="Indexing strategies", disable=len(ids) <= PAGE):
                 page = slice(start, start + PAGE)
                 self._collection.add(ids=list(ids[page]), embeddings=embeddings[page], metadatas=list(metadatas[page]))
 

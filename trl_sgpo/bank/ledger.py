@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields
@@ -120,6 +121,15 @@ class Ledger:
             model, dimension = self._meta("embedding_model"), self._meta("dimension")
         return None if model is None or dimension is None else (model, int(dimension))
 
+    @property
+    def state(self) -> str:
+        """A name for what the ledger holds: every transaction that writes gives it a new one."""
+        with self._readable_errors():
+            return self._meta("state") or ""
+
+    def _new_state(self) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (uuid.uuid4().hex,))
+
     def commit(
         self, inserts: Iterable[tuple[Strategy, np.ndarray]], outcomes: Iterable[Outcome], retire: Iterable[str]
     ) -> None:
@@ -135,6 +145,7 @@ class Ledger:
                 Ids of strategies to retire.
         """
         with self._readable_errors(), self._connection:
+            self._new_state()
             self._connection.executemany(_UPSERT, [_to_row(*insert) for insert in inserts])
             self._connection.executemany(
                 "UPDATE strategies SET successes = successes + ?, trials = trials + ?, lift = coalesce(?, lift) "
@@ -158,6 +169,7 @@ class Ledger:
                 Strategy id → embedding of shape `(dimension,)`. Must cover all strategies when the model changes.
         """
         with self._readable_errors(), self._connection:
+            self._new_state()
             self._connection.executemany(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)",
                 [("embedding_model", model), ("dimension", str(dimension))],

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
@@ -102,6 +102,7 @@ def _trainer(arm: str, recipe: Recipe) -> Any:
         trainer = GRPOTrainer(args=GRPOConfig(**(settings | shared)), **common)
         if trainer.accelerator.device.type == "cpu":
             score_trained_positions_only()  # SGPO's remedy for TRL on CPUs is given to both
+    trainer.remove_callback(PrinterCallback)
     trainer.generation_config.suppress_tokens = trainer.eos_token_ids
     if arm == "sgpo" and trainer.strategy_bank is not None:
         trainer.add_callback(_NewStrategies(trainer))

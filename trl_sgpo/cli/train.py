@@ -11,6 +11,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
@@ -45,21 +46,17 @@ def _needs_launcher(recipe: Recipe) -> bool:
 
 def _launch(recipe: Recipe) -> int:
     os.environ[_LAUNCHED] = "1"
-    command = [*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own]
-    arguments = launch_command_parser().parse_args(command)
+    arguments = launch_command_parser().parse_args([*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own])
     if not torch.accelerator.is_available() and (arguments.num_processes or 1) > 1:
-        # Without an accelerator `accelerate launch` starts a single process, whatever it is asked for
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(arguments.num_processes)]
-        launched = subprocess.run(
-            [sys.executable, *torchrun, "-m", "trl_sgpo.cli.train", *recipe.own],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-            check=False,
-        )
-        return launched.returncode
+        # Processes on a CPU are started as those on GPUs are; otherwise a single one is, whatever is asked for
+        arguments.multi_gpu, arguments.cpu = True, False
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
     return 0
 
 
@@ -108,6 +105,8 @@ def train(recipe: Recipe) -> SGPOTrainer:
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.end()
+    if trainer.strategy_bank is not None:
+        trainer.strategy_bank.close()
     return trainer
 
 

@@ -1,0 +1,55 @@
+"""One process at a time: a lock on a bank's directory that says who holds it."""
+
+import json
+import os
+import platform
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import BankError
+
+
+LOCK = "bank.lock"
+HOLDER = "holder.json"
+
+
+class BankLock:
+    """
+    Holds a bank's directory until released. The operating system releases it when the process ends, however it does.
+
+    Args:
+        directory (`Path`):
+            The bank.
+
+    Raises:
+        [`~trl_sgpo.errors.BankError`]: If another process, or a part of this one, holds it. The message names it.
+    """
+
+    def __init__(self, directory: Path):
+        self._lock = FileLock(directory / LOCK)
+        self._holder = directory / HOLDER
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise BankError(f"The bank in {directory} is in use by {self._named()}.") from None
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._holder.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
+
+    def _named(self) -> str:
+        advice = "end it or name another `bank_path`. To read the bank meanwhile, open the snapshot in a checkpoint"
+        try:
+            holder = json.loads(self._holder.read_text())
+            name = f"process {holder['process']} on {holder['host']} since {holder['since']}"
+        except (OSError, ValueError, KeyError):
+            return f"another process: {advice}"
+        if (holder["process"], holder["host"]) == (os.getpid(), platform.node()):
+            return f"{name}, which is this one: call `close()` on what holds it, like `trainer.strategy_bank.close()`"
+        return f"{name}: {advice}"
+
+    def release(self) -> None:
+        """Let others open the bank."""
+        if self._lock.is_locked:
+            self._holder.unlink(missing_ok=True)
+            self._lock.release()
