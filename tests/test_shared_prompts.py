@@ -151,6 +151,15 @@ def test_same_generation_as_apart(trainer, prompts):
     assert "generate" not in vars(trainer.model)
 
 
+def test_a_cache_of_a_kind_asked_for_is_left_to_generation(tmp_path):
+    trainer = make_trainer(tmp_path, "llama")
+    trainer.generation_config.do_sample = False
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 8]]
+    dynamic = _generate(trainer, prompts, prompts, 6, "test")
+    trainer.generation_config.cache_implementation = "static"
+    assert _generate(trainer, prompts, prompts, 6, "test") == dynamic
+
+
 def shapes_read(trainer):
     """Shapes of what the model reads to score the groups."""
     read = []

@@ -289,6 +289,9 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
         return
     model, padding = trainer.model, trainer.processing_class.pad_token_id
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if any(config.cache_implementation is not None for config in (trainer.generation_config, base.generation_config)):
+        yield  # generation insists on making this kind of cache itself
+        return
     heads = list(dict.fromkeys(tuple(request[:-1]) for request in requests))
     row_head = {head: index for index, head in enumerate(heads)}
     generate = model.generate
