@@ -95,6 +95,8 @@ def main(directory: Path, model: str, scale_rewards: str) -> None:
             },
             directory / "result.pt",
         )
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
 
 
 if __name__ == "__main__":

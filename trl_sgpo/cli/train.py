@@ -104,9 +104,10 @@ def train(recipe: Recipe) -> SGPOTrainer:
         print_report(trainer, before, after, recipe)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.end()
     if trainer.strategy_bank is not None:
         trainer.strategy_bank.close()
+    trainer.accelerator.wait_for_everyone()  # a process that ends while another still saves can abort
+    trainer.end()
     return trainer
 
 
