@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from datetime import datetime
 from pathlib import Path
 
@@ -35,16 +34,16 @@ class BankLock:
         except Timeout:
             raise BankError(f"The bank in {directory} is in use by {self._named()}.") from None
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._holder.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
+        self._holder.write_text(json.dumps({"process": os.getpid(), "since": now}))
 
     def _named(self) -> str:
         advice = "end it or name another `bank_path`. To read the bank meanwhile, open the snapshot in a checkpoint"
         try:
             holder = json.loads(self._holder.read_text())
-            name = f"process {holder['process']} on {holder['host']} since {holder['since']}"
+            name = f"process {holder['process']} since {holder['since']}"
         except (OSError, ValueError, KeyError):
             return f"another process: {advice}"
-        if (holder["process"], holder["host"]) == (os.getpid(), platform.node()):
+        if holder["process"] == os.getpid():
             return f"{name}, which is this one: call `close()` on what holds it, like `trainer.strategy_bank.close()`"
         return f"{name}: {advice}"
 
