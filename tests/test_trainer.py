@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 import trl_sgpo.bank.bank
 from trl_sgpo import SGPOConfig, SGPOTrainer
-from trl_sgpo.bank import Strategy, StrategyBank, problem_id
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.bank import LEDGER
 from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.rollout import merged_adapters
@@ -559,11 +559,17 @@ def ledger(bank):
 
 
 def test_evaluation_writes_nothing_to_the_bank(make, monkeypatch):
-    """Each row writes and executes a strategy of its own, with the bank's as reading."""
+    """Each row writes and executes a strategy of its own, with trusted ones of the bank as reading."""
     script = Script(monkeypatch)
     trainer = make(is_good, eval_dataset=problems(4, 2), use_bank=True, max_steps=4, per_device_eval_batch_size=8)
     trainer.train()
+    assert any("alpha" in request for request in script.requests)
+    script.requests.clear()
+    trainer.evaluate()
+    assert script.requests and not any("alpha" in request for request in script.requests)
     bank = trainer.strategy_bank
+    bank.update(Outcome(s.id, f"x{i}", 1) for s in bank.strategies() for i in range(9))
+    assert {s.trust for s in bank.strategies()} == {"trusted"}
     entries, before = sorted(bank.strategies(), key=lambda s: s.id), ledger(bank)
     assert entries
     script.requests.clear()
@@ -615,8 +621,39 @@ def test_bank_grows_after_the_optimizer_step(make, monkeypatch):
     assert sizes.after == sorted(set(sizes.after))
     best = trainer.strategy_bank.strategies()
     assert all("alpha" in strategy.text for strategy in best)
-    assert all((strategy.successes, strategy.trials, strategy.lift) == (2, 2, 0.5) for strategy in best)
+    assert all((s.successes, s.trials, s.problems, s.solved) == (2, 2, 1, 1) for s in best)
+    assert [s.lift for s in best] == pytest.approx([2 / 3] * 3)
     assert {strategy.step for strategy in best} == {1, 2, 3}
+
+
+def test_what_was_shown_is_on_record(make, monkeypatch):
+    """In the completions of each row and, counted, in the bank."""
+    script = Script(monkeypatch)
+    tables = capture(monkeypatch, "_log_completion_extra")
+    trainer = make(is_good, use_bank=True, num_retrieved=2, max_steps=4)
+    trainer.train()
+    rows = [ids for ((name, values), _) in tables if name == "retrieved" for ids in values]
+    bank = trainer.strategy_bank
+    texts = {strategy.id: strategy.text for strategy in bank.strategies()}
+    quoted = [re.findall(r"> \[kind-\d\] (alpha .+)", request) for request in script.requests if "Kind" in request]
+    shown = [tuple(texts[key] for key in ids.split()) for ids in rows]
+    assert sum(map(len, quoted)) * 4 == sum(map(len, shown)) * 2 > 0
+    assert {text for texts in quoted for text in texts} == {text for texts in shown for text in texts}
+    assert sum(s.shown for s in bank.strategies()) == sum(map(len, shown)) // 4
+    parents = [parent for strategy in bank.strategies() for parent in strategy.parents]
+    assert parents and all(parent in texts for parent in parents)
+
+
+def test_strategies_of_other_classes_can_be_shown(make, monkeypatch):
+    script = Script(monkeypatch)
+    make(is_good, use_bank=True, num_retrieved=3, bank_cross_class=True, max_steps=6).train()
+    pairs = [
+        (kind, quoted)
+        for request in script.requests
+        for kind in re.findall(r"Kind (\d): what", request)
+        for quoted in re.findall(r"> \[kind-(\d)\]", request)
+    ]
+    assert {("0", "1"), ("1", "0")} <= set(pairs)
 
 
 def test_strategies_are_not_shown_to_their_own_problem(make, monkeypatch):
@@ -681,6 +718,42 @@ def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model
     if not named:
         with StrategyBank.restore(previous, args.embedding_model) as kept:
             assert [strategy.text for strategy in kept.strategies()] == ["qqq of yesterday"]
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_the_best_model_brings_its_bank_back(make, monkeypatch, tmp_path, best):
+    """And checkpoints beyond `save_total_limit` take theirs along."""
+    Script(monkeypatch)
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    evaluate = SGPOTrainer.evaluate
+
+    def scored(trainer, *args, **kwargs):
+        metrics = evaluate(trainer, *args, **kwargs) | {"eval_score": next(scores)}
+        return metrics
+
+    monkeypatch.setattr(SGPOTrainer, "evaluate", scored)
+    trainer = make(
+        is_good,
+        use_bank=True,
+        eval_dataset=problems(4, 2),
+        per_device_eval_batch_size=8,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=best,
+        metric_for_best_model="score" if best else None,
+        greater_is_better=True if best else None,
+    )
+    trainer.train()
+    kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == (["checkpoint-2", "checkpoint-4"] if best else ["checkpoint-3", "checkpoint-4"])
+    assert {strategy.step for strategy in trainer.strategy_bank.strategies()} == ({1, 2} if best else {1, 2, 3, 4})
+    for checkpoint in kept:
+        with StrategyBank.restore(tmp_path / "out" / checkpoint / "strategy_bank", hash_embedder) as bank:
+            assert max(strategy.step for strategy in bank.strategies()) == int(checkpoint[-1])
 
 
 def test_saved_model_carries_the_bank(make, monkeypatch, tmp_path):

@@ -92,6 +92,16 @@ class SGPOConfig(GRPOConfig):
             more than this.
         bank_capacity (`int`, *optional*, defaults to `256`):
             Maximum number of strategies kept per class.
+        bank_min_problems (`int`, *optional*, defaults to `4`):
+            Number of distinct problems, without those it was written for, that a strategy must have been executed on
+            before it is trusted or retired.
+        bank_tolerance (`float`, *optional*, defaults to `0.2`):
+            Part of the other strategies' success rate on the same problems that a strategy may fall short of it and
+            be trusted. One that falls short by more, with 95% confidence, is retired.
+        bank_max_share (`float`, *optional*, defaults to `0.25`):
+            Part of the strategies shown to a class in training that one of them may make up while there are others.
+        bank_cross_class (`bool`, *optional*, defaults to `False`):
+            Whether strategies of other classes are shown too, so that they can be combined.
     """
 
     per_device_train_batch_size: int = field(
@@ -197,6 +207,21 @@ class SGPOConfig(GRPOConfig):
         default=0.0, metadata={"help": "Lift over the block's mean on siblings a strategy needs to be stored."}
     )
     bank_capacity: int = field(default=256, metadata={"help": "Maximum number of strategies kept per class."})
+    bank_min_problems: int = field(
+        default=4,
+        metadata={"help": "Distinct problems a strategy must be executed on before it is trusted or retired."},
+    )
+    bank_tolerance: float = field(
+        default=0.2,
+        metadata={"help": "Part of other strategies' success rate that a trusted strategy may fall short of it."},
+    )
+    bank_max_share: float = field(
+        default=0.25,
+        metadata={"help": "Part of what training shows of a class that one strategy may make up."},
+    )
+    bank_cross_class: bool = field(
+        default=False, metadata={"help": "Whether strategies of other classes are shown too."}
+    )
 
     @property
     def own_strategies(self) -> int:
@@ -256,11 +281,17 @@ class SGPOConfig(GRPOConfig):
             ("max_strategy_length", 1),
             ("max_completion_length", 1),
             ("bank_capacity", 1),
+            ("bank_min_problems", 1),
             ("num_clusters", 1),
             ("num_retrieved", 0),
         ):
             if self.__dict__[name] is None or self.__dict__[name] < least:
                 raise ConfigError(f"`{name}` must be at least {least}, got {self.__dict__[name]}.")
+        if not (0 <= self.bank_tolerance < 1 and 0 < self.bank_max_share <= 1):
+            raise ConfigError(
+                f"`bank_tolerance` must be in [0, 1) and `bank_max_share` in (0, 1], got {self.bank_tolerance} and "
+                f"{self.bank_max_share}."
+            )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ConfigError(
                 "SGPO builds its outcome matrix from the weighted sum of the rewards: set "

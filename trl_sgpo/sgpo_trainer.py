@@ -19,6 +19,7 @@ In evaluation each row writes and executes its own strategy, and nothing is writ
 import inspect
 import math
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,10 +41,10 @@ from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 
 from . import advantages as credit
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
-from .bank.policy import admissible
 from .callbacks import AdviceCallback, StrategyBankCallback
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError
+from .evidence import outcomes, proposals
 from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
@@ -154,6 +155,9 @@ class SGPOTrainer(GRPOTrainer):
                 args.bank_path or os.path.join(args.output_dir, BANK_DIRECTORY),
                 embedding_model=args.embedding_model,
                 capacity_per_class=args.bank_capacity,
+                min_problems=args.bank_min_problems,
+                tolerance=args.bank_tolerance,
+                max_share=args.bank_max_share,
             )
         self.strategy_bank = strategy_bank  # on rank 0 only, which reads and writes for all
         train_dataset = with_classes(train_dataset, args, strategy_bank)
@@ -185,6 +189,7 @@ class SGPOTrainer(GRPOTrainer):
         self._trained_tokens: torch.Tensor | None = None
         self._found: list[Strategy] = []
         self._observed: list[Outcome] = []
+        self._shown = Counter[str]()
         self.add_callback(StrategyBankCallback(self))
         self.add_callback(AdviceCallback())
         if args.use_vllm and "quantization_config" in vars(self.model.config):
@@ -257,10 +262,18 @@ class SGPOTrainer(GRPOTrainer):
         problems = [self._problem(row, class_column) for row in inputs[:: geometry.executions]]
         if not self.args.use_bank:
             return RolloutBatch(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
-        everyone = gather_object([problems])
+        everyone = gather_object(problems)
         plans: list[Any] = [None] * self.accelerator.num_processes
         if self.accelerator.is_main_process:
-            plans = [self._read_bank(theirs, geometry, rank) for rank, theirs in enumerate(everyone)]
+            plan = self._read_bank(everyone, geometry)
+            plans = [
+                RolloutBatch(theirs, geometry, tried)
+                for theirs, tried in zip(
+                    _in_blocks(plan.problems, len(problems)),
+                    _in_blocks(plan.bank, len(problems) // geometry.problems),
+                    strict=True,
+                )
+            ]
         return broadcast_object_list(plans)[self.accelerator.process_index]
 
     def _problem(self, row: dict[str, Any], class_column: str) -> Problem:
@@ -271,27 +284,34 @@ class SGPOTrainer(GRPOTrainer):
             answer=None if answer is None else str(answer),
         )
 
-    def _read_bank(self, problems: list[Problem], geometry: BlockGeometry, rank: int) -> RolloutBatch:
-        """Adds to the problems what the bank has for them. Nothing written for a problem is shown to it."""
+    def _read_bank(self, problems: list[Problem], geometry: BlockGeometry) -> RolloutBatch:
+        """
+        Adds to the problems what the bank has for them. Nothing written for a problem is shown to it, and candidates
+        are shown in training only, where their outcomes are verified.
+        """
         bank, args = self.strategy_bank, self.args
         assert bank is not None
+        training = self.model.training
         if args.num_retrieved > 0:
             retrieved = bank.retrieve(
                 [problem.text for problem in problems],
                 k=args.num_retrieved,
                 classes=[problem.problem_class or None for problem in problems],
                 exclude=[{problem_id(problem.prompt)} for problem in problems],
+                cross_class=args.bank_cross_class,
+                trust=("trusted", "candidate") if training else ("trusted",),
+                explore=_seed(args.seed, self.state.global_step) if training else None,
             )
             problems = [
                 replace(problem, retrieved=tuple(found.strategy for found in row))
                 for problem, row in zip(problems, retrieved, strict=True)
             ]
-        blocks = [problems[i : i + geometry.problems] for i in range(0, len(problems), geometry.problems)]
+        blocks = _in_blocks(problems, geometry.problems)
         tried = [
             bank.sample(
                 block[0].problem_class,
                 k=geometry.bank,
-                seed=hash((args.seed, self.state.global_step, rank, index)) % 2**32,
+                seed=_seed(args.seed, self.state.global_step, index),
                 exclude={problem_id(problem.prompt) for problem in block},
             )
             if geometry.bank
@@ -335,6 +355,12 @@ class SGPOTrainer(GRPOTrainer):
         if self.strategy_bank is not None:
             self._log_metric("sgpo/bank_size", float(len(self.strategy_bank)))
         self._log_completion_extra("source", [rollout.source for rollout in rollouts])
+        shown = [
+            " ".join(strategy.id for strategy in problem.retrieved)
+            for problem in self.rollout_batch.problems
+            for _ in range(len(rollouts) // len(self.rollout_batch.problems))
+        ]
+        self._log_completion_extra("retrieved", shown)
         self._log_completion_extra("strategy", [rollout.strategy.text for rollout in rollouts])
         self._log_completion_extra("execution", [rollout.execution for rollout in rollouts])
         self._log_completion_extra("correctness", verified.tolist())
@@ -399,7 +425,7 @@ class SGPOTrainer(GRPOTrainer):
         if args.execution_baseline != "problem":  # otherwise it is TRL's own column `advantage`
             self._log_completion_extra("execution_advantage", self._row_advantages[1].tolist())
         if args.use_bank:
-            self._observe(rollouts, verified, pairs, leaked)
+            self._observe(verified, pairs, leaked)
 
     @torch.no_grad()
     def execute_blocks(
@@ -421,13 +447,13 @@ class SGPOTrainer(GRPOTrainer):
             `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
         """
         problems = [self._problem(row, self.args.class_column or "problem_class") for row in rows]
-        if self.strategy_bank is None:
-            self.rollout_batch = RolloutBatch(problems, geometry, [[] for _ in range(len(rows) // geometry.problems)])
-        else:
-            self.rollout_batch = self._read_bank(problems, geometry, rank=0)
         training, sampling = self.model.training, self.generation_config.do_sample
         logs, metrics = dict(self._pending_extra_logs), dict(self._pending_metrics)
         self.model.eval()
+        if self.strategy_bank is None:
+            self.rollout_batch = RolloutBatch(problems, geometry, [[] for _ in range(len(rows) // geometry.problems)])
+        else:
+            self.rollout_batch = self._read_bank(problems, geometry)
         self.generation_config.do_sample = not greedy
         try:
             repeated = [dict(row) for row in rows for _ in range(geometry.executions)]
@@ -446,53 +472,37 @@ class SGPOTrainer(GRPOTrainer):
 
     # 5. Bank and checkpoints
 
-    def _observe(self, rollouts, verified, pairs, leaked) -> None:
+    def _observe(self, verified, pairs, leaked) -> None:
         """Notes, on rank 0, what the bank is to learn from this batch once the optimizer step is done."""
-        geometry, n = self.geometry, self.geometry.own
-        centred = credit.center_by_problem(verified)
-        on_own, on_siblings = credit.own_and_siblings(centred, n)
-        lift = on_own if geometry.problems == 1 else on_siblings
-        solved, _ = credit.own_and_siblings(verified, n)
-        found = []
-        for block in range(len(verified)):
-            good = [
-                s
-                for s in range(geometry.written)
-                if admissible(
-                    correct=bool(on_own[block, s] >= 0) and bool(solved[block, s] > 0),
-                    sibling_lift=lift[block, s].item(),
-                    leak=leaked[block, s].item(),
-                    well_formed=pairs[block * geometry.written + s][0].flaw is None,
-                    min_lift=self.args.bank_min_lift,
-                )
-            ]
-            if good:
-                best = max(good, key=lambda s: lift[block, s].item())
-                strategy, problem = pairs[block * geometry.written + best]
-                executed = verified[block, best].clamp(0, 1)
-                found.append(
-                    Strategy(
-                        text=strategy.text,
-                        problem_class=problem.problem_class,
-                        source_problems=(problem_id(problem.prompt),),
-                        parents=tuple(shown.id for shown in problem.retrieved),
-                        model=get_config_model_id(self.model.config) or "",
-                        run=os.path.basename(os.path.normpath(self.args.output_dir)),
-                        step=self.state.global_step + 1,
-                        successes=torch.nansum(executed).item(),
-                        trials=int((~torch.isnan(executed)).sum()),
-                        lift=lift[block, best].item(),
-                    )
-                )
-        tried = [
-            (rollout.strategy_id, outcome)
-            for rollout, outcome in zip(rollouts, rows_of(verified).clamp(0, 1).tolist(), strict=True)
-            if rollout.source == "bank" and outcome == outcome
+        geometry, batch = self.geometry, self.rollout_batch
+        written = _in_blocks([self._as_strategy(s.text, problem) for s, problem in pairs], geometry.written)
+        well_formed = _in_blocks([s.flaw is None for s, _ in pairs], geometry.written)
+        executed = [
+            [s.id for s in (*own, *tried, *(own[slot % len(own)] for slot in range(len(tried), geometry.bank)))]
+            for own, tried in zip(written, batch.bank, strict=True)
         ]
-        observed = [Outcome(strategy_id, successes=outcome, trials=1) for strategy_id, outcome in tried]
-        for theirs, outcomes in gather_object([(found, observed)]):
-            self.note_found(theirs)
-            self._observed += outcomes
+        problems = _in_blocks([problem_id(problem.prompt) for problem in batch.problems], geometry.problems)
+        classes = [problem.problem_class for problem in batch.problems[:: geometry.problems]]
+        noted = (
+            proposals(written, verified, geometry.own, leaked, well_formed, self.args.bank_min_lift),
+            outcomes(executed, problems, classes, verified),
+            [strategy.id for problem in batch.problems for strategy in problem.retrieved],
+        )
+        for found, observed, shown in gather_object([noted]):
+            self.note_found(found)
+            self._observed += observed
+            self._shown.update(shown)
+
+    def _as_strategy(self, text: str, problem: Problem) -> Strategy:
+        return Strategy(
+            text=text,
+            problem_class=problem.problem_class,
+            source_problems=(problem_id(problem.prompt),),
+            parents=tuple(shown.id for shown in problem.retrieved),
+            model=get_config_model_id(self.model.config) or "",
+            run=os.path.basename(os.path.normpath(self.args.output_dir)),
+            step=self.state.global_step + 1,
+        )
 
     def set_aside_old_bank(self) -> None:
         """Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it."""
@@ -514,9 +524,9 @@ class SGPOTrainer(GRPOTrainer):
 
     def commit_bank(self) -> None:
         """Writes what the last optimizer step taught to the bank. Does nothing on other ranks."""
-        if self.strategy_bank is not None and (self._found or self._observed):
-            self.strategy_bank.record(self._found, self._observed)
-        self._found, self._observed = [], []
+        if self.strategy_bank is not None:
+            self.strategy_bank.record(self._found, self._observed, self._shown)
+        self._found, self._observed, self._shown = [], [], Counter()
 
     # 6. Speed
 
@@ -582,15 +592,23 @@ class SGPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is not None:
+            self._load_rollouts(checkpoint)
+            self._load_bank(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self._load_bank(self.state.best_model_checkpoint)
+
+    def _load_bank(self, checkpoint: str) -> None:
+        if self.strategy_bank is None:
             return
-        self._load_rollouts(checkpoint)
-        if self.strategy_bank is not None:
-            snapshot = os.path.join(checkpoint, BANK_DIRECTORY)
-            if os.path.isdir(snapshot):
-                self.strategy_bank.load_snapshot(snapshot)
-            else:
-                logger.warning(f"{checkpoint} holds no strategy bank: continuing with {self.strategy_bank.path}.")
+        snapshot = os.path.join(checkpoint, BANK_DIRECTORY)
+        if os.path.isdir(snapshot):
+            self.strategy_bank.load_snapshot(snapshot)
+        else:
+            logger.warning(f"{checkpoint} holds no strategy bank: continuing with {self.strategy_bank.path}.")
 
 
 def with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None = None) -> Dataset:
@@ -657,6 +675,14 @@ def _refuse_unsupported(
         images = {"image", "images"} & set(dataset.column_names)
         if images:
             raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+
+
+def _seed(*parts: int) -> int:
+    return hash(parts) % 2**32
+
+
+def _in_blocks(values: list[Any], size: int) -> list[list[Any]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def problems_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,6 +7,9 @@ import numpy as np
 from trl_sgpo.bank import Strategy
 
 
+EVERYONE = ("trusted", "candidate", "quarantine")
+
+
 def hashed_words(texts: list[str]) -> np.ndarray:
     vectors = np.zeros((len(texts), 256), dtype=np.float32)
     for row, text in enumerate(texts):

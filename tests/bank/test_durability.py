@@ -6,13 +6,15 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bank_helpers import hashed_words, make
+from bank_helpers import EVERYONE, hashed_words, make
 
-from trl_sgpo.bank import Outcome, StrategyBank
+from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, contents
+from trl_sgpo.bank.background import BackgroundIndex
 from trl_sgpo.bank.index import Index
 from trl_sgpo.errors import BankError
 
@@ -22,9 +24,9 @@ def reversed_words(texts):
 
 
 def fill(bank):
-    strategies = [make(f"s{i}", "even" if i % 2 == 0 else "odd", step=i) for i in range(10)]
+    strategies = [make(f"s{i}", "even" if i % 2 == 0 else "odd", step=i, trust="trusted") for i in range(10)]
     bank.add(strategies)
-    bank.update([Outcome(s.id, 0.5, 1) for s in strategies[::3]])
+    bank.update([Outcome(s.id, "x", 0.5, 1) for s in strategies[::3]])
     return bank.strategies()
 
 
@@ -75,7 +77,8 @@ def test_the_index_is_rebuilt_from_the_ledger(bank, damage):
     with StrategyBank(bank.path, hashed_words) as again:
         assert again.strategies() == stored
         assert again.retrieve(problems, k=2, exclude=[set()] * 10) == found
-        assert again._index.ids() == {strategy.id for strategy in stored}
+        assert again._use_index().ids() == {strategy.id for strategy in stored}
+        assert again.damage() == []
 
 
 def test_an_index_closed_well_is_not_rebuilt(bank, monkeypatch):
@@ -85,29 +88,66 @@ def test_an_index_closed_well_is_not_rebuilt(bank, monkeypatch):
     for _ in range(2):
         bank.close()
         bank = StrategyBank(bank.path, hashed_words)
-        assert bank.strategies() == stored and bank._index.ids() == {s.id for s in stored}
+        assert bank.strategies() == stored and bank._use_index().ids() == {s.id for s in stored}
     bank.close()
 
 
-def test_an_index_that_failed_is_rebuilt(bank, monkeypatch):
-    """What reached the ledger and not the index is found again after the next start."""
+def test_updates_do_not_touch_the_index(bank, monkeypatch):
+    """Counts are not in it: it stays sealed, and Chroma is not even imported."""
+    stored = fill(bank)
+    bank.close()
+    monkeypatch.setattr(Index, "__init__", None)
+    with StrategyBank(bank.path, hashed_words) as again:
+        again.update([Outcome(stored[0].id, "y", 1)])
+    monkeypatch.undo()
+    monkeypatch.setattr(Index, "rebuild", None)
+    with StrategyBank(bank.path, hashed_words) as again:
+        assert again._use_index().ids() == {s.id for s in stored}
+
+
+def test_an_index_that_failed_is_reported_and_rebuilt(bank, monkeypatch):
+    """What reached the ledger and not the index is not lost."""
     fill(bank)
     with monkeypatch.context() as patch:
         patch.setattr(Index, "add", lambda *args: (_ for _ in ()).throw(BankError("disk full")))
+        bank.add([make("later")])
         with pytest.raises(BankError, match="disk full"):
-            bank.add([make("later")])
+            bank._use_index().query(hashed_words(["x"]), 1)
+        with pytest.raises(BankError, match="disk full"):
+            bank.add([make("latest")])
     bank.close()
     with StrategyBank(bank.path, hashed_words) as again:
-        assert again._index.ids() == {s.id for s in again.strategies()}
-        assert again.retrieve([make("later").text], exclude=[set()])[0][0].strategy == make("later")
+        assert again.get(make("later").id) and again.get(make("latest").id)
+        assert again._use_index().ids() == {s.id for s in again.strategies()}
+
+
+def test_many_strategies_of_any_class_are_found_by_the_index(tmp_path, monkeypatch):
+    """Where the index is asked, it finds what comparing with all embeddings does."""
+    words = [f"word{i}" for i in range(40)]
+    strategies = [
+        Strategy(f"{words[i % 40]} {words[i % 37]} x{i}", f"c{i % 3}", (), trust=EVERYONE[i % 2]) for i in range(300)
+    ]
+    problems = [f"{words[i]} {words[-i]}" for i in range(20)]
+    with StrategyBank(tmp_path, hashed_words, capacity_per_class=1000) as bank:
+        bank.add(strategies)
+        exact = bank.retrieve(problems)
+        asked = []
+        query = BackgroundIndex.query
+        monkeypatch.setattr(BackgroundIndex, "query", lambda *args: asked.append(args) or query(*args))
+        monkeypatch.setattr(contents, "EXACT", 50)
+        found = bank.retrieve(problems)
+        assert asked
+    same = [len({h.strategy.id for h in a} & {h.strategy.id for h in b}) for a, b in zip(exact, found, strict=True)]
+    assert sum(same) >= 0.95 * sum(map(len, exact))
 
 
 HOLDS_A_BANK = """
 import sys
-from bank_helpers import hashed_words, make
+from bank_helpers import EVERYONE, hashed_words, make
 from trl_sgpo.bank import StrategyBank
 bank = StrategyBank(sys.argv[1], hashed_words)
 bank.add([make("theirs")])
+bank._use_index().ids()
 print("open", flush=True)
 sys.stdin.read()
 """
@@ -131,6 +171,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog):
         holder.communicate()
     with StrategyBank(tmp_path, hashed_words) as bank:
         assert bank.strategies() == [make("theirs")]
+        assert bank._use_index().ids() == {make("theirs").id}
         assert "rebuilding it" in caplog.text
         with pytest.raises(BankError, match=rf"process {os.getpid()} .*trainer.strategy_bank.close"):
             StrategyBank(tmp_path, hashed_words)
@@ -167,11 +208,41 @@ def test_another_embedder_embeds_everything_anew(bank, caplog):
         assert again.strategies() == stored
         hit = again.retrieve([stored[0].text])[0][0]
         assert hit.strategy == stored[0] and hit.similarity == pytest.approx(1, abs=1e-5)
-    assert [record.message for record in caplog.records if "embedding it with" in record.message]
+        assert again._use_index().ids() == {s.id for s in stored}
+        assert again.made_with == "reversed_words"
+    assert len([record for record in caplog.records if "embedding it anew" in record.message]) == 1
     caplog.clear()
     with StrategyBank(bank.path, reversed_words) as again:
-        assert len(again) == 10
+        assert again.retrieve([stored[0].text])[0][0] == hit
     assert not caplog.records
+
+
+def test_the_embedder_is_known_by_how_it_embeds(bank, caplog):
+    """The same name with other vectors is another embedder, and another name with the same vectors is not."""
+    stored = fill(bank)
+    bank.close()
+
+    def narrow(texts):
+        return hashed_words(texts)[:, :100]
+
+    def renamed(texts):
+        return hashed_words(texts)
+
+    with StrategyBank(bank.path, renamed) as again:
+        assert again.retrieve([stored[0].text])[0][0].strategy == stored[0]
+    assert not caplog.records
+    narrow.__name__ = hashed_words.__name__
+    with StrategyBank(bank.path, narrow) as again:
+        assert again.retrieve([stored[0].text])[0][0].similarity == pytest.approx(1, abs=1e-5)
+        assert again.dimension == 100 and again.add([make("later")])
+    assert "embedding it anew" in caplog.text
+
+
+def test_an_embedder_that_changes_while_open_is_refused(bank):
+    fill(bank)
+    bank._embedder = lambda texts: hashed_words(texts)[:, :16]
+    with pytest.raises(BankError, match="dimension 16 now"):
+        bank.retrieve(["something else"])
 
 
 def test_a_snapshot_is_restored_exactly(bank, tmp_path):
@@ -179,7 +250,7 @@ def test_a_snapshot_is_restored_exactly(bank, tmp_path):
     problems = [strategy.text for strategy in stored]
     found = bank.retrieve(problems, exclude=[set()] * 10)
     bank.snapshot(tmp_path / "checkpoint-1")
-    bank.record([make("later")], [Outcome(stored[0].id, 1, 1)])
+    bank.record([make("later")], [Outcome(stored[0].id, "z", 1)])
     assert bank.strategies() != stored
     bank.load_snapshot(tmp_path / "checkpoint-1")
     assert bank.strategies() == stored
@@ -243,7 +314,7 @@ def test_files_that_are_no_ledger(bank, tmp_path):
             StrategyBank(bank.path, hashed_words)
 
     for statement, message in [
-        ("UPDATE meta SET value = '2' WHERE key = 'schema_version'", "upgrade"),
+        ("UPDATE meta SET value = '3' WHERE key = 'schema_version'", "upgrade"),
         ("DROP TABLE meta", "is a strategy bank"),
     ]:
         ledger.write_bytes(intact)
@@ -259,5 +330,62 @@ def test_a_failed_commit_stores_nothing(bank):
     stored = fill(bank)
     before = bank._ledger.count()
     with pytest.raises(BankError):
-        bank._ledger.commit([(make("new"), np.zeros(256))], [], [object()])
+        bank._ledger.commit([(make("new"), np.zeros(256))], [], [Execution(None, "p", "c", 1, 1, 0)])
     assert bank._ledger.count() == before and bank._ledger.all() == stored
+    assert bank._ledger.execution(None, "p") is None
+
+
+VERSION_1 = """
+CREATE TABLE strategies (
+    id TEXT PRIMARY KEY, text TEXT NOT NULL, problem_class TEXT NOT NULL, source_problems TEXT NOT NULL,
+    parents TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL, step INTEGER NOT NULL, origin TEXT NOT NULL,
+    trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, lift REAL NOT NULL, embedding BLOB NOT NULL
+);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+INSERT INTO meta VALUES
+    ('schema_version', '1'), ('embedding_model', 'hashed_words'), ('dimension', '256'), ('state', 'x');
+"""
+
+
+def test_a_bank_of_the_first_version_is_migrated(tmp_path, caplog):
+    tried, untried, gone = make("tried"), make("untried", parents=("p",)), make("gone")
+    connection = sqlite3.connect(tmp_path / "ledger.sqlite")
+    connection.executescript(VERSION_1)
+    for strategy, trust, successes, trials, lift in (
+        (tried, "candidate", 1.5, 2, -0.25),
+        (untried, "candidate", 0, 0, 0.5),
+        (gone, "retired", 1, 4, 0.5),
+    ):
+        provenance = (strategy.id, strategy.text, "algebra", '["s0"]', json.dumps(strategy.parents), "m", "r", 3)
+        vector = hashed_words([strategy.text])[0]
+        blob = (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
+        connection.execute(
+            f"INSERT INTO strategies VALUES ({', '.join('?' * 14)})",
+            (*provenance, "rollout", trust, successes, trials, lift, blob),
+        )
+    connection.commit()
+    connection.close()
+    for _ in range(2):
+        with StrategyBank(tmp_path, hashed_words) as bank:
+            known = {"model": "m", "run": "r", "step": 3}
+            stored = bank.get(tried.id)
+            assert stored == replace(tried, successes=1.5, trials=2, problems=1, solved=0, baseline=0.25, **known)
+            assert stored.lift == -0.25
+            assert bank.get(untried.id) == replace(untried, **known)
+            assert (bank.get(gone.id).trust, bank.get(gone.id).lift, len(bank)) == ("retired", 0.5, 2)
+            assert bank.retrieve([tried.text], trust=EVERYONE, exclude=[set()])[0][0].strategy == stored
+            assert bank.damage() == []
+    assert "embedding it anew" not in caplog.text
+
+
+def test_a_changed_record_is_found(bank):
+    stored = fill(bank)
+    assert bank.damage() == []
+    bank.close()
+    connection = sqlite3.connect(bank.path / "ledger.sqlite")
+    connection.execute("UPDATE strategies SET model = 'another' WHERE id = ?", (stored[3].id,))
+    connection.commit()
+    connection.close()
+    with StrategyBank(bank.path, hashed_words) as again:
+        (damage,) = again.damage()
+        assert stored[3].id in damage and "not what was written" in damage

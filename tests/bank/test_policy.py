@@ -1,6 +1,7 @@
 """Properties of admission, eviction and diversity."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_sgpo.bank import Outcome, Strategy, problem_id
-from trl_sgpo.bank.policy import admissible, diversify, evict, near_copy, utility
+from trl_sgpo.bank.policy import (
+    admissible,
+    diversify,
+    evict,
+    near_copy,
+    shown_too_often,
+    standing,
+    trust,
+    utility,
+    wilson,
+)
+from trl_sgpo.bank.strategy import TRUST_STATES
 from trl_sgpo.errors import BankError
 
 
@@ -18,15 +30,6 @@ counts = st.integers(0, 50).flatmap(lambda trials: st.tuples(st.floats(0, trials
 def unit_rows(seed: int, n: int) -> np.ndarray:
     rows = np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-@st.composite
-def populations(draw):
-    rows = draw(st.lists(st.tuples(st.sampled_from("abc"), counts, st.integers(0, 9), st.booleans()), max_size=25))
-    return [
-        Strategy(f"text {i}", name, (), step=step, successes=s, trials=n, trust="quarantine" if q else "candidate")
-        for i, (name, (s, n), step, q) in enumerate(rows)
-    ]
 
 
 @given(counts)
@@ -50,45 +53,119 @@ def test_a_lift_that_is_not_a_number_is_not_admitted():
     assert not admissible(True, float("nan"), 0.0, True, 0.0)
 
 
-@given(populations(), st.integers(1, 8))
-@settings(max_examples=50)
-def test_eviction_keeps_the_most_useful_of_each_class(population, capacity):
-    evicted = set(evict(population, capacity))
-    kept = [s for s in population if s.id not in evicted]
-    before, after = Counter(s.problem_class for s in population), Counter(s.problem_class for s in kept)
-    assert after == {name: min(n, capacity) for name, n in before.items()}
-    for gone in (s for s in population if s.id in evicted):
-        for stays in (s for s in kept if s.problem_class == gone.problem_class and s.trust == gone.trust):
-            assert (utility(gone.successes, gone.trials), gone.step) <= (
-                utility(stays.successes, stays.trials),
-                stays.step,
-            )
+@given(counts, st.floats(0.1, 4))
+def test_wilson_bounds_the_rate_and_a_narrower_confidence_lies_within(count, z):
+    successes, trials = count
+    low, high = wilson(successes, trials, z)
+    assert 0 <= low <= high <= 1
+    if trials:
+        assert low <= successes / trials + 1e-9 and successes / trials <= high + 1e-9
+        wider = wilson(successes, trials, z + 0.5)
+        assert wider[0] <= low + 1e-9 and high <= wider[1] + 1e-9
+        assert wilson(2 * successes, 2 * trials, z)[0] >= low - 1e-9
 
 
-@given(populations(), st.integers(1, 8))
-@settings(max_examples=50)
-def test_eviction_of_a_class_does_not_depend_on_other_classes(population, capacity):
-    alone = [evict([s for s in population if s.problem_class == name], capacity) for name in "abc"]
-    assert set(evict(population, capacity)) == {key for keys in alone for key in keys}
+def test_wilson_is_that_of_statsmodels():
+    assert wilson(8, 10, 1.959964) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson(0, 190, 1.959964)[1] == pytest.approx(0.0198178, abs=1e-6)
 
 
-def test_quarantine_pushes_nothing_out():
-    proven = Strategy("proven", "a", (), successes=1, trials=10)
+@st.composite
+def tried(draw):
+    problems = draw(st.integers(0, 60))
+    solved, baseline = draw(st.floats(0, problems)), draw(st.floats(0, problems))
+    state = draw(st.sampled_from(TRUST_STATES))
+    return Strategy("text", "a", (), trust=state, problems=problems, solved=solved, baseline=baseline)
+
+
+@given(tried(), st.integers(1, 10), st.floats(0, 0.9))
+def test_trust_rises_and_falls_by_executions_on_enough_problems_only(strategy, min_problems, tolerance):
+    state = trust(strategy, min_problems, tolerance)
+    low, high = wilson(strategy.solved, strategy.problems)
+    floor = (1 - tolerance) * strategy.baseline / max(strategy.problems, 1)
+    if strategy.trust == "retired" or strategy.problems < min_problems:
+        assert state == strategy.trust
+    elif state == "trusted":
+        assert low > floor
+    elif state == "retired":
+        assert high < floor
+    else:
+        assert low <= floor <= high
+        assert state == ("candidate" if strategy.trust == "trusted" else strategy.trust)
+
+
+@given(tried(), st.integers(1, 10), st.floats(0, 0.9))
+def test_trust_is_settled(strategy, min_problems, tolerance):
+    once = replace(strategy, trust=trust(strategy, min_problems, tolerance))
+    assert trust(once, min_problems, tolerance) == once.trust
+
+
+@pytest.mark.parametrize(
+    "rate, baseline, rarely, least",
+    [(0.05, 0.7, "trusted", "retired"), (0.0, 0.05, "trusted", "quarantine"), (0.95, 0.6, "retired", "trusted")],
+)
+def test_harmful_strategies_are_not_trusted_and_good_ones_are(rate, baseline, rarely, least):
+    """Over 400 strategies looked at after each of 40 problems, as training does."""
+    draw = np.random.default_rng(0)
+    ends, ever = Counter(), Counter()
+    for _ in range(400):
+        strategy = Strategy("text", "a", (), trust="quarantine")
+        seen = set()
+        for _ in range(40):
+            solved = strategy.solved + float(draw.random() < rate)
+            compared = strategy.baseline + draw.binomial(7, baseline) / 7
+            strategy = replace(strategy, problems=strategy.problems + 1, solved=solved, baseline=compared)
+            strategy = replace(strategy, trust=trust(strategy, 4, 0.2))
+            seen.add(strategy.trust)
+        ends[strategy.trust] += 1
+        ever.update(seen)
+    assert ever[rarely] <= 4
+    assert ends[least] >= 396 or ever[least] >= 396
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-5, 5), st.integers(0, 3)), max_size=30), st.integers(1, 12))
+def test_eviction_keeps_the_best_and_room_for_newcomers(population, capacity):
+    trusted = np.array([row[0] for row in population], dtype=bool)
+    standing_, step = np.array([row[1] for row in population]), np.array([row[2] for row in population])
+    gone = evict(trusted, standing_, step, capacity)
+    kept = sorted(set(range(len(population))) - set(gone.tolist()))
+    assert len(set(gone.tolist())) == len(gone) == max(len(population) - capacity, 0)
+    for side in (trusted, ~trusted):
+        for lost in (row for row in gone if side[row]):
+            for row in (row for row in kept if side[row]):
+                assert (standing_[lost], step[lost]) <= (standing_[row], step[row])
+    newcomers, room = int((~trusted).sum()), -(-capacity // 4)
+    assert sum(~trusted[kept]) >= min(newcomers, room)
+    assert sum(trusted[kept]) >= min(int(trusted.sum()), capacity - room)
+
+
+def test_quarantine_pushes_no_candidate_out():
+    tried_once = Strategy("candidate", "a", (), successes=1, trials=10)
     imported = Strategy("imported", "a", (), trust="quarantine", successes=9, trials=10)
-    assert evict([proven, imported], 1) == [imported.id]
+    assert standing(imported) < 0 < standing(tried_once)
+
+
+@given(st.integers(0, 1000), st.integers(1, 1000), st.floats(0.01, 1))
+def test_the_share_of_shows(shown, others, share):
+    assert not shown_too_often(min(shown, 15), others, share)
+    assert shown_too_often(shown + others + 16, shown + others + 16, share)
+    if shown_too_often(shown, shown + others, share):
+        assert shown >= share * (shown + others)
 
 
 @given(st.integers(0, 10_000), st.integers(0, 20), st.integers(0, 6), st.floats(0.1, 0.99))
 @settings(max_examples=50)
 def test_diversity(seed, n, k, threshold):
-    rows, scores = unit_rows(seed, n), np.random.default_rng(seed).random(n).tolist()
-    picked = diversify(scores, rows, k, threshold)
-    assert len(picked) <= k and len(set(picked)) == len(picked)
-    assert [scores[row] for row in picked] == sorted((scores[row] for row in picked), reverse=True)
+    rows = unit_rows(seed, n)
+    picked = diversify(rows, k, threshold)
+    assert picked == sorted(set(picked)) and len(picked) <= k
     if n and k:
-        assert picked[0] == int(np.argmax(scores))
+        assert picked[0] == 0
     similarities = rows[picked] @ rows[picked].T - 2 * np.eye(len(picked))
     assert (similarities < threshold + 1e-5).all()
+    if len(picked) < k:
+        for row in set(range(n)) - set(picked):
+            assert (rows[picked] @ rows[row]).max() >= threshold - 1e-5
 
 
 def test_near_copy():
@@ -105,15 +182,25 @@ def test_ids():
     one = Strategy("Isolate  the\nunknown", "a", ("p",), successes=1, trials=2)
     assert one.id == Strategy("isolate the unknown", "a", ("q",)).id != Strategy(one.text, "b", ("p",)).id
     assert len(one.id) == len(problem_id(messages)) == 16
-    assert one.checksum == Strategy(one.text, "a", ("p",)).checksum != Strategy(one.text, "a", ("q",)).checksum
+    assert (
+        one.checksum == Strategy(one.text, "a", ("q",)).checksum != Strategy(one.text, "a", ("p",), run="r").checksum
+    )
 
 
 @pytest.mark.parametrize("successes, trials", [(2, 1), (-1, 1), (float("nan"), 1)])
 def test_impossible_counts(successes, trials):
-    with pytest.raises(BankError, match="between 0 and trials"):
-        Outcome("x", successes, trials)
-    with pytest.raises(BankError, match="between 0 and trials"):
+    with pytest.raises(BankError, match="between 0 and the number of executions"):
+        Outcome("x", "p", successes, trials)
+    with pytest.raises(BankError, match="between 0 and the number of executions"):
         Strategy("text", "a", (), successes=successes, trials=trials)
+    with pytest.raises(BankError, match="between 0 and the number of executions"):
+        Strategy("text", "a", (), solved=successes, problems=trials)
+
+
+@pytest.mark.parametrize("baseline", [-0.1, 1.1, float("nan")])
+def test_impossible_baseline(baseline):
+    with pytest.raises(BankError, match="between 0 and the number of executions"):
+        Outcome("x", "p", 1, 1, baseline=baseline)
 
 
 def test_unknown_trust():

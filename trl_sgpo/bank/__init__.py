@@ -2,7 +2,7 @@
 
 from .bank import StrategyBank
 from .embedder import load_embedder
-from .strategy import Outcome, Retrieved, Strategy, problem_id
+from .strategy import Execution, Outcome, Retrieved, Strategy, problem_id
 
 
-__all__ = ["Outcome", "Retrieved", "Strategy", "StrategyBank", "load_embedder", "problem_id"]
+__all__ = ["Execution", "Outcome", "Retrieved", "Strategy", "StrategyBank", "load_embedder", "problem_id"]

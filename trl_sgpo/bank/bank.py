@@ -5,20 +5,23 @@ import json
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from ..errors import BankError
 from . import policy
+from .background import BackgroundIndex
+from .contents import Contents
 from .embedder import Embedder, load_embedder
 from .index import Index, break_seal, seal
 from .ledger import SCHEMA_VERSION, Ledger, durable_replace
 from .lock import BankLock
-from .strategy import Outcome, Retrieved, Strategy, problem_id
+from .strategy import TRUST_STATES, Execution, Outcome, Retrieved, Strategy, problem_id
+from .vectors import ClassVectors
 
 
 logger = logging.getLogger(__name__)
@@ -28,11 +31,36 @@ INDEX = "chroma"
 MANIFEST = "manifest.json"
 CACHED_PROBLEMS = 100_000
 DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_NOTHING = Execution("", "", "", 0, 0.0, 0.0)
+FINGERPRINT_TEXT = "List what is given, find what is asked, then check the result."
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with(strategy: Strategy, before: Execution | None, after: Execution | None, counts: bool = True) -> Strategy:
+    """
+    The strategy when its executions on a problem change from one to the other, `None` being none. Those on a problem
+    it was written for do not speak for or against it; with `counts` false only what speaks changes.
+    """
+    old, new = before or _NOTHING, after or _NOTHING
+    changes: dict[str, Any] = {}
+    if counts:
+        changes = {
+            "successes": strategy.successes + new.successes - old.successes,
+            "trials": strategy.trials + new.trials - old.trials,
+        }
+    if not counts or new.problem not in strategy.source_problems:
+        problems = strategy.problems + (new.trials > 0) - (old.trials > 0)
+        solved = strategy.solved + new.successes / (new.trials or 1) - old.successes / (old.trials or 1)
+        baseline = strategy.baseline + new.baseline / (new.trials or 1) - old.baseline / (old.trials or 1)
+        # Clipped because sums of differences are rounded
+        changes["problems"] = problems
+        changes["solved"] = min(max(solved, 0.0), problems)
+        changes["baseline"] = min(max(baseline, 0.0), problems)
+    return replace(strategy, **changes)
 
 
 class StrategyBank:
@@ -47,10 +75,16 @@ class StrategyBank:
             Directory of the bank. It is created if it does not exist.
         embedding_model (`str` or `Callable`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
             Name or path of a sentence-transformers model, or a function from `n` texts to an array of shape `(n, d)`.
-            It is loaded when first needed. A bank made with another one is embedded anew when opened. Functions are
-            told apart by their `__name__`.
+            It is loaded when first needed. If it embeds differently from the one the bank was made with, the bank is
+            embedded anew then.
         capacity_per_class (`int`, *optional*, defaults to `256`):
             Maximum number of strategies of each problem class.
+        min_problems (`int`, *optional*, defaults to `4`):
+            Number of distinct problems a strategy must have been executed on before it is trusted or retired.
+        tolerance (`float`, *optional*, defaults to `0.2`):
+            Part of other strategies' success rate that a trusted strategy may fall short of it.
+        max_share (`float`, *optional*, defaults to `0.25`):
+            Part of what training shows of a class that one strategy may make up while others are there.
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the record is damaged, is no strategy bank, or was written by a newer
@@ -62,10 +96,13 @@ class StrategyBank:
         path: str | Path,
         embedding_model: str | Embedder = DEFAULT_EMBEDDING_MODEL,
         capacity_per_class: int = 256,
+        min_problems: int = 4,
+        tolerance: float = 0.2,
+        max_share: float = 0.25,
     ):
         self.path = Path(path)
         self.capacity_per_class = capacity_per_class
-        self.dimension: int | None = None
+        self.min_problems, self.tolerance, self.max_share = min_problems, tolerance, max_share
         self._embedder: Embedder | None = None
         if isinstance(embedding_model, str):
             self.embedding_model = embedding_model
@@ -85,63 +122,56 @@ class StrategyBank:
 
     def _open(self) -> None:
         self._ledger = Ledger(self.path / LEDGER)
-        self._strategies = {strategy.id: strategy for strategy in self._ledger.all()}
-        self._index: Index | None = None
-        self._indexed = ""  # state of the ledger that the index holds
-        stored = self._ledger.embedder
-        if stored is not None and self._strategies:
-            model, dimension = stored
-            if model == self.embedding_model:
-                self.dimension = dimension
-            else:
-                self._embed_anew(model)
-        self._embeddings = self._ledger.embeddings()
-        if self._embeddings:
-            self._index = self._open_index()
+        self.dimension: int | None = None
+        self._fingerprint: np.ndarray | None = None  # of the embedder in use, once it was needed
+        self._index: BackgroundIndex | None = None
+        self._load_contents()
 
-    def _embed_anew(self, model: str) -> None:
-        logger.warning(
-            "The bank in %s was made with %s: embedding it with %s.", self.path, model, self.embedding_model
-        )
-        embeddings = self._encode([strategy.text for strategy in self._strategies.values()])
-        # Removed first: after a crash in between, ids alone would not tell that its embeddings are of another model
-        self._remove_index()
-        self._ledger.set_embeddings(
-            self.embedding_model, embeddings.shape[1], dict(zip(self._strategies, embeddings, strict=True))
-        )
+    def _load_contents(self) -> None:
+        """Reads the ledger into memory."""
+        embeddings = self._ledger.embeddings()
+        self._contents = Contents(self._ledger.all(), embeddings, self.max_share)
+        if embeddings:
+            self.dimension = len(next(iter(embeddings.values())))
 
-    def _open_index(self) -> Index:
-        """Open the index if it is as the ledger left it, and rebuild it from the ledger if it is not."""
-        assert self.dimension is not None
-        directory = self.path / INDEX
-        self._indexed = self._ledger.state
-        if directory.exists():
-            if break_seal(directory, self._ledger.state):
-                return Index(directory, self.dimension)
-            logger.warning("%s was not closed or has changed since: rebuilding it from the ledger.", directory)
-        return Index.rebuild(directory, self.dimension, *self._entries(list(self._embeddings)))
+    def _use_index(self) -> BackgroundIndex:
+        """
+        The index, opened when first needed: as it is if it is as the ledger left it, else rebuilt from the ledger.
+        """
+        if self._index is None:
+            directory, state, dimension = self.path / INDEX, self._ledger.state, self.dimension
+            entries = self._entries(list(self._contents.live))
+            assert dimension is not None
+
+            def open_index() -> Index:
+                if directory.exists():
+                    if break_seal(directory, state):
+                        return Index(directory, dimension)
+                    logger.warning("%s was not closed or has changed since: rebuilding it from the ledger.", directory)
+                return Index.rebuild(directory, dimension, *entries)
+
+            self._index = BackgroundIndex(open_index)
+        return self._index
+
+    def _entries(self, ids: list[str]) -> tuple[list[str], np.ndarray, list[dict[str, str]]]:
+        contents = self._contents
+        embeddings = np.array([contents.embedding(key) for key in ids], dtype=np.float32)
+        return ids, embeddings, [{"problem_class": contents.strategies[key].problem_class} for key in ids]
+
+    def close(self) -> None:
+        """Close the bank's files and let other processes open it."""
+        self._close_files(sealing=True)
+        self._lock.release()
+
+    def _close_files(self, sealing: bool = False) -> None:
+        index, self._index = self._index, None
+        if index is not None and index.close() and sealing:
+            seal(self.path / INDEX, self._ledger.state)
+        self._ledger.close()
 
     def _remove_index(self) -> None:
         if (self.path / INDEX).exists():
             shutil.rmtree(self.path / INDEX)
-
-    def _entries(self, ids: Sequence[str]) -> tuple[Sequence[str], np.ndarray, list[dict[str, str]]]:
-        embeddings = np.array([self._embeddings[key] for key in ids], dtype=np.float32)
-        return ids, embeddings, [{"problem_class": self._strategies[key].problem_class} for key in ids]
-
-    def close(self) -> None:
-        """Close the bank's files and let other processes open it."""
-        had_index = self._index is not None
-        self._close_files()
-        if had_index and self._indexed:
-            seal(self.path / INDEX, self._indexed)
-        self._lock.release()
-
-    def _close_files(self) -> None:
-        if self._index is not None:
-            self._index.close()
-            self._index = None
-        self._ledger.close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +182,12 @@ class StrategyBank:
     # Embedding
 
     def _encode(self, texts: list[str]) -> np.ndarray:
+        """Embeddings of norm 1 by the model that the bank is embedded with."""
+        if self._fingerprint is None:
+            self._meet_embedder()
+        return self._call_embedder(texts)
+
+    def _call_embedder(self, texts: list[str]) -> np.ndarray:
         if self._embedder is None:
             self._embedder = load_embedder(self.embedding_model)
         embeddings = np.asarray(self._embedder(texts), dtype=np.float32)
@@ -160,15 +196,41 @@ class StrategyBank:
                 f"The embedding model {self.embedding_model} gave an array of shape {embeddings.shape} for "
                 f"{len(texts)} texts: it must give one finite vector a text."
             )
-        if self.dimension is None:
-            self.dimension = embeddings.shape[1]
-        if embeddings.shape[1] != self.dimension:
+        if self._fingerprint is not None and embeddings.shape[1] != len(self._fingerprint):
             raise BankError(
-                f"The embedding model {self.embedding_model} gives vectors of dimension {embeddings.shape[1]} and the "
-                f"bank in {self.path} holds dimension {self.dimension}: use the model it was made with, or give a "
-                "changed model another name, so that the bank is embedded anew."
+                f"The embedding model {self.embedding_model} gave vectors of dimension {len(self._fingerprint)} first "
+                f"and of dimension {embeddings.shape[1]} now: name a model that always gives the same."
             )
         return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+
+    def _meet_embedder(self) -> None:
+        """Compares the embedder with the one the bank was made with. Names may mislead, so how it embeds decides."""
+        fingerprint = self._call_embedder([FINGERPRINT_TEXT])[0]
+        made_with = self._ledger.embedder
+        if self._contents.strategies and made_with is not None:
+            model, stored = made_with
+            by_name = len(stored) == 0 and model == self.embedding_model and len(fingerprint) == self.dimension
+            if not by_name and (stored.shape != fingerprint.shape or stored @ fingerprint < 0.999):
+                self._embed_anew(model, fingerprint)
+        self._fingerprint = fingerprint
+        if self.dimension is None:
+            self.dimension = len(fingerprint)
+
+    def _embed_anew(self, model: str, fingerprint: np.ndarray) -> None:
+        logger.warning(
+            "The bank in %s was made with %s, and %s embeds differently: embedding it anew.",
+            self.path,
+            model,
+            self.embedding_model,
+        )
+        strategies = self._contents.strategies
+        embeddings = self._call_embedder([strategy.text for strategy in strategies.values()])
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        self._remove_index()
+        self._ledger.set_embeddings(self.embedding_model, fingerprint, dict(zip(strategies, embeddings, strict=True)))
+        self._load_contents()
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """
@@ -210,11 +272,11 @@ class StrategyBank:
         Raises:
             [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
         """
-        return self.record(strategies, ())
+        return self.record(strategies)
 
     def update(self, outcomes: Iterable[Outcome]) -> None:
         """
-        Add the outcomes of verified executions to the counts of their strategies.
+        Add the outcomes of verified executions to the counts of their strategies, and trust or retire them by these.
 
         Args:
             outcomes (`Iterable[Outcome]`):
@@ -222,15 +284,22 @@ class StrategyBank:
         """
         self.record((), outcomes)
 
-    def record(self, strategies: Iterable[Strategy], outcomes: Iterable[Outcome]) -> list[str]:
+    def record(
+        self,
+        strategies: Iterable[Strategy],
+        outcomes: Iterable[Outcome] = (),
+        shown: Mapping[str, int] | None = None,
+    ) -> list[str]:
         """
         Store strategies, as `add` does, and outcomes, as `update` does, in one transaction: all of it or nothing.
 
         Args:
             strategies (`Iterable[Strategy]`):
                 Strategies to store.
-            outcomes (`Iterable[Outcome]`):
+            outcomes (`Iterable[Outcome]`, *optional*):
                 Outcomes, of these strategies or of those in the bank.
+            shown (`Mapping[str, int]`, *optional*):
+                Strategy id → how often it was shown with a problem since the last call.
 
         Returns:
             `list[str]`: Ids of the strategies that are new in the bank.
@@ -238,74 +307,180 @@ class StrategyBank:
         Raises:
             [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
         """
-        strategies, outcomes = list(strategies), list(outcomes)
-        changed, embeddings = self._admit(strategies)
-        new = [key for key in changed if key not in self._embeddings]
-        retired = self._evict(changed, new, outcomes)
-        if not changed and not outcomes:
+        changed, embeddings = self._admit(list(strategies))
+        executions = self._count(changed, outcomes)
+        stored = self._contents.strategies
+        for key, times in (shown or {}).items():
+            if (strategy := changed.get(key) or stored.get(key)) is not None:
+                changed[key] = replace(strategy, shown=strategy.shown + times)
+        for key, strategy in changed.items():
+            changed[key] = replace(strategy, trust=policy.trust(strategy, self.min_problems, self.tolerance))
+        self._evict(changed)
+        if not changed:
             return []
-        if self._index is None and new:
-            assert self.dimension is not None
-            self._ledger.set_embeddings(self.embedding_model, self.dimension, {})
-            self._index = self._open_index()
-        self._ledger.commit([(changed[key], embeddings[key]) for key in changed], outcomes, retired)
 
-        touched = dict.fromkeys([*changed, *(outcome.strategy_id for outcome in outcomes), *retired])
-        self._strategies.update((strategy.id, strategy) for strategy in self._ledger.get(touched))
-        added = [key for key in new if key not in retired]
-        self._embeddings.update((key, embeddings[key]) for key in added)
-        removed = [key for key in retired if self._embeddings.pop(key, None) is not None]
-        if self._index is not None:
-            self._indexed = ""  # until both are done: an index that failed halfway must not be sealed
-            self._index.delete(removed)
-            self._index.add(*self._entries(added))
-            self._indexed = self._ledger.state
-        return added
+        self._write(changed, embeddings, executions.values())
+        return [key for key in embeddings if key in changed and key in self._contents.live]
 
-    def _admit(self, strategies: list[Strategy]) -> tuple[dict[str, Strategy], dict[str, np.ndarray]]:
-        """Strategies to write, by id, and their embeddings: new ones, and stored ones with more source problems."""
+    def _write(
+        self, changed: dict[str, Strategy], embeddings: dict[str, np.ndarray], executions: Iterable[Execution]
+    ) -> None:
+        """One transaction in the ledger, which memory and index follow."""
+        contents = self._contents
+        if not contents.strategies:
+            assert self._fingerprint is not None
+            self._ledger.set_embeddings(self.embedding_model, self._fingerprint, {})
+        added = [key for key, s in changed.items() if s.trust != "retired" and key not in contents.live]
+        removed = [key for key, s in changed.items() if s.trust == "retired" and key in contents.live]
+        index = self._use_index() if added or removed else None
+        self._ledger.commit(
+            [(strategy, embeddings[key]) for key, strategy in changed.items() if key not in contents.strategies],
+            [strategy for key, strategy in changed.items() if key in contents.strategies],
+            executions,
+            index_changes=index is not None,
+        )
+        for key, strategy in changed.items():
+            contents.put(strategy, embeddings.get(key))
+        if index is not None:
+            index.change(removed, *self._entries(added))
+
+    def merge(self, strategies: Iterable[Strategy], executions: Iterable[Execution]) -> list[str]:
+        """
+        Take over strategies with trust states and counts, as from another bank of your own, in one transaction.
+
+        Of a strategy that is stored already, source problems are united, and on each problem the bank that executed
+        it more often is believed, so that merging twice changes nothing.
+
+        Args:
+            strategies (`Iterable[Strategy]`):
+                The strategies, with their counts.
+            executions (`Iterable[Execution]`):
+                Their executions, which the counts are made of.
+
+        Returns:
+            `list[str]`: Ids of the strategies that are new in the bank.
+
+        Raises:
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
+        """
+        taken = {strategy.id: strategy for strategy in strategies}
+        changed, embeddings = self._admit(list(taken.values()), near_copies=True)
+        written = []
+        for execution in executions:
+            key = execution.strategy_id
+            if key in taken and key not in self._contents.strategies:
+                written.append(execution)
+            elif key in taken:
+                before = self._ledger.execution(key, execution.problem)
+                if before is None or before.trials < execution.trials:
+                    written.append(execution)
+                    strategy = changed.get(key) or self._contents.strategies[key]
+                    changed[key] = _with(strategy, before, execution)
+        known = {key: strategy for key, strategy in changed.items() if key in self._contents.strategies}
+        self._judge(known)
+        changed |= known
+        self._evict(changed)
+        if not changed:
+            return []
+        self._write(changed, embeddings, written)
+        return [key for key in embeddings if key in changed and key in self._contents.live]
+
+    def _admit(
+        self, strategies: list[Strategy], near_copies: bool = False
+    ) -> tuple[dict[str, Strategy], dict[str, np.ndarray]]:
+        """Strategies to write, by id, and embeddings of those that are new or return from retirement."""
         for strategy in strategies:
             if not strategy.text.strip():
                 raise BankError("A strategy without text cannot be stored: drop it before it gets to the bank.")
-        unseen = {strategy.id: strategy.text for strategy in strategies if strategy.id not in self._embeddings}
-        encoded = self._encode(list(unseen.values())) if unseen else ()
-        embeddings = self._embeddings | dict(zip(unseen, encoded, strict=True))
-        peers: dict[str, list[np.ndarray]] = defaultdict(list)
-        for strategy in self.strategies() if unseen else ():
-            if strategy.trust != "quarantine":
-                peers[strategy.problem_class].append(self._embeddings[strategy.id])
-
+        absent = {strategy.id: strategy.text for strategy in strategies if strategy.id not in self._contents.live}
+        embeddings = dict(zip(absent, self._encode(list(absent.values())), strict=True)) if absent else {}
+        copies = set() if near_copies else self._near_copies(strategies, embeddings)
         changed: dict[str, Strategy] = {}
         for strategy in strategies:
-            key, vector = strategy.id, embeddings[strategy.id]
-            known = changed.get(key) or self._strategies.get(key)
-            if key not in changed and key not in self._embeddings:
-                if policy.near_copy(vector, np.array(peers[strategy.problem_class])) is not None:
-                    continue
-                if strategy.trust != "quarantine":
-                    peers[strategy.problem_class].append(vector)
+            key = strategy.id
+            if key in copies:
+                continue
+            known = changed.get(key) or self._contents.strategies.get(key)
             if known is None:
                 changed[key] = strategy
                 continue
-            changed[key] = replace(
-                known,
-                source_problems=tuple(dict.fromkeys(known.source_problems + strategy.source_problems)),
-                trust=strategy.trust if known.trust == "retired" else known.trust,
-            )
+            problems = tuple(dict.fromkeys(known.source_problems + strategy.source_problems))
+            trust = strategy.trust if known.trust == "retired" else known.trust
+            if (problems, trust) != (known.source_problems, known.trust):
+                new = set(problems) - set(known.source_problems)
+                changed[key] = self._without_evidence(replace(known, source_problems=problems, trust=trust), new)
         return changed, embeddings
 
-    def _evict(self, changed: dict[str, Strategy], new: list[str], outcomes: list[Outcome]) -> list[str]:
-        classes = {changed[key].problem_class for key in new}
-        stored = {strategy.id: strategy for strategy in self.strategies() if strategy.problem_class in classes}
-        pool = stored | {key: strategy for key, strategy in changed.items() if strategy.problem_class in classes}
+    def _near_copies(self, strategies: list[Strategy], embeddings: dict[str, np.ndarray]) -> set[str]:
+        """Ids of new strategies that are near-copies of one in the bank or of an earlier one."""
+        new: dict[str, dict[str, Strategy]] = defaultdict(dict)
+        for strategy in strategies:
+            if strategy.id in embeddings:
+                new[strategy.problem_class].setdefault(strategy.id, strategy)
+        copies: set[str] = set()
+        for problem_class, members in new.items():
+            vectors = np.array([embeddings[key] for key in members])
+            copied = policy.near_copies(
+                np.array([s.trust != "quarantine" for s in members.values()]),
+                vectors @ vectors.T,
+                self._contents.similarity_to(problem_class, vectors),
+            )
+            copies.update(key for key, copy in zip(members, copied, strict=True) if copy)
+        return copies
+
+    def _without_evidence(self, strategy: Strategy, problems: set[str]) -> Strategy:
+        """The strategy as if it had not been executed on problems that it turned out to be written for."""
+        for problem in problems:
+            if (execution := self._ledger.execution(strategy.id, problem)) is not None:
+                strategy = _with(strategy, execution, None, counts=False)
+        return strategy
+
+    def _count(self, changed: dict[str, Strategy], outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Execution]:
+        """Adds outcomes to the counts of their strategies, in `changed`. Returns the executions to write."""
+        executions: dict[tuple[str, str], Execution] = {}
         for outcome in outcomes:
-            if (strategy := pool.get(outcome.strategy_id)) is not None:
-                pool[outcome.strategy_id] = replace(
-                    strategy,
-                    successes=strategy.successes + outcome.successes,
-                    trials=strategy.trials + outcome.trials,
-                )
-        return policy.evict(pool.values(), self.capacity_per_class)
+            key = (outcome.strategy_id, outcome.problem)
+            strategy = changed.get(key[0]) or self._contents.strategies.get(key[0])
+            if strategy is None or outcome.trials == 0:
+                continue
+            before = executions.get(key) or self._ledger.execution(*key)
+            after = Execution(
+                *key,
+                outcome.problem_class or strategy.problem_class,
+                outcome.trials + (before.trials if before else 0),
+                outcome.successes + (before.successes if before else 0),
+                outcome.trials * outcome.baseline + (before.baseline if before else 0),
+            )
+            executions[key] = after
+            changed[key[0]] = _with(strategy, before, after)
+        return executions
+
+    def _judge(self, changed: dict[str, Strategy]) -> None:
+        """Gives each strategy, in `changed`, the trust state its executions speak for."""
+        for key, strategy in changed.items():
+            trust = policy.trust(strategy, self.min_problems, self.tolerance)
+            if trust != strategy.trust:
+                changed[key] = replace(strategy, trust=trust)
+
+    def _evict(self, changed: dict[str, Strategy]) -> None:
+        """Retires, in `changed`, what exceeds the capacity of a class."""
+        touched: dict[str, list[Strategy]] = defaultdict(list)
+        for strategy in changed.values():
+            touched[strategy.problem_class].append(strategy)
+        for name, strategies in touched.items():
+            held = self._contents.classes.get(name, ClassVectors(0))
+            if len(held) + len(strategies) <= self.capacity_per_class:
+                continue
+            members = held.without_embeddings()
+            for strategy in strategies:
+                if strategy.trust != "retired":
+                    members.put(strategy)
+                elif strategy.id in members.rows:
+                    members.remove(strategy.id)
+            trusted = members.column("trust") == TRUST_STATES.index("trusted")
+            gone = policy.evict(trusted, members.column("standing"), members.column("step"), self.capacity_per_class)
+            for key in [members.ids[row] for row in gone]:
+                changed[key] = replace(changed.get(key) or self._contents.strategies[key], trust="retired")
 
     def clear(self) -> None:
         """Remove all strategies. Take a [`~StrategyBank.snapshot`] first to keep them."""
@@ -318,26 +493,49 @@ class StrategyBank:
     # Reading
 
     def __len__(self) -> int:
-        return len(self._embeddings)
+        return len(self._contents.live)
 
     def strategies(self) -> list[Strategy]:
         """All strategies but the retired ones."""
-        return [self._strategies[key] for key in self._embeddings]
+        return [self._contents.strategies[key] for key in self._contents.live]
+
+    def retired(self) -> list[Strategy]:
+        """The strategies that are kept on record only."""
+        return [s for s in self._contents.strategies.values() if s.trust == "retired"]
 
     def get(self, strategy_id: str) -> Strategy | None:
         """The strategy with this id, be it retired, or `None`."""
-        return self._strategies.get(strategy_id)
+        return self._contents.strategies.get(strategy_id)
+
+    @property
+    def made_with(self) -> str | None:
+        """Name of the embedding model the stored embeddings come from, `None` in a bank that never held any."""
+        made_with = self._ledger.embedder
+        return None if made_with is None else made_with[0]
+
+    def executions(self, strategy_id: str) -> list[Execution]:
+        """All verified executions of a strategy, one entry a problem."""
+        return self._ledger.executions(strategy_id)
+
+    def damage(self) -> list[str]:
+        """Everything that is wrong with the record, found by checking all of it, one line each."""
+        found = self._ledger.damage()
+        if len(self) and (difference := self._use_index().ids() ^ self._contents.live.keys()):
+            found.append(f"index and ledger differ in {len(difference)} strategies: remove {self.path / INDEX}")
+        return found
 
     def best(self, n: int) -> list[Strategy]:
         """
-        The most useful strategies, of those that problems may be shown.
+        The most useful strategies, of those that problems may be shown: trusted ones first, then candidates.
 
         Args:
             n (`int`):
                 How many. Of two equally useful ones, the one tried more often comes first.
         """
         shown = [strategy for strategy in self.strategies() if strategy.trust != "quarantine"]
-        return sorted(shown, key=lambda s: (-policy.utility(s.successes, s.trials), -s.trials, s.id))[:n]
+        return sorted(
+            shown, key=lambda s: (s.trust != "trusted", -policy.utility(s.successes, s.trials), -s.trials, s.id)
+        )[:n]
 
     def retrieve(
         self,
@@ -346,6 +544,8 @@ class StrategyBank:
         classes: Sequence[str | None] | None = None,
         exclude: list[set[str]] | None = None,
         cross_class: bool = False,
+        trust: Sequence[str] = ("trusted",),
+        explore: int | None = None,
     ) -> list[list[Retrieved]]:
         """
         Strategies to show with problems: similar, useful, different from each other, and not written for the problem.
@@ -362,48 +562,27 @@ class StrategyBank:
                 those written for a problem of the same text.
             cross_class (`bool`, *optional*, defaults to `False`):
                 Whether strategies of other classes than `classes` are welcome too.
+            trust (`Sequence[str]`, *optional*, defaults to `("trusted",)`):
+                Trust states of the strategies to show. Training shows candidates too, whose outcomes it verifies.
+            explore (`int`, *optional*):
+                Seed with which utilities are drawn from what the counts leave open, and strategies that were shown
+                too often step back. If `None`, the best known ones are shown, always the same.
 
         Returns:
             `list[list[Retrieved]]`: A list for each problem, the best first.
         """
-        if self._index is None or not self._embeddings or not problems:
+        if not len(self) or not problems:
             return [[] for _ in problems]
-        wanted = [None] * len(problems) if classes is None or cross_class else classes
-        hidden = [{problem_id(problem)} for problem in problems] if exclude is None else exclude
-        embeddings = self.embed(problems)
-        hits = self._index.query(embeddings, 4 * k + 16)
-        return [self._select(*row, k) for row in zip(embeddings, hits, wanted, hidden, strict=True)]
-
-    def _select(
-        self, embedding: np.ndarray, hits: list[tuple[str, float]], wanted: str | None, hidden: set[str], k: int
-    ) -> list[Retrieved]:
-        def fits(key: str) -> bool:
-            strategy = self._strategies[key]
-            return (
-                strategy.trust != "quarantine"
-                and (wanted is None or strategy.problem_class == wanted)
-                and hidden.isdisjoint(strategy.source_problems)
-            )
-
-        near = [(key, similarity) for key, similarity in hits if fits(key)]
-        selected = self._rank(near, k)
-        if len(selected) < k:
-            # The index knows neither trust nor sources, so its nearest entries may be the wrong ones: look at all
-            keys = [key for key in self._embeddings if fits(key)]
-            if len(keys) > len(near):
-                similarities = np.array([self._embeddings[key] for key in keys]) @ embedding
-                selected = self._rank(list(zip(keys, similarities.tolist(), strict=True)), k)
-        return selected
-
-    def _rank(self, hits: list[tuple[str, float]], k: int) -> list[Retrieved]:
-        found = []
-        for key, similarity in hits:
-            strategy = self._strategies[key]
-            score = max(similarity, 0.0) * policy.utility(strategy.successes, strategy.trials)
-            found.append(Retrieved(strategy, similarity, score))
-        found.sort(key=lambda hit: (-hit.score, -hit.similarity, hit.strategy.id))
-        embeddings = np.array([self._embeddings[hit.strategy.id] for hit in found])
-        return [found[row] for row in policy.diversify([hit.score for hit in found], embeddings, k)]
+        embeddings = self.embed(problems)  # first, because it may embed the contents anew
+        return self._contents.retrieve(
+            embeddings,
+            k,
+            scopes=[None] * len(problems) if classes is None or cross_class else classes,
+            hidden=[{problem_id(problem)} for problem in problems] if exclude is None else exclude,
+            trust=trust,
+            explore=explore,
+            ask_index=lambda embeddings, n: self._use_index().query(embeddings, n),
+        )
 
     def sample(self, problem_class: str, k: int, seed: int, exclude: set[str] | None = None) -> list[Strategy]:
         """
@@ -421,19 +600,7 @@ class StrategyBank:
             exclude (`set[str]`, *optional*):
                 Ids, by [`problem_id`], of problems whose strategies are left out.
         """
-        hidden = exclude or set()
-        members = sorted(
-            (
-                s
-                for s in self.strategies()
-                if s.problem_class == problem_class and hidden.isdisjoint(s.source_problems)
-            ),
-            key=lambda s: s.id,
-        )
-        successes = np.array([s.successes for s in members], dtype=float)
-        trials = np.array([s.trials for s in members], dtype=float)
-        draws = np.random.default_rng(seed).beta(successes + 1, trials - successes + 1)
-        return [members[row] for row in np.argsort(-draws, kind="stable")[:k]]
+        return self._contents.sample(problem_class, k, seed, exclude or set())
 
     # Snapshots
 
@@ -503,12 +670,7 @@ class StrategyBank:
         self._open()
 
     @classmethod
-    def restore(
-        cls,
-        path: str | Path,
-        embedding_model: str | Embedder = DEFAULT_EMBEDDING_MODEL,
-        capacity_per_class: int = 256,
-    ) -> Self:
+    def restore(cls, path: str | Path, *args: Any, **kwargs: Any) -> Self:
         """
         Open a bank that must exist already. The arguments are those of the constructor.
 
@@ -520,4 +682,4 @@ class StrategyBank:
                 f"{path} holds no strategy bank: name the directory that has a {LEDGER}, or create an empty bank with "
                 "`StrategyBank(path)`."
             )
-        return cls(path, embedding_model, capacity_per_class)
+        return cls(path, *args, **kwargs)

@@ -120,7 +120,11 @@ class Index:
         if Path(directory).exists():
             shutil.rmtree(directory)
         index = cls(directory, dimension)
-        index.add(ids, embeddings, metadatas)
+        try:
+            index.add(ids, embeddings, metadatas)
+        except BankError:
+            index.close()
+            raise
         return index
 
     @contextmanager

@@ -13,26 +13,50 @@ from typing import Any
 import numpy as np
 
 from ..errors import BankError
-from .strategy import Outcome, Strategy
+from .strategy import Execution, Strategy
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-_SCHEMA = f"""
-BEGIN;
+_TABLES = """
 CREATE TABLE strategies (
     id TEXT PRIMARY KEY, text TEXT NOT NULL, problem_class TEXT NOT NULL, source_problems TEXT NOT NULL,
     parents TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL, step INTEGER NOT NULL, origin TEXT NOT NULL,
-    trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, lift REAL NOT NULL, embedding BLOB NOT NULL
+    trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, problems INTEGER NOT NULL,
+    solved REAL NOT NULL, baseline REAL NOT NULL, shown INTEGER NOT NULL, checksum TEXT NOT NULL,
+    embedding BLOB NOT NULL
 );
+CREATE TABLE executions (
+    strategy_id TEXT NOT NULL, problem TEXT NOT NULL, problem_class TEXT NOT NULL, trials INTEGER NOT NULL,
+    successes REAL NOT NULL, baseline REAL NOT NULL, PRIMARY KEY (strategy_id, problem)
+) WITHOUT ROWID;
+"""
+_SCHEMA = f"""
+BEGIN;
+{_TABLES}
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}');
 COMMIT;
 """
+# Version 1 had the lift at admission and no executions: it becomes what one problem said
+_MIGRATE_1 = f"""
+BEGIN;
+ALTER TABLE strategies RENAME TO version_1;
+{_TABLES}
+INSERT INTO strategies
+    SELECT id, text, problem_class, source_problems, parents, model, run, step, origin, trust, successes, trials,
+        trials > 0, (trials > 0) * max(lift, 0), (trials > 0) * max(-lift, 0), 0, '', embedding
+    FROM version_1 ORDER BY rowid;
+INSERT INTO executions
+    SELECT id, '', problem_class, 1, max(lift, 0), max(-lift, 0) FROM version_1 WHERE trials > 0;
+DROP TABLE version_1;
+"""
 
 _FIELDS = [field.name for field in fields(Strategy)]
+_CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
-_UPSERT = f"INSERT OR REPLACE INTO strategies VALUES ({', '.join('?' * (len(_FIELDS) + 2))})"
+_INSERT = f"INSERT INTO strategies VALUES ({', '.join('?' * (len(_FIELDS) + 3))})"
+_UPDATE = f"UPDATE strategies SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE id = ?"
 
 
 def durable_replace(temporary: Path, target: Path) -> None:
@@ -51,16 +75,15 @@ def _blob(embedding: np.ndarray) -> bytes:
     return embedding.astype("<f4").tobytes()
 
 
-def _to_row(strategy: Strategy, embedding: np.ndarray) -> tuple[Any, ...]:
-    values = [vars(strategy)[name] for name in _FIELDS]
-    row = [json.dumps(value) if isinstance(value, tuple) else value for value in values]
-    return (strategy.id, *row, _blob(embedding))
+def _values(strategy: Strategy, names: Iterable[str]) -> list[Any]:
+    values = [vars(strategy)[name] for name in names]
+    return [(json.dumps(value) if value else "[]") if isinstance(value, tuple) else value for value in values]
 
 
 def _to_strategy(row: tuple[Any, ...]) -> Strategy:
     values = dict(zip(_FIELDS, row, strict=True))
     for name in ("source_problems", "parents"):
-        values[name] = tuple(json.loads(values[name]))
+        values[name] = () if values[name] == "[]" else tuple(json.loads(values[name]))
     return Strategy(**values)
 
 
@@ -94,6 +117,20 @@ class Ledger:
                 "upgrade trl-sgpo, restore a checkpoint's copy (`trl-sgpo train --resume_from_checkpoint true`), or "
                 "remove the directory to start an empty bank."
             )
+        if version == 1:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """Brings a ledger of the first version to this one, in one transaction."""
+        with self._readable_errors():
+            self._connection.executescript(_MIGRATE_1)
+            for strategy in self.all():
+                self._connection.execute(
+                    "UPDATE strategies SET checksum = ? WHERE id = ?", (strategy.checksum, strategy.id)
+                )
+            self._set_meta("schema_version", str(SCHEMA_VERSION))
+            self._new_state()
+            self._connection.commit()
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
@@ -114,81 +151,112 @@ class Ledger:
         row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return row and row[0]
 
+    def _set_meta(self, key: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
     @property
-    def embedder(self) -> tuple[str, int] | None:
-        """Name of the model the embeddings come from and their dimension, `None` before the first one is stored."""
+    def embedder(self) -> tuple[str, np.ndarray] | None:
+        """
+        Name of the model the embeddings come from and its fingerprint, `None` before the first one is stored. The
+        fingerprint is an empty array where it was not kept.
+        """
         with self._readable_errors():
-            model, dimension = self._meta("embedding_model"), self._meta("dimension")
-        return None if model is None or dimension is None else (model, int(dimension))
+            model, fingerprint = self._meta("embedding_model"), self._meta("fingerprint")
+        return None if model is None else (model, np.array(json.loads(fingerprint or "[]"), dtype=np.float32))
 
     @property
     def state(self) -> str:
-        """A name for what the ledger holds: every transaction that writes gives it a new one."""
+        """A name for what an index of the ledger holds: every transaction that changes that gives it a new one."""
         with self._readable_errors():
             return self._meta("state") or ""
 
     def _new_state(self) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (uuid.uuid4().hex,))
+        self._set_meta("state", uuid.uuid4().hex)
 
     def commit(
-        self, inserts: Iterable[tuple[Strategy, np.ndarray]], outcomes: Iterable[Outcome], retire: Iterable[str]
+        self,
+        inserts: Iterable[tuple[Strategy, np.ndarray]] = (),
+        updates: Iterable[Strategy] = (),
+        executions: Iterable[Execution] = (),
+        index_changes: bool = True,
     ) -> None:
         """
-        Write one transaction: inserts, then outcomes, then retirements.
+        Write one transaction.
 
         Args:
-            inserts (`Iterable[tuple[Strategy, np.ndarray]]`):
-                Strategies and their embeddings of shape `(d,)`. One whose id exists replaces it.
-            outcomes (`Iterable[Outcome]`):
-                Counts to add. Those of unknown strategies are ignored.
-            retire (`Iterable[str]`):
-                Ids of strategies to retire.
+            inserts (`Iterable[tuple[Strategy, np.ndarray]]`, *optional*):
+                New strategies and their embeddings of shape `(d,)`.
+            updates (`Iterable[Strategy]`, *optional*):
+                Stored strategies whose source problems, trust or counts are new.
+            executions (`Iterable[Execution]`, *optional*):
+                Executions. Those of a strategy on a problem replace the ones stored for both.
+            index_changes (`bool`, *optional*, defaults to `True`):
+                Whether the strategies that are not retired are others than before.
         """
         with self._readable_errors(), self._connection:
-            self._new_state()
-            self._connection.executemany(_UPSERT, [_to_row(*insert) for insert in inserts])
+            if index_changes:
+                self._new_state()
             self._connection.executemany(
-                "UPDATE strategies SET successes = successes + ?, trials = trials + ?, lift = coalesce(?, lift) "
-                "WHERE id = ?",
-                [(outcome.successes, outcome.trials, outcome.lift, outcome.strategy_id) for outcome in outcomes],
+                _INSERT,
+                [(s.id, *_values(s, _FIELDS), s.checksum, _blob(embedding)) for s, embedding in inserts],
             )
+            self._connection.executemany(_UPDATE, [(*_values(s, _CHANGING), s.id) for s in updates])
             self._connection.executemany(
-                "UPDATE strategies SET trust = 'retired' WHERE id = ?", [(strategy_id,) for strategy_id in retire]
+                "INSERT OR REPLACE INTO executions VALUES (?, ?, ?, ?, ?, ?)",
+                [tuple(vars(execution).values()) for execution in executions],
             )
 
-    def set_embeddings(self, model: str, dimension: int, embeddings: dict[str, np.ndarray]) -> None:
+    def set_embeddings(self, model: str, fingerprint: np.ndarray, embeddings: dict[str, np.ndarray]) -> None:
         """
         Write one transaction: the embedding model, and embeddings by it of strategies already stored.
 
         Args:
             model (`str`):
                 Name of the embedding model.
-            dimension (`int`):
-                Dimension of its embeddings.
+            fingerprint (`np.ndarray`):
+                What tells it from others.
             embeddings (`dict[str, np.ndarray]`):
-                Strategy id → embedding of shape `(dimension,)`. Must cover all strategies when the model changes.
+                Strategy id → embedding of shape `(d,)`. Must cover all strategies when the model changes.
         """
         with self._readable_errors(), self._connection:
             self._new_state()
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                [("embedding_model", model), ("dimension", str(dimension))],
-            )
+            self._set_meta("embedding_model", model)
+            self._set_meta("fingerprint", json.dumps(fingerprint.tolist()))
             self._connection.executemany(
                 "UPDATE strategies SET embedding = ? WHERE id = ?",
                 [(_blob(embedding), strategy_id) for strategy_id, embedding in embeddings.items()],
             )
 
+    def execution(self, strategy_id: str, problem: str) -> Execution | None:
+        """The executions of a strategy on a problem, or `None`."""
+        query = "SELECT * FROM executions WHERE strategy_id = ? AND problem = ?"
+        with self._readable_errors():
+            row = self._connection.execute(query, (strategy_id, problem)).fetchone()
+        return row and Execution(*row)
+
+    def executions(self, strategy_id: str) -> list[Execution]:
+        """All executions of a strategy, one entry a problem."""
+        with self._readable_errors():
+            rows = self._connection.execute("SELECT * FROM executions WHERE strategy_id = ?", (strategy_id,))
+            return [Execution(*row) for row in rows]
+
+    def damage(self) -> list[str]:
+        """
+        Everything that is wrong with the file: what SQLite finds in a full check, and strategies whose text or
+        provenance is not what was written.
+        """
+        with self._readable_errors():
+            found = [row[0] for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            stored = dict(self._connection.execute("SELECT id, checksum FROM strategies"))
+        for strategy in self.all():
+            if stored.get(strategy.id) != strategy.checksum:
+                found.append(f"strategy {strategy.id} ({strategy.text[:40]!r}) is not what was written")
+        return found
+
     def all(self) -> list[Strategy]:
         """All strategies, retired ones too, in the order they were stored."""
         with self._readable_errors():
             return [_to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY rowid")]
-
-    def get(self, ids: Iterable[str]) -> list[Strategy]:
-        """The strategies with these ids, in their order. Unknown ids are left out."""
-        with self._readable_errors():
-            rows = [self._connection.execute(f"{_SELECT} WHERE id = ?", (key,)).fetchone() for key in ids]
-        return [_to_strategy(row) for row in rows if row is not None]
 
     def count(self) -> int:
         """Number of strategies, retired ones too."""

@@ -1,7 +1,7 @@
-"""What is admitted, kept and shown: pure functions."""
+"""What is admitted, believed, kept and shown: pure functions."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,6 +9,9 @@ from .strategy import Strategy
 
 
 NEAR_COPY = 0.88
+ONE_SIDED_95 = 1.645
+NEWCOMERS = 0.25
+FREE_SHOWS = 16
 
 
 def utility(successes: float, trials: int, prior_successes: float = 1.0, prior_trials: float = 2.0) -> float:
@@ -27,6 +30,92 @@ def utility(successes: float, trials: int, prior_successes: float = 1.0, prior_t
         `float`: A rate in (0, 1).
     """
     return (successes + prior_successes) / (trials + prior_trials)
+
+
+def wilson(successes: float, trials: float, z: float = ONE_SIDED_95) -> tuple[float, float]:
+    """
+    Score interval of a rate (Wilson, 1927).
+
+    Args:
+        successes (`float`):
+            Sum of outcomes in [0, 1].
+        trials (`float`):
+            Number of outcomes.
+        z (`float`, *optional*, defaults to `1.645`):
+            Quantile of the normal distribution. The default makes each bound hold with 95% confidence.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper bound, (0, 1) without trials.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    rate, spread = successes / trials, z * z / trials
+    centre = rate + spread / 2
+    half = math.sqrt(max(rate * (1 - rate) * spread + spread * spread / 4, 0.0))
+    return max((centre - half) / (1 + spread), 0.0), min((centre + half) / (1 + spread), 1.0)
+
+
+def lift_bounds(strategy: Strategy) -> tuple[float, float]:
+    """
+    Bounds of a strategy's lift, each with 95% confidence, where a problem counts once however often it was tried.
+
+    Args:
+        strategy ([`Strategy`]):
+            The strategy.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper bound, (-1, 1) before it was executed on another problem than its own.
+    """
+    if strategy.problems == 0:
+        return -1.0, 1.0
+    low, high = wilson(strategy.solved, strategy.problems)
+    baseline = strategy.baseline / strategy.problems
+    return low - baseline, high - baseline
+
+
+def trust(strategy: Strategy, min_problems: int, tolerance: float) -> str:
+    """
+    Trust state that the executions verified here speak for.
+
+    A strategy may be trusted when, with confidence, it keeps up with the other strategies on the same problems but
+    for a tolerance, and is retired when, with confidence, it does not. In between nothing is known, and one that was
+    trusted is a candidate again.
+
+    Args:
+        strategy ([`Strategy`]):
+            The strategy and its counts.
+        min_problems (`int`):
+            Number of distinct problems, without those it was written for, below which its state stays.
+        tolerance (`float`):
+            Part of the baseline, in [0, 1), that a strategy may fall short of it.
+
+    Returns:
+        `str`: The trust state.
+    """
+    if strategy.trust == "retired" or strategy.problems < min_problems:
+        return strategy.trust
+    low, high = wilson(strategy.solved, strategy.problems)
+    floor = (1 - tolerance) * strategy.baseline / strategy.problems
+    if high < floor:
+        return "retired"
+    if low > floor:
+        return "trusted"
+    return "candidate" if strategy.trust == "trusted" else strategy.trust
+
+
+def shown_too_often(shown: int, all_shown: int, max_share: float) -> bool:
+    """
+    Whether a strategy has had its share of being shown.
+
+    Args:
+        shown (`int`):
+            How often it was shown.
+        all_shown (`int`):
+            How often any strategy of its class was.
+        max_share (`float`):
+            The share, in (0, 1]. The first 16 times are free.
+    """
+    return shown >= max(FREE_SHOWS, max_share * all_shown)
 
 
 def admissible(correct: bool, sibling_lift: float, leak: float, well_formed: bool, min_lift: float) -> bool:
@@ -67,38 +156,76 @@ def near_copy(embedding: np.ndarray, others: np.ndarray, threshold: float = NEAR
     return nearest if similarities[nearest] >= threshold else None
 
 
-def evict(strategies: Iterable[Strategy], capacity_per_class: int) -> list[str]:
+def near_copies(
+    counts: np.ndarray, similarities: np.ndarray, to_stored: np.ndarray, threshold: float = NEAR_COPY
+) -> list[bool]:
     """
-    Ids of the strategies beyond the capacity of their class.
-
-    Quarantined strategies go first, then those of the least utility, the older one of two equals. A class within its
-    capacity loses nothing, whatever the others hold.
+    Which of several new strategies of a class are near-copies of a stored one or of an earlier one that is not.
 
     Args:
-        strategies (`Iterable[Strategy]`):
-            The strategies of one or more classes.
-        capacity_per_class (`int`):
-            How many of each class stay.
+        counts (`np.ndarray` of shape `(m,)`):
+            Whether later ones are compared with it.
+        similarities (`np.ndarray` of shape `(m, m)`):
+            Cosine similarities of the new strategies.
+        to_stored (`np.ndarray` of shape `(m,)`):
+            Cosine similarity of each to the nearest stored one.
+        threshold (`float`, *optional*, defaults to `0.88`):
+            Cosine similarity from which on two strategies are near-copies.
     """
-    classes: dict[str, list[Strategy]] = defaultdict(list)
-    for strategy in strategies:
-        classes[strategy.problem_class].append(strategy)
-    evicted = []
-    for members in classes.values():
-        members.sort(key=lambda s: (s.trust != "quarantine", utility(s.successes, s.trials), s.step, s.id))
-        evicted += [s.id for s in members[: max(len(members) - capacity_per_class, 0)]]
-    return evicted
+    copied: list[bool] = []
+    for row, nearest in enumerate(to_stored):
+        earlier = [other for other in range(row) if counts[other] and not copied[other]]
+        copied.append(bool(max([nearest, *similarities[row, earlier]]) >= threshold))
+    return copied
 
 
-def diversify(scores: Sequence[float], embeddings: np.ndarray, k: int, threshold: float = NEAR_COPY) -> list[int]:
+def standing(strategy: Strategy) -> float:
     """
-    The best candidates that are no near-copies of each other, picked greedily.
+    What a strategy is kept for: the lower bound of its success rate if it is trusted, otherwise its utility, less 1 if
+    it is in quarantine. Strategies that are trusted and those that are not are not compared by it.
+    """
+    if strategy.trust == "trusted":
+        return wilson(strategy.successes, strategy.trials)[0]
+    return utility(strategy.successes, strategy.trials) - (strategy.trust == "quarantine")
+
+
+def evict(trusted: np.ndarray, standing: np.ndarray, step: np.ndarray, capacity: int) -> np.ndarray:
+    """
+    The strategies of a class beyond its capacity.
+
+    A quarter of the capacity is for strategies that are not trusted, so that new ones get their trial; they may take
+    what trusted ones leave free, and only that. On either side the lowest [`standing`] goes first, of equals the
+    older one.
 
     Args:
-        scores (`Sequence[float]` of length `n`):
-            What to pick by. Of equals the first wins.
-        embeddings (`np.ndarray` of shape `(n, d)`):
-            Embeddings of norm 1.
+        trusted (`np.ndarray` of shape `(n,)`):
+            Whether each strategy is trusted.
+        standing (`np.ndarray` of shape `(n,)`):
+            The [`standing`] of each.
+        step (`np.ndarray` of shape `(n,)`):
+            When each was written.
+        capacity (`int`):
+            How many stay.
+
+    Returns:
+        `np.ndarray`: Rows of those that go.
+    """
+    excess = len(trusted) - capacity
+    if excess <= 0:
+        return np.zeros(0, dtype=int)
+    order = np.lexsort((step, standing))
+    new, proven = order[~trusted[order]], order[trusted[order]]
+    from_new = min(excess, max(len(new) - math.ceil(NEWCOMERS * capacity), 0))
+    return np.concatenate([new[:from_new], proven[: excess - from_new]])
+
+
+def diversify(embeddings: Sequence[np.ndarray], k: int, threshold: float = NEAR_COPY) -> list[int]:
+    """
+    The first candidates that are no near-copies of earlier ones.
+
+    Args:
+        embeddings (`Sequence[np.ndarray]` of length `n`):
+            Embeddings of norm 1 and shape `(d,)`, the best first.
         k (`int`):
             How many to pick at most.
         threshold (`float`, *optional*, defaults to `0.88`):
@@ -108,9 +235,9 @@ def diversify(scores: Sequence[float], embeddings: np.ndarray, k: int, threshold
         `list[int]`: Rows, the best first.
     """
     picked: list[int] = []
-    for row in sorted(range(len(scores)), key=lambda row: -scores[row]):
+    for row in range(len(embeddings)):
         if len(picked) >= k:
             break
-        if near_copy(embeddings[row], embeddings[picked], threshold) is None:
+        if near_copy(embeddings[row], np.array([embeddings[i] for i in picked]), threshold) is None:
             picked.append(row)
     return picked

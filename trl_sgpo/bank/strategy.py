@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import BankError
@@ -15,6 +15,11 @@ TRUST_STATES = ("candidate", "trusted", "retired", "quarantine")
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=8192)  # a strategy is replaced several times in a step
+def _identity(problem_class: str, text: str) -> str:
+    return _digest([problem_class, " ".join(text.casefold().split())])[:16]
 
 
 def problem_id(prompt: str | list[dict[str, Any]]) -> str:
@@ -33,11 +38,12 @@ def problem_id(prompt: str | list[dict[str, Any]]) -> str:
     return _digest(prompt)[:16]
 
 
-def _check_counts(successes: float, trials: int, lift: float) -> None:
-    if not (0 <= successes <= trials and math.isfinite(trials) and math.isfinite(lift)):
+def _check_counts(successes: float, trials: int, baseline: float) -> None:
+    if not (0 <= successes <= trials and 0 <= baseline <= max(trials, 1) and math.isfinite(trials)):
         raise BankError(
-            f"successes must be between 0 and trials, and both and lift finite, got successes={successes}, "
-            f"trials={trials}, lift={lift}: count each verified execution once, with an outcome in [0, 1]."
+            f"successes and baseline must be finite and between 0 and the number of executions, got "
+            f"successes={successes}, trials={trials}, baseline={baseline}: count each verified execution once, with "
+            "an outcome in [0, 1]."
         )
 
 
@@ -64,13 +70,20 @@ class Strategy:
         origin (`str`, *optional*, defaults to `"rollout"`):
             How it came into the bank.
         trust (`str`, *optional*, defaults to `"candidate"`):
-            `"candidate"`, `"trusted"`, `"retired"` (kept on record only) or `"quarantine"` (never shown to a problem).
+            `"candidate"` (shown in training only), `"trusted"` (shown everywhere), `"retired"` (kept on record only)
+            or `"quarantine"` (shown nowhere, until executions verified here speak for it).
         successes (`float`, *optional*, defaults to `0`):
             Sum of the outcomes, each in [0, 1], of its verified executions.
         trials (`int`, *optional*, defaults to `0`):
             Number of its verified executions.
-        lift (`float`, *optional*, defaults to `0.0`):
-            Mean outcome on sibling problems minus the block's mean on the same problems, at admission.
+        problems (`int`, *optional*, defaults to `0`):
+            Number of distinct problems it was executed on, without those it was written for.
+        solved (`float`, *optional*, defaults to `0`):
+            Sum over these problems of its mean outcome on them.
+        baseline (`float`, *optional*, defaults to `0`):
+            Sum over these problems of the mean outcome that other strategies had on them at the same time.
+        shown (`int`, *optional*, defaults to `0`):
+            How often it was shown with a problem in training.
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the trust state is unknown or the counts contradict each other.
@@ -87,12 +100,16 @@ class Strategy:
     trust: str = "candidate"
     successes: float = 0
     trials: int = 0
-    lift: float = 0.0
+    problems: int = 0
+    solved: float = 0
+    baseline: float = 0
+    shown: int = 0
 
     def __post_init__(self) -> None:
         if self.trust not in TRUST_STATES:
             raise BankError(f"trust must be one of {', '.join(TRUST_STATES)}, got {self.trust!r}.")
-        _check_counts(self.successes, self.trials, self.lift)
+        _check_counts(self.successes, self.trials, 0)
+        _check_counts(self.solved, self.problems, self.baseline)
 
     @cached_property
     def id(self) -> str:
@@ -100,38 +117,78 @@ class Strategy:
         return _digest([self.problem_class, " ".join(self.text.casefold().split())])[:16]
 
     @property
+    def lift(self) -> float:
+        """Mean outcome on problems it was not written for, minus that of other strategies on the same problems."""
+        return (self.solved - self.baseline) / self.problems if self.problems else 0.0
+
+    @cached_property
     def checksum(self) -> str:
-        """SHA-256 of text, class and provenance, without trust state and counts, which change."""
-        record = asdict(self)
-        return _digest({key: record[key] for key in record.keys() - {"trust", "successes", "trials", "lift"}})
+        """SHA-256 of text, class and provenance, without source problems, trust state and counts, which change."""
+        fixed = (self.text, self.problem_class, self.parents, self.model, self.run, self.step, self.origin)
+        return _digest(fixed)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """
-    What verified executions of one strategy achieved.
+    What verified executions of one strategy on one problem achieved.
 
     Args:
         strategy_id (`str`):
             Id of the strategy.
+        problem (`str`):
+            Id of the problem, by [`problem_id`].
         successes (`float`):
             Sum of the outcomes, each in [0, 1].
-        trials (`int`):
+        trials (`int`, *optional*, defaults to `1`):
             Number of executions.
-        lift (`float`, *optional*):
-            New lift of the strategy. If `None`, its lift stays.
+        baseline (`float`, *optional*, defaults to `0.0`):
+            Mean outcome, in [0, 1], of executions of other strategies on the problem at the same time.
+        problem_class (`str`, *optional*, defaults to `""`):
+            Class of the problem. If empty, that of the strategy.
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the counts contradict each other.
     """
 
     strategy_id: str
+    problem: str
     successes: float
-    trials: int
-    lift: float | None = None
+    trials: int = 1
+    baseline: float = 0.0
+    problem_class: str = ""
 
     def __post_init__(self) -> None:
-        _check_counts(self.successes, self.trials, self.lift or 0.0)
+        _check_counts(self.successes, self.trials, 0)
+        _check_counts(self.baseline, 1, 0)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """
+    All verified executions of one strategy on one problem.
+
+    Args:
+        strategy_id (`str`):
+            Id of the strategy.
+        problem (`str`):
+            Id of the problem.
+        problem_class (`str`):
+            Class of the problem.
+        trials (`int`):
+            Number of executions.
+        successes (`float`):
+            Sum of their outcomes.
+        baseline (`float`):
+            Sum, an execution each, of the mean outcome of other strategies on the problem.
+    """
+
+    strategy_id: str
+    problem: str
+    problem_class: str
+    trials: int
+    successes: float
+    baseline: float
 
 
 @dataclass(frozen=True)

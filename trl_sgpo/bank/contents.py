@@ -1,0 +1,178 @@
+"""What the bank holds, in memory, and how strategies are found in it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from . import policy
+from .strategy import Retrieved, Strategy
+from .vectors import ClassVectors, nearest
+
+
+EXACT = 10_000  # up to here, comparing with all embeddings is as fast as asking the index
+
+Hits = list[tuple[str, float]]
+
+
+class Contents:
+    """
+    The strategies of a bank, and vectors of those that are not retired.
+
+    Args:
+        strategies (`Iterable[Strategy]`):
+            The strategies.
+        embeddings (`Mapping[str, np.ndarray]`):
+            Strategy id → embedding of norm 1 and shape `(d,)`, of those that are not retired.
+        max_share (`float`):
+            Part of what training shows of a class that one strategy may make up while others are there.
+    """
+
+    def __init__(self, strategies: Iterable[Strategy], embeddings: Mapping[str, np.ndarray], max_share: float):
+        self.max_share = max_share
+        self.strategies: dict[str, Strategy] = {}
+        self.classes: dict[str, ClassVectors] = {}
+        self.live: dict[str, ClassVectors] = {}  # the class of each strategy that is not retired
+        self._shown = Counter[str]()  # how often strategies of a class were shown
+        for strategy in strategies:
+            self.put(strategy, embeddings.get(strategy.id))
+
+    def put(self, strategy: Strategy, embedding: np.ndarray | None = None) -> None:
+        """Add a strategy, or replace what is known of it. A new one needs its embedding unless it is retired."""
+        key = strategy.id
+        before = self.strategies.get(key)
+        self._shown[strategy.problem_class] += strategy.shown - (before.shown if before else 0)
+        self.strategies[key] = strategy
+        if strategy.trust == "retired":
+            if key in self.live:
+                self.live.pop(key).remove(key)
+            return
+        if key not in self.live:
+            assert embedding is not None
+            self.live[key] = self.classes.setdefault(strategy.problem_class, ClassVectors(len(embedding)))
+        self.live[key].put(strategy, embedding)
+
+    def embedding(self, strategy_id: str) -> np.ndarray:
+        """Embedding of a strategy that is not retired, shape `(d,)`."""
+        return self.live[strategy_id].embedding(strategy_id)
+
+    def similarity_to(self, problem_class: str, embeddings: np.ndarray) -> np.ndarray:
+        """
+        Cosine similarity of embeddings of shape `(m, d)` to the nearest candidate or trusted strategy of a class,
+        shape `(m,)`, -1 if there is none.
+        """
+        if problem_class not in self.classes:
+            return np.full(len(embeddings), -1.0)
+        vectors = self.classes[problem_class]
+        similarities = embeddings @ vectors.column("matrix").T
+        similarities[:, vectors.with_trust(("quarantine",))] = -1
+        return similarities.max(axis=1, initial=-1.0)
+
+    def retrieve(
+        self,
+        embeddings: np.ndarray,
+        k: int,
+        scopes: Sequence[str | None],
+        hidden: Sequence[set[str]],
+        trust: Sequence[str],
+        explore: int | None,
+        ask_index: Callable[[np.ndarray, int], list[Hits]] | None,
+    ) -> list[list[Retrieved]]:
+        """
+        Strategies for problems. The arguments are those of [`StrategyBank.retrieve`], for problems given by their
+        embeddings of shape `(m, d)` and `None` for a scope of all classes.
+        """
+        together: dict[str | None, list[int]] = defaultdict(list)
+        for row, (scope, _) in enumerate(zip(scopes, hidden, strict=True)):
+            together[scope].append(row)
+        draw = None if explore is None else np.random.default_rng(explore)
+        shown = Counter[str]()  # by this call, of strategies and of classes
+        found: list[list[Retrieved]] = [[] for _ in scopes]
+        width = 4 * k + 16
+        for scope, rows in together.items():
+            parts = self._parts(scope, trust)
+            eligible = sum(len(part) for _, part in parts)
+            for row, near in zip(rows, self._nearest(embeddings[rows], parts, trust, width, ask_index), strict=True):
+                best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
+                if len(best) < k and eligible > width:
+                    (near,) = nearest(embeddings[row : row + 1], parts, eligible)
+                    best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
+                found[row] = best
+                for hit in best:
+                    shown[hit.strategy.id] += 1
+                    shown[hit.strategy.problem_class] += 1
+        return found
+
+    def _parts(self, scope: str | None, trust: Sequence[str]) -> list[tuple[ClassVectors, np.ndarray]]:
+        """The classes to search, and the rows in each that may be found."""
+        if scope is None:
+            classes = list(self.classes.values())
+        else:
+            classes = [self.classes[scope]] if scope in self.classes else []
+        return [(vectors, rows) for vectors in classes if len(rows := vectors.with_trust(trust))]
+
+    def _nearest(
+        self,
+        embeddings: np.ndarray,
+        parts: list[tuple[ClassVectors, np.ndarray]],
+        trust: Sequence[str],
+        n: int,
+        ask_index: Callable[[np.ndarray, int], list[Hits]] | None,
+    ) -> list[Hits]:
+        eligible = sum(len(rows) for _, rows in parts)
+        if eligible <= EXACT or ask_index is None:
+            return nearest(embeddings, parts, n)
+        classes = {id(vectors) for vectors, _ in parts}
+        fetched = ask_index(embeddings, n * -(-len(self.live) // eligible))
+        found = [
+            [
+                (key, similarity)
+                for key, similarity in hits
+                if id(self.live.get(key)) in classes and self.strategies[key].trust in trust
+            ][:n]
+            for hits in fetched
+        ]
+        # The index knows neither class nor trust, so its nearest entries may be the wrong ones
+        return [
+            hits if len(hits) == n else nearest(embeddings[row : row + 1], parts, n)[0]
+            for row, hits in enumerate(found)
+        ]
+
+    def _not_written_for(self, problems: set[str], hits: Hits) -> Hits:
+        return [hit for hit in hits if problems.isdisjoint(self.strategies[hit[0]].source_problems)]
+
+    def _rank(self, hits: Hits, k: int, draw: np.random.Generator | None, shown: Counter[str]) -> list[Retrieved]:
+        strategies = [self.strategies[key] for key, _ in hits]
+        if draw is None:
+            utilities = [policy.utility(s.successes, s.trials) for s in strategies]
+        else:
+            utilities = _drawn_utilities(strategies, draw)
+        found = [
+            Retrieved(strategy, similarity, max(similarity, 0.0) * utility)
+            for strategy, (_, similarity), utility in zip(strategies, hits, utilities, strict=True)
+        ]
+
+        def order(hit: Retrieved) -> tuple[bool, float, float, str]:
+            strategy, name = hit.strategy, hit.strategy.problem_class
+            too_often = draw is not None and policy.shown_too_often(
+                strategy.shown + shown[strategy.id], self._shown[name] + shown[name], self.max_share
+            )
+            return too_often, -hit.score, -hit.similarity, strategy.id
+
+        found.sort(key=order)
+        return [found[row] for row in policy.diversify([self.embedding(hit.strategy.id) for hit in found], k)]
+
+    def sample(self, problem_class: str, k: int, seed: int, hidden: set[str]) -> list[Strategy]:
+        """Strategies of a class to try. The arguments are those of [`StrategyBank.sample`]."""
+        vectors = self.classes.get(problem_class)
+        members = [self.strategies[key] for key in sorted(vectors.ids)] if vectors else []
+        members = [strategy for strategy in members if hidden.isdisjoint(strategy.source_problems)]
+        draws = np.array(_drawn_utilities(members, np.random.default_rng(seed)))
+        return [members[row] for row in np.argsort(-draws, kind="stable")[:k]]
+
+
+def _drawn_utilities(strategies: Sequence[Strategy], draw: np.random.Generator) -> list[float]:
+    """Success rates drawn from their posteriors (Thompson sampling)."""
+    successes = np.array([s.successes for s in strategies], dtype=float)
+    trials = np.array([s.trials for s in strategies], dtype=float)
+    return draw.beta(successes + 1, trials - successes + 1).tolist()

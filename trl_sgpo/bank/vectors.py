@@ -1,0 +1,126 @@
+"""Embeddings of one problem class in memory, searched exactly."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from .policy import standing
+from .strategy import TRUST_STATES, Strategy
+
+
+class ClassVectors:
+    """
+    What retrieval and eviction compare of the strategies of a class, in arrays.
+
+    A class is small enough to compare a problem with all of its strategies, which an approximate index that filters
+    by class does more slowly and not as well.
+
+    Args:
+        dimension (`int`):
+            Dimension of the embeddings.
+    """
+
+    def __init__(self, dimension: int):
+        self.ids: list[str] = []
+        self.rows: dict[str, int] = {}
+        self._columns: dict[str, np.ndarray] = {
+            "matrix": np.zeros((16, dimension), dtype=np.float32),
+            "trust": np.zeros(16, dtype=np.uint8),
+            "standing": np.zeros(16),
+            "step": np.zeros(16, dtype=np.int64),
+        }
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def column(self, name: str) -> np.ndarray:
+        """
+        `"matrix"` (embeddings of norm 1, shape `(n, d)`), `"trust"` (places in `TRUST_STATES`), `"standing"` or
+        `"step"`, in the order of `ids`. A view: copy it before changing the class.
+        """
+        return self._columns[name][: len(self.ids)]
+
+    def put(self, strategy: Strategy, embedding: np.ndarray | None = None) -> None:
+        """Add a strategy with its embedding, or change what is kept of it."""
+        row = self.rows.get(strategy.id)
+        if row is None:
+            row = len(self.ids)
+            if row == len(self._columns["step"]):
+                self._columns = {
+                    name: np.concatenate([values, np.zeros_like(values)]) for name, values in self._columns.items()
+                }
+            self.ids.append(strategy.id)
+            self.rows[strategy.id] = row
+        if embedding is not None:
+            self._columns["matrix"][row] = embedding
+        self._columns["trust"][row] = TRUST_STATES.index(strategy.trust)
+        self._columns["standing"][row] = standing(strategy)
+        self._columns["step"][row] = strategy.step
+
+    def remove(self, strategy_id: str) -> None:
+        """Remove a strategy. The last one takes its place."""
+        row = self.rows.pop(strategy_id)
+        last = self.ids.pop()
+        if last != strategy_id:
+            self.ids[row] = last
+            self.rows[last] = row
+            for values in self._columns.values():
+                values[row] = values[len(self.ids)]
+
+    def embedding(self, strategy_id: str) -> np.ndarray:
+        """Embedding of a strategy, shape `(d,)`."""
+        return self._columns["matrix"][self.rows[strategy_id]]
+
+    def with_trust(self, trust: Collection[str]) -> np.ndarray:
+        """Rows of the strategies in one of these trust states."""
+        wanted = np.isin(range(len(TRUST_STATES)), [TRUST_STATES.index(state) for state in trust])
+        return np.flatnonzero(wanted[self.column("trust")])
+
+    def without_embeddings(self) -> "ClassVectors":
+        """A copy of all but the embeddings."""
+        copy = ClassVectors(0)
+        copy.ids, copy.rows = self.ids.copy(), self.rows.copy()
+        copy._columns = {name: values.copy() for name, values in self._columns.items() if name != "matrix"}
+        copy._columns["matrix"] = np.zeros((len(self._columns["step"]), 0), dtype=np.float32)
+        return copy
+
+
+def nearest(
+    embeddings: np.ndarray, parts: list[tuple[ClassVectors, np.ndarray]], n: int
+) -> list[list[tuple[str, float]]]:
+    """
+    The nearest of some strategies, found by comparing with all of them.
+
+    Args:
+        embeddings (`np.ndarray` of shape `(m, d)`):
+            What to look for.
+        parts (`list[tuple[ClassVectors, np.ndarray]]`):
+            Classes, and the rows of each to compare with.
+        n (`int`):
+            How many to find for each.
+
+    Returns:
+        `list[list[tuple[str, float]]]`: `m` lists of id and cosine similarity, the nearest first.
+    """
+    if not parts:
+        return [[] for _ in embeddings]
+    matrices = [
+        vectors.column("matrix") if len(rows) == len(vectors) else vectors.column("matrix")[rows]
+        for vectors, rows in parts
+    ]
+    similarities = np.concatenate([embeddings @ matrix.T for matrix in matrices], axis=1)
+    if n < similarities.shape[1]:
+        picked = np.argpartition(-similarities, n - 1, axis=1)[:, :n]
+    else:
+        picked = np.broadcast_to(np.arange(similarities.shape[1]), similarities.shape)
+    values = np.take_along_axis(similarities, picked, axis=1).astype(float).round(6)
+    starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
+    part_of = np.searchsorted(starts, picked, side="right") - 1
+    found = []
+    for columns, belongs, row in zip(picked.tolist(), part_of.tolist(), values.tolist(), strict=True):
+        hits = [
+            (parts[part][0].ids[parts[part][1][column - starts[part]]], value)
+            for column, part, value in zip(columns, belongs, row, strict=True)
+        ]
+        found.append(sorted(hits, key=lambda hit: (-hit[1], hit[0])))
+    return found

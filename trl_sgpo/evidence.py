@@ -1,0 +1,88 @@
+"""What a batch of transfer blocks teaches the bank: which strategies are worth keeping, and how each one did."""
+
+import torch
+
+from . import advantages as credit
+from .bank import Outcome, Strategy
+from .bank.policy import admissible
+
+
+def proposals(
+    written: list[list[Strategy]],
+    verified: torch.Tensor,
+    own: int,
+    leaked: torch.Tensor,
+    well_formed: list[list[bool]],
+    min_lift: float,
+) -> list[Strategy]:
+    """
+    The best strategy of each block, where one is admissible.
+
+    Args:
+        written (`list[list[Strategy]]`):
+            The n * K strategies written in each of N blocks.
+        verified (`torch.Tensor` of shape `(N, S, K)`):
+            Outcomes by the verifier.
+        own (`int`):
+            n, strategies each problem writes.
+        leaked (`torch.Tensor` of shape `(N, n * K)`):
+            How much each gives its answer away.
+        well_formed (`list[list[bool]]`):
+            Whether each parses.
+        min_lift (`float`):
+            Lift on siblings, or on its own problem where K is 1, that must be exceeded.
+
+    Returns:
+        `list[Strategy]`: At most one a block.
+    """
+    own_lift, sibling_lift = credit.own_and_siblings(credit.center_by_problem(verified), own)
+    lift = own_lift if verified.size(2) == 1 else sibling_lift
+    solved, _ = credit.own_and_siblings(verified, own)
+    found = []
+    for block, strategies in enumerate(written):
+        good = [
+            s
+            for s in range(len(strategies))
+            if admissible(
+                correct=bool(own_lift[block, s] >= 0) and bool(solved[block, s] > 0),
+                sibling_lift=lift[block, s].item(),
+                leak=leaked[block, s].item(),
+                well_formed=well_formed[block][s],
+                min_lift=min_lift,
+            )
+        ]
+        if good:
+            found.append(strategies[max(good, key=lambda s: lift[block, s].item())])
+    return found
+
+
+def outcomes(
+    strategies: list[list[str]], problems: list[list[str]], classes: list[str], verified: torch.Tensor
+) -> list[Outcome]:
+    """
+    How each strategy did on each problem of its block, compared with the other strategies on the same problem.
+
+    Args:
+        strategies (`list[list[str]]`):
+            Ids of the S strategies of each of N blocks.
+        problems (`list[list[str]]`):
+            Ids of the K problems of each.
+        classes (`list[str]`):
+            Class of each block.
+        verified (`torch.Tensor` of shape `(N, S, K)`):
+            Outcomes by the verifier, NaN where it does not apply.
+
+    Returns:
+        `list[Outcome]`: One a strategy id and problem. Where all strategies on a problem are the same, it is compared
+        with itself.
+    """
+    found = []
+    for block, ids in enumerate(strategies):
+        for position, problem in enumerate(problems[block]):
+            column = verified[block, :, position].clamp(0, 1).tolist()
+            rows = [(key, outcome) for key, outcome in zip(ids, column, strict=True) if outcome == outcome]
+            for key in dict.fromkeys(key for key, _ in rows):
+                mine = [outcome for other, outcome in rows if other == key]
+                others = [outcome for other, outcome in rows if other != key] or mine
+                found.append(Outcome(key, problem, sum(mine), len(mine), sum(others) / len(others), classes[block]))
+    return found
