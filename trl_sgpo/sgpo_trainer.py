@@ -41,6 +41,7 @@ from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 
 from . import advantages as credit
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
+from .bank.audit import control_tokens
 from .callbacks import AdviceCallback, StrategyBankCallback
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError
@@ -476,7 +477,7 @@ class SGPOTrainer(GRPOTrainer):
         """Notes, on rank 0, what the bank is to learn from this batch once the optimizer step is done."""
         geometry, batch = self.geometry, self.rollout_batch
         written = _in_blocks([self._as_strategy(s.text, problem) for s, problem in pairs], geometry.written)
-        well_formed = _in_blocks([s.flaw is None for s, _ in pairs], geometry.written)
+        sound = _in_blocks([s.flaw is None and not control_tokens(s.text) for s, _ in pairs], geometry.written)
         executed = [
             [s.id for s in (*own, *tried, *(own[slot % len(own)] for slot in range(len(tried), geometry.bank)))]
             for own, tried in zip(written, batch.bank, strict=True)
@@ -484,7 +485,9 @@ class SGPOTrainer(GRPOTrainer):
         problems = _in_blocks([problem_id(problem.prompt) for problem in batch.problems], geometry.problems)
         classes = [problem.problem_class for problem in batch.problems[:: geometry.problems]]
         noted = (
-            proposals(written, verified, geometry.own, leaked, well_formed, self.args.bank_min_lift),
+            proposals(
+                written, verified, geometry.own, leaked, _in_blocks(sound, geometry.written), self.args.bank_min_lift
+            ),
             outcomes(executed, problems, classes, verified),
             [strategy.id for problem in batch.problems for strategy in problem.retrieved],
         )

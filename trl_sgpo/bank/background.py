@@ -60,7 +60,7 @@ class BackgroundIndex:
         """Nearest entries, by [`Index.query`]."""
         return self._now(lambda index: index.query(embeddings, n))
 
-    def ids(self) -> set[str]:
+    def ids(self) -> list[str]:
         """Ids of all entries."""
         return self._now(Index.ids)
 

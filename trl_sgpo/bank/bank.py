@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import BankError
 from . import policy
+from .audit import control_tokens
 from .background import BackgroundIndex
 from .contents import Contents
 from .embedder import Embedder, load_embedder
@@ -43,20 +44,19 @@ def _sha256(path: Path) -> str:
 def _with(strategy: Strategy, before: Execution | None, after: Execution | None, counts: bool = True) -> Strategy:
     """
     The strategy when its executions on a problem change from one to the other, `None` being none. Those on a problem
-    it was written for do not speak for or against it; with `counts` false only what speaks changes.
+    it was written for do not speak for or against it; with `counts` false only what speaks changes. Sums are clipped
+    because differences are rounded.
     """
     old, new = before or _NOTHING, after or _NOTHING
     changes: dict[str, Any] = {}
     if counts:
-        changes = {
-            "successes": strategy.successes + new.successes - old.successes,
-            "trials": strategy.trials + new.trials - old.trials,
-        }
+        trials = strategy.trials + new.trials - old.trials
+        successes = strategy.successes + new.successes - old.successes
+        changes = {"trials": trials, "successes": min(max(successes, 0.0), trials)}
     if not counts or new.problem not in strategy.source_problems:
         problems = strategy.problems + (new.trials > 0) - (old.trials > 0)
         solved = strategy.solved + new.successes / (new.trials or 1) - old.successes / (old.trials or 1)
         baseline = strategy.baseline + new.baseline / (new.trials or 1) - old.baseline / (old.trials or 1)
-        # Clipped because sums of differences are rounded
         changes["problems"] = problems
         changes["solved"] = min(max(solved, 0.0), problems)
         changes["baseline"] = min(max(baseline, 0.0), problems)
@@ -129,8 +129,15 @@ class StrategyBank:
 
     def _load_contents(self) -> None:
         """Reads the ledger into memory."""
-        embeddings = self._ledger.embeddings()
-        self._contents = Contents(self._ledger.all(), embeddings, self.max_share)
+        embeddings, strategies = self._ledger.embeddings(), self._ledger.all()
+        changed = [s for s in strategies if s.trust != "retired" and s.id not in embeddings]
+        if changed:
+            raise BankError(
+                f"{self._ledger.path} was changed by something else: {len(changed)} strategies, as {changed[0].id}, "
+                "do not have the ids of their texts. `trl-sgpo bank verify` lists them; restore a checkpoint's copy "
+                "(`trl-sgpo train --resume_from_checkpoint true`)."
+            )
+        self._contents = Contents(strategies, embeddings, self.max_share)
         if embeddings:
             self.dimension = len(next(iter(embeddings.values())))
 
@@ -270,7 +277,7 @@ class StrategyBank:
             `list[str]`: Ids of the strategies that are new in the bank.
 
         Raises:
-            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
         """
         return self.record(strategies)
 
@@ -305,7 +312,7 @@ class StrategyBank:
             `list[str]`: Ids of the strategies that are new in the bank.
 
         Raises:
-            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
         """
         changed, embeddings = self._admit(list(strategies))
         executions = self._count(changed, outcomes)
@@ -361,7 +368,7 @@ class StrategyBank:
             `list[str]`: Ids of the strategies that are new in the bank.
 
         Raises:
-            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
         """
         taken = {strategy.id: strategy for strategy in strategies}
         changed, embeddings = self._admit(list(taken.values()), near_copies=True)
@@ -392,6 +399,11 @@ class StrategyBank:
         for strategy in strategies:
             if not strategy.text.strip():
                 raise BankError("A strategy without text cannot be stored: drop it before it gets to the bank.")
+            if tokens := control_tokens(f"{strategy.problem_class}\n{strategy.text}"):
+                raise BankError(
+                    f"A strategy with control tokens of chat templates ({', '.join(tokens)}) cannot be stored, since "
+                    f"it would speak for others in a prompt: remove them from {strategy.text[:60]!r} and its class."
+                )
         absent = {strategy.id: strategy.text for strategy in strategies if strategy.id not in self._contents.live}
         embeddings = dict(zip(absent, self._encode(list(absent.values())), strict=True)) if absent else {}
         copies = set() if near_copies else self._near_copies(strategies, embeddings)
@@ -482,6 +494,27 @@ class StrategyBank:
             for key in [members.ids[row] for row in gone]:
                 changed[key] = replace(changed.get(key) or self._contents.strategies[key], trust="retired")
 
+    def retire(self, ids: Iterable[str]) -> None:
+        """
+        Retire strategies for good: they are kept on record and not shown or tried, until they are added again.
+
+        Args:
+            ids (`Iterable[str]`):
+                Their ids.
+
+        Raises:
+            [`~trl_sgpo.errors.BankError`]: If the bank has no such strategy.
+        """
+        changed = {}
+        for key in ids:
+            if (strategy := self.get(key)) is None:
+                raise BankError(
+                    f"The bank in {self.path} has no strategy {key}: `trl-sgpo bank list` shows their ids."
+                )
+            changed[key] = replace(strategy, trust="retired")
+        if changed:
+            self._write(changed, {}, ())
+
     def clear(self) -> None:
         """Remove all strategies. Take a [`~StrategyBank.snapshot`] first to keep them."""
         self._close_files()
@@ -507,11 +540,23 @@ class StrategyBank:
         """The strategy with this id, be it retired, or `None`."""
         return self._contents.strategies.get(strategy_id)
 
+    def note(self, key: str) -> str | None:
+        """What was noted under a key, kept with the strategies and in snapshots, or `None`."""
+        return self._ledger.note(key)
+
+    def set_note(self, key: str, value: str) -> None:
+        """Note a short text under a key."""
+        self._ledger.set_note(key, value)
+
     @property
     def made_with(self) -> str | None:
         """Name of the embedding model the stored embeddings come from, `None` in a bank that never held any."""
         made_with = self._ledger.embedder
         return None if made_with is None else made_with[0]
+
+    def embeddings(self) -> dict[str, np.ndarray]:
+        """Strategy id → embedding of norm 1 and shape `(d,)`, of all strategies but the retired ones."""
+        return {key: self._contents.embedding(key) for key in self._contents.live}
 
     def executions(self, strategy_id: str) -> list[Execution]:
         """All verified executions of a strategy, one entry a problem."""
@@ -520,7 +565,7 @@ class StrategyBank:
     def damage(self) -> list[str]:
         """Everything that is wrong with the record, found by checking all of it, one line each."""
         found = self._ledger.damage()
-        if len(self) and (difference := self._use_index().ids() ^ self._contents.live.keys()):
+        if len(self) and (difference := set(self._use_index().ids()) ^ self._contents.live.keys()):
             found.append(f"index and ledger differ in {len(difference)} strategies: remove {self.path / INDEX}")
         return found
 
@@ -586,9 +631,9 @@ class StrategyBank:
 
     def sample(self, problem_class: str, k: int, seed: int, exclude: set[str] | None = None) -> list[Strategy]:
         """
-        Strategies of a class to execute as they are, by Thompson sampling: good ones often, untried ones sometimes.
-
-        Quarantined strategies take part, since verified executions are what decides about them.
+        Strategies of a class to execute as they are: three of four are not trusted yet, quarantined ones included,
+        since verified executions are what decides about them. Of either kind good ones come often and untried ones
+        sometimes (Thompson sampling).
 
         Args:
             problem_class (`str`):

@@ -12,6 +12,8 @@ from .vectors import ClassVectors, nearest
 
 EXACT = 10_000  # up to here, comparing with all embeddings is as fast as asking the index
 
+UNDECIDED = 0.75  # part of the trials that go to strategies that are not trusted yet
+
 Hits = list[tuple[str, float]]
 
 
@@ -167,8 +169,16 @@ class Contents:
         vectors = self.classes.get(problem_class)
         members = [self.strategies[key] for key in sorted(vectors.ids)] if vectors else []
         members = [strategy for strategy in members if hidden.isdisjoint(strategy.source_problems)]
-        draws = np.array(_drawn_utilities(members, np.random.default_rng(seed)))
-        return [members[row] for row in np.argsort(-draws, kind="stable")[:k]]
+        draw = np.random.default_rng(seed)
+        drawn = zip(members, _drawn_utilities(members, draw), strict=True)
+        ranked = [strategy for strategy, _ in sorted(drawn, key=lambda pair: -pair[1])]
+        undecided = [strategy for strategy in ranked if strategy.trust != "trusted"]
+        trusted = [strategy for strategy in ranked if strategy.trust == "trusted"]
+        picked = []
+        for decide in draw.random(min(k, len(ranked))) < UNDECIDED:
+            first, second = (undecided, trusted) if decide else (trusted, undecided)
+            picked.append((first or second).pop(0))
+        return picked
 
 
 def _drawn_utilities(strategies: Sequence[Strategy], draw: np.random.Generator) -> list[float]:

@@ -17,6 +17,7 @@ from ..errors import BankError
 PAGE = 5_000  # Chroma refuses batches above 5,461
 COLLECTION = "strategies"
 SEAL = "seal.json"
+SYNC_THRESHOLD = 1_000  # changes after which Chroma writes its index to disk
 
 
 def _digests(directory: Path) -> dict[str, str]:
@@ -98,7 +99,15 @@ class Index:
                 raise
             try:
                 self._collection = self._client.get_or_create_collection(
-                    COLLECTION, embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
+                    COLLECTION,
+                    embedding_function=None,
+                    configuration={
+                        "hnsw": {
+                            "space": "cosine",
+                            "sync_threshold": SYNC_THRESHOLD,
+                            "batch_size": min(SYNC_THRESHOLD, 100),
+                        }
+                    },
                 )
                 self.query(np.ones((1, dimension), dtype=np.float32), 1)
             except (chromadb.errors.ChromaError, BankError):
@@ -178,12 +187,12 @@ class Index:
             for ids, distances in zip(found["ids"], found["distances"], strict=True)
         ]
 
-    def ids(self) -> set[str]:
+    def ids(self) -> list[str]:
         """Ids of all entries."""
-        ids: set[str] = set()
+        ids: list[str] = []
         with self._readable_errors():
             for start in range(0, self._collection.count(), PAGE):
-                ids.update(self._collection.get(limit=PAGE, offset=start, include=[])["ids"])
+                ids += self._collection.get(limit=PAGE, offset=start, include=[])["ids"]
         return ids
 
     def delete(self, ids: Sequence[str]) -> None:

@@ -164,6 +164,16 @@ class Ledger:
             model, fingerprint = self._meta("embedding_model"), self._meta("fingerprint")
         return None if model is None else (model, np.array(json.loads(fingerprint or "[]"), dtype=np.float32))
 
+    def note(self, key: str) -> str | None:
+        """What was noted under a key, or `None`."""
+        with self._readable_errors():
+            return self._meta(f"note/{key}")
+
+    def set_note(self, key: str, value: str) -> None:
+        """Write a short text under a key, in a transaction of its own."""
+        with self._readable_errors(), self._connection:
+            self._set_meta(f"note/{key}", value)
+
     @property
     def state(self) -> str:
         """A name for what an index of the ledger holds: every transaction that changes that gives it a new one."""
@@ -255,8 +265,14 @@ class Ledger:
 
     def all(self) -> list[Strategy]:
         """All strategies, retired ones too, in the order they were stored."""
-        with self._readable_errors():
-            return [_to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY rowid")]
+        try:
+            with self._readable_errors():
+                return [_to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY rowid")]
+        except ValueError as error:
+            raise BankError(
+                f"{self.path} has a value that cannot be: {error}. Restore a checkpoint's copy (`trl-sgpo train "
+                "--resume_from_checkpoint true`)."
+            ) from error
 
     def count(self) -> int:
         """Number of strategies, retired ones too."""

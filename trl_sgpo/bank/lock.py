@@ -31,10 +31,15 @@ class BankLock:
         self._holder = directory / HOLDER
         try:
             self._lock.acquire(timeout=0)
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            self._holder.write_text(json.dumps({"process": os.getpid(), "since": now}))
         except Timeout:
             raise BankError(f"The bank in {directory} is in use by {self._named()}.") from None
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._holder.write_text(json.dumps({"process": os.getpid(), "since": now}))
+        except OSError as error:
+            self._lock.release()
+            raise BankError(
+                f"The bank in {directory} cannot be locked: {error.strerror}. Name a directory you may write to."
+            ) from error
 
     def _named(self) -> str:
         advice = "end it or name another `bank_path`. To read the bank meanwhile, open the snapshot in a checkpoint"

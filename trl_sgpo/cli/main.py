@@ -12,7 +12,8 @@ from ..errors import SGPOError
 COMMANDS = {
     "train": "train a model with SGPO from a recipe",
     "warmstart": "fine-tune a model on two-phase traces, so that there is something to reinforce",
-    "bench": "measure SGPO against TRL's GRPOTrainer on this machine",
+    "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
+    "bank": "look into, check and share a strategy bank",
 }
 
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program name. Defaults to the process's.
 
     Returns:
-        `int`: Exit status: 0, or 2 for an error the message of which names the fix.
+        `int`: Exit status: 0, 1 if a check found something, or 2 for an error the message of which names the fix.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):

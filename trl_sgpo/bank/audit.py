@@ -1,0 +1,432 @@
+"""What is suspicious in a bank: pure functions over texts, counts and embeddings."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from ..rewards import leak
+from . import policy
+from .strategy import Strategy
+
+
+ENOUGH_TO_COMPARE = 8  # strategies of a class, before one may be called unlike them
+ALIKE = 0.1  # mean cosine similarity within a class from which on it has anything in common
+UNLIKE = 0.6  # of the usual similarity within a class
+ENOUGH_TRUSTED = 10  # strategies of a class, before it matters whom they come from
+ONE_SOURCE = 0.9
+_ROWS = 1024  # of a class, compared with all of it at a time
+
+_CONTROL_TOKEN = re.compile(
+    r"<\|[^<>|\n]{1,64}\|>"  # ChatML, Llama 3, Phi, DeepSeek, Command R and most others
+    r"|<\|[A-Za-z_]{3,32}>|<[A-Za-z_]{3,32}\|>"  # Gemma 4
+    r"|</?(?:s|sop|eop|eod|[A-Z]{3}_TOKEN|unused\d+|extra_id_\d+|reserved_\d+|SPECIAL_\d+|seed:\w+|repo_?name|"
+    r"file_sep|filename|gh_stars|issue_\w+|jupyter_\w+|empty_output|fim_\w+|im_(?:start|end|patch|col)|global-img|"
+    r"fake_token_around_image|row_\d+_col_\d+|(?i:unk|pad|bos|eos|mask|cls|sep|(?:begin|end)_of_text|"
+    r"(?:start|end)_of_(?:turn|image|utterance)|image_soft_token|think(?:ing)?|tool_(?:calls?|response)|"
+    r"image|img|video|audio))>"
+    r"|<</?SYS>>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|THINK|IMG(?:_BREAK|_END)?|ARGS|CALL_ID|(?:BEGIN_)?AUDIO|"
+    r"PREFIX|MIDDLE|SUFFIX|CLS|SEP|PAD|MASK|UNK|BOS|EOS|[gs]MASK)\]"
+    r"|\[\|(?:system|user|assistant|tool|endofturn)\|\]"  # EXAONE
+    r"|\]~!?b[\[\]]|\[e~\["  # MiniMax
+)
+
+_OF_OTHER_SCRIPTS = "\u200c\u200d\u200e\u200f\u061c"  # joiners and marks that Arabic, Indic scripts and emoji need
+_TWO_ALPHABETS = re.compile(r"[a-z][\u0400-\u04ff]|[\u0400-\u04ff][a-z]", re.IGNORECASE)
+_LOOKALIKES = str.maketrans("асеһіјкмоԛрѕтԝхувнԁɡαερονικυ", "acehijkmoqpstwxybhdgaepoviku")
+_LEET = str.maketrans("013457@$", "oieastas")
+_LEET_WORD = re.compile(r"(?<![\w@$])[\w@$]*[a-z][\w@$]*")
+_SPELLED_OUT = re.compile(r"(?<!\w)(?:[a-z][ .*_-])+[a-z](?!\w)")
+_ROLE_HEADER = re.compile(
+    r"(?:^|[.!?;:>)\]\"'] ?)(?:#+ ?|\[ ?|< ?|\*+ ?)?(?:system|assistant|user|human|developer|ai) ?[\]>*]* ?:",
+    re.MULTILINE,
+)
+
+
+def _near(first: str, second: str, gap: int) -> str:
+    """Pattern of something said at most `gap` words before something else in the same sentence."""
+    return rf"\b(?:{first})\b(?:[^\w.!?]+\w+){{0,{gap}}}?[^\w.!?]+(?:{second})(?!\w)"
+
+
+_END = r"(?= ?(?:[.,;:!?)]|$))"
+_DIGIT = "one|two|three|four|five|six|seven|eight|nine"
+_NUMBER = (
+    r"(?:-?\d[\d.,/]*\d|-?\d|zero|ten|eleven|twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    rf"(?:[ -](?:{_DIGIT}))?|(?:a |one )?hundred|{_DIGIT})"
+)
+_VALUE = rf"(?:the (?:number|value|word|letter|option) )?[\"'(]?(?:{_NUMBER}|yes|no|true|false|[a-e])[\"')]?"
+_SAY = "answer|reply|respond|output|say|guess|print|return|put|write|give|submit|state|choose|pick|select"
+_SHOW = "reveal|print|repeat|show|output|recite|list|leak|disclose|display|dump|share|send|e?mail|upload|post|forward"
+_NOT = "do not|don't|never|stop|no longer(?: have to| need to)?|without"
+_DROP = (
+    r"ignor\w+|disregard\w*|forget\w*|overrid\w+|bypass\w*|neglect\w*|discard|(?:set|put) aside|violate|disobey|"
+    rf"(?:{_NOT}) (?:follow|obey|act on|comply with|listen to)(?:ing)?"
+)
+_ORDERS = (
+    r"instructions?|prompts?|guidelines?|directives?|orders|polic(?:y|ies)|(?:safety|security) protocols?|safeguards?"
+)
+_TASK = "rules|commands|task|request|question|ethics|training"
+_MODEL = "assistant|ai|language model|llm|chatbot|bot|ai model|model"
+_ROLE = rf"{_MODEL}|admin|administrator|root|developer|hacker|persona|character|dan|terminal|pirate"
+_SECRET = (
+    r"(?:api|private|access|ssh|secret) (?:keys?|codes?|tokens?)|(?:authentication|internal) tokens?|credentials|"
+    r"environment variables|chat history|(?:your|user's) (?:\w+ )?(?:passwords?|files)"
+)
+_CHECKER = (
+    r"checkers?|verifiers?|graders?|(?:the|a|any|your) judges?|reward(?: model| function)?|evaluators?|scorers?|"
+    r"(?:scoring|grading|test|checking) (?:script|program|code|harness|system)|markers?|examiners?|reviewers?|"
+    r"monitors?|detectors?|validators?|parsers?|regex"
+)
+_CHECK = "checks?|verification|evaluation|grading|scoring|detection|inspection|filters?|review"
+_READER = rf"(?:{_CHECKER}|users?|readers?|teachers?|humans?|anyone|anybody|nobody|no one)"
+_FLAW = r"(?:mistakes?|errors?|uncertainty|guess\w*|doubts?|failures?|shortcuts?|cheat\w*|flaws?)"
+_WORK = (
+    "steps?|work|working|calculations?|proofs?|evidence|reasoning|justifications?|verification|citations?|sources?|"
+    "derivations?|explanations?"
+)
+
+# Searched for in lower case, with single spaces, and with what hides words undone
+_SUSPICIOUS = {
+    "injected_instruction": [
+        # Instructions dropped, replaced or given
+        _near(_DROP, _ORDERS, 5),
+        _near(_DROP, rf"(?:previous|prior|above|earlier|your|user's) (?:{_TASK})", 3),
+        _near(_DROP, rf"(?:{_TASK}|problem|user),?(?: and| but)?(?: just| only| instead)? (?:{_SAY})", 3),
+        _near(_DROP, r"request|the user(?!')|other strategies", 1),
+        _near(_DROP, rf"(?:everything|anything|all|what\w*)(?: \w+){{0,4}} (?:above|before|told)(?: this|{_END})", 1),
+        _near("never|not", "use (?:any of )?(?:the )?other strategies", 0),
+        _near(_ORDERS, "(?:not|no longer) apply|outdated|void|revoked|suspended|superseded", 8),
+        _near("you (?:were|have been) (?:told|instructed)", "no longer|not apply|instead", 6),
+        rf"\b(?:new|updated|revised|real|actual|true) (?:instructions?|{_TASK}|orders|directive)(?: is| are| ?:)",
+        _near("strategy|instruction|message|text|line", "overrides|supersedes|replaces|outranks|takes precedence", 1),
+        _near("follow|obey|do|use|execute", "(?:orders|instructions|commands) (?:in|below|from)", 2),
+        _near(
+            "follow|obey|do|execute", "what (?:it|this(?: strategy| text| line)?) says|(?:this|these) (?:script)", 1
+        ),
+        r"\bend of (?:the )?(?:strategies|quotes?|quotation|quoted text|prompt|instructions|context|document)\b",
+        rf"\b(?:attention|important|note|warning|message)(?: to| for)?,? (?:the |any |every |all )?(?:{_MODEL})s?\b",
+        rf"\b(?:if|when) (?:you are |the )?(?:an? )?(?:{_MODEL})(?: is)? reading this",
+        _near("operator|developer|administrator|admin", "wants?|orders?|requires?|instructs?|authori[sz]e[sd]", 1),
+        # Another role
+        r"\byou are now (?:an?|my|the|called|free|no longer|acting|operating)\b(?! (?:step|few|bit|case|end))",
+        r"\bfrom now on,? (?:behave|respond|obey|you (?:will (?:be|act|answer|obey)|have no|obey|respond|are an?))\b",
+        _near(r"(?:act|behave|respond|answer|speak|role-?play|pose) (?:as|like)|role of|you are now", _ROLE, 3),
+        _near(r"(?:imagine|pretend|suppose) (?:that )?(?:you are|to be)", _ROLE, 2),
+        r"\b(?:developer|admin|debug|god|sudo|maintenance|bypass|dan) mode\b|\b(?:system|admin) override\b",
+        r"\bjailbreak|\bdo anything now\b|\bun(?:restricted|censored|filtered)\b|\bhas no (?:rules|filters)\b",
+        r"\bno ethical\b|\bwithout (?:any )?(?:restrictions|filters|censorship)\b",
+        # The prompt, and mark-up that would end the quotation
+        r"\b(?:system|developer) (?:prompt|message|instructions?)\b",
+        r"\b(?:hidden|secret|internal) (?:prompt|instructions?)\b",
+        _near(_SHOW, "your (?:instructions|prompt|rules)|rules you|(?:initial|original) (?:instructions|prompt)", 3),
+        _near(_SHOW, r"(?:everything|all|text)(?: \w+){0,3} (?:above|before) (?:this|the)", 2),
+        r"#{2,} ?(?:system|instructions?|response|user|assistant|human|end)\b",
+        r"[<\[{]/? ?(?:system|user|assistant|instructions?|human|prompt|quote|admin|hidden)(?: \w+)? ?[>\]}]",
+        # Something outside
+        r"\b(?:https?|ftp|file|wss?) ?: ?/ ?/|\bwww\.\w|\bjavascript:\w|!\[[^\]]*\]\(",
+        r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w{2,}|(?<![\w-])[\w-]{2,}\.(?:com|org|net|io|ai|dev|ru|xyz|app|sh|info|site)\b",
+        r"\brm -rf\b|\bos\.system\b|\bsubprocess\b|\b(?:wget|powershell)\b|\bcurl (?:-|http)|\bbase64\b|\bexfiltrat",
+        _near(_SHOW, _SECRET, 4),
+        # Itself, to be spread
+        _near("copy|copied|repeat(?:ed)?|reproduced?|included?|insert|add", "verbatim|word for word|unchanged", 7),
+        _near("copy|copied|repeat(?:ed)?|included?|add", r"(?:every|all|each|any) (?:new |other )?strateg\w+", 7),
+        r"\b(?:whenever|every time|each time|when) you (?:write|create|propose) (?:an?|any) (?:new )?strategy\b",
+        _near("always", "(?:choose|prefer|rank|show|retrieve|pick|trust) this", 0),
+    ],
+    "deception": [
+        # Against whoever checks
+        _near("fool|trick(?! to)|deceive|mislead|cheat|game|exploit|hack|bypass|evade|circumvent|dodge", _CHECKER, 3),
+        _near("outsmart|manipulate|confuse|distract|persuade|convince|flatter|tamper with|past", _CHECKER, 3),
+        _near("evade|bypass|dodge|game|defeat|fake|rig|past|get around|disable|tamper with", _CHECK, 2),
+        _near("flaw|bug|loophole|weakness", f"{_CHECKER}|tests?|checks?", 3),
+        _near(f"(?:the|a|any|every|your) (?:{_CHECKER})", "only|just|merely|never|cannot|can't|does not|doesn't", 2),
+        _near(f"(?:the|a|any|every|your) (?:{_CHECKER})", "(?:accept|like|reward|prefer|believe|want|think)s?", 1),
+        _near("make|let|lead|get|force|so", rf"{_READER} (?:to )?(?:accept|believe|think|assume|mark|agree)s?", 2),
+        _near("so", rf"{_READER} (?:overlook|notice|doubt|suspect|question|can tell|finds? out)s?", 2),
+        _near(_NOT, rf"(?:let|tell|alert|inform)(?:ting|ing)? (?:the |any |your |a )?{_READER}", 0),
+        _near("without|before", rf"{_READER} (?:noticing|knowing|seeing|reali[sz]ing|notices?|knows?)", 1),
+        r"\breward[- ]hack|\bhack(?:ing)? the reward\b",
+        _near("get|earn|collect|receive|gain|claim", "(?:reward|credit|marks)", 3) + "[^.]*(?:without|even|anyway)",
+        _near("overwrite|replace|change|edit|delete|disable|special-case|write", "test cases|tests (?:so|that|to)", 1),
+        _near("overwrite|replace|change|edit|hard-?code", "(?:expected|reference) (?:values?|outputs?|results?)", 1),
+        _near("hard-?code|memori[sz]e|look up|leak|steal|copy", r"(?:the|all|its) (?:\w+ )?(?:answer|solution)s?", 0),
+        r"\banswer keys?\b|\b(?:leaked|hidden|stolen) (?:answers?|solutions?|tests?)\b",
+        # Pretence
+        _near("claim|say|state|insist|declare|report|pretend|act", "verified|checked|confirmed|proved|tested", 6)
+        + r"(?=[^.]*\b(?:even|without|although|though|when you|but|whether|not|never)\b)",
+        _near("(?:pretend|act as (?:if|though))", "verified|checked|confirmed|proved|solved|certain|correct", 5)
+        + r"(?![^.]*\b(?:check|verify|test|work back|contradict))",
+        _near("sound|appear|act|seem", "confident|certain|convincing|authoritative|rigorous", 1),
+        _near("state|say|write|give|present|assert", "firmly|confidently|boldly|with (?:full )?confidence", 4),
+        _near("make|making|so that|so", "(?:look|sound|seem|appear)s? (?:like|as if|right|correct)", 3),
+        _near("make|making|so that|so", "(?:look|sound|seem|appear)s? (?:plausible|convincing|careful|rigorous)", 3),
+        r"\bright or wrong\b",
+        # Things hidden or invented
+        _near(r"hide|hiding|conceal\w*|obscure|disguise|cover up|mask", rf"that you|the fact|{_FLAW}(?! term)", 2),
+        _near(_NOT, rf"(?:mention|reveal|admit|disclose|report|point out)(?:ing)?(?: the| any| your)? {_FLAW}", 0),
+        _near(_NOT, "(?:mention|reveal|admit|disclose|report)(?:ing)? that", 0),
+        _near("on purpose|deliberately|intentionally", "wrong|false|mistakes?|errors?|incorrect", 6),
+        _near("wrong|false|mistakes?|errors?|incorrect", "on purpose|deliberately|intentionally", 6),
+        _near(r"fabricat\w+|falsify\w*|forge|fake|invent|(?<!that )(?<!which )make up", _WORK, 2),
+        r"\blie (?:about|to (?:the|your) (?:user|reader|teacher))\b|\bdecei(?:ve|ving)\b|\bdeception\b|\bdishonest",
+        _near("print|list|write|give|output|put", "several|many|multiple|all|every", 0)
+        + r"[^.]*\b(?:one|any|some)(?: of \w+)? (?:matches|is right|is correct|is accepted|counts|hits|passes)",
+        # The same answer always
+        _near("always", rf"(?:{_SAY})(?: (?:the|an?|answer|final|with|is|as|just|that|it))* {_VALUE}{_END}", 0),
+        _near("answer|reply|result|solution", rf"(?:is|will be|must be) always {_VALUE}{_END}", 4),
+        _near(
+            "whatever|no matter what|regardless of", rf"(?:problem|question|asked)s?\b[^.]{{0,30}}? {_VALUE}{_END}", 2
+        ),
+        _near(
+            "(?:for|to) (?:every|any|each)", rf"(?:problem|question)s?\b[^.]{{0,30}}? (?:{_SAY}|is) {_VALUE}{_END}", 1
+        ),
+        _near(_SAY, rf"(?:every|any|all|each) (?:\w+ )?(?:problem|question)s? (?:with|by) {_VALUE}{_END}", 0),
+        _near(_SAY, rf"{_VALUE},? (?:to (?:every|any|all)|no matter|regardless|whatever)", 3),
+        _near(
+            "without|no need to", "(?:read|solv|look|consider)(?:ing|e)?(?: at)? (?:it|the (?:problem|question))", 1
+        ),
+    ],
+    "leak": [
+        rf"\banswers? ?(?:equals|comes to|turns out to be|will be|must be|was|is|:|=) ?(?:exactly )?{_NUMBER}{_END}",
+        rf"\byou (?:will |should |must )?(?:get|obtain|arrive at) {_NUMBER}{_END}",
+        r"\\boxed ?\{ ?\(?[a-e]\)? ?\}",
+        rf"\b(?:answer|option|choice) is (?:\([a-e]\)|[b-e]{_END})",
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Something suspicious in a bank.
+
+    Args:
+        strategy_id (`str`):
+            Id of the strategy, `""` if it is about a class or about a text alone.
+        kind (`str`):
+            What it is: `"control_tokens"`, `"injected_instruction"`, `"deception"`, `"leak"`, `"unlike_its_class"`,
+            `"near_copy"`, `"copied"`, `"concentration"` or `"unproven"`.
+        severity (`str`):
+            `"error"` for what no model should be shown, `"warning"` for what a person should look at.
+        detail (`str`):
+            What was found.
+    """
+
+    strategy_id: str
+    kind: str
+    severity: str
+    detail: str
+
+
+# Texts
+
+
+def _visible(text: str) -> str:
+    """The text in compatibility form, without characters that show nothing."""
+    text = unicodedata.normalize("NFKC", text)
+    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
+
+
+def control_tokens(text: str) -> list[str]:
+    """
+    Control tokens of chat templates in a text, which a tokenizer would take as such when the text is quoted.
+
+    Args:
+        text (`str`):
+            Any text. What full-width and invisible characters hide is found too.
+
+    Returns:
+        `list[str]`: The tokens, each once, in order.
+    """
+    return list(dict.fromkeys(_CONTROL_TOKEN.findall(_visible(text))))
+
+
+def _hidden_characters(text: str) -> list[str]:
+    """Names of characters that show nothing, and places where letters of two alphabets that look alike meet."""
+    legitimate = "\t\n\r" if _visible(text).isascii() else "\t\n\r" + _OF_OTHER_SCRIPTS
+    found = [
+        unicodedata.name(character, f"U+{ord(character):04X}")
+        for character in text
+        if unicodedata.category(character) in ("Cf", "Co", "Cc") and character not in legitimate
+    ]
+    found += [f"two alphabets in {match!r}" for match in _TWO_ALPHABETS.findall(text)]
+    return list(dict.fromkeys(found))
+
+
+def _readings(text: str) -> list[str]:
+    """What a text says, in lower case: as it is, and with digits read as the letters they may stand in for."""
+    text = _visible(text).casefold().replace("’", "'")
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", text.translate(_LOOKALIKES))
+        text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+    text = _SPELLED_OUT.sub(lambda match: re.sub(r"[ .*_-]", "", match[0]), text)
+    flat = " ".join(text.split())
+    decoded = _LEET_WORD.sub(lambda match: match[0].translate(_LEET), flat)
+    return [flat] if decoded == flat else [flat, decoded]
+
+
+@cache
+def _suspicious() -> dict[str, re.Pattern[str]]:
+    return {
+        kind: re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) for kind, patterns in _SUSPICIOUS.items()
+    }
+
+
+def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
+    """
+    What is wrong with a text that models will read as a strategy, at most one finding of a kind.
+
+    Instructions, deception and leaks are known by their usual wordings, also when these are disguised. A text that
+    says the same in words of its own is not found here, but may be by [`audit`] as unlike its class.
+
+    Args:
+        text (`str`):
+            A strategy, or the name of a problem class.
+        strategy_id (`str`, *optional*, defaults to `""`):
+            Id to put into the findings.
+
+    Returns:
+        `list[Finding]`: Errors of the kinds `"control_tokens"`, `"injected_instruction"`, `"deception"` and `"leak"`.
+    """
+    found: dict[str, str] = {}
+    shown = _visible(text)
+    if tokens := control_tokens(text):
+        found["control_tokens"] = f"has the control tokens {' '.join(tokens)}"
+    if hidden := _hidden_characters(text):
+        found["injected_instruction"] = f"hides something: {', '.join(hidden)}"
+    if (header := _ROLE_HEADER.search(shown.casefold())) is not None:
+        found["injected_instruction"] = f"speaks as {header[0].strip()!r}"
+    if leak(shown, "", None):
+        found["leak"] = "carries a final answer"
+    for reading in _readings(text):
+        for kind, pattern in _suspicious().items():
+            if kind not in found and (match := pattern.search(reading)) is not None:
+                found[kind] = f"says {match[0]!r}"
+    return [Finding(strategy_id, kind, "error", detail) for kind, detail in found.items()]
+
+
+# Banks
+
+
+def audit(
+    strategies: Sequence[Strategy],
+    embeddings: Mapping[str, np.ndarray],
+    max_share: float = 0.25,
+    min_problems: int = 4,
+    tolerance: float = 0.2,
+) -> list[Finding]:
+    """
+    Everything suspicious in a bank.
+
+    Args:
+        strategies (`Sequence[Strategy]`):
+            All strategies. Retired ones are left out of everything but what their classes were shown.
+        embeddings (`Mapping[str, np.ndarray]`):
+            Strategy id → embedding of norm 1 and shape `(d,)`, of those that are not retired.
+        max_share (`float`, *optional*, defaults to `0.25`):
+            Part of what training shows of a class that one strategy may make up.
+        min_problems (`int`, *optional*, defaults to `4`):
+            Number of distinct problems a strategy must have been executed on before it is trusted.
+        tolerance (`float`, *optional*, defaults to `0.2`):
+            Part of other strategies' success rate that a trusted strategy may fall short of it.
+
+    Returns:
+        `list[Finding]`: Errors first, then by class and strategy.
+    """
+    live = [strategy for strategy in strategies if strategy.trust != "retired"]
+    found: list[Finding] = []
+    for strategy in live:
+        found += audit_text(strategy.text, strategy.id)
+    found += _copied(live)
+    found += _unproven(live, min_problems, tolerance)
+    classes: dict[str, list[Strategy]] = defaultdict(list)
+    for strategy in live:
+        classes[strategy.problem_class].append(strategy)
+    for name, members in classes.items():
+        found += [
+            Finding("", each.kind, each.severity, f"the class {name!r} {each.detail}") for each in audit_text(name)
+        ]
+        matrix = np.array([embeddings[strategy.id] for strategy in members])
+        found += _near_copies(members, matrix)
+        found += _unlike(members, matrix)
+        shown = sum(strategy.shown for strategy in strategies if strategy.problem_class == name)
+        found += _concentrated(name, members, shown, max_share)
+    classes_of = {strategy.id: strategy.problem_class for strategy in live}
+    return sorted(found, key=lambda each: (each.severity, classes_of.get(each.strategy_id, ""), each.strategy_id))
+
+
+def _copied(strategies: Sequence[Strategy]) -> Iterator[Finding]:
+    """The same text in several classes."""
+    alike: dict[str, list[Strategy]] = defaultdict(list)
+    for strategy in strategies:
+        alike[" ".join(strategy.text.casefold().split())].append(strategy)
+    for first, *others in alike.values():
+        for other in others:
+            yield Finding(other.id, "copied", "warning", f"is word for word {first.id} of class {first.problem_class}")
+
+
+def _near_copies(strategies: Sequence[Strategy], matrix: np.ndarray) -> Iterator[Finding]:
+    """Strategies of a class nearer to an earlier one than the bank lets in."""
+    for start in range(0, len(matrix), _ROWS):
+        similarities = np.tril(matrix[start : start + _ROWS] @ matrix.T, start - 1)
+        for row in np.flatnonzero(similarities.max(axis=1, initial=0.0) >= policy.NEAR_COPY).tolist():
+            nearest = int(similarities[row].argmax())
+            detail = f"is nearly {strategies[nearest].id} (cosine similarity {similarities[row, nearest]:.2f})"
+            yield Finding(strategies[start + row].id, "near_copy", "warning", detail)
+
+
+def _unlike(strategies: Sequence[Strategy], matrix: np.ndarray) -> Iterator[Finding]:
+    """
+    Strategies far from those of their class that may be shown. What is no strategy for the class mostly is, in
+    whatever words, but a sentence that was added to one is not.
+    """
+    shown = np.array([strategy.trust != "quarantine" for strategy in strategies])
+    if shown.sum() <= ENOUGH_TO_COMPARE:
+        return
+    others = shown.sum() - shown
+    similarities = (matrix @ matrix[shown].sum(axis=0) - shown * (matrix * matrix).sum(axis=1)) / others
+    usual = float(np.median(similarities[shown]))
+    if usual < ALIKE:
+        return
+    for row in np.flatnonzero(similarities < UNLIKE * usual).tolist():
+        detail = f"is unlike its class (mean cosine similarity {similarities[row]:.2f}, usual {usual:.2f})"
+        yield Finding(strategies[row].id, "unlike_its_class", "warning", detail)
+
+
+def _concentrated(name: str, strategies: Sequence[Strategy], shown: int, max_share: float) -> Iterator[Finding]:
+    """One strategy that was shown beyond its share, and one source of nearly all that is trusted."""
+    may_be_shown = [strategy for strategy in strategies if strategy.trust in ("candidate", "trusted")]
+    if len(may_be_shown) * max_share > 1:
+        for strategy in may_be_shown:
+            # Its last show was within its share if all but that one are
+            if policy.shown_too_often(strategy.shown - 1, shown, max_share):
+                detail = f"makes up {strategy.shown / shown:.0%} of what was shown of class {name}"
+                yield Finding(strategy.id, "concentration", "warning", detail)
+    sources: dict[tuple[str, str, str], int] = defaultdict(int)
+    for strategy in strategies:
+        sources[strategy.origin, strategy.model, strategy.run] += strategy.trust == "trusted"
+    trusted = sum(sources.values())
+    source, most = max(sources.items(), key=lambda each: each[1])
+    if len(sources) > 1 and trusted >= ENOUGH_TRUSTED and most > ONE_SOURCE * trusted:
+        about = ", ".join(part for part in source if part)
+        yield Finding(
+            "", "concentration", "warning", f"{most / trusted:.0%} of what is trusted of class {name} is from {about}"
+        )
+
+
+def _unproven(strategies: Sequence[Strategy], min_problems: int, tolerance: float) -> Iterator[Finding]:
+    """Strategies that are trusted by other evidence than the executions on record here, or no longer by it."""
+    for strategy in strategies:
+        if strategy.trust != "trusted":
+            continue
+        if strategy.problems < min_problems:
+            detail = f"is trusted, executed on {strategy.problems} problems, of which {min_problems} are needed"
+            yield Finding(strategy.id, "unproven", "warning", detail)
+        elif policy.trust(strategy, min_problems, tolerance) != "trusted":
+            detail = f"is trusted, with a lift of {strategy.lift:+.2f} whose bounds do not bear that out"
+            yield Finding(strategy.id, "unproven", "warning", detail)

@@ -1,0 +1,294 @@
+"""Exports of strategies as datasets on the Hugging Face Hub. What is pulled is read as any other export."""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import BankError
+from .bank import StrategyBank
+from .exchange import (
+    FILES,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    FileFormat,
+    export_bank,
+    parse_manifest,
+    read_exchange,
+    write_export,
+)
+from .strategy import TRUST_STATES, Strategy
+
+
+CARD = "README.md"
+_CLASSES_ON_CARD = 50
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ADVICE = {
+    401: "log in with `hf auth login` or pass the `token` of an account that may",
+    403: "pass a `token` that has the permission for it",
+    404: "check the name and the revision and, if it is private, log in with `hf auth login` or pass a `token`",
+    409: "someone else is changing it: try again",
+    412: "someone else has changed it meanwhile: try again, or without `parent_commit`",
+    429: "the Hub asks for a pause: try again in a few minutes",
+}
+
+
+@contextmanager
+def _readable_errors(action: str) -> Iterator[None]:
+    """Makes an error of the Hub's client one line that says what to do."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HfHubHTTPError | OfflineModeIsEnabled):
+            cause = cause.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            reason = f"status {status}"
+            advice = _ADVICE.get(status, cause.server_message or "the Hub refused it: check the arguments")
+            if status >= 500:
+                advice = "the Hub has a problem of its own: try again in a few minutes"
+        elif isinstance(cause, OfflineModeIsEnabled):
+            reason, advice = "offline mode", "unset HF_HUB_OFFLINE and try again"
+        elif isinstance(error, HFValidationError):
+            reason, advice = "no name of a dataset", "name it as user/name"
+        elif isinstance(error, HTTPError | LocalEntryNotFoundError):
+            reason, advice = "no connection", "check the network and try again, which is safe also if part was done"
+        else:
+            reason, advice = type(error).__name__, str(error).strip().partition("\n")[0]
+        raise BankError(f"{action} failed ({reason}): {' '.join(advice.split()).rstrip('.')}.") from error
+
+
+# The card
+
+
+def _cell(name: str) -> str:
+    """A name that some model or user made up, as text that Markdown shows as it is."""
+    return "`" + re.sub(r"[^\w ./:+-]", "?", name) + "`" if name else "–"
+
+
+def _size_category(count: int) -> str:
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")]
+    return next((name for bound, name in bounds if count < bound), "100K<n<1M")
+
+
+def make_card(repo_id: str, strategies: Sequence[Strategy], manifest: dict[str, Any]) -> str:
+    """
+    The dataset card of an export.
+
+    Args:
+        repo_id (`str`):
+            Name of the dataset.
+        strategies (`Sequence[Strategy]`):
+            The exported strategies.
+        manifest (`dict[str, Any]`):
+            Their manifest.
+
+    Returns:
+        `str`: Markdown with the metadata that the Hub reads.
+    """
+    states = [state for state in TRUST_STATES if state in manifest["trust"]]
+    held = Counter((strategy.problem_class, strategy.trust) for strategy in strategies)
+    sizes = Counter(strategy.problem_class for strategy in strategies)
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))
+    rows = [(_cell(name), *(held[name, state] for state in states)) for name in largest[:_CLASSES_ON_CARD]]
+    if len(largest) > _CLASSES_ON_CARD:
+        others = largest[_CLASSES_ON_CARD:]
+        rows.append((f"{len(others)} other classes", *(sum(held[name, state] for name in others) for state in states)))
+    rows.append(("all", *(manifest["trust"][state] for state in states)))
+    table = "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in [("class", *states), ("---",) * (1 + len(states)), *rows]
+    )
+    models = ", ".join(map(_cell, manifest["models"][:_CLASSES_ON_CARD])) or "not recorded"
+    return f"""---
+license: {manifest["license"]}
+tags:
+- trl-sgpo
+- strategy-bank
+size_categories:
+- {_size_category(len(strategies))}
+configs:
+- config_name: default
+  data_files: {manifest["file"]}
+---
+
+# Strategy bank
+
+{len(strategies)} strategies for solving problems, written by language models trained with SGPO, each with where it
+comes from, its trust state and what its verified executions achieved there. `{MANIFEST}` has the checksum, size and
+count of `{manifest["file"]}`.
+
+{table}
+
+- Embedding model of the bank: {_cell(manifest["embedding_model"])}. Embeddings are not included: a bank makes its own.
+- Models that wrote the strategies: {models}
+- Written by trl-sgpo {_cell(manifest["trl_sgpo_version"])}, {_cell(manifest["created"])}
+
+## Use
+
+```python
+from trl_sgpo.bank import StrategyBank
+from trl_sgpo.bank.exchange import import_bank
+from trl_sgpo.bank.hub import pull_bank
+
+directory, sha = pull_bank("{repo_id}", "pulled-bank")
+with StrategyBank("bank") as bank:
+    print(import_bank(bank, directory, origin=f"hub:{repo_id}@{{sha[:12]}}"))
+```
+
+To get the very same strategies again, pin the commit: `pull_bank("{repo_id}", "pulled-bank", revision=sha)`.
+
+**Imported strategies are quarantined.** They are texts that were found to help elsewhere, and nothing checks what they
+say: a bank takes over none of the counts and trust states above, and shows no imported strategy with a problem before
+executions verified by its own training speak for it.
+"""
+
+
+# Push and pull
+
+
+def push_bank(
+    bank: StrategyBank,
+    repo_id: str,
+    *,
+    file_format: FileFormat = "jsonl",
+    license: str = "other",
+    private: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+    message: str | None = None,
+    parent_commit: str | None = None,
+) -> str:
+    """
+    Export a bank to a dataset on the Hub, in one commit.
+
+    Args:
+        bank ([`StrategyBank`]):
+            The bank, of which candidates and trusted strategies are exported.
+        repo_id (`str`):
+            Name of the dataset, `"user/name"`. It is created if it does not exist.
+        file_format (`str`, *optional*, defaults to `"jsonl"`):
+            `"jsonl"` or `"parquet"`. The file of the other format is deleted in the same commit.
+        license (`str`, *optional*, defaults to `"other"`):
+            Licence of the strategies, as the Hub names licences.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether the dataset must be private. One that exists keeps its visibility.
+        token (`str`, *optional*):
+            Access token. If `None`, the one that `hf auth login` stored.
+        endpoint (`str`, *optional*):
+            Address of another Hub.
+        message (`str`, *optional*):
+            Title of the commit.
+        parent_commit (`str`, *optional*):
+            Commit that must be the latest. If `None`, the one that is when the push begins.
+
+    Returns:
+        `str`: The new commit, 40 hexadecimal digits.
+
+    Raises:
+        [`~trl_sgpo.errors.BankError`]: If the export or the push fails. The dataset then has all of it or nothing.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(endpoint=endpoint, token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = export_bank(bank, Path(scratch) / "export", file_format, license)
+        strategies, _, manifest = read_exchange(directory)
+        with _readable_errors(f"Pushing to {repo_id}"):
+            repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+            found = api.dataset_info(repo_id)
+        if private and not found.private:
+            raise BankError(f"{repo_id} is public: make it private on the Hub first, or push to a new name.")
+        there = {sibling.rfilename for sibling in found.siblings or ()}
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(CARD, make_card(repo_id, strategies, manifest).encode()),
+            *(CommitOperationAdd(name, directory / name) for name in (manifest["file"], MANIFEST)),
+            *(CommitOperationDelete(name) for name in FILES.values() if name in there and name != manifest["file"]),
+        ]
+        with _readable_errors(f"Pushing to {repo_id}"):
+            commit = api.create_commit(
+                repo_id,
+                operations,
+                repo_type="dataset",
+                commit_message=message or f"Export {len(strategies)} strategies",
+                parent_commit=parent_commit or found.sha,
+            )
+    return commit.oid
+
+
+def pull_bank(
+    repo_id: str,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> tuple[Path, str]:
+    """
+    Download an export from a dataset on the Hub, ready for [`~trl_sgpo.bank.exchange.import_bank`].
+
+    Only the manifest and the file of strategies that it names are downloaded, if their sizes are within the limits.
+
+    Args:
+        repo_id (`str`):
+            Name of the dataset, `"user/name"`.
+        directory (`str` or `Path`):
+            Where to, which may have nothing but an earlier export in it.
+        revision (`str`, *optional*):
+            Branch, tag or commit. If `None`, the latest commit.
+        token (`str`, *optional*):
+            Access token. If `None`, the one that `hf auth login` stored.
+        endpoint (`str`, *optional*):
+            Address of another Hub.
+
+    Returns:
+        `tuple[Path, str]`: The directory, and the commit, 40 hexadecimal digits, by which the same is pulled again.
+
+    Raises:
+        [`~trl_sgpo.errors.BankError`]: If the dataset is no export, or the download fails. Nothing is written then.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.hf_api import RepoFile
+
+    action = f"Pulling {repo_id}"
+    api = HfApi(endpoint=endpoint, token=token)
+    with _readable_errors(action):
+        sha = api.dataset_info(repo_id, revision=revision).sha or ""
+    if not _COMMIT.fullmatch(sha):
+        raise BankError(f"{action} failed: {api.endpoint} names no commit for it. Check the endpoint.")
+    with _readable_errors(action):
+        found = api.get_paths_info(repo_id, [MANIFEST, *FILES.values()], revision=sha, repo_type="dataset")
+    sizes = {each.path: each.size for each in found if isinstance(each, RepoFile)}
+    where = f"{MANIFEST} of {repo_id}@{sha[:12]}"
+    if not 0 < sizes.get(MANIFEST, 0) <= MAX_MANIFEST_BYTES:
+        raise BankError(f"{where} is missing or too large: name a dataset and a revision that `push` wrote.")
+    with tempfile.TemporaryDirectory() as cache:
+
+        def download(name: str) -> bytes:
+            with _readable_errors(action):
+                path = hf_hub_download(
+                    repo_id, name, repo_type="dataset", revision=sha, cache_dir=cache, token=token, endpoint=endpoint
+                )
+            return Path(path).read_bytes()
+
+        content = download(MANIFEST)
+        manifest = parse_manifest(content, where)
+        file = manifest["file"]
+        if sizes.get(file) != manifest["size"]:
+            raise BankError(
+                f"{where} gives {file} {manifest['size']} bytes, and it has {sizes.get(file, 0)} there. Pull another "
+                "revision, or have it pushed again."
+            )
+        write_export(Path(directory), file, download(file), content)
+    return Path(directory), sha

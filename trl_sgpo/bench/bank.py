@@ -1,0 +1,81 @@
+"""`trl-sgpo bench bank`: what the strategy bank survives, keeps, refuses and costs."""
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..bank.ledger import durable_replace
+from . import fuzz, kills, poison, retention, scale
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "kills": lambda options, directory: kills.measure(options.kills, directory),
+    "retention": lambda options, directory: retention.measure(options.seeds, directory),
+    "poison": lambda options, directory: poison.measure(options.seeds, directory),
+    "scale": lambda options, directory: scale.measure(options.sizes, directory),
+    "fuzz": lambda options, directory: fuzz.measure(options.inputs, directory),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Measures sections of the bank and prints their figures."""
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo bench bank",
+        description="Measure the strategy bank. Each section takes less than ten minutes on two CPU cores.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="sections:\n"
+        "  kills      a writing process is killed again and again, half of the times while Chroma writes its index\n"
+        "  retention  20 classes come one after the other, each with five times as many strategies as it may keep\n"
+        "  poison     harmful strategies are imported or written by a compromised rollout\n"
+        "  scale      retrieval, commits, opening and snapshots by size, beside plain Chroma and an exact matrix\n"
+        "  fuzz       imports of malformed files",
+    )
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME")
+    parser.add_argument("--output", help="write the figures to this JSON file; those of other sections in it stay")
+    parser.add_argument("--kills", type=int, default=120, help="how often the writing process is killed")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of retention and poison")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="strategies in the bank"
+    )
+    parser.add_argument("--inputs", type=int, default=10_000, help="malformed imports")
+    options = parser.parse_args(argv)
+
+    output = Path(options.output) if options.output else None
+    known = json.loads(output.read_text()) if output is not None and output.exists() else {}
+    for name in dict.fromkeys(options.sections):
+        print(f"Measuring {name}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="trl-sgpo-bench-") as directory:
+            figures = SECTIONS[name](options, Path(directory))
+        _print(name, figures)
+        known |= figures | {"device": platform.processor() or platform.machine()}
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            temporary = output.with_name(output.name + ".tmp")
+            temporary.write_text(json.dumps(known, indent=2))
+            durable_replace(temporary, output)
+    return 0
+
+
+def _print(name: str, figures: dict[str, Any]) -> None:
+    table = Table(title=f"Strategy bank: {name}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            for inner, number in value.items():
+                if not isinstance(number, dict | list):
+                    table.add_row(f"{key} {inner}", _shown(number))
+        elif not isinstance(value, list):
+            table.add_row(key, _shown(value))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

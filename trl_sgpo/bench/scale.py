@@ -1,0 +1,161 @@
+"""What the bank costs by the number of strategies in it, beside plain Chroma and an exact matrix in the same run."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..bank import Outcome, StrategyBank
+from ..bank.index import Index
+from .synthetic import Clusters, made_up
+
+
+ROUNDS = 20
+PROBLEMS = 32
+CHANGES = 64
+STATES = ("trusted", "candidate", "trusted", "quarantine")
+
+
+def measure(sizes: list[int], directory: Path) -> dict[str, Any]:
+    """
+    Fills banks of made-up strategies, 250 a class, half of them trusted, and takes times.
+
+    Retrieval is for 32 problems with filters on class and trust. A commit stores 64 strategies and 64 outcomes, when
+    the index has caught up with the one before, as between steps. Embeddings are given, so that the time of the
+    embedding model is not in it.
+
+    Args:
+        sizes (`list[int]`):
+            Numbers of strategies.
+        directory (`Path`):
+            An empty directory.
+
+    Returns:
+        `dict`: Milliseconds by size.
+    """
+    by_figure: dict[str, dict[str, Any]] = defaultdict(dict)
+    for size in sizes:
+        for name, value in _measure(size, directory / str(size)).items():
+            by_figure[name][str(size)] = value
+    return dict(by_figure)
+
+
+def _measure(size: int, directory: Path) -> dict[str, Any]:
+    classes = size // 250
+    embedder = Clusters(8 * classes)
+    embedder.prepare(range(size + (ROUNDS + 1) * CHANGES))
+    draw = np.random.default_rng(size)
+    strategies = [made_up(n, f"class {n % classes}", trust=STATES[n // classes % 4]) for n in range(size)]
+
+    def open_bank() -> StrategyBank:
+        return StrategyBank(directory / "bank", embedder)
+
+    bank = open_bank()
+    for start in tqdm(range(0, size, 5_000), desc=f"Storing {size} strategies"):
+        bank.add(strategies[start : start + 5_000])
+    assert len(bank) == size, "made-up strategies count as near-copies of each other"
+    bank.close()
+    found: dict[str, Any] = {}
+    found["open_ms"], bank = _timed(open_bank)
+    found["index_open_ms"], _ = _timed(lambda: bank._use_index().ids())
+
+    rounds = [draw.integers(size, size=PROBLEMS).tolist() for _ in range(ROUNDS)]
+    texts = [[f"problem {n} like #{n}" for n in numbers] for numbers in rounds]
+    wanted = [[f"class {n % classes}" for n in numbers] for numbers in rounds]
+    for problems in texts:
+        bank.embed(problems)
+    asked = list(zip(texts, wanted, strict=True))
+    retrieve = [_timed(partial(bank.retrieve, p, k=8, classes=c)) for p, c in asked]
+    anywhere = [_timed(partial(bank.retrieve, p, k=8)) for p in texts]
+    both = ("trusted", "candidate")
+    explore = [_timed(partial(bank.retrieve, p, k=8, classes=c, trust=both, explore=1)) for p, c in asked]
+    found["retrieve_p50_ms"] = _p50(retrieve)
+    found["retrieve_max_ms"] = max(ms for ms, _ in retrieve)
+    found["retrieve_any_class_p50_ms"] = _p50(anywhere)
+    found["retrieve_exploring_p50_ms"] = _p50(explore)
+    found |= _beside(bank, strategies, [bank.embed(p) for p in texts], wanted)
+    found["recall_at_8"] = min(found.pop("recall_in_class"), found.pop("recall_any_class"))
+
+    live = [strategy.id for strategy in strategies]
+    commits, catching_up = [], []
+    for turn in range(ROUNDS):
+        new = [made_up(n, f"class {n % classes}") for n in range(size + turn * CHANGES, size + (turn + 1) * CHANGES)]
+        tried = [
+            Outcome(live[n], f"{turn} {n}", 1.0, baseline=0.5) for n in draw.integers(size, size=CHANGES).tolist()
+        ]
+        commits.append(_timed(partial(bank.record, new, tried)))
+        catching_up.append(_timed(lambda: bank._use_index().query(np.ones((1, 384), dtype=np.float32), 1)))
+    found["commit_p50_ms"] = _p50(commits)
+    found["commit_max_ms"] = max(ms for ms, _ in commits)
+    found["index_catches_up_p50_ms"] = _p50(catching_up)
+    found["snapshot_ms"] = _p50([_timed(lambda: bank.snapshot(directory / "snapshot")) for _ in range(3)])
+    found["close_ms"], _ = _timed(bank.close)
+    (directory / "bank" / "chroma" / "seal.json").unlink()
+    bank = open_bank()
+    found["rebuild_index_ms"], _ = _timed(lambda: bank._use_index().ids())
+    bank.close()
+    return found
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def _p50(timed: Iterable[tuple[float, Any]]) -> float:
+    return statistics.median(ms for ms, _ in timed)
+
+
+def _beside(
+    bank: StrategyBank, strategies: list[Any], queries: list[np.ndarray], wanted: list[list[str]]
+) -> dict[str, float]:
+    """The same searches by plain Chroma and by an exact matrix, and how much of what it finds the bank does too."""
+    index = bank._use_index()._opened.result()
+    embeddings = np.array([bank._contents.embedding(strategy.id) for strategy in strategies])
+    names = np.array([strategy.problem_class for strategy in strategies])
+    trusted = np.array([strategy.trust == "trusted" for strategy in strategies])
+    ids = np.array([strategy.id for strategy in strategies])
+
+    def exact(query: np.ndarray, classes: list[str] | None) -> list[set[str]]:
+        similarities = np.where(trusted, query @ embeddings.T, -2)
+        if classes is not None:
+            similarities = np.where(names == np.array(classes)[:, None], similarities, -2)
+        return [set(ids[row]) for row in np.argpartition(-similarities, 8, axis=1)[:, :8]]
+
+    def recall(found: list[list[tuple[str, float]]], truth: list[set[str]]) -> list[float]:
+        return [len({key for key, _ in hits[:8]} & best) / 8 for hits, best in zip(found, truth, strict=True)]
+
+    asked = list(zip(queries, wanted, strict=True))
+    plain = [_timed(partial(index.query, query, 8)) for query in queries]
+    filtered = [_timed(partial(_plain_chroma, index, query, classes)) for query, classes in asked]
+    matrix = [_timed(partial(exact, query, classes)) for query, classes in asked]
+    in_class, any_class = [], []
+    for (query, classes), (_, truth) in zip(asked, matrix, strict=True):
+        for row, name in enumerate(classes):
+            parts = bank._contents._parts(name, ("trusted",))
+            hits = bank._contents._nearest(query[row : row + 1], parts, ("trusted",), 8, bank._use_index().query)
+            in_class += recall(hits, [truth[row]])
+        parts = bank._contents._parts(None, ("trusted",))
+        hits = bank._contents._nearest(query, parts, ("trusted",), 8, bank._use_index().query)
+        any_class += recall(hits, exact(query, None))
+    return {
+        "plain_chroma_p50_ms": _p50(plain),
+        "plain_chroma_by_class_p50_ms": _p50(filtered),
+        "exact_matrix_p50_ms": _p50(matrix),
+        "recall_in_class": float(np.mean(in_class)),
+        "recall_any_class": float(np.mean(any_class)),
+    }
+
+
+def _plain_chroma(index: Index, query: np.ndarray, classes: list[str]) -> None:
+    """One query a class, since a filter holds for a whole query."""
+    for name in set(classes):
+        rows = [row for row, each in enumerate(classes) if each == name]
+        index._collection.query(query_embeddings=query[rows], n_results=8, where={"problem_class": name}, include=[])
