@@ -17,7 +17,8 @@ import trl_sgpo.bank.bank
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.bank import LEDGER
-from trl_sgpo.errors import ConfigError, DataError
+from trl_sgpo.bank.shared import SharedBank, SyncReport
+from trl_sgpo.errors import BankError, ConfigError, DataError
 from trl_sgpo.rollout import merged_adapters
 
 
@@ -695,6 +696,32 @@ def test_bank_rollouts_are_counted(make, monkeypatch, tmp_path):
     trainer.train()
     after = trainer.strategy_bank.get(entry)
     assert (after.successes, after.trials) == (before.successes + 2, before.trials + 2)
+
+
+def test_jobs_exchange_strategies_before_the_first_step_and_every_few(make, monkeypatch):
+    Script(monkeypatch)
+    steps = []
+
+    def sync(shared):
+        steps.append(trainer.state.global_step)
+        return SyncReport(sent=1, received=2)
+
+    monkeypatch.setattr(SharedBank, "sync", sync)
+    trainer = make(is_good, use_bank=True, bank_server="http://127.0.0.1:1", bank_sync_steps=2, max_steps=5)
+    trainer.train()
+    assert steps == [0, 2, 4]
+    logs = [logs["sgpo/strategies_received"] for logs in trainer.state.log_history if "sgpo/strategies_sent" in logs]
+    assert logs == [2, 2, 2]
+
+
+def test_training_goes_on_without_the_server(make, monkeypatch, caplog):
+    Script(monkeypatch)
+    trainer = make(is_good, use_bank=True, bank_server="http://127.0.0.1:1", bank_sync_steps=1, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and len(trainer.strategy_bank) == 2
+    assert "http://127.0.0.1:1" in caplog.text
+    with pytest.raises(BankError, match="address of a bank server"):
+        make(is_good, use_bank=True, bank_server="nowhere")
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -24,6 +24,7 @@ class StrategyBankCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.trainer.set_aside_old_bank()
+        self.trainer.share_bank()  # first of all, so that a wrong address ends the run before it has begun
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.commit_bank()

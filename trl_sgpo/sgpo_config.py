@@ -102,6 +102,12 @@ class SGPOConfig(GRPOConfig):
             Part of the strategies shown to a class in training that one of them may make up while there are others.
         bank_cross_class (`bool`, *optional*, defaults to `False`):
             Whether strategies of other classes are shown too, so that they can be combined.
+        bank_server (`str`, *optional*):
+            Address of a Chroma server through which several jobs exchange the strategies they trust, such as
+            `http://127.0.0.1:8000`. What is received is in quarantine until executions here speak for it. A token
+            for a proxy in front of the server is taken from the environment variable `TRL_SGPO_BANK_TOKEN`.
+        bank_sync_steps (`int`, *optional*, defaults to `10`):
+            Number of optimizer steps between two exchanges with `bank_server`.
     """
 
     per_device_train_batch_size: int = field(
@@ -222,6 +228,13 @@ class SGPOConfig(GRPOConfig):
     bank_cross_class: bool = field(
         default=False, metadata={"help": "Whether strategies of other classes are shown too."}
     )
+    bank_server: str | None = field(
+        default=None,
+        metadata={"help": "Address of a Chroma server through which several jobs exchange strategies they trust."},
+    )
+    bank_sync_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps between two exchanges with `bank_server`."}
+    )
 
     @property
     def own_strategies(self) -> int:
@@ -249,6 +262,8 @@ class SGPOConfig(GRPOConfig):
             )
         if b > 0 and not self.use_bank:
             raise ConfigError(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
+        if self.bank_server is not None and not self.use_bank:
+            raise ConfigError("`bank_server` is set but `use_bank` is false: remove it, or set `use_bank` to true.")
         own = G - b
         fit = max(own - own % K, K, 2) + b
         if own < K or own % K:
@@ -282,6 +297,7 @@ class SGPOConfig(GRPOConfig):
             ("max_completion_length", 1),
             ("bank_capacity", 1),
             ("bank_min_problems", 1),
+            ("bank_sync_steps", 1),
             ("num_clusters", 1),
             ("num_retrieved", 0),
         ):

@@ -42,6 +42,7 @@ from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 from . import advantages as credit
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
 from .bank.audit import control_tokens
+from .bank.shared import SharedBank
 from .callbacks import AdviceCallback, StrategyBankCallback
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError
@@ -161,6 +162,9 @@ class SGPOTrainer(GRPOTrainer):
                 max_share=args.bank_max_share,
             )
         self.strategy_bank = strategy_bank  # on rank 0 only, which reads and writes for all
+        self.shared_bank: SharedBank | None = None
+        if strategy_bank is not None and args.bank_server is not None:
+            self.shared_bank = SharedBank(strategy_bank, args.bank_server)
         train_dataset = with_classes(train_dataset, args, strategy_bank)
 
         super().__init__(
@@ -485,9 +489,7 @@ class SGPOTrainer(GRPOTrainer):
         problems = _in_blocks([problem_id(problem.prompt) for problem in batch.problems], geometry.problems)
         classes = [problem.problem_class for problem in batch.problems[:: geometry.problems]]
         noted = (
-            proposals(
-                written, verified, geometry.own, leaked, _in_blocks(sound, geometry.written), self.args.bank_min_lift
-            ),
+            proposals(written, verified, geometry.own, leaked, sound, self.args.bank_min_lift),
             outcomes(executed, problems, classes, verified),
             [strategy.id for problem in batch.problems for strategy in problem.retrieved],
         )
@@ -506,6 +508,13 @@ class SGPOTrainer(GRPOTrainer):
             run=os.path.basename(os.path.normpath(self.args.output_dir)),
             step=self.state.global_step + 1,
         )
+
+    def share_bank(self) -> None:
+        """Sends trusted strategies to the server that jobs share, if there is one, and receives those of others."""
+        if self.shared_bank is not None:
+            report = self.shared_bank.sync()
+            self._log_metric("sgpo/strategies_sent", float(report.sent))
+            self._log_metric("sgpo/strategies_received", float(report.received))
 
     def set_aside_old_bank(self) -> None:
         """Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it."""
@@ -526,9 +535,14 @@ class SGPOTrainer(GRPOTrainer):
         self._found += strategies
 
     def commit_bank(self) -> None:
-        """Writes what the last optimizer step taught to the bank. Does nothing on other ranks."""
+        """
+        Writes what the last optimizer step taught to the bank, and exchanges strategies with other jobs when it is
+        time to. Does nothing on other ranks.
+        """
         if self.strategy_bank is not None:
             self.strategy_bank.record(self._found, self._observed, self._shown)
+            if self.state.global_step % self.args.bank_sync_steps == 0:
+                self.share_bank()
         self._found, self._observed, self._shown = [], [], Counter()
 
     # 6. Speed

@@ -86,7 +86,7 @@ class ImportReport:
 # Writing
 
 
-def _published(name: str) -> str:
+def published(name: str) -> str:
     """A model's name, of which only the last part is told if it is a path on this machine."""
     return PurePath(name).name if PurePath(name).is_absolute() else name
 
@@ -146,7 +146,7 @@ def make_export(
         "sha256": hashlib.sha256(data).hexdigest(),
         "size": len(data),
         **_about([strategy for strategy, _ in entries]),
-        "embedding_model": _published(embedding_model),
+        "embedding_model": published(embedding_model),
         "license": license,
         "trl_sgpo_version": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,7 +228,7 @@ def export_bank(
     for strategy in [*bank.strategies(), *bank.retired()]:
         if strategy.trust not in states:
             continue
-        strategy = replace(strategy, model=_published(strategy.model))
+        strategy = replace(strategy, model=published(strategy.model))
         executions = bank.executions(strategy.id)
         try:
             from_row(to_row(strategy, executions))
