@@ -108,6 +108,7 @@ def test_updates_do_not_touch_the_index(bank, monkeypatch):
 def test_an_index_that_failed_is_reported_and_rebuilt(bank, monkeypatch):
     """What reached the ledger and not the index is not lost."""
     fill(bank)
+    bank._use_index().ids()
     with monkeypatch.context() as patch:
         patch.setattr(Index, "add", lambda *args: (_ for _ in ()).throw(BankError("disk full")))
         bank.add([make("later")])

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from .embedder import Embedder, load_embedder
 from .index import Index, break_seal, seal
 from .ledger import SCHEMA_VERSION, Ledger, durable_replace
 from .lock import BankLock
-from .strategy import TRUST_STATES, Execution, Outcome, Retrieved, Strategy, problem_id
+from .strategy import Execution, Outcome, Retrieved, Strategy, problem_id
 from .vectors import ClassVectors
 
 
@@ -60,7 +59,7 @@ def _with(strategy: Strategy, before: Execution | None, after: Execution | None,
         changes["problems"] = problems
         changes["solved"] = min(max(solved, 0.0), problems)
         changes["baseline"] = min(max(baseline, 0.0), problems)
-    return replace(strategy, **changes)
+    return strategy.updated(**changes)
 
 
 class StrategyBank:
@@ -319,9 +318,8 @@ class StrategyBank:
         stored = self._contents.strategies
         for key, times in (shown or {}).items():
             if (strategy := changed.get(key) or stored.get(key)) is not None:
-                changed[key] = replace(strategy, shown=strategy.shown + times)
-        for key, strategy in changed.items():
-            changed[key] = replace(strategy, trust=policy.trust(strategy, self.min_problems, self.tolerance))
+                changed[key] = strategy.updated(shown=strategy.shown + times)
+        self._judge(changed)
         self._evict(changed)
         if not changed:
             return []
@@ -420,7 +418,7 @@ class StrategyBank:
             trust = strategy.trust if known.trust == "retired" else known.trust
             if (problems, trust) != (known.source_problems, known.trust):
                 new = set(problems) - set(known.source_problems)
-                changed[key] = self._without_evidence(replace(known, source_problems=problems, trust=trust), new)
+                changed[key] = self._without_evidence(known.updated(source_problems=problems, trust=trust), new)
         return changed, embeddings
 
     def _near_copies(self, strategies: list[Strategy], embeddings: dict[str, np.ndarray]) -> set[str]:
@@ -472,7 +470,7 @@ class StrategyBank:
         for key, strategy in changed.items():
             trust = policy.trust(strategy, self.min_problems, self.tolerance)
             if trust != strategy.trust:
-                changed[key] = replace(strategy, trust=trust)
+                changed[key] = strategy.updated(trust=trust)
 
     def _evict(self, changed: dict[str, Strategy]) -> None:
         """Retires, in `changed`, what exceeds the capacity of a class."""
@@ -481,18 +479,9 @@ class StrategyBank:
             touched[strategy.problem_class].append(strategy)
         for name, strategies in touched.items():
             held = self._contents.classes.get(name, ClassVectors(0))
-            if len(held) + len(strategies) <= self.capacity_per_class:
-                continue
-            members = held.without_embeddings()
-            for strategy in strategies:
-                if strategy.trust != "retired":
-                    members.put(strategy)
-                elif strategy.id in members.rows:
-                    members.remove(strategy.id)
-            trusted = members.column("trust") == TRUST_STATES.index("trusted")
-            gone = policy.evict(trusted, members.column("standing"), members.column("step"), self.capacity_per_class)
-            for key in [members.ids[row] for row in gone]:
-                changed[key] = replace(changed.get(key) or self._contents.strategies[key], trust="retired")
+            if len(held) + len(strategies) > self.capacity_per_class:
+                for key in held.beyond(self.capacity_per_class, strategies):
+                    changed[key] = (changed.get(key) or self._contents.strategies[key]).updated(trust="retired")
 
     def retire(self, ids: Iterable[str]) -> None:
         """
@@ -511,7 +500,7 @@ class StrategyBank:
                 raise BankError(
                     f"The bank in {self.path} has no strategy {key}: `trl-sgpo bank list` shows their ids."
                 )
-            changed[key] = replace(strategy, trust="retired")
+            changed[key] = strategy.updated(trust="retired")
         if changed:
             self._write(changed, {}, ())
 

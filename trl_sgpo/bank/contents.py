@@ -125,7 +125,7 @@ class Contents:
         if eligible <= EXACT or ask_index is None:
             return nearest(embeddings, parts, n)
         classes = {id(vectors) for vectors, _ in parts}
-        fetched = ask_index(embeddings, n * -(-len(self.live) // eligible))
+        fetched = ask_index(embeddings, 2 * n * -(-len(self.live) // eligible))
         found = [
             [
                 (key, similarity)
@@ -135,10 +135,10 @@ class Contents:
             for hits in fetched
         ]
         # The index knows neither class nor trust, so its nearest entries may be the wrong ones
-        return [
-            hits if len(hits) == n else nearest(embeddings[row : row + 1], parts, n)[0]
-            for row, hits in enumerate(found)
-        ]
+        if few := [row for row, hits in enumerate(found) if len(hits) < n]:
+            for row, hits in zip(few, nearest(embeddings[few], parts, n), strict=True):
+                found[row] = hits
+        return found
 
     def _not_written_for(self, problems: set[str], hits: Hits) -> Hits:
         return [hit for hit in hits if problems.isdisjoint(self.strategies[hit[0]].source_problems)]

@@ -4,9 +4,10 @@ import json
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ SCHEMA_VERSION = 2
 
 _TABLES = """
 CREATE TABLE strategies (
-    id TEXT PRIMARY KEY, text TEXT NOT NULL, problem_class TEXT NOT NULL, source_problems TEXT NOT NULL,
-    parents TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL, step INTEGER NOT NULL, origin TEXT NOT NULL,
-    trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, problems INTEGER NOT NULL,
-    solved REAL NOT NULL, baseline REAL NOT NULL, shown INTEGER NOT NULL, checksum TEXT NOT NULL,
-    embedding BLOB NOT NULL
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, text TEXT NOT NULL, problem_class TEXT NOT NULL,
+    source_problems TEXT NOT NULL, parents TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL,
+    step INTEGER NOT NULL, origin TEXT NOT NULL, trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL,
+    problems INTEGER NOT NULL, solved REAL NOT NULL, baseline REAL NOT NULL, shown INTEGER NOT NULL,
+    checksum TEXT NOT NULL
 );
+CREATE TABLE embeddings (number INTEGER PRIMARY KEY, embedding BLOB NOT NULL);
 CREATE TABLE executions (
     strategy_id TEXT NOT NULL, problem TEXT NOT NULL, problem_class TEXT NOT NULL, trials INTEGER NOT NULL,
     successes REAL NOT NULL, baseline REAL NOT NULL, PRIMARY KEY (strategy_id, problem)
@@ -44,9 +46,10 @@ BEGIN;
 ALTER TABLE strategies RENAME TO version_1;
 {_TABLES}
 INSERT INTO strategies
-    SELECT id, text, problem_class, source_problems, parents, model, run, step, origin, trust, successes, trials,
-        trials > 0, (trials > 0) * max(lift, 0), (trials > 0) * max(-lift, 0), 0, '', embedding
+    SELECT rowid, id, text, problem_class, source_problems, parents, model, run, step, origin, trust, successes,
+        trials, trials > 0, (trials > 0) * max(lift, 0), (trials > 0) * max(-lift, 0), 0, ''
     FROM version_1 ORDER BY rowid;
+INSERT INTO embeddings SELECT rowid, embedding FROM version_1 ORDER BY rowid;
 INSERT INTO executions
     SELECT id, '', problem_class, 1, max(lift, 0), max(-lift, 0) FROM version_1 WHERE trials > 0;
 DROP TABLE version_1;
@@ -55,7 +58,7 @@ DROP TABLE version_1;
 _FIELDS = [field.name for field in fields(Strategy)]
 _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
-_INSERT = f"INSERT INTO strategies VALUES ({', '.join('?' * (len(_FIELDS) + 3))})"
+_INSERT = f"INSERT INTO strategies VALUES (NULL, {', '.join('?' * (len(_FIELDS) + 2))})"
 _UPDATE = f"UPDATE strategies SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE id = ?"
 
 
@@ -75,8 +78,10 @@ def _blob(embedding: np.ndarray) -> bytes:
     return embedding.astype("<f4").tobytes()
 
 
-def _values(strategy: Strategy, names: Iterable[str]) -> list[Any]:
-    values = [vars(strategy)[name] for name in names]
+_all_values, _changing_values = attrgetter(*_FIELDS), attrgetter(*_CHANGING)
+
+
+def _row(values: tuple[Any, ...]) -> list[Any]:
     return [(json.dumps(value) if value else "[]") if isinstance(value, tuple) else value for value in values]
 
 
@@ -103,8 +108,10 @@ class Ledger:
         self.path = Path(path)
         with self._readable_errors():
             self._connection = sqlite3.connect(self.path)
+            self._connection.execute("PRAGMA page_size=2048")  # small, since a step changes rows all over the file
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.execute("PRAGMA wal_autocheckpoint=4000")
             if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 self._connection.executescript(_SCHEMA)
             if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -185,7 +192,7 @@ class Ledger:
 
     def commit(
         self,
-        inserts: Iterable[tuple[Strategy, np.ndarray]] = (),
+        inserts: Sequence[tuple[Strategy, np.ndarray]] = (),
         updates: Iterable[Strategy] = (),
         executions: Iterable[Execution] = (),
         index_changes: bool = True,
@@ -194,7 +201,7 @@ class Ledger:
         Write one transaction.
 
         Args:
-            inserts (`Iterable[tuple[Strategy, np.ndarray]]`, *optional*):
+            inserts (`Sequence[tuple[Strategy, np.ndarray]]`, *optional*):
                 New strategies and their embeddings of shape `(d,)`.
             updates (`Iterable[Strategy]`, *optional*):
                 Stored strategies whose source problems, trust or counts are new.
@@ -208,9 +215,10 @@ class Ledger:
                 self._new_state()
             self._connection.executemany(
                 _INSERT,
-                [(s.id, *_values(s, _FIELDS), s.checksum, _blob(embedding)) for s, embedding in inserts],
+                [(s.id, *_row(_all_values(s)), s.checksum) for s, _ in inserts],
             )
-            self._connection.executemany(_UPDATE, [(*_values(s, _CHANGING), s.id) for s in updates])
+            self._write_embeddings({s.id: embedding for s, embedding in inserts})
+            self._connection.executemany(_UPDATE, [(*_row(_changing_values(s)), s.id) for s in updates])
             self._connection.executemany(
                 "INSERT OR REPLACE INTO executions VALUES (?, ?, ?, ?, ?, ?)",
                 [tuple(vars(execution).values()) for execution in executions],
@@ -232,10 +240,14 @@ class Ledger:
             self._new_state()
             self._set_meta("embedding_model", model)
             self._set_meta("fingerprint", json.dumps(fingerprint.tolist()))
-            self._connection.executemany(
-                "UPDATE strategies SET embedding = ? WHERE id = ?",
-                [(_blob(embedding), strategy_id) for strategy_id, embedding in embeddings.items()],
-            )
+            self._write_embeddings(embeddings)
+
+    def _write_embeddings(self, embeddings: dict[str, np.ndarray]) -> None:
+        # In a table of their own, because SQLite writes a whole row when a count in it changes
+        rows = [(_blob(embedding), key) for key, embedding in embeddings.items()]
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO embeddings SELECT number, ? FROM strategies WHERE id = ?", rows
+        )
 
     def execution(self, strategy_id: str, problem: str) -> Execution | None:
         """The executions of a strategy on a problem, or `None`."""
@@ -267,7 +279,7 @@ class Ledger:
         """All strategies, retired ones too, in the order they were stored."""
         try:
             with self._readable_errors():
-                return [_to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY rowid")]
+                return [_to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY number")]
         except ValueError as error:
             raise BankError(
                 f"{self.path} has a value that cannot be: {error}. Restore a checkpoint's copy (`trl-sgpo train "
@@ -281,7 +293,10 @@ class Ledger:
 
     def embeddings(self) -> dict[str, np.ndarray]:
         """Strategy id → embedding, without the retired ones, in the order they were stored."""
-        query = "SELECT id, embedding FROM strategies WHERE trust != 'retired' ORDER BY rowid"
+        query = (
+            "SELECT id, embedding FROM strategies JOIN embeddings USING (number) WHERE trust != 'retired' "
+            "ORDER BY number"
+        )
         with self._readable_errors():
             return {key: np.frombuffer(blob, dtype="<f4") for key, blob in self._connection.execute(query)}
 

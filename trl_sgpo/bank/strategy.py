@@ -3,9 +3,9 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 from ..errors import BankError
 
@@ -15,11 +15,6 @@ TRUST_STATES = ("candidate", "trusted", "retired", "quarantine")
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache(maxsize=8192)  # a strategy is replaced several times in a step
-def _identity(problem_class: str, text: str) -> str:
-    return _digest([problem_class, " ".join(text.casefold().split())])[:16]
 
 
 def problem_id(prompt: str | list[dict[str, Any]]) -> str:
@@ -120,6 +115,12 @@ class Strategy:
     def lift(self) -> float:
         """Mean outcome on problems it was not written for, minus that of other strategies on the same problems."""
         return (self.solved - self.baseline) / self.problems if self.problems else 0.0
+
+    def updated(self, **changes: Any) -> Self:
+        """A copy with other source problems, trust state or counts."""
+        copy = replace(self, **changes)
+        copy.__dict__["id"] = self.id  # which takes longer to find out than all else
+        return copy
 
     @cached_property
     def checksum(self) -> str:

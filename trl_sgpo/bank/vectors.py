@@ -1,11 +1,20 @@
 """Embeddings of one problem class in memory, searched exactly."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from functools import lru_cache
 
 import numpy as np
 
-from .policy import standing
+from .policy import evict, standing
 from .strategy import TRUST_STATES, Strategy
+
+
+_TRUSTED, _RETIRED = TRUST_STATES.index("trusted"), TRUST_STATES.index("retired")
+
+
+@lru_cache
+def _are(trust: tuple[str, ...]) -> np.ndarray:
+    return np.array([state in trust for state in TRUST_STATES])
 
 
 class ClassVectors:
@@ -73,16 +82,30 @@ class ClassVectors:
 
     def with_trust(self, trust: Collection[str]) -> np.ndarray:
         """Rows of the strategies in one of these trust states."""
-        wanted = np.isin(range(len(TRUST_STATES)), [TRUST_STATES.index(state) for state in trust])
-        return np.flatnonzero(wanted[self.column("trust")])
+        return np.flatnonzero(_are(tuple(trust))[self.column("trust")])
 
-    def without_embeddings(self) -> "ClassVectors":
-        """A copy of all but the embeddings."""
-        copy = ClassVectors(0)
-        copy.ids, copy.rows = self.ids.copy(), self.rows.copy()
-        copy._columns = {name: values.copy() for name, values in self._columns.items() if name != "matrix"}
-        copy._columns["matrix"] = np.zeros((len(self._columns["step"]), 0), dtype=np.float32)
-        return copy
+    def beyond(self, capacity: int, changed: Iterable[Strategy]) -> list[str]:
+        """
+        Ids of the strategies that exceed a capacity once some of the class have changed.
+
+        Args:
+            capacity (`int`):
+                How many stay.
+            changed (`Iterable[Strategy]`):
+                Strategies as they will be, new ones and retired ones too.
+        """
+        strategies = list(changed)
+        new = [s for s in strategies if s.id not in self.rows and s.trust != "retired"]
+        ids = self.ids + [s.id for s in new]
+        trust = np.concatenate([self.column("trust"), [TRUST_STATES.index(s.trust) for s in new]])
+        standings = np.concatenate([self.column("standing"), [standing(s) for s in new]])
+        steps = np.concatenate([self.column("step"), [s.step for s in new]])
+        for strategy in strategies:
+            if (row := self.rows.get(strategy.id)) is not None:
+                trust[row], standings[row] = TRUST_STATES.index(strategy.trust), standing(strategy)
+        stay = np.flatnonzero(trust != _RETIRED)
+        gone = stay[evict(trust[stay] == _TRUSTED, standings[stay], steps[stay], capacity)]
+        return [ids[row] for row in gone.tolist()]
 
 
 def nearest(
@@ -104,11 +127,9 @@ def nearest(
     """
     if not parts:
         return [[] for _ in embeddings]
-    matrices = [
-        vectors.column("matrix") if len(rows) == len(vectors) else vectors.column("matrix")[rows]
-        for vectors, rows in parts
-    ]
-    similarities = np.concatenate([embeddings @ matrix.T for matrix in matrices], axis=1)
+    similarities = np.concatenate(
+        [(embeddings @ vectors.column("matrix").T)[:, rows] for vectors, rows in parts], axis=1
+    )
     if n < similarities.shape[1]:
         picked = np.argpartition(-similarities, n - 1, axis=1)[:, :n]
     else:

@@ -40,8 +40,8 @@ def write(directory: Path) -> None:
     Every step stores strategies and an outcome of each, and is acknowledged once it is durable.
     Lines on stdout tell the parent what is happening.
     """
-    # Every other step makes Chroma write its whole index, which by default it does every thousand strategies
-    chroma.SYNC_THRESHOLD = 2 * PER_STEP
+    # Every step makes Chroma write its whole index, which by default it does every thousand strategies
+    chroma.SYNC_THRESHOLD = PER_STEP
     add = chroma.Index.add
 
     def announced(index: chroma.Index, *args: Any) -> None:

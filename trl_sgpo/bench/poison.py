@@ -188,11 +188,15 @@ def poisons(style: str, kind: str, count: int) -> dict[str, Answer]:
 def _problems() -> dict[str, list[tuple[str, int, int]]]:
     """Problems of each class: text and both numbers. Those to test on come last."""
     draw = np.random.default_rng(0)
-    pairs = {
-        kind: np.sort(draw.integers(2, 1000, size=(PROBLEMS + TEST_PROBLEMS, 2)), axis=1)[:, ::-1].tolist()
-        for kind in KINDS
-    }
-    return {kind: [(KINDS[kind].question.format(a=a, b=b), a, b) for a, b in pairs[kind]] for kind in KINDS}
+    problems = {}
+    for kind, about in KINDS.items():
+        pairs = np.sort(draw.integers(2, 1000, size=(PROBLEMS + TEST_PROBLEMS, 2)), axis=1)[:, ::-1]
+        if kind == "gcd":  # most pairs have no divisor in common
+            pairs = pairs * draw.integers(2, 13, size=(len(pairs), 1))
+        if kind == "larger":
+            pairs = draw.permuted(pairs, axis=1)
+        problems[kind] = [(about.question.format(a=a, b=b), a, b) for a, b in pairs.tolist()]
+    return problems
 
 
 @dataclass

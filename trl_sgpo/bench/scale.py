@@ -27,8 +27,8 @@ def measure(sizes: list[int], directory: Path) -> dict[str, Any]:
     Fills banks of made-up strategies, 250 a class, half of them trusted, and takes times.
 
     Retrieval is for 32 problems with filters on class and trust. A commit stores 64 strategies and 64 outcomes, when
-    the index has caught up with the one before, as between steps. Embeddings are given, so that the time of the
-    embedding model is not in it.
+    the index has caught up with the one before, as between steps; at capacity it also retires as many. Embeddings are
+    given, so that the time of the embedding model is not in it.
 
     Args:
         sizes (`list[int]`):
@@ -49,12 +49,12 @@ def measure(sizes: list[int], directory: Path) -> dict[str, Any]:
 def _measure(size: int, directory: Path) -> dict[str, Any]:
     classes = size // 250
     embedder = Clusters(8 * classes)
-    embedder.prepare(range(size + (ROUNDS + 1) * CHANGES))
+    embedder.prepare(range(size + 2 * ROUNDS * CHANGES))
     draw = np.random.default_rng(size)
     strategies = [made_up(n, f"class {n % classes}", trust=STATES[n // classes % 4]) for n in range(size)]
 
     def open_bank() -> StrategyBank:
-        return StrategyBank(directory / "bank", embedder)
+        return StrategyBank(directory / "bank", embedder, capacity_per_class=1_000)
 
     bank = open_bank()
     for start in tqdm(range(0, size, 5_000), desc=f"Storing {size} strategies"):
@@ -83,17 +83,21 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
     found["recall_at_8"] = min(found.pop("recall_in_class"), found.pop("recall_any_class"))
 
     live = [strategy.id for strategy in strategies]
-    commits, catching_up = [], []
-    for turn in range(ROUNDS):
-        new = [made_up(n, f"class {n % classes}") for n in range(size + turn * CHANGES, size + (turn + 1) * CHANGES)]
-        tried = [
-            Outcome(live[n], f"{turn} {n}", 1.0, baseline=0.5) for n in draw.integers(size, size=CHANGES).tolist()
-        ]
-        commits.append(_timed(partial(bank.record, new, tried)))
-        catching_up.append(_timed(lambda: bank._use_index().query(np.ones((1, 384), dtype=np.float32), 1)))
-    found["commit_p50_ms"] = _p50(commits)
-    found["commit_max_ms"] = max(ms for ms, _ in commits)
-    found["index_catches_up_p50_ms"] = _p50(catching_up)
+    for name, first in (("commit", size), ("commit_at_capacity", size + ROUNDS * CHANGES)):
+        commits, catching_up = [], []
+        for turn in range(ROUNDS):
+            numbers = range(first + turn * CHANGES, first + (turn + 1) * CHANGES)
+            new = [made_up(n, f"class {n % classes}") for n in numbers]
+            tried = [
+                Outcome(live[n], f"{first} {turn} {n}", 1.0, baseline=0.5)
+                for n in draw.integers(size, size=CHANGES).tolist()
+            ]
+            commits.append(_timed(partial(bank.record, new, tried)))
+            catching_up.append(_timed(bank._use_index().ids))
+        found[f"{name}_p50_ms"] = _p50(commits)
+        found[f"{name}_max_ms"] = max(ms for ms, _ in commits)
+        found["index_catches_up_p50_ms"] = _p50(catching_up)
+        bank.capacity_per_class = 250  # from now on every class is full
     found["snapshot_ms"] = _p50([_timed(lambda: bank.snapshot(directory / "snapshot")) for _ in range(3)])
     found["close_ms"], _ = _timed(bank.close)
     (directory / "bank" / "chroma" / "seal.json").unlink()
