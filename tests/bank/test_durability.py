@@ -333,7 +333,7 @@ def test_a_failed_commit_stores_nothing(bank):
     with pytest.raises(BankError):
         bank._ledger.commit([(make("new"), np.zeros(256))], [], [Execution(None, "p", "c", 1, 1, 0)])
     assert bank._ledger.count() == before and bank._ledger.all() == stored
-    assert bank._ledger.execution(None, "p") is None
+    assert bank._ledger.executions("p") == []
 
 
 VERSION_1 = """

@@ -370,13 +370,14 @@ class StrategyBank:
         """
         taken = {strategy.id: strategy for strategy in strategies}
         changed, embeddings = self._admit(list(taken.values()), near_copies=True)
-        written = []
-        for execution in executions:
+        written, theirs = [], [execution for execution in executions if execution.strategy_id in taken]
+        ours = self._ledger.executions_on((execution.strategy_id, execution.problem) for execution in theirs)
+        for execution in theirs:
             key = execution.strategy_id
-            if key in taken and key not in self._contents.strategies:
+            if key not in self._contents.strategies:
                 written.append(execution)
-            elif key in taken:
-                before = self._ledger.execution(key, execution.problem)
+            else:
+                before = ours.get((key, execution.problem))
                 if before is None or before.trials < execution.trials:
                     written.append(execution)
                     strategy = changed.get(key) or self._contents.strategies[key]
@@ -440,20 +441,20 @@ class StrategyBank:
 
     def _without_evidence(self, strategy: Strategy, problems: set[str]) -> Strategy:
         """The strategy as if it had not been executed on problems that it turned out to be written for."""
-        for problem in problems:
-            if (execution := self._ledger.execution(strategy.id, problem)) is not None:
-                strategy = _with(strategy, execution, None, counts=False)
+        for execution in self._ledger.executions_on((strategy.id, problem) for problem in problems).values():
+            strategy = _with(strategy, execution, None, counts=False)
         return strategy
 
     def _count(self, changed: dict[str, Strategy], outcomes: Iterable[Outcome]) -> dict[tuple[str, str], Execution]:
         """Adds outcomes to the counts of their strategies, in `changed`. Returns the executions to write."""
         executions: dict[tuple[str, str], Execution] = {}
-        for outcome in outcomes:
+        strategies = self._contents.strategies
+        known = [o for o in outcomes if o.trials and (o.strategy_id in changed or o.strategy_id in strategies)]
+        stored = self._ledger.executions_on((outcome.strategy_id, outcome.problem) for outcome in known)
+        for outcome in known:
             key = (outcome.strategy_id, outcome.problem)
-            strategy = changed.get(key[0]) or self._contents.strategies.get(key[0])
-            if strategy is None or outcome.trials == 0:
-                continue
-            before = executions.get(key) or self._ledger.execution(*key)
+            strategy = changed.get(key[0]) or strategies[key[0]]
+            before = executions.get(key) or stored.get(key)
             after = Execution(
                 *key,
                 outcome.problem_class or strategy.problem_class,

@@ -17,7 +17,7 @@ from ..errors import BankError
 PAGE = 5_000  # Chroma refuses batches above 5,461
 COLLECTION = "strategies"
 SEAL = "seal.json"
-SYNC_THRESHOLD = 1_000  # changes after which Chroma writes its index to disk
+SYNC_THRESHOLD = 5_000  # changes after which Chroma writes its whole index to disk, which need not survive a crash
 
 
 def _digests(directory: Path) -> dict[str, str]:

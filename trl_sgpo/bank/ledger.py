@@ -112,6 +112,7 @@ class Ledger:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute("PRAGMA wal_autocheckpoint=4000")
+            self._connection.execute("PRAGMA cache_size=-65536")
             if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 self._connection.executescript(_SCHEMA)
             if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -249,12 +250,16 @@ class Ledger:
             "INSERT OR REPLACE INTO embeddings SELECT number, ? FROM strategies WHERE id = ?", rows
         )
 
-    def execution(self, strategy_id: str, problem: str) -> Execution | None:
-        """The executions of a strategy on a problem, or `None`."""
-        query = "SELECT * FROM executions WHERE strategy_id = ? AND problem = ?"
+    def executions_on(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Execution]:
+        """The executions of strategies on problems, by their ids, where there are any."""
+        wanted = json.dumps(list(pairs))
+        query = (
+            "SELECT executions.* FROM json_each(?) JOIN executions "
+            "ON strategy_id = json_extract(value, '$[0]') AND problem = json_extract(value, '$[1]')"
+        )
         with self._readable_errors():
-            row = self._connection.execute(query, (strategy_id, problem)).fetchone()
-        return row and Execution(*row)
+            rows = self._connection.execute(query, (wanted,))
+            return {row[:2]: Execution(*row) for row in rows}
 
     def executions(self, strategy_id: str) -> list[Execution]:
         """All executions of a strategy, one entry a problem."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
@@ -13,8 +13,11 @@ from ..errors import BankError
 TRUST_STATES = ("candidate", "trusted", "retired", "quarantine")
 
 
+_encode = json.JSONEncoder(sort_keys=True).encode
+
+
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_encode(value).encode()).hexdigest()
 
 
 def problem_id(prompt: str | list[dict[str, Any]]) -> str:
@@ -117,9 +120,9 @@ class Strategy:
         return (self.solved - self.baseline) / self.problems if self.problems else 0.0
 
     def updated(self, **changes: Any) -> Self:
-        """A copy with other source problems, trust state or counts."""
-        copy = replace(self, **changes)
-        copy.__dict__["id"] = self.id  # which takes longer to find out than all else
+        """A copy with other source problems, trust state or counts, which are not checked again."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__ | {"id": self.id} | changes)  # with the id, which takes long to find out
         return copy
 
     @cached_property

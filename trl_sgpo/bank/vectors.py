@@ -103,7 +103,9 @@ class ClassVectors:
         for strategy in strategies:
             if (row := self.rows.get(strategy.id)) is not None:
                 trust[row], standings[row] = TRUST_STATES.index(strategy.trust), standing(strategy)
-        stay = np.flatnonzero(trust != _RETIRED)
+        if not (retired := trust == _RETIRED).any():
+            return [ids[row] for row in evict(trust == _TRUSTED, standings, steps, capacity).tolist()]
+        stay = np.flatnonzero(~retired)
         gone = stay[evict(trust[stay] == _TRUSTED, standings[stay], steps[stay], capacity)]
         return [ids[row] for row in gone.tolist()]
 

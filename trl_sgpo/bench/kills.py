@@ -40,7 +40,7 @@ def write(directory: Path) -> None:
     Every step stores strategies and an outcome of each, and is acknowledged once it is durable.
     Lines on stdout tell the parent what is happening.
     """
-    # Every step makes Chroma write its whole index, which by default it does every thousand strategies
+    # Every step makes Chroma write its whole index, which by default it does every few thousand strategies
     chroma.SYNC_THRESHOLD = PER_STEP
     add = chroma.Index.add
 

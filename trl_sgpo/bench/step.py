@@ -199,7 +199,7 @@ def _measured_step(trainer: Any) -> dict[str, Any]:
         _timed(trainer, "_generate_and_score_completions", spent),
     ):
         if isinstance(trainer, SGPOTrainer):
-            with _timed(trainer, "commit_bank", spent):
+            with _timed(trainer, "commit_bank", spent), _timed(trainer, "_plan_rollouts", spent):
                 trainer.train()
         else:
             trainer.train()
@@ -211,6 +211,7 @@ def _measured_step(trainer: Any) -> dict[str, Any]:
         "generated_tokens": sum(tokens),
         "seconds_generating": spent["_generate_single_turn"],
         "seconds_outside_model": outside,
+        "seconds_of_bank": spent.get("commit_bank", 0.0) + spent.get("_plan_rollouts", 0.0),
     }
 
 
@@ -253,6 +254,7 @@ def _figures(rows: list[dict[str, Any]], memory: dict[str, float]) -> dict[str, 
         "generated_tokens_ratio": ratio(lambda row: row["generated_tokens"]),
         "seconds_per_generated_token_ratio": ratio(lambda row: row["seconds"] / row["generated_tokens"]),
         "peak_memory_ratio": memory["sgpo"] / memory["grpo"],
+        "bank_share": median("sgpo", lambda row: row["seconds_of_bank"] / row["seconds"]),
         "share_outside_model": median("sgpo", lambda row: row["seconds_outside_model"] / row["seconds"]),
         "sgpo_seconds_per_step": median("sgpo", lambda row: row["seconds"]),
         "grpo_seconds_per_step": median("grpo", lambda row: row["seconds"]),

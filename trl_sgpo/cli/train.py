@@ -230,13 +230,15 @@ def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Re
         console.print(f"Sampled correctness, first and last quarter of steps: {first:.3f} → {last:.3f}")
     bank = trainer.strategy_bank
     if bank is not None and len(bank) > 0:
-        console.print(f"\nThree of the {len(bank)} strategies in {bank.path}:")
+        trusted = sum(strategy.trust == "trusted" for strategy in bank.strategies())
+        console.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
         for strategy in bank.best(3):
-            tally = f"{strategy.problem_class}, right {strategy.successes:g} of {strategy.trials}"
+            tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
             console.print(f"  • {strategy.text} ({tally})", highlight=False, markup=False)
     output_dir, path = recipe.training.output_dir, recipe.path
     console.print(
         f"\nNext:\n  read the rollouts     {output_dir}/completions/*.parquet\n"
+        f"  read what it learnt   trl-sgpo bank list {output_dir}\n"
         f"  train longer          trl-sgpo train --config {path} --max_steps {2 * trainer.state.global_step} "
         "--resume_from_checkpoint true\n"
         f"  another model         trl-sgpo train --config {path} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct "
