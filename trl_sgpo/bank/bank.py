@@ -479,7 +479,7 @@ class StrategyBank:
         for strategy in changed.values():
             touched[strategy.problem_class].append(strategy)
         for name, strategies in touched.items():
-            held = self._contents.classes.get(name, ClassVectors(0))
+            held = self._contents.classes.get(name) or ClassVectors(0)
             if len(held) + len(strategies) > self.capacity_per_class:
                 for key in held.beyond(self.capacity_per_class, strategies):
                     changed[key] = (changed.get(key) or self._contents.strategies[key]).updated(trust="retired")

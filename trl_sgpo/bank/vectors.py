@@ -9,6 +9,8 @@ from .policy import evict, standing
 from .strategy import TRUST_STATES, Strategy
 
 
+ROOM = 20  # to begin with; doubled four times it holds a full class of the default capacity, and newcomers
+
 _TRUSTED, _RETIRED = TRUST_STATES.index("trusted"), TRUST_STATES.index("retired")
 
 
@@ -33,10 +35,10 @@ class ClassVectors:
         self.ids: list[str] = []
         self.rows: dict[str, int] = {}
         self._columns: dict[str, np.ndarray] = {
-            "matrix": np.zeros((16, dimension), dtype=np.float32),
-            "trust": np.zeros(16, dtype=np.uint8),
-            "standing": np.zeros(16),
-            "step": np.zeros(16, dtype=np.int64),
+            "matrix": np.zeros((ROOM, dimension), dtype=np.float32),
+            "trust": np.zeros(ROOM, dtype=np.uint8),
+            "standing": np.zeros(ROOM),
+            "step": np.zeros(ROOM, dtype=np.int64),
         }
 
     def __len__(self) -> int:

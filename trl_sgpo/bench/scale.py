@@ -1,6 +1,5 @@
 """What the bank costs by the number of strategies in it, beside plain Chroma and an exact matrix in the same run."""
 
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -28,7 +27,7 @@ def measure(sizes: list[int], directory: Path) -> dict[str, Any]:
     Fills banks of made-up strategies, 250 a class, half of them trusted, and takes times.
 
     Retrieval is for 32 problems with filters on class and trust. A commit stores 64 strategies and 64 outcomes, when
-    index and disk are done with the one before, as between steps; at capacity it also retires as many. Embeddings are
+    the index has caught up with the one before, as between steps; at capacity it also retires as many. Embeddings are
     given, so that the time of the embedding model is not in it.
 
     Args:
@@ -97,7 +96,6 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
             ]
             commits.append(_timed(partial(bank.record, new, tried)))
             catching_up.append(_timed(partial(bank._use_index().query, queries[0][:1], 1)))
-            os.sync()
         found[f"{name}_p50_ms"] = _p50(commits)
         found[f"{name}_max_ms"] = max(ms for ms, _ in commits)
         found["index_catches_up_p50_ms"] = _p50(catching_up)
