@@ -1,21 +1,12 @@
 """The benchmark of the bank, small: what it asserts of the bank, and that its figures are what they say."""
 
 import json
-import zlib
 
-import numpy as np
 import pytest
+from bank_helpers import hashed_words
 
 from trl_sgpo.bench import fuzz, kills, poison, retention, scale
 from trl_sgpo.cli.main import main
-
-
-def words(texts):
-    vectors = np.zeros((len(texts), 256), dtype=np.float32)
-    for row, text in enumerate(texts):
-        for word in text.casefold().split():
-            vectors[row, zlib.crc32(word.encode()) % 256] += 1
-    return vectors
 
 
 def test_nothing_is_lost_when_the_writer_is_killed(tmp_path):
@@ -47,14 +38,14 @@ def test_classes_are_retained(tmp_path, monkeypatch):
 @pytest.mark.parametrize("route", ["import", "rollout"])
 @pytest.mark.parametrize("full", [False, True])
 def test_poison_does_not_reach_answers(tmp_path, route, full):
-    found = poison._attack("plain", route, full, 5, 0, words, tmp_path)
+    found = poison._attack("plain", route, full, 5, 0, hashed_words, tmp_path)
     assert found["attacks"] == 0 and found["undefended_attacks"] > 0.3 * found["tests"]
     assert found["imports_kept_out"] <= 1 and found["correct"] > 0.9 * found["tests"]
 
 
 def test_sleepers_reach_the_answers_they_wait_for(tmp_path):
     """A known limit, kept in sight."""
-    found = poison._attack("sleeper", "import", False, 5, 0, words, tmp_path)
+    found = poison._attack("sleeper", "import", False, 5, 0, hashed_words, tmp_path)
     assert 0 < found["attacks"] <= found["triggered"]
 
 

@@ -5,17 +5,13 @@ import os
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from bank_helpers import hashed_words, make
 from hub_server import HubServer
 
 from trl_sgpo.bank import Outcome, Strategy, StrategyBank
 from trl_sgpo.cli.main import COMMANDS, main
-
-
-sys.path.append(str(Path(__file__).parent / "bank"))
-from bank_helpers import hashed_words, make
 
 
 ROOT = make("root", model="org/model", run="first", step=1, shown=30)

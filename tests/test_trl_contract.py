@@ -94,6 +94,7 @@ def loss_and_gradients(trainer, batch):
         ("_save", ["self", "output_dir", "state_dict"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_load_best_model", ["self"]),
     ],
 )
 def test_signatures(method, parameters):
