@@ -105,18 +105,24 @@ def test_updates_do_not_touch_the_index(bank, monkeypatch):
         assert set(again._use_index().ids()) == {s.id for s in stored}
 
 
-def test_an_index_that_failed_is_reported_and_rebuilt(bank, monkeypatch):
-    """What reached the ledger and not the index is not lost."""
+def test_an_index_that_fails_is_rebuilt_and_nothing_is_lost(bank, monkeypatch, caplog):
+    """Neither while it goes on failing nor after."""
     fill(bank)
     bank._use_index().ids()
     with monkeypatch.context() as patch:
         patch.setattr(Index, "add", lambda *args: (_ for _ in ()).throw(BankError("disk full")))
         bank.add([make("later")])
         with pytest.raises(BankError, match="disk full"):
-            bank._use_index().query(hashed_words(["x"]), 1)
+            bank._ask_index(hashed_words(["x"]), 1)
+        bank.add([make("latest")])
         with pytest.raises(BankError, match="disk full"):
-            bank.add([make("latest")])
+            bank._ask_index(hashed_words(["x"]), 1)
+    assert "Rebuilding the index from the ledger. disk full" in caplog.text
+    (hits,) = bank._ask_index(hashed_words([make("latest").text]), 3)
+    assert hits[0][0] == make("latest").id
+    assert set(bank._use_index().ids()) == {s.id for s in bank.strategies()}
     bank.close()
+    monkeypatch.setattr(Index, "rebuild", None)
     with StrategyBank(bank.path, hashed_words) as again:
         assert again.get(make("later").id) and again.get(make("latest").id)
         assert set(again._use_index().ids()) == {s.id for s in again.strategies()}

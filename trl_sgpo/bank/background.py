@@ -13,8 +13,8 @@ class BackgroundIndex:
     """
     Opens and changes an index in a thread, in the order it was told to. A query sees all changes before it.
 
-    A change that fails is reported by the next call. Nothing is lost: the index holds nothing that the ledger does
-    not, and one that failed is not sealed but rebuilt.
+    A change that fails loses nothing, since the index holds nothing that the ledger does not: [`failure`] tells, and
+    an index that failed is not sealed but rebuilt.
 
     Args:
         open_index (`Callable[[], Index]`):
@@ -26,23 +26,18 @@ class BackgroundIndex:
         self._opened = self._thread.submit(open_index)
         self._changes: list[Future[None]] = []
 
-    def _report(self) -> None:
-        if self._opened.done():
-            self._opened.result()
+    def failure(self) -> BaseException | None:
+        """Why the index is not what it should be, as far as is known, or `None`."""
         while self._changes and self._changes[0].done():
-            self._changes[0].result()  # stays in the list if it failed
+            if (error := self._changes[0].exception()) is not None:
+                return error  # and stays in the list
             self._changes.pop(0)
+        return self._opened.exception() if self._opened.done() else None
 
     def change(
         self, removed: Sequence[str], ids: Sequence[str], embeddings: np.ndarray, metadatas: list[dict[str, str]]
     ) -> None:
-        """
-        Removes entries and adds others. The arguments are those of [`Index.delete`] and [`Index.add`].
-
-        Raises:
-            [`~trl_sgpo.errors.BankError`]: If an earlier change failed.
-        """
-        self._report()
+        """Removes entries and adds others. The arguments are those of [`Index.delete`] and [`Index.add`]."""
 
         def apply() -> None:
             index = self._opened.result()
@@ -53,7 +48,8 @@ class BackgroundIndex:
 
     def _now(self, call: Callable[[Index], Any]) -> Any:
         result = self._thread.submit(lambda: call(self._opened.result())).result()
-        self._report()
+        if (error := self.failure()) is not None:
+            raise error
         return result
 
     def query(self, embeddings: np.ndarray, n: int) -> list[list[tuple[str, float]]]:

@@ -142,8 +142,13 @@ class StrategyBank:
 
     def _use_index(self) -> BackgroundIndex:
         """
-        The index, opened when first needed: as it is if it is as the ledger left it, else rebuilt from the ledger.
+        The index, opened when first needed: as it is if it is as the ledger left it, else rebuilt from the ledger. One
+        that failed since is rebuilt too, because training has to go on.
         """
+        if self._index is not None and (error := self._index.failure()) is not None:
+            logger.warning("Rebuilding the index from the ledger. %s", error)
+            self._index.close()
+            self._index = None
         if self._index is None:
             directory, state, dimension = self.path / INDEX, self._ledger.state, self.dimension
             entries = self._entries(list(self._contents.live))
@@ -158,6 +163,12 @@ class StrategyBank:
 
             self._index = BackgroundIndex(open_index)
         return self._index
+
+    def _ask_index(self, embeddings: np.ndarray, n: int) -> list[list[tuple[str, float]]]:
+        try:
+            return self._use_index().query(embeddings, n)
+        except BankError:
+            return self._use_index().query(embeddings, n)  # of an index made anew
 
     def _entries(self, ids: list[str]) -> tuple[list[str], np.ndarray, list[dict[str, str]]]:
         contents = self._contents
@@ -616,7 +627,7 @@ class StrategyBank:
             hidden=[{problem_id(problem)} for problem in problems] if exclude is None else exclude,
             trust=trust,
             explore=explore,
-            ask_index=lambda embeddings, n: self._use_index().query(embeddings, n),
+            ask_index=self._ask_index,
         )
 
     def sample(self, problem_class: str, k: int, seed: int, exclude: set[str] | None = None) -> list[Strategy]:
