@@ -128,6 +128,21 @@ def test_an_index_that_fails_is_rebuilt_and_nothing_is_lost(bank, monkeypatch, c
         assert set(again._use_index().ids()) == {s.id for s in again.strategies()}
 
 
+def test_a_search_that_fails_is_repeated_on_a_new_index(bank, monkeypatch):
+    fill(bank)
+    bank._use_index().ids()
+    failing, query = bank._use_index()._opened.result(), Index.query
+
+    def fails_on_the_old_one(index, *args):
+        if index is failing:
+            raise BankError("segments are gone")
+        return query(index, *args)
+
+    monkeypatch.setattr(Index, "query", fails_on_the_old_one)
+    (hits,) = bank._ask_index(hashed_words([make("s3").text]), 2)
+    assert hits[0][0] == make("s3", "odd").id
+
+
 def test_many_strategies_of_any_class_are_found_by_the_index(tmp_path, monkeypatch):
     """Where the index is asked, it finds what comparing with all embeddings does."""
     words = [f"word{i}" for i in range(40)]

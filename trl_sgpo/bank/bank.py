@@ -146,9 +146,7 @@ class StrategyBank:
         that failed since is rebuilt too, because training has to go on.
         """
         if self._index is not None and (error := self._index.failure()) is not None:
-            logger.warning("Rebuilding the index from the ledger. %s", error)
-            self._index.close()
-            self._index = None
+            self._drop_index(error)
         if self._index is None:
             directory, state, dimension = self.path / INDEX, self._ledger.state, self.dimension
             entries = self._entries(list(self._contents.live))
@@ -167,8 +165,16 @@ class StrategyBank:
     def _ask_index(self, embeddings: np.ndarray, n: int) -> list[list[tuple[str, float]]]:
         try:
             return self._use_index().query(embeddings, n)
-        except BankError:
-            return self._use_index().query(embeddings, n)  # of an index made anew
+        except BankError as error:
+            self._drop_index(error)
+            return self._use_index().query(embeddings, n)
+
+    def _drop_index(self, error: BaseException) -> None:
+        """Closes an index that failed, without a seal, so that the next one is made anew."""
+        logger.warning("Rebuilding the index from the ledger. %s", error)
+        if self._index is not None:
+            self._index.close()
+            self._index = None
 
     def _entries(self, ids: list[str]) -> tuple[list[str], np.ndarray, list[dict[str, str]]]:
         contents = self._contents
