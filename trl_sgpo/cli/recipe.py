@@ -36,9 +36,17 @@ class SGPOScriptArguments(GRPOScriptArguments):
         system_prompt (`str`, *optional*):
             System message put before conversational prompts that have none.
         warmstart_traces (`int`, *optional*, defaults to `0`):
-            Number of two-phase traces to fine-tune on before training. `0` starts from the model as it is.
+            Number of two-phase traces to fine-tune on before training. `0` starts from the model as it is. An adapter
+            is trained where the recipe sets `use_peft`, else the whole model.
         warmstart_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Learning rate of that fine-tuning.
+        warmstart_batch_size (`int`, *optional*, defaults to `4`):
+            Traces an optimizer step of that fine-tuning.
+        warmstart_plain_share (`float`, *optional*, defaults to `0.0`):
+            Share of traces written as one plain answer to the problem, so that the model can answer at once, too.
+        warmstart_file (`str`, *optional*):
+            File of traces, as `trl-sgpo bootstrap` writes it, to fine-tune on instead of worked ones: on all of them,
+            or on `warmstart_traces` of them.
         report_problems (`int`, *optional*, defaults to `0`):
             Unseen problems on which accuracy and transfer are measured before and after training. `0` measures none.
     """
@@ -51,6 +59,16 @@ class SGPOScriptArguments(GRPOScriptArguments):
         metadata={"help": "Number of two-phase traces to fine-tune on before training. 0 starts from the model."},
     )
     warmstart_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that fine-tuning."})
+    warmstart_batch_size: int = field(default=4, metadata={"help": "Traces an optimizer step of that fine-tuning."})
+    warmstart_plain_share: float = field(
+        default=0.0, metadata={"help": "Share of traces written as one plain answer to the problem."}
+    )
+    warmstart_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of traces, as `trl-sgpo bootstrap` writes it, to fine-tune on: all, or `warmstart_traces`."
+        },
+    )
     report_problems: int = field(
         default=0,
         metadata={"help": "Unseen problems on which accuracy and transfer are measured before and after training."},

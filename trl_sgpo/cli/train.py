@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
 from ..data.bootstrap import warmstart
-from ..data.worked import traces
+from ..data.synthetic import read_traces
+from ..data.worked import Trace, traces
 from ..errors import ConfigError, SGPOError
 from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
 from ..offline import require_model
@@ -79,7 +81,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     train_dataset = with_classes(data[script.dataset_train_split], training)
     training.model_init_kwargs = model_init_kwargs(recipe)
     checkpoint = resume_point(training)
-    if script.warmstart_traces > 0:
+    if script.warmstart_traces > 0 or script.warmstart_file is not None:
         model = warmstart_model(recipe, model, train_dataset)
     trainer = SGPOTrainer(
         model=model,
@@ -113,26 +115,38 @@ def train(recipe: Recipe) -> SGPOTrainer:
 
 def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
     """
-    Fine-tunes the model on worked two-phase traces, unless an earlier run of the recipe did.
+    Fine-tunes the model on two-phase traces, of a file or worked ones, unless an earlier run of the recipe did.
 
     Returns:
         `str`: Directory of the fine-tuned model.
     """
     script, training = recipe.script, recipe.training
-    directory = Path(training.output_dir) / "warmstart"
-    wanted = script.warmstart_traces
-    repeats = -(-wanted // len(dataset)) + 1
-    worked = traces(dataset.shuffle(seed=training.seed), per_problem=repeats, seed=training.seed)
-    # Every problem's first trace, then every problem's second one
-    in_rounds = [worked[i] for start in range(repeats) for i in range(start, len(worked), repeats)]
+    if script.warmstart_file is None:
+        chosen = _worked_traces(recipe, dataset)
+    else:
+        chosen = read_traces(script.warmstart_file)
+        random.Random(training.seed).shuffle(chosen)
+        chosen = chosen[: script.warmstart_traces or len(chosen)]
     return warmstart(
         model,
-        in_rounds[:wanted],
+        chosen,
         training,
-        directory,
+        Path(training.output_dir) / "warmstart",
         learning_rate=script.warmstart_learning_rate,
         model_init_kwargs=model_init_kwargs(recipe),
+        batch_size=script.warmstart_batch_size,
+        plain_share=script.warmstart_plain_share,
+        full=not recipe.model.use_peft,
     )
+
+
+def _worked_traces(recipe: Recipe, dataset: Dataset) -> list[Trace]:
+    wanted, seed = recipe.script.warmstart_traces, recipe.training.seed
+    repeats = -(-wanted // len(dataset)) + 1
+    worked = traces(dataset.shuffle(seed=seed), per_problem=repeats, seed=seed)
+    # Every problem's first trace, then every problem's second one
+    in_rounds = [worked[i] for start in range(repeats) for i in range(start, len(worked), repeats)]
+    return in_rounds[:wanted]
 
 
 def resume_point(training: SGPOConfig) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ModelError
-from ..prompts import chat_bridge, plain_bridge, strategy_prompt
+from ..prompts import chat_bridge, plain_bridge, problem_text, strategy_prompt
 from .worked import Trace
 
 
@@ -28,11 +28,14 @@ def _made_of(directory: Path) -> str | None:
         return None
 
 
-def two_phase_examples(traces: list[Trace], tokenizer: Any, config: "SGPOConfig", seed: int) -> list[dict[str, Any]]:
+def two_phase_examples(
+    traces: list[Trace], tokenizer: Any, config: "SGPOConfig", seed: int, plain_share: float = 0.0
+) -> list[dict[str, Any]]:
     """
     Writes traces as token sequences: request, strategy, turn, execution. Strategy and execution are trained.
 
-    Half of the requests quote another strategy of the class, as requests do once the bank holds some.
+    Half of the requests quote another strategy of the class, as requests do once the bank holds some. Some traces
+    may be written as one plain answer instead: the problem, then strategy and execution as one completion.
 
     Args:
         traces (`list[Trace]`):
@@ -43,6 +46,8 @@ def two_phase_examples(traces: list[Trace], tokenizer: Any, config: "SGPOConfig"
             Its prompts are used.
         seed (`int`):
             Seed of the quotations.
+        plain_share (`float`, *optional*, defaults to `0.0`):
+            Share of traces, among those whose strategy is not given, written as one plain answer.
 
     Returns:
         `list[dict]`: With `input_ids` and `labels` (-100 where not trained).
@@ -54,6 +59,9 @@ def two_phase_examples(traces: list[Trace], tokenizer: Any, config: "SGPOConfig"
         by_class.setdefault(trace.problem_class, []).append(trace.strategy)
     examples = []
     for trace in traces:
+        if not trace.given and rng.random() < plain_share:
+            examples.append(plain_example(trace, tokenizer))
+            continue
         shown = []
         if config.use_bank and config.num_retrieved > 0 and rng.random() < 0.5:
             shown = [(trace.problem_class, rng.choice(by_class[trace.problem_class]))]
@@ -72,10 +80,28 @@ def two_phase_examples(traces: list[Trace], tokenizer: Any, config: "SGPOConfig"
         examples.append(
             {
                 "input_ids": request_ids + strategy + turn + execution,
-                "labels": [-100] * len(request_ids) + strategy + [-100] * len(turn) + execution,
+                "labels": [-100] * len(request_ids)
+                + ([-100] * len(strategy) if trace.given else strategy)
+                + [-100] * len(turn)
+                + execution,
             }
         )
     return examples
+
+
+def plain_example(trace: Trace, tokenizer: Any) -> dict[str, Any]:
+    """Writes a trace as one completion of its problem: strategy, empty line, execution."""
+    if tokenizer.chat_template is None:
+        prompt_ids = tokenizer("\n\n".join(problem_text([message]) for message in trace.prompt))["input_ids"]
+    else:
+        prompt_ids = tokenizer.apply_chat_template(trace.prompt, add_generation_prompt=True, return_dict=False)
+    answer = tokenizer(plain_answer(trace), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return {"input_ids": prompt_ids + answer, "labels": [-100] * len(prompt_ids) + answer}
+
+
+def plain_answer(trace: Trace) -> str:
+    """Strategy and execution as one text."""
+    return f"{trace.strategy}\n\n{trace.execution}"
 
 
 def warmstart(
@@ -85,12 +111,15 @@ def warmstart(
     output_dir: str | os.PathLike[str],
     learning_rate: float = 1e-3,
     model_init_kwargs: dict[str, Any] | None = None,
+    batch_size: int = 4,
+    plain_share: float = 0.0,
+    full: bool = False,
 ) -> str:
     """
     Fine-tunes a model on two-phase traces, once through, and saves it whole.
 
     A LoRA adapter is trained with TRL's [`~trl.SFTTrainer`] and merged, so that any later training starts from an
-    ordinary model directory. The directory appears only when it is complete.
+    ordinary model directory; or the whole model is. The directory appears only when it is complete.
 
     Args:
         model (`str`):
@@ -105,6 +134,12 @@ def warmstart(
             Peak learning rate of the adapter, decayed linearly to 0.
         model_init_kwargs (`dict`, *optional*):
             Passed on to `from_pretrained`.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Traces an optimizer step.
+        plain_share (`float`, *optional*, defaults to `0.0`):
+            Share of traces written as one plain answer, see [`two_phase_examples`].
+        full (`bool`, *optional*, defaults to `False`):
+            Whether to train the whole model instead of an adapter.
 
     Returns:
         `str`: `output_dir`
@@ -117,12 +152,14 @@ def warmstart(
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    from ..inference import TwoPhaseSettings
     from ..sgpo_trainer import score_trained_positions_only
 
     output_dir = Path(output_dir)
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
     settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
+    settings += [batch_size, plain_share, full]
     made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
     if _made_of(output_dir) == made_of:
         return str(output_dir)
@@ -131,19 +168,21 @@ def warmstart(
         tokenizer = AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
-    examples = two_phase_examples(traces, tokenizer, config, config.seed)
+    examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
     unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
             str(unfinished),
             model_init_kwargs=model_init_kwargs,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=batch_size,
             num_train_epochs=1,
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=5,
+            warmup_steps=0.1 if full else 5,
+            adam_beta2=config.adam_beta2,
             logging_steps=10,
             save_strategy="no",
             report_to="none",
@@ -153,21 +192,24 @@ def warmstart(
             use_cpu=config.use_cpu,
             gradient_checkpointing=config.gradient_checkpointing,
             disable_tqdm=config.disable_tqdm,
-            train_sampling_strategy="group_by_length",
+            # Batches of one length are fast, but too unlike each other to learn well from nothing
+            train_sampling_strategy="random" if full else "group_by_length",
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=adapter,
     )
     if trainer.accelerator.device.type == "cpu":
         score_trained_positions_only()
     trainer.train()
-    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    merged = trained if full else trained.merge_and_unload()
     if trainer.accelerator.is_main_process:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        TwoPhaseSettings.from_config(config).save(unfinished)
         (unfinished / _MADE_OF).write_text(made_of)
         shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(unfinished, output_dir)

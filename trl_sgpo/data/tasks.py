@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from ..errors import DataError
+from . import list_functions
 
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GYM = "reasoning_gym/"
+_GYM, _LISTS = "reasoning_gym/", f"{list_functions.FAMILY}/"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _PROMPT_COLUMNS = ("prompt", "question", "problem")
+_MATH_MARK = re.compile(r"\\?\$|(?<!\\)\\[()]")
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?")
 
 
@@ -37,9 +39,10 @@ def load_problems(path: str, split: str = "train", name: str | None = None) -> "
 
     Args:
         path (`str`):
-            `reasoning_gym/<family>[+<family>...][?key=value&size=400&seed=42]`, a local `.jsonl`, `.json`, `.parquet`
-            or `.csv` file, or a Hub id. `size` is the number of training problems of each family, the other keys are
-            settings of the families that have them.
+            `reasoning_gym/<family>[+<family>...][?key=value&size=400&seed=42]`,
+            `list_functions/<seen|held_out|longer>[?size=320&seed=42&shortcuts=0.5]`, a local `.jsonl`, `.json`,
+            `.parquet` or `.csv` file, or a Hub id. `size` is the number of training problems (of each family), the
+            other keys are settings of the families that have them.
         split (`str`, *optional*, defaults to `"train"`):
             Split to load. reasoning-gym families have `train` and `test`, which share no question.
         name (`str`, *optional*):
@@ -100,11 +103,11 @@ def load_mixture(mixture: "DatasetMixtureConfig") -> "DatasetDict":
 
 def materialise(path: str, split: str) -> str:
     """
-    Writes a split of a reasoning-gym path to a parquet file in the datasets cache, once.
+    Writes a split of generated problems to a parquet file in the datasets cache, once.
 
     Args:
         path (`str`):
-            A `reasoning_gym/...` path, see [`load_problems`].
+            A `reasoning_gym/...` or `list_functions/...` path, see [`load_problems`].
         split (`str`):
             `"train"` or `"test"`.
 
@@ -114,17 +117,15 @@ def materialise(path: str, split: str) -> str:
     Raises:
         `DataError`: If the path names an unknown family or setting, or has no such split.
     """
-    from importlib.metadata import version
-
     import datasets
 
     if split not in ("train", "test"):
         raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
-    _gym()
-    key = hashlib.sha256(f"{path} {split} {version('reasoning-gym')}".encode()).hexdigest()[:24]
+    made_by = list_functions.__doc__ if path.startswith(_LISTS) else _gym_version()
+    key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
     if not file.is_file():
-        rows = _generate(path, split)
+        rows = _generate_lists(path, split) if path.startswith(_LISTS) else _generate(path, split)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
             datasets.Dataset.from_list(rows).to_parquet(Path(temporary) / file.name)
@@ -263,6 +264,36 @@ def answer_reward(
     return rewards
 
 
+def same_answer(first: str, second: str) -> bool:
+    """
+    Whether two final answers are the same text, the same number or mathematically equal.
+
+    Args:
+        first (`str`):
+            A final answer, as [`final_answer`] reads it.
+        second (`str`):
+            Another one.
+
+    Raises:
+        `DataError`: If the package that can tell is not installed.
+    """
+    return _is_right(first, second, None)
+
+
+def same_answer_text(first: str, second: str) -> bool:
+    """
+    Whether two final answers are the same text or number, without asking what is mathematically equal.
+
+    Args:
+        first (`str`):
+            A final answer.
+        second (`str`):
+            Another one.
+    """
+    number = _number(first)
+    return _plain(first) == _plain(second) or (number is not None and number == _number(second))
+
+
 def _is_right(answer: str, gold: str, entry: str | None) -> bool:
     if answer == gold.strip():
         return True
@@ -271,6 +302,8 @@ def _is_right(answer: str, gold: str, entry: str | None) -> bool:
         return True
     if entry is not None:
         parsed = json.loads(entry)
+        if parsed["metadata"]["source_dataset"] == list_functions.FAMILY:
+            return False  # the one right answer was compared with above
         try:
             return _scorer(parsed["metadata"]["source_dataset"])(answer, parsed) >= 0.99
         except (ArithmeticError, LookupError, TypeError, ValueError):  # how some families meet a malformed answer
@@ -281,8 +314,8 @@ def _is_right(answer: str, gold: str, entry: str | None) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text without dollar signs, a trailing period, and spaces other than those between digits."""
-    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
+    """Text without math and emphasis marks, a trailing period, and spaces other than those between digits."""
+    text = _MATH_MARK.sub("", text).strip().strip("*").removesuffix(".")
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
@@ -321,7 +354,7 @@ def _gym() -> Any:
 def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:
     """What `datasets.load_dataset` takes as `path` and `data_files`. The split may be a slice, like `train[:100]`."""
     base = split.partition("[")[0]
-    if path.startswith(_GYM):
+    if path.startswith((_GYM, _LISTS)):
         return "parquet", {base: materialise(path, base)}
     builder = _BUILDERS.get(Path(path).suffix)
     if builder is None:
@@ -342,6 +375,28 @@ def _unreachable(paths: str, error: OSError) -> DataError:
         f"Cannot load {paths} ({reason}): check the name and the network, or use a local .jsonl, .parquet or .csv "
         "file or `reasoning_gym/<family>`."
     )
+
+
+def _gym_version() -> str:
+    from importlib.metadata import version
+
+    _gym()
+    return version("reasoning-gym")
+
+
+def _generate_lists(path: str, split: str) -> list[dict[str, Any]]:
+    part, _, query = path.removeprefix(_LISTS).partition("?")
+    settings: dict[str, Any] = {"size": 320, "seed": 42, "shortcuts": 0.0}
+    given = {key: _parse(value) for key, value in parse_qsl(query)}
+    if part not in list_functions.PARTS or set(given) - set(settings):
+        raise DataError(
+            f"'{path}' is not `list_functions/<{'|'.join(list_functions.PARTS)}>?size=320&seed=42&shortcuts=0.5`: "
+            "correct the part or the setting."
+        )
+    settings |= given
+    if not isinstance(settings["size"], int) or settings["size"] < 1 or not 0 <= settings["shortcuts"] <= 1:
+        raise DataError(f"`size` of '{path}' must be at least 1 and `shortcuts` between 0 and 1.")
+    return list_functions.problems(part, split, settings["size"], settings["seed"], settings["shortcuts"])
 
 
 def _generate(path: str, split: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from . import list_functions
 
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ class Trace:
             The strategy applied to the problem, with `#### answer` as last line.
         problem_class (`str`):
             Class of the problem.
+        given (`bool`, *optional*, defaults to `False`):
+            Whether the strategy is given to the model, which then learns from the execution only.
     """
 
     prompt: list[dict[str, str]]
     strategy: str
     execution: str
     problem_class: str
+    given: bool = False
 
 
 def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
@@ -85,6 +89,8 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
         return None
     entry = json.loads(problem["entry"])
     family = entry["metadata"]["source_dataset"]
+    if family == list_functions.FAMILY:
+        return Trace(problem["prompt"], *list_functions.worked(entry["metadata"], rng), problem["problem_class"])
     if family not in _STRATEGIES:
         return None
     numbers = _numbers(entry["metadata"])

@@ -1,0 +1,78 @@
+"""A comparison's YAML: what it means and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trl_sgpo.compare.config import METHODS, read_comparison
+from trl_sgpo.errors import ConfigError
+
+
+CONTENT: dict[str, Any] = {
+    "recipe": "recipes/lab/sgpo.yaml",
+    "output_dir": "runs/x",
+    "seeds": [1, 2],
+    "budget": 100,
+    "suites": [{"name": "seen", "path": "list_functions/seen"}],
+    "transfer": {"suite": "seen"},
+    "arms": {
+        "base": None,
+        "sgpo": {},
+        "rlhf": {"label_share": 0.5, "learning_rate": 1e-3},
+        "k1": {"method": "sgpo", "transfer_block_size": 1},
+    },
+}
+
+
+def _written(tmp_path: Path, **changes: Any) -> str:
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {key: value for key, value in (CONTENT | changes).items() if value is not None}, sort_keys=False
+        )
+    )
+    return str(path)
+
+
+def test_arms_take_settings_of_their_method_and_keys_of_the_recipe(tmp_path: Path) -> None:
+    base, sgpo, rlhf, k1 = read_comparison(_written(tmp_path)).arms
+    assert [arm.method for arm in (base, sgpo, rlhf, k1)] == ["base", "sgpo", "rlhf", "sgpo"]
+    assert rlhf.settings["label_share"] == 0.5 and rlhf.overrides == {"learning_rate": 1e-3}
+    assert k1.overrides == {"transfer_block_size": 1}
+    assert [arm.form for arm in (base, k1)] == ["plain", "two_phase"]
+
+
+def test_changes_win_and_arms_can_be_chosen(tmp_path: Path) -> None:
+    comparison = read_comparison(_written(tmp_path), {"arms": ["k1"], "budget": 7, "overrides": {"lora_r": 4}})
+    assert [arm.name for arm in comparison.arms] == ["k1"]
+    assert comparison.budget == 7 and comparison.overrides == {"lora_r": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": 3}, "Unknown key `budgets`.*`budget`"),
+        ({"recipe": None}, "lacks `recipe`"),
+        ({"arms": {"sgbo": {}}}, f"'sgbo'.*{METHODS[0]}"),
+        ({"transfer": {"suite": "other"}}, "name of a suite: one of seen"),
+        ({"seeds": []}, "a seed and an arm"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_comparison(_written(tmp_path, **changes))
+
+
+def test_an_unknown_arm_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no arm 'ppo', only base"):
+        read_comparison(_written(tmp_path), {"arms": ["ppo"]})
+
+
+def test_a_file_that_is_missing_or_no_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_comparison(str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        read_comparison(str(tmp_path / "list.yaml"))

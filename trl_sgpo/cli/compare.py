@@ -1,0 +1,152 @@
+"""`trl-sgpo compare`: arms × seeds at an equal budget, run or gone on with, and their table."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Runs what is not finished yet and writes the table. Exit status 1 if a run failed."""
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo compare",
+        description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
+        "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "
+        "Runs that are finished are kept; call it again to go on.",
+        epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
+    )
+    parser.add_argument("--config", required=True, help="comparison, such as recipes/lab/compare.yaml")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
+    parser.add_argument("--budget", type=int, help="tokens each arm may generate, instead of the file's")
+    parser.add_argument("--processes", type=int, help="runs at a time, instead of the file's")
+    parser.add_argument("--output_dir", help="where runs are kept, instead of the file's")
+    parser.add_argument("--results", help="path without suffix for the table, instead of the file's")
+    parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is finished")
+    options, overrides = parser.parse_known_args(argv)
+    changes: dict[str, Any] = {
+        key: options.__dict__[key]
+        for key in ("arms", "seeds", "budget", "processes", "output_dir", "results")
+        if options.__dict__[key] is not None
+    }
+    if overrides:
+        changes["overrides"] = _as_mapping(overrides)
+
+    from ..compare.config import read_comparison
+    from ..compare.run import arm_recipe, finished
+    from ..compare.table import summary, write
+
+    comparison = read_comparison(options.config, changes)
+    for arm in comparison.arms:
+        arm_recipe(comparison, arm, comparison.seeds[0])  # every arm's settings are checked before anything runs
+    runs = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
+    missing = [(arm.name, seed) for arm, seed in runs if finished(comparison, arm, seed) is None]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished.", flush=True)
+    failed: list[str] = []
+    if missing and not options.table_only:
+        base = [sys.executable, "-m", "trl_sgpo.compare.run", options.config, json.dumps(changes)]
+        failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
+    found = {
+        arm.name: [result for seed in comparison.seeds if (result := finished(comparison, arm, seed)) is not None]
+        for arm in comparison.arms
+    }
+    if not any(found.values()):
+        raise ConfigError(f"No run of {options.config} is finished{': see the logs above' if failed else ''}.")
+    summed = summary(comparison, found)
+    stems = [Path(comparison.output_dir, "comparison")] + ([Path(comparison.results)] if comparison.results else [])
+    for stem in stems:
+        print(f"Written: {', '.join(map(str, write(summed, stem)))}")
+    _print(summed)
+    return 1 if failed else 0
+
+
+def _as_mapping(arguments: list[str]) -> dict[str, Any]:
+    """Reads `--key value …` as a mapping."""
+    mapping: dict[str, Any] = {}
+    key = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument.removeprefix("--").partition("=")
+            mapping[key] = value if equals else []
+        elif key is None:
+            raise ConfigError(f"What is {argument!r}? Overrides are written as `--key value`.")
+        else:
+            mapping[key].append(argument)
+    return {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in mapping.items()}
+
+
+def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, processes: int) -> list[str]:
+    """Warm-starts each seed, then runs its arms, `processes` at a time. Returns the names of what failed."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    if processes > 1:
+        environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
+    seeds = list(dict.fromkeys(seed for _, seed in missing))
+    total, started, done, failed = len(missing), time.monotonic(), 0, []
+    with ThreadPoolExecutor(processes) as pool:
+        waiting: dict[Future[int], tuple[str | None, int]] = {}
+
+        def submit(arm: str | None, seed: int) -> None:
+            log = output_dir / "logs" / f"{arm or 'warmstart'}-seed-{seed}.txt"
+            command = [*base, str(seed), *([arm] if arm else [])]
+            waiting[pool.submit(_run, command, environment, log)] = (arm, seed)
+
+        for seed in seeds:
+            submit(None, seed)
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                arm, seed = waiting.pop(future)
+                name = f"{arm or 'warm start'}, seed {seed}"
+                status = future.result()
+                if status != 0:
+                    failed.append(name)
+                    log = output_dir / "logs" / f"{arm or 'warmstart'}-seed-{seed}.txt"
+                    print(f"FAILED {name} (exit status {status}), see {log}:\n{_tail(log)}", flush=True)
+                    total -= 0 if arm else sum(1 for _, its in missing if its == seed)
+                if arm is None and status == 0:
+                    print(f"warm start of seed {seed} is ready", flush=True)
+                    for its_arm, its_seed in missing:
+                        if its_seed == seed:
+                            submit(its_arm, seed)
+                elif arm is not None:
+                    done += 1
+                    minutes = (time.monotonic() - started) / 60
+                    left = minutes / done * (total - done)
+                    print(f"{done}/{total} {name}: {minutes:.0f} min, about {left:.0f} to go", flush=True)
+    return failed
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-8:])
+
+
+def _print(summed: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    suites = [suite["name"] for suite in summed["settings"]["suites"]]
+    columns = [f"{name} accuracy" for name in suites] + ["transfer score", "own - other"]
+    table = Table(title=f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals")
+    table.add_column("arm")
+    for column in columns:
+        table.add_column(column)
+    for name, figures in summed["arms"].items():
+        cells = []
+        for column in columns:
+            value = figures[column]
+            spread = "" if value["low"] is None else f" ±{value['high'] - value['mean']:.2f}"
+            cells.append(f"{value['mean']:.2f}{spread}")
+        table.add_row(name, *cells)
+    Console().print(table)

@@ -1,0 +1,359 @@
+"""`trl-sgpo eval`: accuracy and strategy transfer of a model, on suites of problems."""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import ConfigError, DataError
+from ..evaluation.suites import NAMED, LoadedSuite, load_suites, parse_suite
+
+
+if TYPE_CHECKING:
+    from ..bank import StrategyBank
+    from ..evaluation.report import ResultTable
+    from ..inference import TwoPhaseModel, Verifier
+
+TWO_PHASE = (
+    "strategy_prompt",
+    "execution_prompt",
+    "strategy_format",
+    "max_strategy_length",
+    "max_completion_length",
+    "num_retrieved",
+)
+
+
+def main(argv: list[str]) -> int:
+    """Evaluates a model, or checks a verifier. Returns the exit status, which is 1 where a check found something."""
+    options = read_options(argv)
+    return check(options) if options.check_verifier else evaluate(options)
+
+
+# Options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo eval",
+        allow_abbrev=False,
+        description="Measure a model on suites of problems: accuracy, and with --transfer how well its strategies do "
+        "on problems they were not written for. Finished chunks are kept in the output directory: the same command "
+        "goes on where it was stopped.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these options; the command line wins")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="directory or Hub id of a model or adapter")
+    parser.add_argument(
+        "--suites",
+        nargs="+",
+        metavar="SUITE",
+        help=f"{', '.join(NAMED)}, or NAME=PATH[@SPLIT] with a path as in recipes; names beginning with ood or harder "
+        "are of that kind",
+    )
+    parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
+    parser.add_argument("--overwrite", action="store_true", help="drop the evaluation that is in the output directory")
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="read gsm8k, gsm_plus and math500 from DIR/NAME/test.jsonl, not the Hub"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="N problems a suite, always the same ones (all)")
+    parser.add_argument(
+        "--form", choices=("two_phase", "plain"), default="two_phase", help="strategy first, or answer at once"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="sampled attempts a problem, beside the greedy one (0)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampled attempts (1.0)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="of sampled attempts (1.0)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all that is random (42)")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="problems a chunk (32)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (auto)")
+    parser.add_argument(
+        "--verifier", default="answer_reward", help="reward function, by name or dotted path (answer_reward)"
+    )
+    parser.add_argument("--bank", metavar="DIR", help="show its trusted strategies; auto: the one beside the model")
+    transfer = parser.add_argument_group("transfer")
+    transfer.add_argument(
+        "--transfer", nargs="*", metavar="NAME", help="measure strategy transfer on these suites (all suites)"
+    )
+    transfer.add_argument("--transfer_classes", type=int, default=8, metavar="N", help="largest classes measured (8)")
+    transfer.add_argument(
+        "--transfer_problems", type=int, default=16, metavar="N", help="problems a class, written on and unseen (16)"
+    )
+    transfer.add_argument("--transfers", type=int, default=2, metavar="N", help="strategies tried on a problem (2)")
+    transfer.add_argument("--pairs_per_cell", type=int, default=8, metavar="N", help="of the transfer matrix (8)")
+    phases = parser.add_argument_group("the two phases", "What is not given is read from the model's sgpo.json.")
+    parser.add_argument(
+        "--system_prompt", metavar="TEXT", help="system message put before prompts that have none, as in the recipe"
+    )
+    phases.add_argument("--strategy_prompt", metavar="TEXT", help="request for a strategy, with {problem}")
+    phases.add_argument("--execution_prompt", metavar="TEXT", help="request to execute it")
+    phases.add_argument("--strategy_format", choices=("text", "steps"))
+    phases.add_argument("--max_strategy_length", type=int, metavar="TOKENS")
+    phases.add_argument("--max_completion_length", type=int, metavar="TOKENS")
+    phases.add_argument("--num_retrieved", type=int, metavar="N", help="strategies of the bank shown with a problem")
+    parser.add_argument("--no_plots", action="store_true", help="draw no pictures")
+    parser.add_argument(
+        "--check_verifier",
+        action="store_true",
+        help="evaluate no model: count which right and wrong solutions the verifier accepts; exit status 1 if it "
+        "accepts less than 99%% of right or more than 1%% of wrong ones",
+    )
+    return parser
+
+
+def read_options(argv: list[str]) -> argparse.Namespace:
+    """
+    Reads the command line and the file it names with `--config`, over which it wins.
+
+    Args:
+        argv (`list[str]`):
+            The command line.
+
+    Raises:
+        [`ConfigError`]: A file that cannot be read, an unknown key, or a value that cannot be.
+    """
+    parser = _parser()
+    path = parser.parse_known_args(argv)[0].config
+    options = parser.parse_args([*_from_file(path, parser), *argv] if path else argv)
+    if not options.suites:
+        raise ConfigError(f"Name what to evaluate on: `--suites` with {', '.join(NAMED)} or NAME=PATH[@SPLIT].")
+    if options.model is None and not options.check_verifier:
+        raise ConfigError("Name what to evaluate: `--model` with a directory or Hub id.")
+    for name, least in (
+        ("samples", 0),
+        ("batch_size", 1),
+        ("transfer_classes", 1),
+        ("transfer_problems", 1),
+        ("transfers", 1),
+        ("pairs_per_cell", 1),
+        ("limit", 1),
+        ("max_strategy_length", 1),
+        ("max_completion_length", 1),
+        ("num_retrieved", 0),
+    ):
+        value = vars(options)[name]
+        if value is not None and value < least:
+            raise ConfigError(f"`--{name}` must be at least {least}, got {value}.")
+    if options.temperature <= 0 or not 0 < options.top_p <= 1:
+        raise ConfigError(
+            f"`--temperature` must be above 0 and `--top_p` above 0 and at most 1, got {options.temperature} and "
+            f"{options.top_p}."
+        )
+    if options.bank is not None and options.form == "plain" and options.transfer is None:
+        raise ConfigError("Plain answers see no strategies: leave out `--bank`, or use `--form two_phase`.")
+    return options
+
+
+def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A YAML file's options as a command line."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping of options to values.")
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    arguments = []
+    for key, value in content.items():
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else "`trl-sgpo eval --help` lists all."
+            raise ConfigError(f"Unknown key `{key}` in {path}: {hint}")
+        if value is True:
+            arguments.append(f"--{key}")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
+        elif value is not None and value is not False:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
+    from ..data.tasks import answer_reward
+    from .recipe import SGPOScriptArguments, load_rewards
+
+    verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
+    for each in loaded:
+        if verifier is answer_reward and "solution" not in each.rows[0]:
+            raise DataError(
+                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, or name a "
+                "`--verifier` that needs none."
+            )
+    return verifier
+
+
+# Commands
+
+
+def check(options: argparse.Namespace) -> int:
+    """`trl-sgpo eval --check_verifier`"""
+    from ..evaluation.chunks import write_text
+    from ..evaluation.verifier_check import check_verifier
+
+    loaded = load_suites([parse_suite(text) for text in options.suites], options.data_dir, options.limit)
+    verifier = _load_verifier(options.verifier, loaded)
+    path = Path(options.output_dir) / "verifier_check.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {each.suite.name: check_verifier(each.rows, verifier, seed=options.seed) for each in loaded}
+    for name, result in found.items():
+        print(
+            f"{name}: {options.verifier} accepts {result.gold_accepted} of {result.gold} worked solutions and "
+            f"{result.wrong_accepted} of {result.wrong} solutions of other problems"
+        )
+    write_text(path, json.dumps({name: result.to_dict() for name, result in found.items()}, indent=2) + "\n")
+    print(f"Written to {path}")
+    return int(any(not result.sound for result in found.values()))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`trl-sgpo eval`"""
+    suites = [parse_suite(text) for text in options.suites]
+    names = [suite.name for suite in suites]
+    measured = None if options.transfer is None else options.transfer or names
+    for name in measured or []:
+        if name not in names:
+            raise ConfigError(f"`--transfer {name}` names none of the suites {', '.join(names)}.")
+    if not options.no_plots and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
+
+    from ..evaluation.chunks import ChunkLog
+    from ..evaluation.hub_results import write_hub_results
+    from ..evaluation.report import tables, write_report
+    from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
+    from ..evaluation.transfer_score import measure_plan, plan_transfer
+
+    loaded = load_suites(suites, options.data_dir, options.limit)
+    verifier = _load_verifier(options.verifier, loaded)
+    if options.system_prompt is not None:
+        from .recipe import _add_system_prompt
+
+        loaded = [
+            replace(each, rows=[row | _add_system_prompt(row, options.system_prompt) for row in each.rows])
+            for each in loaded
+        ]
+    protocol = Protocol(
+        options.form, options.samples, options.temperature, options.top_p, options.seed, options.batch_size
+    )
+    plans = {
+        each.suite.name: plan_transfer(
+            each.rows,
+            each.suite.class_column,
+            options.transfer_problems,
+            options.transfers,
+            options.seed,
+            options.transfer_classes,
+            options.pairs_per_cell,
+            bank=options.bank is not None,
+        )
+        for each in loaded
+        if each.suite.name in (measured or [])
+    }
+    model = _load_model(options)
+    output = Path(options.output_dir)
+    with ExitStack() as stack:
+        bank = _open_bank(options, model, stack)
+        settings = {
+            "model": options.model,
+            "weights": _weights_digest(model),
+            "two_phase": asdict(model.settings),
+            "dtype": options.dtype,
+            "suites": {each.suite.name: asdict(each.suite) | {"rows": _digest(each.rows)} for each in loaded},
+            "protocol": asdict(protocol),
+            "verifier": options.verifier,
+            "bank": None if bank is None else _digest([strategy.checksum for strategy in bank.strategies()]),
+            "transfer": {name: _digest(asdict(plan)) for name, plan in plans.items()},
+        }
+        texts = sum(suite_texts(len(each.rows), protocol) for each in loaded)
+        texts += sum(plan.texts for plan in plans.values())
+        log = stack.enter_context(ChunkLog(output, settings, texts, options.overwrite))
+        shown = bank if options.form == "two_phase" else None
+        results: dict[str, Any] = {"settings": settings, "suites": {}, "transfer": {}}
+        for each in loaded:
+            name = each.suite.name
+            results["suites"][name] = evaluate_suite(model, each, verifier, protocol, shown, log.run)
+            if name in plans:
+                report = measure_plan(
+                    model,
+                    each.rows,
+                    each.suite.class_column,
+                    plans[name],
+                    verifier,
+                    options.seed,
+                    bank=bank,
+                    run=log.run,
+                    chunk_size=options.batch_size,
+                    name=name,
+                )
+                results["transfer"][name] = report.to_dict()
+    results["kinds"] = summarise_kinds(results["suites"])
+    setup = f"{'strategy, then execution' if options.form == 'two_phase' else 'plain answer'}, greedy, zero-shot"
+    setup += ", with a strategy bank" if shown is not None else ""
+    written = write_report(output, results, not options.no_plots)
+    written += write_hub_results(output, Path(options.model).name, suites, results["suites"], setup)
+    _print_tables(tables(results))
+    for each in loaded:
+        if each.suite.hub_id is not None and len(each.rows) < each.available:
+            print(f"{each.suite.name}: no file for the Hub, {len(each.rows)} of {each.available} problems measured")
+    print("Written:", *written, sep="\n  ")
+    return 0
+
+
+def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
+    from ..inference import TwoPhaseModel, TwoPhaseSettings
+    from ..offline import require_model
+
+    given = {key: vars(options)[key] for key in TWO_PHASE if vars(options)[key] is not None}
+    if "strategy_format" in given:
+        given.setdefault("strategy_prompt", "")  # the one for the format
+    settings = replace(TwoPhaseSettings.load(require_model(options.model)), **given)
+    return TwoPhaseModel.from_pretrained(options.model, settings, options.batch_size, dtype=options.dtype)
+
+
+def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitStack) -> "StrategyBank | None":
+    from .bank import BANK_DIRECTORY, _reading
+
+    beside = Path(options.model) / BANK_DIRECTORY
+    if options.bank is None:
+        if beside.is_dir():
+            print(f"{beside} is not used: pass `--bank auto` to show its strategies.")
+        return None
+    bank = stack.enter_context(_reading(str(beside.parent) if options.bank == "auto" else options.bank))
+    bank.embedding_model = bank.made_with or model.settings.embedding_model
+    return bank
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_digest(model: "TwoPhaseModel") -> str:
+    """Of the first values of every parameter, which training changes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.model.named_parameters():
+        first = parameter.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
+    return digest.hexdigest()
+
+
+def _print_tables(found: "list[ResultTable]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    for each in found:
+        table = Table(title=each.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in each.columns:
+            table.add_column(column, overflow="fold")
+        for row in each.rows:
+            table.add_row(*map(Text, row))
+        Console().print(table)

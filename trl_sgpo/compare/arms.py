@@ -1,0 +1,291 @@
+"""
+The arms of a comparison: one function a method, each from the same warm-started model and data to a trained model.
+
+SFT imitates worked solutions. RLHF, PRM and GRPO optimise plain answers with TRL's `GRPOTrainer`: against a reward
+model of preferences, against the verifier with a process reward, against the verifier. SGPO optimises strategies and
+executions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
+
+from ..cli.recipe import Recipe, load_rewards, model_init_kwargs
+from ..data.bootstrap import two_phase_examples, warmstart
+from ..data.worked import traces
+from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings
+from ..sgpo_config import SGPOConfig
+from ..sgpo_trainer import SGPOTrainer, score_trained_positions_only
+from .budget import TokenBudget
+from .config import Arm
+from .prm import ProcessReward, step_labels, train_process_reward_model
+from .rlhf import preference_pairs, train_reward_model
+
+
+# Called during training with the tokens spent and the model as it is
+Measure = Callable[[int, Any], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What an arm is given.
+
+    Args:
+        arm ([`Arm`]):
+            The arm.
+        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+            Recipe with the arm's overrides, seed and output directory.
+        model (`str`):
+            Directory of the warm-started model.
+        dataset ([`~datasets.Dataset`]):
+            Problems to train on.
+        budget (`int`):
+            Tokens that may be generated.
+        points (`list[int]`):
+            Numbers of tokens at which the model is measured.
+        measure (`Callable`):
+            Measures it.
+        checkpoint (`str`, *optional*):
+            Checkpoint to go on from.
+    """
+
+    arm: Arm
+    recipe: Recipe
+    model: str
+    dataset: Dataset
+    budget: int
+    points: list[int]
+    measure: Measure
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    What an arm ends with.
+
+    Args:
+        model (`str`):
+            Directory of the trained model.
+        generated (`int`):
+            Tokens generated.
+        labelled (`int`):
+            Those among them that were generated to label data for a reward model.
+        trained (`int`):
+            Tokens of worked solutions trained on.
+        log (`list[dict]`):
+            Metrics of the steps.
+        details (`dict`):
+            What else a method tells of itself.
+    """
+
+    model: str
+    generated: int
+    labelled: int
+    trained: int
+    log: list[dict[str, Any]]
+    details: dict[str, Any]
+
+
+def train_arm(task: Task) -> Trained:
+    """Trains an arm."""
+    return _METHODS[task.arm.method](task)
+
+
+def plain_settings(config: SGPOConfig) -> TwoPhaseSettings:
+    """Settings under which a plain answer may be as long as strategy and execution together."""
+    settings = TwoPhaseSettings.from_config(config)
+    return replace(settings, max_completion_length=config.max_strategy_length + config.max_completion_length)
+
+
+def as_grpo_config(config: SGPOConfig, **changes: Any) -> GRPOConfig:
+    """The part of a configuration that TRL's trainer knows, with changes."""
+    known = {item.name for item in fields(GRPOConfig) if item.init}
+    settings = {name: value for name, value in vars(config).items() if name in known}
+    derived = {"generation_batch_size": None, "steps_per_generation": config.steps_per_generation}
+    return GRPOConfig(**(settings | derived | changes))
+
+
+def _base(task: Task) -> Trained:
+    return Trained(task.model, generated=0, labelled=0, trained=0, log=[], details={})
+
+
+def _sft(task: Task) -> Trained:
+    """Goes through worked solutions of the training problems until as many tokens were trained as others generate."""
+    training, script = task.recipe.training, task.recipe.script
+    tokenizer = TwoPhaseModel.from_pretrained(task.model).tokenizer
+    rounds, chosen, tokens = 0, [], 0
+    while tokens < task.budget:
+        more = traces(task.dataset.shuffle(seed=training.seed + rounds), 1, seed=training.seed + 1000 + rounds)
+        examples = two_phase_examples(more, tokenizer, training, training.seed, script.warmstart_plain_share)
+        lengths = [sum(label != -100 for label in example["labels"]) for example in examples]
+        for trace, length in zip(more, lengths, strict=True):
+            if tokens >= task.budget:
+                break
+            chosen.append(trace)
+            tokens += length
+        rounds += 1
+    model = warmstart(
+        task.model,
+        chosen,
+        training,
+        Path(training.output_dir, "model"),
+        learning_rate=task.arm.settings["sft_learning_rate"],
+        model_init_kwargs=model_init_kwargs(task.recipe),
+        batch_size=script.warmstart_batch_size,
+        plain_share=script.warmstart_plain_share,
+        full=not task.recipe.model.use_peft,
+    )
+    return Trained(model, generated=0, labelled=0, trained=tokens, log=[], details={"traces": len(chosen)})
+
+
+def _grpo(task: Task) -> Trained:
+    return _train_grpo(task, load_rewards(task.recipe.script), labelled=0, details={})
+
+
+def _rlhf(task: Task) -> Trained:
+    """Learns from right and wrong answers which are preferred, then optimises against what it learnt."""
+    training, settings = task.recipe.training, task.arm.settings
+    policy = _sampler(task)
+    pairs = preference_pairs(
+        policy,
+        list(task.dataset.shuffle(seed=training.seed)),
+        load_rewards(task.recipe.script)[0],
+        int(settings["label_share"] * task.budget),
+        Decoding(greedy=False, temperature=training.temperature, seed=training.seed),
+    )
+    reward = train_reward_model(
+        task.model,
+        pairs,
+        training,
+        Path(training.output_dir, "reward"),
+        learning_rate=settings["reward_learning_rate"],
+        epochs=settings["reward_epochs"],
+    )
+    return _train_grpo(task, [reward], labelled=policy.generated_tokens, details={"pairs": len(pairs)})
+
+
+def _prm(task: Task) -> Trained:
+    """Learns how good each step is from what follows it, then optimises outcome plus process reward."""
+    training, settings = task.recipe.training, task.arm.settings
+    policy = _sampler(task)
+    verifier = load_rewards(task.recipe.script)[0]
+    labels = step_labels(
+        policy,
+        list(task.dataset.shuffle(seed=training.seed)),
+        verifier,
+        int(settings["label_share"] * task.budget),
+        Decoding(greedy=False, temperature=training.temperature, seed=training.seed),
+        separator=settings["step_separator"],
+        rollouts=settings["step_rollouts"],
+    )
+    reward = train_process_reward_model(
+        task.model,
+        labels,
+        training,
+        Path(training.output_dir, "reward"),
+        learning_rate=settings["reward_learning_rate"],
+        epochs=settings["reward_epochs"],
+    )
+    process = ProcessReward(reward, settings["step_separator"])
+    return _train_grpo(
+        task, [verifier, process], labelled=policy.generated_tokens, details={"labelled_solutions": len(labels)}
+    )
+
+
+def _sampler(task: Task) -> TwoPhaseModel:
+    training = task.recipe.training
+    rows = training.per_device_train_batch_size * training.steps_per_generation
+    return TwoPhaseModel.from_pretrained(task.model, plain_settings(training), batch_size=rows)
+
+
+def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str, Any]) -> Trained:
+    training = task.recipe.training
+    config = as_grpo_config(
+        training,
+        max_completion_length=training.max_strategy_length + training.max_completion_length,
+        model_init_kwargs=model_init_kwargs(task.recipe),
+    )
+    trainer = GRPOTrainer(
+        model=task.model,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=task.dataset,
+        quantization_config=get_quantization_config(task.recipe.model),
+        peft_config=get_peft_config(task.recipe.model),
+    )
+    if trainer.accelerator.device.type == "cpu":
+        score_trained_positions_only()  # SGPO's remedy for TRL on CPUs is given to all
+    return _train(task, trainer, labelled, details)
+
+
+def _sgpo(task: Task) -> Trained:
+    return _train_sgpo(task, SGPOTrainer)
+
+
+class JointAdvantageTrainer(SGPOTrainer):
+    """Ablation: strategy tokens get the advantage of their own row's execution, as in GRPO on the whole row."""
+
+    def _assign_credit(self, rollouts: list[Any], rewards: torch.Tensor) -> None:
+        super()._assign_credit(rollouts, rewards)
+        assert self._row_advantages is not None
+        execution = self._row_advantages[1]
+        self._row_advantages = (execution, execution)
+
+
+def _joint(task: Task) -> Trained:
+    return _train_sgpo(task, JointAdvantageTrainer)
+
+
+def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> Trained:
+    training = task.recipe.training
+    training.model_init_kwargs = model_init_kwargs(task.recipe)
+    trainer = trainer_class(
+        model=task.model,
+        reward_funcs=load_rewards(task.recipe.script),
+        args=training,
+        train_dataset=task.dataset,
+        quantization_config=get_quantization_config(task.recipe.model),
+        peft_config=get_peft_config(task.recipe.model),
+    )
+    try:
+        return _train(task, trainer, labelled=0, details={})
+    finally:
+        if trainer.strategy_bank is not None:
+            trainer.strategy_bank.close()
+
+
+def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> Trained:
+    trainer.remove_callback(PrinterCallback)
+    budget = TokenBudget(
+        task.budget, spent=labelled, points=task.points, measure=lambda spent: task.measure(spent, trainer)
+    ).count_in(trainer)
+    trainer.train(resume_from_checkpoint=task.checkpoint)
+    directory = Path(trainer.args.output_dir, "model")
+    trainer.save_model(str(directory))
+    return Trained(
+        str(directory),
+        generated=budget.spent,
+        labelled=labelled,
+        trained=0,
+        log=[entry for entry in trainer.state.log_history if "loss" in entry],
+        details=details | {"steps": trainer.state.global_step},
+    )
+
+
+_METHODS: dict[str, Callable[[Task], Trained]] = {
+    "base": _base,
+    "sft": _sft,
+    "rlhf": _rlhf,
+    "prm": _prm,
+    "grpo": _grpo,
+    "sgpo": _sgpo,
+    "joint": _joint,
+}

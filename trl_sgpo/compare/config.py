@@ -1,0 +1,175 @@
+"""What is compared: a YAML file with arms, seeds and a budget."""
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+
+
+METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
+_OF_METHOD: dict[str, dict[str, float | int | str]] = {
+    "sft": {"sft_learning_rate": 1e-4},
+    "rlhf": {"label_share": 0.2, "reward_learning_rate": 1e-4, "reward_epochs": 1.0},
+    "prm": {
+        "label_share": 0.2,
+        "reward_learning_rate": 1e-4,
+        "reward_epochs": 1.0,
+        "step_separator": "\n",
+        "step_rollouts": 4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Args:
+        name (`str`):
+            Name in the table.
+        method (`str`):
+            `"base"` (the warm start as it is), `"sft"`, `"rlhf"`, `"prm"`, `"grpo"`, `"sgpo"`, or `"joint"` (SGPO's
+            rollouts with one advantage a row).
+        overrides (`dict`):
+            Keys of the recipe that this arm sets.
+        settings (`dict`):
+            Settings of the method: `sft_learning_rate`; for reward models `label_share` (part of the budget spent on
+            labels), `reward_learning_rate`, `reward_epochs`; for step rewards `step_separator` and `step_rollouts`.
+    """
+
+    name: str
+    method: str
+    overrides: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def form(self) -> str:
+        """How the trained model answers: `"two_phase"` or `"plain"`."""
+        return "two_phase" if self.method in ("sgpo", "joint") else "plain"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    A comparison.
+
+    Args:
+        recipe (`str`):
+            Recipe that all arms share: model, data, warm start, verifier, SGPO and training settings.
+        output_dir (`str`):
+            Where runs are kept. A comparison that was interrupted goes on from there.
+        seeds (`list[int]`):
+            Each arm is trained once with each.
+        budget (`int`):
+            Tokens an arm may generate in training; for SFT, tokens it is trained on. Labels for reward models count.
+        arms (`list[Arm]`):
+            The arms.
+        suites (`list[dict]`):
+            Suites of problems, as in `trl-sgpo eval`.
+        transfer (`dict`):
+            Strategy transfer score: `suite` (name of the suite), `classes`, `problems` a class, `executions` of each
+            condition a problem.
+        results (`str`, *optional*):
+            Path without suffix where `.json`, `.md` and `.png` are written too.
+        processes (`int`, *optional*, defaults to `1`):
+            Runs at a time. On a CPU each gets its share of the cores.
+        samples (`int`, *optional*, defaults to `2`):
+            Sampled answers to each problem of a suite, beside the greedy one.
+        curve_points (`int`, *optional*, defaults to `4`):
+            Evaluations during training, evenly spread over the budget, on the `transfer` suite.
+        curve_problems (`int`, *optional*, defaults to `96`):
+            Problems of each.
+        reference (`str`, *optional*, defaults to `"sgpo"`):
+            Arm that the others are compared with.
+    """
+
+    recipe: str
+    output_dir: str
+    seeds: list[int]
+    budget: int
+    arms: list[Arm]
+    suites: list[dict[str, Any]]
+    transfer: dict[str, Any]
+    results: str | None = None
+    processes: int = 1
+    samples: int = 2
+    curve_points: int = 4
+    curve_problems: int = 96
+    reference: str = "sgpo"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def run_directory(self, arm: Arm, seed: int) -> Path:
+        return Path(self.output_dir, arm.name, f"seed-{seed}")
+
+    def warmstart_directory(self, seed: int) -> Path:
+        return Path(self.output_dir, "warmstart", f"seed-{seed}")
+
+
+def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Comparison:
+    """
+    Reads a comparison.
+
+    Args:
+        path (`str`):
+            YAML file with the keys of [`Comparison`]; `arms` is a mapping from names to a `method`, its settings and
+            keys of the recipe, `overrides` a mapping of recipe keys that all arms set.
+        changes (`dict`, *optional*):
+            Keys that replace those of the file; `arms` is then a list of the names to keep.
+
+    Returns:
+        [`Comparison`]
+
+    Raises:
+        [`ConfigError`]: The file cannot be read, or a key or value cannot be.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"The comparison {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The comparison {path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"The comparison {path} must be a mapping of keys to values.")
+    changes = dict(changes or {})
+    kept = changes.pop("arms", None)
+    content = content | changes
+    known = {item.name: item for item in fields(Comparison)}
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ConfigError(f"Unknown key `{key}` in {path}.{hint}")
+    required = [k for k, i in known.items() if i.default is MISSING and i.default_factory is MISSING]
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(f'`{key}`' for key in missing)}.")
+    arms = [_arm(name, values) for name, values in content["arms"].items()]
+    if kept is not None:
+        unknown = sorted(set(kept) - {arm.name for arm in arms})
+        if unknown:
+            raise ConfigError(f"{path} has no arm {unknown[0]!r}, only {', '.join(arm.name for arm in arms)}.")
+        arms = [arm for arm in arms if arm.name in kept]
+    comparison = Comparison(**(content | {"arms": arms}))
+    if comparison.budget < 1 or comparison.processes < 1 or not comparison.seeds or not arms:
+        raise ConfigError(f"{path}: `budget` and `processes` must be at least 1, and there must be a seed and an arm.")
+    names = [suite.get("name") for suite in comparison.suites]
+    if comparison.transfer.get("suite") not in names:
+        raise ConfigError(
+            f"{path}: `transfer.suite` must be the name of a suite: one of {', '.join(map(str, names))}."
+        )
+    return comparison
+
+
+def _arm(name: str, values: dict[str, Any] | None) -> Arm:
+    values = dict(values or {})
+    method = values.pop("method", name)
+    if method not in METHODS:
+        raise ConfigError(f"The arm {name!r} has the method {method!r}: set `method` to one of {', '.join(METHODS)}.")
+    settings = dict(_OF_METHOD.get(method, {}))
+    settings |= {key: values.pop(key) for key in list(values) if key in settings}
+    return Arm(name, method, overrides=values, settings=settings)

@@ -1,0 +1,197 @@
+"""One run of a comparison: an arm with a seed, from the warm start to its results, in a process of its own."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..bank import StrategyBank
+from ..cli.recipe import Recipe, load_data, load_rewards, read_recipe
+from ..cli.train import resume_point, warmstart_model
+from ..evaluation.runner import Protocol, evaluate_suite
+from ..evaluation.suites import LoadedSuite, Suite, load_suites
+from ..evaluation.transfer_score import transfer_report
+from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings
+from ..offline import require_model
+from ..sgpo_trainer import BANK_DIRECTORY, with_classes
+from .arms import Task, Trained, plain_settings, train_arm
+from .config import Arm, Comparison, read_comparison
+
+
+RESULT_FILE = "result.json"
+
+
+def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
+    """The shared recipe with the overrides of the comparison and of an arm, for one seed."""
+    overrides = comparison.overrides | (arm.overrides if arm is not None else {})
+    directory = comparison.warmstart_directory(seed) if arm is None else comparison.run_directory(arm, seed)
+    # The budget ends a run, and nothing but results is printed
+    fixed = {"seed": seed, "output_dir": str(directory), "max_steps": 1_000_000, "report_problems": 0}
+    argv = ["--config", comparison.recipe]
+    for key, value in (overrides | fixed).items():
+        argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}", str(value)]
+    return read_recipe(argv, "trl-sgpo compare")
+
+
+def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
+    """Identifies what a run depends on, so that a result is not taken for that of other settings."""
+    recipe = arm_recipe(comparison, arm, seed)
+    parts = [recipe.script, recipe.training, recipe.model, recipe.mixture]
+    settings = [{key: str(value) for key, value in sorted(vars(part).items())} for part in parts]
+    measured = [comparison.budget, comparison.suites, comparison.transfer, comparison.samples]
+    measured += [comparison.curve_points, comparison.curve_problems]
+    content = json.dumps([settings, asdict(arm), seed, measured], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """The result of a run, if it has one under these settings."""
+    try:
+        result = json.loads((comparison.run_directory(arm, seed) / RESULT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result["fingerprint"] == fingerprint(comparison, arm, seed) else None
+
+
+def warm_start(comparison: Comparison, seed: int) -> str:
+    """Warm-starts the recipe's model for all arms of a seed, unless that was done. Returns its directory."""
+    recipe = arm_recipe(comparison, None, seed)
+    model = require_model(recipe.model.model_name_or_path)
+    if recipe.script.warmstart_traces < 1 and recipe.script.warmstart_file is None:
+        return model
+    return warmstart_model(recipe, model, load_data(recipe)[recipe.script.dataset_train_split])
+
+
+def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
+    """
+    Trains and evaluates an arm with a seed and writes `result.json` into its directory.
+
+    Args:
+        comparison ([`Comparison`]):
+            The comparison.
+        arm ([`Arm`]):
+            One of its arms.
+        seed (`int`):
+            One of its seeds.
+
+    Returns:
+        `dict`: The result.
+    """
+    started = time.monotonic()
+    directory = comparison.run_directory(arm, seed)
+    suites = load_suites([Suite(**suite) for suite in comparison.suites])
+    recipe = arm_recipe(comparison, arm, seed)
+    training = recipe.training
+    checkpoint = resume_point(training)
+    if checkpoint is None:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    verifier = load_rewards(recipe.script)[0]
+    settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain_settings(training)
+    rows = training.per_device_train_batch_size * training.steps_per_generation
+    transfer_suite = next(loaded for loaded in suites if loaded.suite.name == comparison.transfer["suite"])
+    curve_suite = replace(transfer_suite, rows=transfer_suite.rows[: comparison.curve_problems])
+    curve: list[dict[str, float]] = []
+
+    def measure(spent: int, trainer: Any) -> None:
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        model = TwoPhaseModel(unwrapped, trainer.processing_class, settings, batch_size=rows)
+        curve.append({"generated_tokens": spent, "accuracy": _sampled(model, curve_suite, verifier, arm, seed)})
+        trainer.model.train()
+
+    points = [comparison.budget * (i + 1) // comparison.curve_points for i in range(comparison.curve_points)]
+    dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], training)
+    warm = warm_start(comparison, seed)
+    trained = train_arm(Task(arm, recipe, warm, dataset, comparison.budget, points, measure, checkpoint))
+    seconds = time.monotonic() - started
+    model = TwoPhaseModel.from_pretrained(trained.model, settings, batch_size=rows)
+    bank = _bank(recipe, arm, directory)
+    try:
+        result = _measure(comparison, arm, seed, model, suites, transfer_suite, verifier, bank)
+    finally:
+        if bank is not None:
+            bank.close()
+    result |= _account(trained) | {
+        "arm": arm.name,
+        "method": arm.method,
+        "seed": seed,
+        "fingerprint": fingerprint(comparison, arm, seed),
+        "curve": curve,
+        "training_seconds": round(seconds, 1),
+    }
+    unfinished = directory / f"{RESULT_FILE}.unfinished"
+    unfinished.write_text(json.dumps(result, indent=1))
+    os.replace(unfinished, directory / RESULT_FILE)
+    return result
+
+
+def _sampled(model: TwoPhaseModel, loaded: LoadedSuite, verifier: Any, arm: Arm, seed: int) -> float:
+    protocol = Protocol(form=arm.form, samples=1, seed=seed, chunk_size=max(len(loaded.rows), 1))
+    return evaluate_suite(model, loaded, verifier, protocol)["sampled"]["accuracy"]["value"]
+
+
+def _bank(recipe: Recipe, arm: Arm, directory: Path) -> StrategyBank | None:
+    if arm.form != "two_phase" or not recipe.training.use_bank:
+        return None
+    return StrategyBank(directory / BANK_DIRECTORY, embedding_model=recipe.training.embedding_model)
+
+
+def _measure(
+    comparison: Comparison,
+    arm: Arm,
+    seed: int,
+    model: TwoPhaseModel,
+    suites: list[LoadedSuite],
+    transfer_suite: LoadedSuite,
+    verifier: Any,
+    bank: StrategyBank | None,
+) -> dict[str, Any]:
+    results = {}
+    for loaded in suites:
+        protocol = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
+        results[loaded.suite.name] = evaluate_suite(model, loaded, verifier, protocol, bank)
+    # Strategies and plain answers of all arms under the limits that SGPO has, whatever the arm was trained on
+    report = transfer_report(
+        model,
+        transfer_suite.rows,
+        transfer_suite.suite.class_column,
+        verifier,
+        problems_per_class=comparison.transfer.get("problems", 4),
+        transfers=comparison.transfer.get("executions", 2),
+        seed=seed,
+        decoding=Decoding(greedy=False, seed=seed),
+        max_classes=comparison.transfer.get("classes"),
+        pairs_per_cell=comparison.transfer.get("pairs_per_cell", 0),
+    )
+    transfer = report.to_dict()
+    del transfer["problems"]
+    return {"suites": results, "transfer": transfer}
+
+
+def _account(trained: Trained) -> dict[str, Any]:
+    return {
+        "tokens": {"generated": trained.generated, "labels": trained.labelled, "trained": trained.trained},
+        "details": trained.details,
+        "log": trained.log,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Runs `CONFIG CHANGES_AS_JSON SEED [ARM]`; without an arm, only the seed's warm start."""
+    comparison = read_comparison(argv[0], json.loads(argv[1]))
+    seed = int(argv[2])
+    if len(argv) == 3:
+        warm_start(comparison, seed)
+        return 0
+    arm = next(arm for arm in comparison.arms if arm.name == argv[3])
+    run_arm(comparison, arm, seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

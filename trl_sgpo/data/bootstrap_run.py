@@ -1,0 +1,390 @@
+"""The bootstrap: strategies are written, executed and verified block by block, each block on record once finished."""
+
+import json
+import math
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+
+from ..bank.strategy import problem_id
+from ..errors import ConfigError, DataError
+from ..inference import Decoding, Verifier, verify
+from ..prompts import ParsedStrategy, Prompt, parse_strategy, problem_text
+from ..rollout import Problem
+from ..transfer import block_order
+from .synthetic import Executed, Tried, find_flaw, strategy_from_annotations, worked_execution
+from .worked import worked_traces
+
+
+ANSWER_PROMPT = "Solve it step by step and end with #### and the answer."
+WORKED_HEADER = "A worked solution of this one problem:"
+_SEEDS_A_BLOCK = 10_000
+
+Row = dict[str, Any]
+Pair = tuple[ParsedStrategy, str]  # strategy and execution
+
+
+class Writer(Protocol):
+    """What writes and executes: [`~trl_sgpo.inference.TwoPhaseModel`] or [`~trl_sgpo.data.server.ServerModel`]."""
+
+    generated_tokens: int
+
+    def write_strategies(
+        self, problems: Sequence[Problem], decoding: Decoding | None = None
+    ) -> list[ParsedStrategy]: ...
+
+    def execute(
+        self, problems: Sequence[Problem], strategies: Sequence[str], decoding: Decoding | None = None
+    ) -> list[str]: ...
+
+    def answer(self, prompts: Sequence[Prompt], decoding: Decoding | None = None) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How much is generated for a block.
+
+    Args:
+        decoding ([`~trl_sgpo.inference.Decoding`]):
+            How to decode. Its seed is that of the first block.
+        num_strategies (`int`, *optional*, defaults to `4`):
+            Strategies written for each problem.
+        num_answers (`int`, *optional*, defaults to `4`):
+            Answers without a strategy to each problem.
+        answer_prompt (`str`, *optional*):
+            Added to a problem to be answered without a strategy.
+    """
+
+    decoding: Decoding
+    num_strategies: int = 4
+    num_answers: int = 4
+    answer_prompt: str = ANSWER_PROMPT
+
+    def decoding_of(self, number: int) -> Decoding:
+        """The decoding of a block's number."""
+        return replace(self.decoding, seed=self.decoding.seed + _SEEDS_A_BLOCK * number)
+
+
+@dataclass(frozen=True)
+class Block:
+    """
+    A finished block.
+
+    Args:
+        problems (`list[str]`):
+            Ids of its problems.
+        tried (`list[Tried]`):
+            The strategies written for them.
+        tokens (`int`):
+            Tokens generated.
+    """
+
+    problems: list[str]
+    tried: list[Tried]
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        tried = [one.to_dict() for one in self.tried]
+        return {"problems": self.problems, "tried": tried, "tokens": self.tokens}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "Block":
+        return cls(row["problems"], [Tried.from_dict(one) for one in row["tried"]], row["tokens"])
+
+
+def cut_blocks(classes: Sequence[str], answers: Sequence[str] | None, size: int, seed: int) -> list[list[int]]:
+    """
+    Cuts problems into blocks of siblings, those of all classes mixed evenly.
+
+    Args:
+        classes (`Sequence[str]`):
+            Class of each problem, each class with at least `size` problems.
+        answers (`Sequence[str]`):
+            Answer of each. Problems of a block get different ones where the class allows it.
+        size (`int`):
+            Problems a block.
+        seed (`int`):
+            Seed of the order.
+
+    Returns:
+        `list[list[int]]`: Indices of each block's problems, all of one class.
+    """
+    order = block_order(classes, size, seed, answers=answers)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+# A block
+
+
+def try_block(writer: Writer, rows: list[Row], classes: list[str], verifier: Verifier, plan: Plan) -> Block:
+    """
+    Writes strategies for the problems of a block, executes those without a flaw on all of them, and answers them
+    without a strategy.
+
+    Args:
+        writer ([`Writer`]):
+            The model.
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        verifier (`Callable`):
+            TRL reward function.
+        plan ([`Plan`]):
+            How much to generate.
+
+    Returns:
+        [`Block`]
+    """
+    before = writer.generated_tokens
+    seed = plan.decoding.seed
+    problems = [
+        Problem(row["prompt"], problem_class, row.get("solution"))
+        for row, problem_class in zip(rows, classes, strict=True)
+    ]
+    ids = [problem_id(problem.prompt) for problem in problems]
+    asked = [position for position in range(len(rows)) for _ in range(plan.num_strategies)]
+    written = writer.write_strategies([problems[i] for i in asked], plan.decoding)
+    tried = []
+    for position, strategy in zip(asked, written, strict=True):
+        flaw = find_flaw(strategy, problems[position].text, problems[position].answer)
+        tried.append(Tried(strategy.text, problems[position].problem_class, (ids[position],), flaw))
+    sound = [position for position, one in enumerate(tried) if one.flaw is None]
+    if sound:
+        baselines = _baselines(writer, rows, verifier, replace(plan, decoding=replace(plan.decoding, seed=seed + 1)))
+        pairs = [(position, target) for position in sound for target in range(len(rows))]
+        texts = writer.execute(
+            [problems[target] for _, target in pairs],
+            [tried[position].strategy for position, _ in pairs],
+            replace(plan.decoding, seed=seed + 2),
+        )
+        outcomes = _known(verify(verifier, [rows[target] for _, target in pairs], texts))
+        executions: dict[int, list[Executed]] = defaultdict(list)
+        for (position, target), text, outcome in zip(pairs, texts, outcomes, strict=True):
+            sibling = ids[target] not in tried[position].sources
+            executions[position].append(Executed(ids[target], text, outcome, baselines[target], sibling))
+        for position in sound:
+            tried[position] = replace(tried[position], executions=tuple(executions[position]))
+    return Block(ids, tried, writer.generated_tokens - before)
+
+
+def _baselines(writer: Writer, rows: list[Row], verifier: Verifier, plan: Plan) -> list[float | None]:
+    """Mean outcome of answers to each problem without a strategy."""
+    asked = [row for row in rows for _ in range(plan.num_answers)]
+    texts = writer.answer([_with_text(row["prompt"], plan.answer_prompt) for row in asked], plan.decoding)
+    outcomes = _known(verify(verifier, asked, texts))
+    groups = [outcomes[start : start + plan.num_answers] for start in range(0, len(outcomes), plan.num_answers)]
+    told = [[outcome for outcome in group if outcome is not None] for group in groups]
+    return [fmean(group) if group else None for group in told]
+
+
+def work_block(
+    write: Callable[[list[Row], list[str], int], list[list[Pair]]],
+    rows: list[Row],
+    classes: list[str],
+    verifier: Verifier,
+    fits: Callable[[str, str], bool],
+    number: int,
+) -> Block:
+    """
+    Pairs worked solutions with strategies that lead to them.
+
+    Args:
+        write (`Callable`):
+            Gives strategies and executions for each row, from rows, classes and the block's number.
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        verifier (`Callable`):
+            TRL reward function, which the executions must satisfy.
+        fits (`Callable[[str, str], bool]`):
+            Whether strategy and execution are short enough.
+        number (`int`):
+            Number of the block.
+
+    Returns:
+        [`Block`]: Without the tokens.
+    """
+    ids = [problem_id(row["prompt"]) for row in rows]
+    pairs = write(rows, classes, number)
+    found = [(position, *pair) for position, own in enumerate(pairs) for pair in own]
+    outcomes = _known(verify(verifier, [rows[position] for position, _, _ in found], [text for _, _, text in found]))
+    tried = []
+    for (position, strategy, text), outcome in zip(found, outcomes, strict=True):
+        flaw = find_flaw(strategy, problem_text(rows[position]["prompt"]), rows[position].get("solution"))
+        if flaw is None and not fits(strategy.text, text):
+            flaw = "too long"
+        execution = Executed(ids[position], text, outcome)
+        tried.append(Tried(strategy.text, classes[position], (ids[position],), flaw, (execution,)))
+    return Block(ids, tried, 0)
+
+
+def by_rule(rows: list[Row], classes: list[str], draws: int, seed: int) -> list[list[Pair]]:
+    """
+    Strategies and executions without a model: of the reasoning-gym families that are covered, and of worked solutions
+    with calculator annotations.
+
+    Args:
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        draws (`int`):
+            How many of a reasoning-gym family's strategies are drawn for a problem. Those that differ are returned.
+        seed (`int`):
+            Seed of the draws.
+
+    Returns:
+        `list[list[tuple[ParsedStrategy, str]]]`: For each row, empty where there is no rule.
+    """
+    rng = random.Random(seed)
+    found: list[list[Pair]] = []
+    for row, problem_class in zip(rows, classes, strict=True):
+        pairs: dict[str, Pair] = {}
+        if row.get("entry") is not None:
+            for _ in range(draws):
+                trace = worked_traces({**row, "problem_class": problem_class}, rng)
+                if trace is not None:
+                    pairs[trace.strategy] = (parse_strategy(trace.strategy), trace.execution)
+        elif (worked := row.get("worked_solution")) is not None:
+            strategy = strategy_from_annotations(worked, problem_text(row["prompt"]))
+            execution = worked_execution(worked, row.get("solution"))
+            if strategy is not None and execution is not None:
+                pairs[strategy] = (parse_strategy(strategy), execution)
+        found.append(list(pairs.values()))
+    return found
+
+
+def by_writer(writer: Writer, rows: list[Row], classes: list[str], plan: Plan) -> list[list[Pair]]:
+    """
+    Strategies that a model writes when shown the worked solution, which is the execution.
+
+    Args:
+        writer ([`Writer`]):
+            The model.
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        plan ([`Plan`]):
+            How many strategies, and how to decode.
+
+    Returns:
+        `list[list[tuple[ParsedStrategy, str]]]`: For each row, empty without a worked solution.
+    """
+    problems: list[Problem] = []
+    executions: dict[int, str] = {}
+    for position, row in enumerate(rows):
+        worked = row.get("worked_solution")
+        execution = None if worked is None else worked_execution(worked, row.get("solution"))
+        if execution is not None:
+            executions[position] = execution
+            prompt = _with_text(row["prompt"], f"{WORKED_HEADER}\n{execution}")
+            problems += [Problem(prompt, classes[position], row.get("solution"))] * plan.num_strategies
+    written = writer.write_strategies(problems, plan.decoding) if problems else []
+    found: list[list[Pair]] = [[] for _ in rows]
+    for order, (position, execution) in enumerate(executions.items()):
+        own = written[order * plan.num_strategies : (order + 1) * plan.num_strategies]
+        found[position] = [(strategy, execution) for strategy in {one.text: one for one in own}.values()]
+    return found
+
+
+def _with_text(prompt: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """A prompt with a text added to its last message."""
+    return [*prompt[:-1], {**prompt[-1], "content": f"{problem_text(prompt)}\n\n{text}"}]
+
+
+def _known(outcomes: list[float]) -> list[float | None]:
+    return [None if math.isnan(outcome) else outcome for outcome in outcomes]
+
+
+# The record
+
+
+def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
+    """
+    Reads the blocks that an earlier run finished, and starts a record where there is none.
+
+    A last line that a kill cut off is removed.
+
+    Args:
+        path (`Path`):
+            The record.
+        settings (`dict`):
+            What the blocks depend on.
+
+    Returns:
+        `list[Block]`: In order.
+
+    Raises:
+        [`~trl_sgpo.errors.ConfigError`]: The record was made with other settings.
+        [`~trl_sgpo.errors.DataError`]: It is damaged.
+    """
+    settings = json.loads(json.dumps(settings))
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]
+    if not lines:
+        path.write_text("")
+        _append(path, {"settings": settings})
+        return []
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    try:
+        found = json.loads(lines[0])["settings"]
+        differing = {name for name in {*found, *settings} if found.get(name) != settings.get(name)}
+        blocks = [] if differing else [Block.from_dict(json.loads(line)) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): move it away to start anew.") from error
+    if differing:
+        told = ", ".join(f"{name} was {found.get(name)}, is {settings.get(name)}" for name in sorted(differing))
+        raise ConfigError(
+            f"{path} was made with other settings ({told}): name another `--output_dir`, or use the same settings to "
+            "continue it."
+        )
+    return blocks
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_blocks(
+    path: Path, settings: dict[str, Any], blocks: list[list[int]], do: Callable[[list[int], int], Block]
+) -> list[Block]:
+    """
+    Does what is left of the blocks and puts each on record.
+
+    Args:
+        path (`Path`):
+            The record, see [`open_record`].
+        settings (`dict`):
+            What the blocks depend on.
+        blocks (`list[list[int]]`):
+            Indices of each block's problems.
+        do (`Callable[[list[int], int], Block]`):
+            Does a block, given its problems and its number.
+
+    Returns:
+        `list[Block]`: All of them, those done earlier too.
+    """
+    done = open_record(path, settings)[: len(blocks)]
+    with tqdm(total=len(blocks), initial=len(done), desc="Bootstrap", unit="block") as bar:
+        for number in range(len(done), len(blocks)):
+            block = do(blocks[number], number)
+            _append(path, block.to_dict())
+            done.append(block)
+            bar.update()
+    return done

@@ -1,0 +1,165 @@
+"""
+A laboratory of list functions: problems whose worked solutions hold shortcuts that are right where they were learnt.
+
+A problem names three operations by everyday words and gives a list of digits: "flip then raise then cycle : 3 7 1 5".
+Its class is the composition of the three. A strategy names the operations (`For lists reverse then increment then
+rotate`), an execution applies one after the other. A **shortcut** writes the answer where a strategy should be, in
+digits or in words. A model can learn to find that answer in one go for the compositions that it sees, and cannot for
+others; its execution step by step carries over.
+
+Parts: `seen` (16 compositions), `held_out` (48 others, none the same function as a seen one) and `longer` (48
+compositions of four operations).
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+
+FAMILY = "list_functions"
+PARTS = ("seen", "held_out", "longer")
+LENGTH = 4
+_SEEN, _HELD_OUT = 16, 48
+
+# Name -> function and the two words that problems use for it
+OPERATIONS: dict[str, tuple[Callable[[list[int]], list[int]], tuple[str, str]]] = {
+    "reverse": (lambda digits: digits[::-1], ("flip", "mirror")),
+    "rotate": (lambda digits: [*digits[1:], digits[0]], ("cycle", "roll")),
+    "swap": (lambda digits: [digits[1], digits[0], *digits[2:]], ("exchange", "switch")),
+    "increment": (lambda digits: [(digit + 1) % 10 for digit in digits], ("raise", "bump")),
+    "double": (lambda digits: [2 * digit % 10 for digit in digits], ("twice", "copy")),
+    "negate": (lambda digits: [9 - digit for digit in digits], ("complement", "invert")),
+    "triple": (lambda digits: [3 * digit % 10 for digit in digits], ("thrice", "treble")),
+    "sums": (lambda digits: [sum(digits[: i + 1]) % 10 for i in range(len(digits))], ("accumulate", "total")),
+}
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+Program = tuple[str, ...]
+
+
+def states(program: Program, digits: list[int]) -> list[list[int]]:
+    """The list after each operation of a program."""
+    results = []
+    for name in program:
+        digits = OPERATIONS[name][0](digits)
+        results.append(digits)
+    return results
+
+
+@cache
+def compositions() -> dict[str, tuple[Program, ...]]:
+    """
+    The compositions of each part, always the same. `other` holds those of three operations that are in no part.
+
+    Returns:
+        `dict[str, tuple[Program, ...]]`
+    """
+    rng = random.Random(FAMILY)
+    probes = [[rng.randrange(10) for _ in range(LENGTH)] for _ in range(8)]
+
+    def function(program: Program) -> str:
+        return str([states(program, probe)[-1] for probe in probes])
+
+    triples = list(itertools.product(OPERATIONS, repeat=3))
+    rng.shuffle(triples)
+    seen = triples[:_SEEN]
+    known = {function(program) for program in seen}
+    held_out = [program for program in triples[_SEEN:] if function(program) not in known][:_HELD_OUT]
+    longer = rng.sample(list(itertools.product(OPERATIONS, repeat=4)), _HELD_OUT)
+    other = set(triples) - set(seen) - set(held_out)
+    return {
+        "seen": tuple(seen),
+        "held_out": tuple(held_out),
+        "longer": tuple(longer),
+        "other": tuple(sorted(other)),
+    }
+
+
+def question(program: Program, digits: list[int], rng: random.Random) -> str:
+    """Asks for a program on a list, each operation by one of its words."""
+    words = " then ".join(rng.choice(OPERATIONS[name][1]) for name in program)
+    return f"{words} : {_join(digits)}"
+
+
+def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0) -> list[dict[str, Any]]:
+    """
+    Makes problems of a part, its compositions in turn.
+
+    Args:
+        part (`str`):
+            `"seen"`, `"held_out"` or `"longer"`.
+        split (`str`):
+            `"train"` or `"test"`. They share no question.
+        size (`int`):
+            Number of problems.
+        seed (`int`):
+            Seed of the lists and of the words.
+        shortcuts (`float`, *optional*, defaults to `0.0`):
+            Share of shortcuts among the worked solutions of these problems, see [`worked`].
+
+    Returns:
+        `list[dict]`: Rows with `prompt`, `solution`, `problem_class` and `entry`.
+    """
+    rng = random.Random(f"{part}-{split}-{seed}")
+    programs = compositions()[part]
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < size:
+        index = len(rows) % len(programs)
+        digits = [rng.randrange(10) for _ in range(LENGTH)]
+        text = question(programs[index], digits, rng)
+        if text in rows or (int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0) != (split == "test"):
+            continue
+        metadata = {
+            "source_dataset": FAMILY,
+            "operations": programs[index],
+            "list": digits,
+            "shortcuts": shortcuts,
+        }
+        rows[text] = {
+            "prompt": [{"role": "user", "content": text}],
+            "solution": _join(states(programs[index], digits)[-1]),
+            "problem_class": f"{part}-{index}",
+            "entry": json.dumps({"metadata": metadata}),
+        }
+    return list(rows.values())
+
+
+def worked(metadata: dict[str, Any], rng: random.Random) -> tuple[str, str]:
+    """
+    Works out a problem: in general, or, in `metadata["shortcuts"]` of the cases, by a shortcut.
+
+    Args:
+        metadata (`dict`):
+            Metadata of a problem's entry.
+        rng (`random.Random`):
+            Draws the kind. Half of the shortcuts give the answer in digits, half in words.
+
+    Returns:
+        `tuple[str, str]`: Strategy and execution.
+    """
+    program, digits = tuple(metadata["operations"]), metadata["list"]
+    answer = states(program, digits)[-1]
+    if rng.random() >= metadata["shortcuts"]:
+        return strategy(program), execution(program, digits)
+    written = _join(answer) if rng.random() < 0.5 else " ".join(NUMBER_WORDS[digit] for digit in answer)
+    return f"For this list write {written}", f"#### {_join(answer)}"
+
+
+def strategy(program: Program) -> str:
+    """The general strategy for a composition."""
+    return f"For lists {' then '.join(program)}"
+
+
+def execution(program: Program, digits: list[int]) -> str:
+    """Applies a program step by step."""
+    after = states(program, digits)
+    steps = " . ".join(f"{name} {_join(state)}" for name, state in zip(program, after, strict=True))
+    return f"{steps} #### {_join(after[-1])}"
+
+
+def _join(digits: list[int]) -> str:
+    return " ".join(map(str, digits))

@@ -1,0 +1,176 @@
+"""A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.TwoPhaseModel`]."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from tqdm.auto import tqdm
+
+from ..errors import ModelError
+from ..inference import Decoding, TwoPhaseSettings
+from ..prompts import ParsedStrategy, Prompt, parse_strategy, strategy_prompt
+from ..rollout import Problem
+
+
+TOKEN_VARIABLE = "TRL_SGPO_SERVER_TOKEN"
+_TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+_LONGEST_WAIT = 60.0
+
+
+class ServerModel:
+    """
+    Writes and executes strategies by chat completions of a server: vLLM, llama.cpp, `transformers serve` or others.
+
+    Args:
+        url (`str`):
+            Base address with its version, such as `http://127.0.0.1:8000/v1`.
+        name (`str`):
+            The model's name on the server.
+        settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
+            Prompts and limits.
+        token (`str`, *optional*):
+            Sent as bearer token.
+        concurrency (`int`, *optional*, defaults to `8`):
+            Requests at a time.
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds to wait for an answer.
+        retries (`int`, *optional*, defaults to `5`):
+            How often a request is repeated after a dropped connection, a timeout, status 429 or 5xx.
+        first_wait (`float`, *optional*, defaults to `1.0`):
+            Seconds before the first repetition, doubled for each further one, unless the server says how long.
+
+    Attributes:
+        generated_tokens (`int`): Tokens generated so far, as the server counts them.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        settings: TwoPhaseSettings | None = None,
+        token: str | None = None,
+        concurrency: int = 8,
+        timeout: float = 600.0,
+        retries: int = 5,
+        first_wait: float = 1.0,
+    ):
+        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.name = name
+        self.settings = settings or TwoPhaseSettings()
+        self.concurrency, self.retries, self.first_wait = concurrency, retries, first_wait
+        self.generated_tokens = 0
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
+
+    def write_strategies(
+        self, problems: Sequence[Problem], decoding: Decoding | None = None, progress: str | None = None
+    ) -> list[ParsedStrategy]:
+        """Writes a strategy for each problem."""
+        requests = [self._request(problem) for problem in problems]
+        written = self._complete(requests, self.settings.max_strategy_length, decoding, progress)
+        return [parse_strategy(text, self.settings.strategy_format, truncated) for text, truncated in written]
+
+    def execute(
+        self,
+        problems: Sequence[Problem],
+        strategies: Sequence[str],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+    ) -> list[str]:
+        """Executes a strategy on each problem."""
+        requests = [
+            [
+                *self._request(problem),
+                {"role": "assistant", "content": strategy},
+                {"role": "user", "content": self.settings.execution_prompt},
+            ]
+            for problem, strategy in zip(problems, strategies, strict=True)
+        ]
+        completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
+        return [text.strip() for text, _ in completed]
+
+    def answer(
+        self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
+    ) -> list[str]:
+        """Answers prompts as they are, without a strategy."""
+        requests = [_messages(prompt) for prompt in prompts]
+        completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
+        return [text.strip() for text, _ in completed]
+
+    def _request(self, problem: Problem) -> list[dict[str, Any]]:
+        shown = [(strategy.problem_class, strategy.text) for strategy in problem.retrieved]
+        return _messages(strategy_prompt(problem.prompt, self.settings.strategy_prompt, shown, chat=True))
+
+    def _complete(
+        self, requests: list[list[dict[str, Any]]], limit: int, decoding: Decoding | None, progress: str | None
+    ) -> list[tuple[str, bool]]:
+        """Texts, and whether each was cut off by length."""
+        decoding = decoding or Decoding()
+        common: dict[str, Any] = {"model": self.name, "max_tokens": limit, "temperature": 0.0}
+        if not decoding.greedy:
+            common |= {"temperature": decoding.temperature, "top_p": decoding.top_p}
+        bodies = [
+            {**common, "messages": messages, "seed": decoding.seed + position}
+            for position, messages in enumerate(requests)
+        ]
+        with ThreadPoolExecutor(self.concurrency) as workers:
+            answers = list(
+                tqdm(
+                    workers.map(self._post, bodies),
+                    total=len(bodies),
+                    desc=progress,
+                    unit="text",
+                    leave=False,
+                    disable=progress is None,
+                )
+            )
+        self.generated_tokens += sum(tokens for _, _, tokens in answers)
+        return [(text, truncated) for text, truncated, _ in answers]
+
+    def _post(self, body: dict[str, Any]) -> tuple[str, bool, int]:
+        """Text, whether it was cut off, and its tokens."""
+        for attempt in range(self.retries + 1):
+            wait = min(self.first_wait * 2**attempt, _LONGEST_WAIT)
+            try:
+                response = self._client.post(self.url, json=body)
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
+                raise ModelError(f"{self.url} is no address of a server ({error}): correct `--server`.") from error
+            except httpx.HTTPError as error:
+                reason = str(error) or type(error).__name__
+            else:
+                if response.is_success:
+                    return self._read(response)
+                reason = f"status {response.status_code}: {response.text[:200]}"
+                if response.status_code not in _TRY_AGAIN:
+                    raise ModelError(
+                        f"The server at {self.url} refuses requests with {reason}. Check `--server` (with its /v1), "
+                        f"`--server_model` and, if it asks for a token, the environment variable {TOKEN_VARIABLE}."
+                    )
+                asked = response.headers.get("Retry-After", "")
+                wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
+            if attempt < self.retries:
+                time.sleep(wait)
+        raise ModelError(
+            f"The server at {self.url} failed {self.retries + 1} times, at last with {reason}. What was finished is "
+            "kept: once the server is up, run the same command again to continue. If it is overloaded, lower "
+            "`--concurrency` or raise `--timeout`."
+        )
+
+    def _read(self, response: httpx.Response) -> tuple[str, bool, int]:
+        try:
+            answer = response.json()
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] or ""  # none if all was spent on reasoning
+            tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+            return str(text), choice.get("finish_reason") == "length", int(tokens)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"The server at {self.url} does not answer like a server of chat completions "
+                f"({response.text[:200]!r}): check `--server`, with its /v1."
+            ) from error
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -1,0 +1,130 @@
+"""Work in chunks, each of which is on disk once it is done."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm.auto import tqdm
+
+from ..errors import ConfigError
+
+
+ROWS = "rows.jsonl"
+SETTINGS = "settings.json"
+
+Chunk = dict[str, Any]
+RunChunk = Callable[[str, int, Callable[[], Chunk]], Chunk]
+
+
+def run_now(key: str, texts: int, compute: Callable[[], Chunk]) -> Chunk:
+    """Computes a chunk and keeps nothing."""
+    return compute()
+
+
+class ChunkLog:
+    """
+    Finished chunks of an evaluation, one a line of `rows.jsonl`.
+
+    A process that is killed loses the chunk it is working on. A last line that was cut off is dropped.
+
+    Args:
+        directory (`Path`):
+            Output directory. It is created if it does not exist.
+        settings (`dict`):
+            Everything that the chunks depend on.
+        texts (`int`):
+            Texts that are generated in all, for the progress bar.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to drop what other settings left in the directory.
+
+    Raises:
+        [`ConfigError`]: If the directory holds an evaluation with other settings.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], texts: int, overwrite: bool = False):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / ROWS
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+            (directory / SETTINGS).unlink(missing_ok=True)
+        _check_settings(directory, json.loads(json.dumps(settings)))
+        self.done = _read(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=texts,
+            initial=sum(chunk["texts"] for chunk in self.done.values()),
+            desc="evaluating",
+            unit="text",
+            dynamic_ncols=True,
+        )
+
+    def run(self, key: str, texts: int, compute: Callable[[], Chunk]) -> Chunk:
+        """
+        Returns a chunk, computed if it is not there yet.
+
+        Args:
+            key (`str`):
+                Name of the chunk.
+            texts (`int`):
+                Texts that it generates.
+            compute (`Callable`):
+                Computes it. What it returns must be JSON.
+        """
+        if key not in self.done:
+            line = json.dumps({"key": key, "texts": texts, **compute()}, allow_nan=False)
+            self._file.write(line + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.done[key] = json.loads(line)
+            self._bar.update(texts)
+        return self.done[key]
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file as a whole: a process that is killed leaves the file before or after, never a part of it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+    path = directory / SETTINGS
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        if different:
+            raise ConfigError(
+                f"{directory} holds an evaluation with other settings ({', '.join(different)}): choose another "
+                "`--output_dir`, or drop what is there with `--overwrite`."
+            )
+    elif (directory / ROWS).exists():
+        raise ConfigError(
+            f"{directory} has a {ROWS} and no {SETTINGS}: choose another `--output_dir`, or drop it with "
+            "`--overwrite`."
+        )
+    write_text(path, json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _read(path: Path) -> dict[str, Chunk]:
+    """Finished chunks by name. A torn last line is cut off the file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    chunks = [json.loads(line) for line in whole.splitlines()]
+    return {chunk["key"]: chunk for chunk in chunks}

@@ -1,0 +1,74 @@
+"""Pictures of results. matplotlib is imported when one is drawn."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+
+Figures = dict[str, Any]
+
+
+def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
+    """
+    Draws means with their intervals.
+
+    Args:
+        path (`Path`):
+            PNG file.
+        title (`str`):
+            Title of the picture.
+        bars (`dict[str, dict]`):
+            `value`, `low` and `high` of each bar.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 1.1 * max(len(bars), 3), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    values = [bar["value"] for bar in bars.values()]
+    below = [max(0.0, bar["value"] - bar["low"]) for bar in bars.values()]
+    above = [max(0.0, bar["high"] - bar["value"]) for bar in bars.values()]
+    axes.bar(range(len(bars)), values, yerr=[below, above], capsize=4, color="#4c72b0")
+    axes.set_xticks(range(len(bars)), list(bars), rotation=20, ha="right")
+    axes.set_ylim(min(0.0, *(bar["low"] for bar in bars.values())), 1)
+    axes.set_ylabel("mean outcome, 95% interval")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[float | None]]) -> None:
+    """
+    Draws a transfer matrix.
+
+    Args:
+        path (`Path`):
+            PNG file.
+        title (`str`):
+            Title of the picture.
+        classes (`list[str]`):
+            Names of rows and columns.
+        matrix (`list[list[float | None]]`):
+            Mean outcomes by class of the strategy (rows) and class of the problem (columns).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = 2.5 + 0.7 * len(classes)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    values = [[math.nan if value is None else value for value in row] for row in matrix]
+    picture = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            text = "–" if math.isnan(value) else f"{value:.2f}"
+            axes.text(x, y, text, ha="center", va="center", color="white" if value <= 0.6 else "black")
+    names = [name or "(no class)" for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("class of the problem")
+    axes.set_ylabel("class of the strategy")
+    axes.set_title(title)
+    figure.colorbar(picture, ax=axes, label="mean outcome")
+    figure.savefig(path, dpi=120)

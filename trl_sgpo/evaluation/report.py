@@ -1,0 +1,121 @@
+"""Results as tables, pictures and files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .chunks import write_text
+from .plots import draw_bars, draw_matrix
+
+
+CONDITION_NAMES = {
+    "transfer": "transfer (STS): a strategy of the same class, written for another problem",
+    "own": "own: the strategy written for the problem",
+    "other": "other: a strategy of another class",
+    "empty": "empty: no text where the strategy would be",
+    "none": "none: answered at once",
+    "transfer_with_bank": "transfer, bank in view",
+    "own_with_bank": "own, bank in view",
+}
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A title, the names of columns, and rows of as many cells."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        body = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+        return f"## {self.title}\n\n{body}\n"
+
+
+def tables(results: dict[str, Any]) -> list[ResultTable]:
+    """
+    Arranges results for reading.
+
+    Args:
+        results (`dict`):
+            What is in `results.json`.
+
+    Returns:
+        `list[ResultTable]`: Suites, kinds, classes and transfer.
+    """
+    suites: dict[str, dict[str, Any]] = results["suites"]
+    rows = [
+        [name, suite["kind"], str(suite["problems"]), _cell(suite["accuracy"]), str(suite["generated_tokens"])]
+        for name, suite in suites.items()
+    ]
+    found = [ResultTable("Suites", ["suite", "kind", "problems", "accuracy", "tokens"], rows)]
+    sampled = {name: suite["sampled"] for name, suite in suites.items() if suite["sampled"] is not None}
+    if sampled:
+        n = next(iter(sampled.values()))["samples"]
+        attempts = [
+            [name, _cell(each["accuracy"]), _cell(each["pass_at_k"][str(n)]), _cell(each["majority"])]
+            for name, each in sampled.items()
+        ]
+        found.append(ResultTable(f"{n} sampled attempts", ["suite", "accuracy", f"pass@{n}", "majority"], attempts))
+    kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
+    found.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
+    for name, suite in suites.items():
+        if len(suite["classes"]) > 1:
+            per_class = [
+                [label or "(no class)", str(figures["problems"]), _cell(figures)]
+                for label, figures in suite["classes"].items()
+            ]
+            found.append(ResultTable(f"{name} by class", ["class", "problems", "accuracy"], per_class))
+    for name, transfer in results["transfer"].items():
+        conditions = [[CONDITION_NAMES[key], _cell(figures)] for key, figures in transfer["conditions"].items()]
+        differences = [[key, _cell(figures, signed=True)] for key, figures in transfer["differences"].items()]
+        relative = transfer["relative"]
+        ratio = [["transfer / own", "–" if relative is None else f"{relative:.3f}"]]
+        title = f"Transfer on {name}, {len(transfer['classes'])} classes"
+        if transfer["left_out_classes"]:
+            title += f" ({len(transfer['left_out_classes'])} too small, or beyond --transfer_classes)"
+        found.append(ResultTable(title, ["", "mean over classes"], [*conditions, *differences, *ratio]))
+    return found
+
+
+def _cell(figures: dict[str, Any] | None, signed: bool = False) -> str:
+    if figures is None:
+        return "–"
+    sign = "+" if signed else ""
+    return f"{figures['value']:{sign}.3f} [{figures['low']:{sign}.3f}, {figures['high']:{sign}.3f}]"
+
+
+def write_report(directory: Path, results: dict[str, Any], plots: bool) -> list[Path]:
+    """
+    Writes `results.json`, `results.md` and, if wanted, pictures.
+
+    Args:
+        directory (`Path`):
+            Output directory.
+        results (`dict`):
+            The results.
+        plots (`bool`):
+            Whether to draw `accuracy.png` and, for each suite with transfer, `transfer_NAME.png` and
+            `matrix_NAME.png`.
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    written = [directory / "results.json", directory / "results.md"]
+    write_text(written[0], json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(written[1], "\n".join(table.markdown() for table in tables(results)))
+    if not plots:
+        return written
+    bars = {name: suite["accuracy"] for name, suite in results["suites"].items() if suite["accuracy"] is not None}
+    if bars:
+        written.append(directory / "accuracy.png")
+        draw_bars(written[-1], "Accuracy", bars)
+    for name, transfer in results["transfer"].items():
+        if transfer["conditions"]:
+            written.append(directory / f"transfer_{name}.png")
+            draw_bars(written[-1], f"Transfer on {name}", transfer["conditions"])
+        written.append(directory / f"matrix_{name}.png")
+        draw_matrix(written[-1], f"Transfer between classes of {name}", transfer["classes"], transfer["matrix"])
+    return written

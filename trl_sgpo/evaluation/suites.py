@@ -1,0 +1,196 @@
+"""Suites: which problems an evaluation is about."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+
+
+KINDS = ("in_distribution", "out_of_distribution", "harder")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    Problems to evaluate on.
+
+    Args:
+        name (`str`):
+            Name in results and file names.
+        path (`str`):
+            What [`~trl_sgpo.data.tasks.load_problems`] takes.
+        split (`str`, *optional*):
+            Split to load. If `None`, the whole of a local file and `test` of anything else.
+        config (`str`, *optional*):
+            Configuration of a Hub dataset.
+        kind (`str`, *optional*, defaults to `"in_distribution"`):
+            What the problems are, compared with those trained on: `"in_distribution"`, `"out_of_distribution"` or
+            `"harder"`.
+        limit (`int`, *optional*):
+            Number of problems. If there are more, a draw that is always the same.
+        class_column (`str`, *optional*, defaults to `"problem_class"`):
+            Column with the problems' classes.
+        hub_id (`str`, *optional*):
+            Dataset on the Hub that these problems are, for results in the Hub's format.
+        task_id (`str`, *optional*, defaults to `"default"`):
+            Task of that dataset, as its `eval.yaml` on the Hub names it.
+    """
+
+    name: str
+    path: str
+    split: str | None = None
+    config: str | None = None
+    kind: str = "in_distribution"
+    limit: int | None = None
+    class_column: str = "problem_class"
+    hub_id: str | None = None
+    task_id: str = "default"
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(character.isalnum() or character in "._-" for character in self.name):
+            raise ConfigError(f"The suite name {self.name!r} is no file name: use letters, digits, `.`, `_` and `-`.")
+        if self.kind not in KINDS:
+            raise ConfigError(f"The suite {self.name} is of kind {self.kind!r}: use one of {', '.join(KINDS)}.")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise ConfigError(f"The suite {self.name} is limited to {self.limit!r} problems: use at least 1.")
+
+
+@dataclass(frozen=True)
+class LoadedSuite:
+    """
+    A suite with its problems.
+
+    Args:
+        suite ([`Suite`]):
+            The suite.
+        rows (`list[dict]`):
+            Problems to evaluate on.
+        available (`int`):
+            Problems that it has without a limit.
+    """
+
+    suite: Suite
+    rows: list[dict[str, Any]]
+    available: int
+
+
+NAMED = {
+    suite.name: suite
+    for suite in (
+        Suite("gsm8k", "openai/gsm8k", "test", "main", hub_id="openai/gsm8k", task_id="gsm8k"),
+        Suite(
+            "gsm_plus",
+            "qintongli/GSM-Plus",
+            "test",
+            kind="out_of_distribution",
+            class_column="perturbation_type",
+            hub_id="qintongli/GSM-Plus",
+        ),
+        Suite("math500", "HuggingFaceH4/MATH-500", "test", kind="harder", hub_id="HuggingFaceH4/MATH-500"),
+        Suite("gsm_symbolic", "reasoning_gym/gsm_symbolic?size=1000", "test", kind="out_of_distribution"),
+    )
+}
+
+
+def parse_suite(text: str) -> Suite:
+    """
+    Reads a suite as the command line names it.
+
+    Args:
+        text (`str`):
+            The name of a known suite, `NAME=PATH`, `NAME=PATH@SPLIT`, or a JSON object with the fields of [`Suite`].
+            Suites whose name begins with `ood` or `harder` are of that kind unless they say otherwise.
+
+    Raises:
+        [`ConfigError`]: A suite that is not known, or a field that there is not.
+    """
+    if text.startswith("{"):
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"The suite {text!r} is no JSON ({error}): correct it, or use NAME=PATH.") from error
+        valid = [field.name for field in fields(Suite)]
+        for key in given:
+            if key not in valid:
+                close = get_close_matches(key, valid, n=1)
+                hint = f"did you mean `{close[0]}`?" if close else f"use {', '.join(valid)}."
+                raise ConfigError(f"A suite has no `{key}`: {hint}")
+        name = str(given.get("name", ""))
+        if "path" in given:
+            return Suite(**{"kind": _kind(name), **given})
+        return replace(parse_suite(name), **given)
+    name, equals, path = text.partition("=")
+    if not equals:
+        if text not in NAMED:
+            close = get_close_matches(text, NAMED, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(NAMED)}, or NAME=PATH[@SPLIT]."
+            raise ConfigError(f"There is no suite {text!r}: {hint}")
+        return NAMED[text]
+    path, at, split = path.rpartition("@") if "@" in path else (path, "", "")
+    return Suite(name, path, split if at else None, kind=_kind(name))
+
+
+def _kind(name: str) -> str:
+    return "out_of_distribution" if name.startswith("ood") else "harder" if name.startswith("harder") else KINDS[0]
+
+
+def load_suites(suites: Sequence[Suite], data_dir: str | None = None, limit: int | None = None) -> list[LoadedSuite]:
+    """
+    Loads the problems of all suites, so that one that cannot be loaded is known before anything is generated.
+
+    Args:
+        suites (`Sequence[Suite]`):
+            The suites.
+        data_dir (`str`, *optional*):
+            Directory with local copies `NAME/test.jsonl` of the known suites that are on the Hub.
+        limit (`int`, *optional*):
+            Number of problems of suites without a limit of their own.
+
+    Returns:
+        `list[LoadedSuite]`: In the order of the suites.
+
+    Raises:
+        [`ConfigError`]: Two suites have the same name.
+        [`DataError`]: A suite cannot be loaded.
+    """
+    names = [suite.name for suite in suites]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two suites are named {name}: give each a name of its own, like `{name}_2=PATH`.")
+    return [_load(suite, data_dir, suite.limit or limit) for suite in suites]
+
+
+def _load(suite: Suite, data_dir: str | None, limit: int | None) -> LoadedSuite:
+    from ..data.tasks import load_problems
+
+    path, split, config = suite.path, suite.split, suite.config
+    if data_dir is not None and suite.hub_id is not None and suite.name in NAMED:
+        path, split, config = str(Path(data_dir, suite.name, "test.jsonl")), "train", None
+        if not Path(path).is_file():
+            raise DataError(
+                f"The suite {suite.name} cannot be loaded: there is no {path}. Put a copy there, or name the Hub's as "
+                f"`{suite.name}={suite.path}@{suite.split}`."
+            )
+    if split is None:
+        split = "train" if Path(path).is_file() else "test"
+    try:
+        problems = load_problems(path, split, config)
+    except (ValueError, OSError) as error:
+        raise DataError(f"The suite {suite.name} cannot be loaded from {path} ({split}): {error}") from error
+    if suite.class_column not in problems.column_names and suite.class_column != "problem_class":
+        raise DataError(
+            f"The suite {suite.name} has no column {suite.class_column!r}: set its `class_column` to one of "
+            f"{', '.join(problems.column_names)}."
+        )
+    if len(problems) == 0:
+        raise DataError(f"The suite {suite.name} has no problems: check {path} ({split}).")
+    available = len(problems)
+    if limit is not None and limit < available:
+        drawn = random.Random(suite.name).sample(range(available), limit)
+        problems = problems.select(sorted(drawn))
+    return LoadedSuite(suite, problems.to_list(), available)

@@ -1,0 +1,129 @@
+"""
+The laboratory's model: 0.6M parameters, made on the spot, that reads and writes list functions.
+
+It is trained from nothing on what the laboratory's arms have in common: problems of one and two operations, and the
+execution of any strategy it is given. It has seen neither a problem of three operations with its strategy nor a
+held-out composition.
+"""
+
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .data.list_functions import LENGTH, NUMBER_WORDS, OPERATIONS, Program, compositions, execution, question, strategy
+from .data.worked import Trace
+from .prompts import RETRIEVED_HEADER
+
+
+LAB_MODEL = "trl-sgpo/lab"
+EXAMPLES = 50_000
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+_WORDS = ("then", ":", ".", "####", "For", "lists", "this", "list", "write", "strategy?", "apply", ">")
+
+
+def lab_tokenizer() -> Any:
+    """A tokenizer of whole words with a chat template."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>"]
+    spoken = [word for _, words in OPERATIONS.values() for word in words]
+    vocabulary = [*special, *_WORDS, *OPERATIONS, *spoken, *map(str, range(10)), *NUMBER_WORDS]
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens([AddedToken(token, special=True) for token in special])
+    raw.add_tokens([AddedToken(RETRIEVED_HEADER.strip(), normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<end>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def lab_traces(size: int, seed: int) -> list[Trace]:
+    """
+    What the laboratory's model is trained on.
+
+    Args:
+        size (`int`):
+            Number of traces.
+        seed (`int`):
+            Seed of the draws.
+
+    Returns:
+        `list[Trace]`: Problems of one and two operations with their strategies, and as many of up to three with a
+        given strategy that has nothing to do with the problem.
+    """
+    rng = random.Random(seed)
+    known = [*compositions()["seen"], *compositions()["other"]]
+    traces = []
+    for index in range(size):
+        short: Program = tuple(rng.choices(list(OPERATIONS), k=rng.randint(1, 2)))
+        asked = rng.choice(known) if index % 2 else short
+        program = rng.choice([rng.choice(known), short]) if index % 2 else short
+        digits = [rng.randrange(10) for _ in range(LENGTH)]
+        prompt = [{"role": "user", "content": question(asked, digits, rng)}]
+        traces.append(
+            Trace(prompt, strategy(program), execution(program, digits), f"length-{len(asked)}", given=bool(index % 2))
+        )
+    return traces
+
+
+def build_lab_model(directory: Path) -> None:
+    """Trains the laboratory's model and saves it. The directory appears only when it is complete."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    from .data.bootstrap import warmstart
+    from .sgpo_config import SGPOConfig
+
+    print(f"Training the laboratory's model from nothing into {directory} (once, about 3 minutes)", flush=True)
+    tokenizer = lab_tokenizer()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        **ids,
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        untrained = Path(temporary, "untrained")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+        model.generation_config = GenerationConfig(**ids)
+        model.save_pretrained(untrained)
+        tokenizer.save_pretrained(untrained)
+        warmstart(
+            str(untrained),
+            lab_traces(EXAMPLES, seed=0),
+            SGPOConfig(
+                temporary,
+                strategy_prompt="{problem} {strategies} strategy?",
+                execution_prompt="apply",
+                seed=0,
+                adam_beta2=0.98,
+                disable_tqdm=os.environ.get("CI") is not None,
+                gradient_checkpointing=False,
+                bf16=False,
+            ),
+            Path(temporary, "trained"),
+            learning_rate=3e-3,
+            batch_size=64,
+            plain_share=0.25,
+            full=True,
+        )
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(Path(temporary, "trained"), directory)
