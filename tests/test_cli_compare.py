@@ -1,0 +1,120 @@
+"""`trl-sgpo compare` on a tiny model: every method runs, what is finished is kept, what failed is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from models import save_tiny_model
+
+
+METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
+
+
+def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
+    recipe = {
+        "model_name_or_path": save_tiny_model(tmp_path / "model"),
+        "dtype": "float32",
+        "bf16": False,
+        "use_peft": False,
+        "dataset_name": "list_functions/seen?size=32&shortcuts=0.5",
+        "warmstart_traces": 8,
+        "warmstart_plain_share": 0.5,
+        "reward_funcs": ["models.evenness"],  # random text is sometimes right
+        "num_generations": 4,
+        "max_strategy_length": 6,
+        "max_completion_length": 6,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_bank": False,
+    }
+    comparison = {
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "output_dir": str(tmp_path / "runs"),
+        "results": str(tmp_path / "results" / "table"),
+        "seeds": [1],
+        "budget": budget,
+        "processes": 2,
+        "curve_points": 2,
+        "curve_problems": 8,
+        "samples": 1,
+        "suites": [{"name": "seen", "path": "list_functions/seen?size=256", "split": "test", "limit": 32}],
+        "transfer": {"suite": "seen", "problems": 1, "executions": 1, "classes": 2},
+        "arms": arms,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
+    return str(tmp_path / "compare.yaml")
+
+
+def _compare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trl_sgpo.cli.main", "compare", *arguments],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {method: {"method": method} for method in METHODS}
+    arms["rlhf"]["label_share"] = arms["prm"]["label_share"] = 0.5
+    arms["prm"]["step_separator"] = " "
+    config = _write(tmp_path, arms)
+    first = _compare("--config", config)
+    assert first.returncode == 0, first.stdout + first.stderr
+    table = json.loads((tmp_path / "results" / "table.json").read_text())
+    assert list(table["arms"]) == list(METHODS)
+    for name, figures in table["arms"].items():
+        tokens = {kind: figures[f"tokens {kind}"]["mean"] for kind in ("generated", "labels", "trained")}
+        most = 16 * 12  # rows and tokens of the step that reaches the budget
+        if name == "base":
+            assert set(tokens.values()) == {0.0}
+        elif name == "sft":
+            assert tokens["generated"] == 0 and 600 <= tokens["trained"] <= 600 + 200
+        else:
+            assert 600 <= tokens["generated"] <= 600 + most
+            assert (tokens["labels"] > 0) == (name in ("rlhf", "prm"))
+        assert 0 <= figures["transfer score"]["mean"] <= 1
+    assert all(len(table["curves"][name][0]) == 2 for name in ("grpo", "sgpo", "joint"))
+    result = tmp_path / "runs" / "sgpo" / "seed-1" / "result.json"
+    before = result.stat().st_mtime_ns
+
+    again = _compare("--config", config, "--arms", "base", "sgpo")
+    assert again.returncode == 0 and "2 runs, 2 of them finished" in again.stdout
+    assert result.stat().st_mtime_ns == before
+
+    other = _compare("--config", config, "--arms", "sgpo", "--coherence_weight", "0.3", "--table_only")
+    assert other.returncode == 2 and "No run" in other.stderr  # a result of other settings is not taken for it
+
+
+def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    config = _write(tmp_path, {"base": {}, "rlhf": {"label_share": 0.001}}, budget=300)
+    done = _compare("--config", config)
+    assert done.returncode == 1
+    assert "FAILED rlhf, seed 1" in done.stdout and "label" in done.stdout
+    assert list(json.loads((tmp_path / "results" / "table.json").read_text())["arms"]) == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"sgpo": {"num_generation": 4}}, "num_generation"),
+        ({"sgpo": {"transfer_block_size": 3}}, "num_generations"),
+    ],
+)
+def test_a_bad_arm_is_refused_before_anything_runs(tmp_path: Path, arms: dict[str, Any], message: str) -> None:
+    done = _compare("--config", _write(tmp_path, arms))
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "runs").exists()

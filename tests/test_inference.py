@@ -1,0 +1,79 @@
+"""`TwoPhaseModel` reads and writes what `SGPOTrainer` does, and repeats itself."""
+
+from pathlib import Path
+
+import pytest
+from models import evenness, hash_embedder, problems, save_tiny_model
+
+from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
+from trl_sgpo.errors import ConfigError, ModelError
+from trl_sgpo.inference import Decoding, TwoPhaseModel, TwoPhaseSettings, as_problem, verify
+from trl_sgpo.transfer import BlockGeometry
+
+
+def _trainer(tmp_path: Path, chat: bool) -> SGPOTrainer:
+    args = SGPOConfig(
+        str(tmp_path / "run"),
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_strategy_length=8,
+        max_completion_length=8,
+        max_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        bf16=False,
+    )
+    return SGPOTrainer(
+        save_tiny_model(tmp_path / "model", chat=chat),
+        evenness,
+        args,
+        train_dataset=problems(chat=chat),
+        strategy_bank=StrategyBank(tmp_path / "bank", embedding_model=hash_embedder),
+    )
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_greedy_texts_and_outcomes_are_the_trainers(tmp_path: Path, chat: bool) -> None:
+    trainer = _trainer(tmp_path, chat)
+    rows = list(trainer.train_dataset)[:4]
+    rollouts, outcomes = trainer.execute_blocks(rows, BlockGeometry(problems=1, own=1))
+    model = TwoPhaseModel(trainer.model, trainer.processing_class, TwoPhaseSettings.from_config(trainer.args))
+    asked = [as_problem(row, "problem_class") for row in rows]
+    written = model.write_strategies(asked)
+    assert [strategy.text for strategy in written] == [rollout.strategy.text for rollout in rollouts]
+    # A strategy that was cut off goes on without its end in training; as a text it has one
+    whole = [index for index, strategy in enumerate(written) if strategy.flaw != "truncated"]
+    executions = model.execute(asked, [strategy.text for strategy in written])
+    assert [executions[index] for index in whole] == [rollouts[index].execution for index in whole]
+    assert len(verify(evenness, rows, executions)) == len(outcomes)
+
+
+def test_a_run_saves_its_settings_and_the_model_is_loaded_with_them(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, chat=True)
+    trainer.save_model()
+    model = TwoPhaseModel.from_pretrained(trainer.args.output_dir)
+    assert model.settings == TwoPhaseSettings.from_config(trainer.args)
+    assert model.settings.max_strategy_length == 8
+
+
+def test_sampling_repeats_with_its_seed_and_does_not_touch_others(tmp_path: Path) -> None:
+    import torch
+
+    trainer = _trainer(tmp_path, chat=True)
+    model = TwoPhaseModel(trainer.model, trainer.processing_class, TwoPhaseSettings(max_completion_length=8))
+    prompts = list(trainer.train_dataset["prompt"])
+    state = torch.get_rng_state()
+    first = model.answer(prompts, Decoding(greedy=False, seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.answer(prompts, Decoding(greedy=False, seed=1)) == first
+    assert model.answer(prompts, Decoding(greedy=False, seed=2)) != first
+    assert 0 < model.generated_tokens <= 3 * 8 * len(prompts)
+
+
+def test_unreadable_settings_and_missing_models_are_named(tmp_path: Path) -> None:
+    (tmp_path / "sgpo.json").write_text("{")
+    with pytest.raises(ConfigError, match="sgpo.json"):
+        TwoPhaseSettings.load(tmp_path)
+    with pytest.raises(ModelError):
+        TwoPhaseModel.from_pretrained(str(tmp_path / "nowhere"))

@@ -1,0 +1,38 @@
+"""The laboratory's model: its tokenizer loses nothing, its training data holds nothing back out."""
+
+from trl_sgpo.data.bootstrap import two_phase_examples
+from trl_sgpo.data.list_functions import compositions, problems, strategy
+from trl_sgpo.data.worked import traces
+from trl_sgpo.lab import lab_tokenizer, lab_traces
+from trl_sgpo.sgpo_config import SGPOConfig
+
+
+def test_every_word_of_problems_and_solutions_is_known() -> None:
+    from datasets import Dataset
+
+    tokenizer = lab_tokenizer()
+    rows = [row for part in ("seen", "longer") for row in problems(part, "train", 64, 0, shortcuts=0.5)]
+    for trace in [*traces(Dataset.from_list(rows), 2, seed=0), *lab_traces(200, seed=0)]:
+        for text in (trace.prompt[0]["content"], trace.strategy, trace.execution):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+
+
+def test_training_data_holds_no_held_out_composition() -> None:
+    found = {trace.strategy for trace in lab_traces(4000, seed=1)}
+    assert found.isdisjoint(strategy(program) for program in compositions()["held_out"])
+    assert any(trace.given for trace in lab_traces(10, seed=1))
+
+
+def test_a_given_strategy_is_not_trained_and_plain_answers_are_as_frequent_as_asked_for() -> None:
+    tokenizer, config = lab_tokenizer(), SGPOConfig("unused", execution_prompt="apply", use_bank=False, bf16=False)
+    made = lab_traces(400, seed=2)
+    examples = two_phase_examples(made, tokenizer, config, seed=0, plain_share=0.5)
+    apply = tokenizer.convert_tokens_to_ids("apply")
+    plain = [apply not in example["input_ids"] for example in examples]
+    assert not any(p for p, trace in zip(plain, made, strict=True) if trace.given)
+    assert 70 < sum(plain) < 130  # half of the 200 that are not given
+    for example, trace in zip(examples, made, strict=True):
+        trained = tokenizer.decode([token for token in example["labels"] if token != -100], skip_special_tokens=True)
+        assert trained.startswith(trace.execution if trace.given else trace.strategy)
