@@ -73,7 +73,7 @@ def test_sampling_repeats_with_its_seed_and_does_not_touch_others(tmp_path: Path
 
 def test_unreadable_settings_and_missing_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "sgpo.json").write_text("{")
-    with pytest.raises(ConfigError, match="sgpo.json"):
+    with pytest.raises(ConfigError, match=r"sgpo\.json"):
         TwoPhaseSettings.load(tmp_path)
     with pytest.raises(ModelError):
         TwoPhaseModel.from_pretrained(str(tmp_path / "nowhere"))

@@ -1,8 +1,8 @@
 """
 The laboratory's model: 0.6M parameters, made on the spot, that reads and writes list functions.
 
-It is trained from nothing on what the laboratory's arms have in common: problems of one and two operations, and the
-execution of any strategy it is given. It has seen neither a problem of three operations with its strategy nor a
+It is trained from nothing on what the laboratory's arms have in common: problems of one, two and four operations, and
+the execution of any strategy it is given. It has seen neither a problem of three operations with its strategy nor a
 held-out composition.
 """
 
@@ -19,7 +19,7 @@ from .prompts import RETRIEVED_HEADER
 
 
 LAB_MODEL = "trl-sgpo/lab"
-EXAMPLES = 50_000
+EXAMPLES = 100_000
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -57,20 +57,29 @@ def lab_traces(size: int, seed: int) -> list[Trace]:
             Seed of the draws.
 
     Returns:
-        `list[Trace]`: Problems of one and two operations with their strategies, and as many of up to three with a
-        given strategy that has nothing to do with the problem.
+        `list[Trace]`: Problems of one, two and four operations with their strategies, and as many of up to four with
+        a given strategy that has nothing to do with the problem.
     """
     rng = random.Random(seed)
-    known = [*compositions()["seen"], *compositions()["other"]]
+    triples, longer = [*compositions()["seen"], *compositions()["other"]], set(compositions()["longer"])
+
+    def drawn(lengths: tuple[int, ...]) -> Program:
+        while True:
+            program: Program = tuple(rng.choices(list(OPERATIONS), k=rng.choice(lengths)))
+            if program not in longer:
+                return program
+
     traces = []
     for index in range(size):
-        short: Program = tuple(rng.choices(list(OPERATIONS), k=rng.randint(1, 2)))
-        asked = rng.choice(known) if index % 2 else short
-        program = rng.choice([rng.choice(known), short]) if index % 2 else short
+        given = index % 2 == 1
+        program = drawn((1, 2, 4))
+        asked = rng.choice([rng.choice(triples), drawn((1, 2, 4))]) if given else program
+        if given and rng.random() < 0.5:
+            program = rng.choice(triples)
         digits = [rng.randrange(10) for _ in range(LENGTH)]
         prompt = [{"role": "user", "content": question(asked, digits, rng)}]
         traces.append(
-            Trace(prompt, strategy(program), execution(program, digits), f"length-{len(asked)}", given=bool(index % 2))
+            Trace(prompt, strategy(program), execution(program, digits), f"length-{len(asked)}", given=given)
         )
     return traces
 
@@ -83,7 +92,7 @@ def build_lab_model(directory: Path) -> None:
     from .data.bootstrap import warmstart
     from .sgpo_config import SGPOConfig
 
-    print(f"Training the laboratory's model from nothing into {directory} (once, about 3 minutes)", flush=True)
+    print(f"Training the laboratory's model from nothing into {directory} (once, about 6 minutes)", flush=True)
     tokenizer = lab_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = LlamaConfig(

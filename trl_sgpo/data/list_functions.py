@@ -4,8 +4,8 @@ A laboratory of list functions: problems whose worked solutions hold shortcuts t
 A problem names three operations by everyday words and gives a list of digits: "flip then raise then cycle : 3 7 1 5".
 Its class is the composition of the three. A strategy names the operations (`For lists reverse then increment then
 rotate`), an execution applies one after the other. A **shortcut** writes the answer where a strategy should be, in
-digits or in words. A model can learn to find that answer in one go for the compositions that it sees, and cannot for
-others; its execution step by step carries over.
+digits or in words. A model can learn the answers of its training problems by heart, and then a shortcut is right on
+them and wrong on any other problem; an execution step by step carries over.
 
 Parts: `seen` (16 compositions), `held_out` (48 others, none the same function as a seen one) and `longer` (48
 compositions of four operations).
