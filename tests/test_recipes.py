@@ -3,18 +3,35 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from models import hash_embedder, save_tiny_model
 
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.recipe import load_data, load_rewards, read_recipe
 from trl_sgpo.cli.train import get_peft_config, with_classes
+from trl_sgpo.compare.config import read_comparison
+from trl_sgpo.compare.run import arm_recipe
+from trl_sgpo.evaluation.suites import Suite
 
 
-RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+FILES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+COMPARISONS = [path for path in FILES if "arms" in yaml.safe_load(path.read_text())]
+RECIPES = [path for path in FILES if path not in COMPARISONS]
 
 
 def test_there_are_recipes() -> None:
     assert any(path.name == "quickstart.yaml" for path in RECIPES)
+    assert any(path.name == "compare.yaml" for path in COMPARISONS)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_comparison_has_possible_arms(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parents[2])
+    comparison = read_comparison(str(path))
+    assert [Suite(**suite).kind for suite in comparison.suites]
+    for arm in comparison.arms:
+        recipe = arm_recipe(comparison, arm, seed=1)
+        assert not recipe.launch
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,4 +1,5 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from trl import GRPOConfig
@@ -240,6 +241,13 @@ class SGPOConfig(GRPOConfig):
     def own_strategies(self) -> int:
         """n, the number of strategies each problem writes."""
         return (self.num_generations - self.num_bank_rollouts) // self.transfer_block_size
+
+    def to_grpo(self, **changes: Any) -> GRPOConfig:
+        """The part that [`~trl.GRPOTrainer`] knows, with changes: the same training without SGPO."""
+        known = {item.name for item in fields(GRPOConfig) if item.init}
+        settings = {name: value for name, value in vars(self).items() if name in known}
+        derived = {"generation_batch_size": None, "steps_per_generation": self.steps_per_generation}
+        return GRPOConfig(**(settings | derived | changes))
 
     def __post_init__(self):
         self._check_geometry()

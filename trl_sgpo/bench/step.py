@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
 from ..cli.recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
@@ -96,9 +96,7 @@ def _trainer(arm: str, recipe: Recipe) -> Any:
     if arm == "sgpo":
         trainer: Any = SGPOTrainer(args=replace(args, **shared), strategy_bank=_filled_bank(args, dataset), **common)
     else:
-        known = {item.name for item in fields(GRPOConfig) if item.init}
-        settings = {item.name: args.__dict__[item.name] for item in fields(args) if item.init and item.name in known}
-        trainer = GRPOTrainer(args=GRPOConfig(**(settings | shared)), **common)
+        trainer = GRPOTrainer(args=args.to_grpo(**shared), **common)
         if trainer.accelerator.device.type == "cpu":
             score_trained_positions_only()  # SGPO's remedy for TRL on CPUs is given to both
     trainer.remove_callback(PrinterCallback)

@@ -6,14 +6,12 @@ import importlib.util
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ..errors import ConfigError, DataError
 from ..evaluation.suites import NAMED, LoadedSuite, load_suites, parse_suite
+from ..yaml_files import read_mapping, unknown_key
 
 
 if TYPE_CHECKING:
@@ -153,21 +151,12 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 
 def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """A YAML file's options as a command line."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of options to values.")
+    content = read_mapping(path)
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
     arguments = []
     for key, value in content.items():
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else "`trl-sgpo eval --help` lists all."
-            raise ConfigError(f"Unknown key `{key}` in {path}: {hint}")
+            raise unknown_key(str(key), known, path)
         if value is True:
             arguments.append(f"--{key}")
         elif isinstance(value, list):

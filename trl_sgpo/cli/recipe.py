@@ -6,10 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import DatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
@@ -19,6 +17,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..data.tasks import answer_reward, load_mixture, load_problems
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
+from ..yaml_files import read_mapping
 
 
 @dataclass
@@ -153,14 +152,7 @@ def _check_file(argv: list[str]) -> str | None:
     if position == len(argv):
         raise ConfigError("`--config` needs the path of a recipe, such as recipes/quickstart.yaml.")
     path = argv[position]
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The recipe {path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"The recipe {path} must be a mapping of keys to values.")
+    content = read_mapping(path)
     for name in content.get("env") or {}:
         print(f"{path} sets the environment variable {name}")  # its value may be a token
     return path

@@ -7,14 +7,14 @@ executions.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..cli.recipe import Recipe, load_rewards, model_init_kwargs
 from ..data.bootstrap import two_phase_examples, warmstart
@@ -103,14 +103,6 @@ def plain_settings(config: SGPOConfig) -> TwoPhaseSettings:
     """Settings under which a plain answer may be as long as strategy and execution together."""
     settings = TwoPhaseSettings.from_config(config)
     return replace(settings, max_completion_length=config.max_strategy_length + config.max_completion_length)
-
-
-def as_grpo_config(config: SGPOConfig, **changes: Any) -> GRPOConfig:
-    """The part of a configuration that TRL's trainer knows, with changes."""
-    known = {item.name for item in fields(GRPOConfig) if item.init}
-    settings = {name: value for name, value in vars(config).items() if name in known}
-    derived = {"generation_batch_size": None, "steps_per_generation": config.steps_per_generation}
-    return GRPOConfig(**(settings | derived | changes))
 
 
 def _base(task: Task) -> Trained:
@@ -208,8 +200,7 @@ def _sampler(task: Task) -> TwoPhaseModel:
 
 def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str, Any]) -> Trained:
     training = task.recipe.training
-    config = as_grpo_config(
-        training,
+    config = training.to_grpo(
         max_completion_length=training.max_strategy_length + training.max_completion_length,
         model_init_kwargs=model_init_kwargs(task.recipe),
     )

@@ -1,13 +1,11 @@
 """What is compared: a YAML file with arms, seeds and a budget."""
 
-import difflib
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError
+from ..yaml_files import read_mapping, unknown_key
 
 
 METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
@@ -127,23 +125,13 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     Raises:
         [`ConfigError`]: The file cannot be read, or a key or value cannot be.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"The comparison {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The comparison {path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"The comparison {path} must be a mapping of keys to values.")
     changes = dict(changes or {})
     kept = changes.pop("arms", None)
-    content = content | changes
+    content = read_mapping(path) | changes
     known = {item.name: item for item in fields(Comparison)}
     for key in content:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ConfigError(f"Unknown key `{key}` in {path}.{hint}")
+            raise unknown_key(str(key), list(known), path)
     required = [k for k, i in known.items() if i.default is MISSING and i.default_factory is MISSING]
     missing = [key for key in required if key not in content]
     if missing:
