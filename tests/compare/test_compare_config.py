@@ -45,9 +45,10 @@ def test_arms_take_settings_of_their_method_and_keys_of_the_recipe(tmp_path: Pat
 
 
 def test_changes_win_and_arms_can_be_chosen(tmp_path: Path) -> None:
-    comparison = read_comparison(_written(tmp_path), {"arms": ["k1"], "budget": 7, "overrides": {"lora_r": 4}})
+    path = _written(tmp_path, overrides={"lora_r": 8, "lora_alpha": 16})
+    comparison = read_comparison(path, {"arms": ["k1"], "budget": 7, "overrides": {"lora_r": 4}})
     assert [arm.name for arm in comparison.arms] == ["k1"]
-    assert comparison.budget == 7 and comparison.overrides == {"lora_r": 4}
+    assert comparison.budget == 7 and comparison.overrides == {"lora_r": 4, "lora_alpha": 16}
 
 
 @pytest.mark.parametrize(

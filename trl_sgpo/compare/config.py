@@ -127,7 +127,9 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     """
     changes = dict(changes or {})
     kept = changes.pop("arms", None)
-    content = read_mapping(path) | changes
+    content = read_mapping(path)
+    changes["overrides"] = content.get("overrides", {}) | changes.get("overrides", {})
+    content = content | changes
     known = {item.name: item for item in fields(Comparison)}
     for key in content:
         if key not in known:
