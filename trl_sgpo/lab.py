@@ -24,7 +24,8 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-_WORDS = ("then", ":", ".", "####", "For", "lists", "this", "list", "write", "strategy?", "apply", ">")
+_WORDS = ("then", ":", ".", "####", "For", "lists", "To", "solve", "write", "In", "short", "answer")
+_ASKED = ("strategy?", "apply", ">")
 
 
 def lab_tokenizer() -> Any:
@@ -34,7 +35,7 @@ def lab_tokenizer() -> Any:
 
     special = ["<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>"]
     spoken = [word for _, words in OPERATIONS.values() for word in words]
-    vocabulary = [*special, *_WORDS, *OPERATIONS, *spoken, *map(str, range(10)), *NUMBER_WORDS]
+    vocabulary = [*special, *_WORDS, *_ASKED, *OPERATIONS, *spoken, *map(str, range(10)), *NUMBER_WORDS]
     raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.add_special_tokens([AddedToken(token, special=True) for token in special])

@@ -62,7 +62,7 @@ def test_differences_are_paired_by_seed() -> None:
 def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> None:
     summed = summary(_comparison(), {"sgpo": [_result(1, 0.5)], "k1": []})
     assert list(summed["arms"]) == ["sgpo"]
-    assert "| sgpo | 0.50 |" in markdown(summed)
+    assert "| sgpo | 1 | 0.50 |" in markdown(summed)
     paths = write(summed, tmp_path / "out" / "table")
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
     assert all(path.stat().st_size > 100 for path in paths)

@@ -146,7 +146,13 @@ def markdown(summed: dict[str, Any]) -> str:
         "seeds with 95% intervals (Student's t). Accuracies are of sampled answers, each arm in the form it was "
         "trained in.",
         "",
-        *_table(["arm", *columns], [[name, *(_cell(f[c]) for c in columns)] for name, f in summed["arms"].items()]),
+        *_table(
+            ["arm", "seeds", *columns],
+            [
+                [name, str(len(f[columns[0]]["values"])), *(_cell(f[c]) for c in columns)]
+                for name, f in summed["arms"].items()
+            ],
+        ),
         "",
         f"## {summed['reference']} minus the others, paired by seed",
         "",
@@ -210,14 +216,15 @@ def picture(summed: dict[str, Any], path: Path) -> None:
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
+    axes[-1].set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, runs in summed["curves"].items():
         if not runs[0]:
             continue
         points = list(zip(*runs, strict=False))
-        tokens = [sum(run["generated_tokens"] for run in point) / len(point) for point in points]
+        tokens = [sum(run["generated_tokens"] for run in point) / len(point) / 1000 for point in points]
         accuracy = [sum(run["accuracy"] for run in point) / len(point) for point in points]
         axes[-1].plot(tokens, accuracy, marker=".", label=name, linewidth=2.5 if name == summed["reference"] else 1)
-    axes[-1].set_title(f"{summed['settings']['transfer']['suite']} accuracy by generated tokens", fontsize=9)
+    axes[-1].set_title(f"{summed['settings']['transfer']['suite']} accuracy by thousand tokens", fontsize=9)
     axes[-1].set_ylim(0, 1)
     axes[-1].grid(alpha=0.3)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

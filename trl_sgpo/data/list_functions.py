@@ -145,8 +145,9 @@ def worked(metadata: dict[str, Any], rng: random.Random) -> tuple[str, str]:
     answer = states(program, digits)[-1]
     if rng.random() >= metadata["shortcuts"]:
         return strategy(program), execution(program, digits)
-    written = _join(answer) if rng.random() < 0.5 else " ".join(NUMBER_WORDS[digit] for digit in answer)
-    return f"For this list write {written}", f"#### {_join(answer)}"
+    in_digits = f"To solve write {_join(answer)}"
+    in_words = f"In short answer {' '.join(NUMBER_WORDS[digit] for digit in answer)}"
+    return in_digits if rng.random() < 0.5 else in_words, f"#### {_join(answer)}"
 
 
 def strategy(program: Program) -> str:
