@@ -47,7 +47,7 @@ def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
         "curve_points": 2,
         "curve_problems": 8,
         "samples": 1,
-        "suites": [{"name": "seen", "path": "list_functions/seen?size=256", "split": "test", "limit": 32}],
+        "suites": [{"name": "seen", "path": "list_functions/seen?size=64", "split": "test"}],
         "transfer": {"suite": "seen", "problems": 1, "executions": 1, "classes": 2},
         "arms": arms,
     }
@@ -103,7 +103,7 @@ def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     config = _write(tmp_path, {"base": {}, "rlhf": {"label_share": 0.001}}, budget=300)
     done = _compare("--config", config)
     assert done.returncode == 1
-    assert "FAILED rlhf, seed 1" in done.stdout and "label" in done.stdout
+    assert "FAILED rlhf, seed 1" in done.stdout and "label_share" in done.stdout
     assert list(json.loads((tmp_path / "results" / "table.json").read_text())["arms"]) == ["base"]
 
 

@@ -40,12 +40,11 @@ def main(argv: list[str]) -> int:
         changes["overrides"] = _as_mapping(overrides)
 
     from ..compare.config import read_comparison
-    from ..compare.run import arm_recipe, finished
+    from ..compare.run import check, finished
     from ..compare.table import summary, write
 
     comparison = read_comparison(options.config, changes)
-    for arm in comparison.arms:
-        arm_recipe(comparison, arm, comparison.seeds[0])  # every arm's settings are checked before anything runs
+    check(comparison)
     runs = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
     missing = [(arm.name, seed) for arm, seed in runs if finished(comparison, arm, seed) is None]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished.", flush=True)

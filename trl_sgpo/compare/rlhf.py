@@ -90,7 +90,8 @@ def preference_pairs(
     if not pairs:
         raise DataError(
             f"None of {len(rows)} problems has both a right and a wrong answer within {max_tokens} tokens "
-            f"({sum(map(len, right))} right, {sum(map(len, wrong))} wrong): raise `max_tokens` or the temperature, or "
+            f"({sum(map(len, right))} right, {sum(map(len, wrong))} wrong): raise `max_tokens` (`label_share` in a "
+            "comparison) or the temperature, or "
             "use problems that the model solves some of the time."
         )
     return Dataset.from_list(pairs)

@@ -15,7 +15,7 @@ from ..cli.recipe import Recipe, load_data, load_rewards, read_recipe
 from ..cli.train import resume_point, warmstart_model
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, Suite, load_suites
-from ..evaluation.transfer_score import transfer_report
+from ..evaluation.transfer_score import plan_transfer, transfer_report
 from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings
 from ..offline import require_model
 from ..sgpo_trainer import BANK_DIRECTORY, with_classes
@@ -56,6 +56,29 @@ def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | No
     except (OSError, ValueError):
         return None
     return result if result["fingerprint"] == fingerprint(comparison, arm, seed) else None
+
+
+def check(comparison: Comparison) -> None:
+    """
+    Raises what would otherwise come up only after training: a recipe, a suite or a transfer plan that cannot be.
+
+    Raises:
+        [`ConfigError`] or [`DataError`]: With what to change.
+    """
+    for arm in comparison.arms:
+        load_rewards(arm_recipe(comparison, arm, comparison.seeds[0]).script)
+    suites = load_suites([Suite(**suite) for suite in comparison.suites])
+    loaded = next(loaded for loaded in suites if loaded.suite.name == comparison.transfer["suite"])
+    plan_transfer(loaded.rows, loaded.suite.class_column, **_transfer_plan(comparison), seed=0)
+
+
+def _transfer_plan(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "problems_per_class": comparison.transfer.get("problems", 4),
+        "transfers": comparison.transfer.get("executions", 2),
+        "max_classes": comparison.transfer.get("classes"),
+        "pairs_per_cell": comparison.transfer.get("pairs_per_cell", 0),
+    }
 
 
 def warm_start(comparison: Comparison, seed: int) -> str:
@@ -161,12 +184,9 @@ def _measure(
         transfer_suite.rows,
         transfer_suite.suite.class_column,
         verifier,
-        problems_per_class=comparison.transfer.get("problems", 4),
-        transfers=comparison.transfer.get("executions", 2),
+        **_transfer_plan(comparison),
         seed=seed,
         decoding=Decoding(greedy=False, seed=seed),
-        max_classes=comparison.transfer.get("classes"),
-        pairs_per_cell=comparison.transfer.get("pairs_per_cell", 0),
     )
     transfer = report.to_dict()
     del transfer["problems"]

@@ -216,7 +216,7 @@ def picture(summed: dict[str, Any], path: Path) -> None:
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
-    axes[-1].set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    axes[-1].set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
     for name, runs in summed["curves"].items():
         if not runs[0]:
             continue
@@ -227,7 +227,8 @@ def picture(summed: dict[str, Any], path: Path) -> None:
     axes[-1].set_title(f"{summed['settings']['transfer']['suite']} accuracy by thousand tokens", fontsize=9)
     axes[-1].set_ylim(0, 1)
     axes[-1].grid(alpha=0.3)
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if axes[-1].get_lines():
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
