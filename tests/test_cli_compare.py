@@ -107,6 +107,50 @@ def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "results" / "table.json").read_text())["arms"]) == ["base"]
 
 
+@pytest.mark.parametrize("method", ["grpo", "sgpo"])
+def test_a_killed_run_goes_on_from_its_checkpoint_within_its_budget(tmp_path: Path, method: str) -> None:
+    config = _write(tmp_path, {method: {"save_strategy": "steps", "save_steps": 1}}, budget=3000)
+    command = [sys.executable, "-m", "trl_sgpo.compare.run", config, "{}", "1", method]
+    run = tmp_path / "runs" / method / "seed-1"
+    second = run / "checkpoint-2" / "trainer_state.json"
+    with (tmp_path / "first.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=log, stderr=log)
+        while not second.exists():
+            assert process.poll() is None, (tmp_path / "first.txt").read_text()
+        process.kill()
+        process.wait()
+    assert not (run / "result.json").exists()
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from" in done.stdout
+    result = json.loads((run / "result.json").read_text())
+    assert 3000 <= result["tokens"]["generated"] <= 3000 + 16 * 12
+    spent = [entry["generated_tokens"] for entry in result["log"]]
+    assert spent == sorted(spent) and spent[-1] == result["tokens"]["generated"]
+    assert len(spent) == result["details"]["steps"]
+    assert [point["generated_tokens"] for point in result["curve"]] == [
+        min(number for number in spent if number >= point) for point in (1500, 3000)
+    ]
+    assert len(result["curve"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transfer": {"suite": "seen", "classes": 1}}, "several"),
+        ({"suites": [{"name": "seen", "path": "list_functions/seen?size=32"}]}, "4 different problems"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_training(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = Path(_write(tmp_path, {"base": {}}))
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | changes))
+    done = _compare("--config", str(config))
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [

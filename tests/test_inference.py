@@ -57,6 +57,14 @@ def test_a_run_saves_its_settings_and_the_model_is_loaded_with_them(tmp_path: Pa
     assert model.settings.max_strategy_length == 8
 
 
+def test_the_system_message_of_the_problems_is_saved_too(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, chat=True)
+    system = {"role": "system", "content": "Be short."}
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"prompt": [system, *row["prompt"]]})
+    trainer.save_model()
+    assert TwoPhaseSettings.load(trainer.args.output_dir).system_prompt == "Be short."
+
+
 def test_sampling_repeats_with_its_seed_and_does_not_touch_others(tmp_path: Path) -> None:
     import torch
 

@@ -27,6 +27,7 @@ from .prompts import (
     plain_bridge,
     problem_text,
     strategy_prompt,
+    system_prompt_of,
 )
 
 
@@ -58,6 +59,8 @@ class TwoPhaseSettings:
             Strategies of a bank shown with each problem.
         embedding_model (`str`, *optional*):
             What that bank embeds with.
+        system_prompt (`str`, *optional*):
+            System message of the problems that the model was trained on, `None` if they had none.
     """
 
     strategy_prompt: str = ""
@@ -67,6 +70,7 @@ class TwoPhaseSettings:
     max_completion_length: int = 256
     num_retrieved: int = 1
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if not self.strategy_prompt:
@@ -74,9 +78,10 @@ class TwoPhaseSettings:
         check_strategy_prompt(self.strategy_prompt)
 
     @classmethod
-    def from_config(cls, config: "SGPOConfig") -> "TwoPhaseSettings":
-        """Takes the settings of a training configuration."""
-        return cls(**{item.name: config.__dict__[item.name] for item in fields(cls)})
+    def from_config(cls, config: "SGPOConfig", prompt: Prompt = "") -> "TwoPhaseSettings":
+        """Takes the settings of a training configuration, and the system message of one of its problems."""
+        names = [item.name for item in fields(cls) if item.name != "system_prompt"]
+        return cls(**{name: config.__dict__[name] for name in names}, system_prompt=system_prompt_of(prompt))
 
     def save(self, directory: str | Path) -> None:
         Path(directory, SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2))

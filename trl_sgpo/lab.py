@@ -8,7 +8,6 @@ held-out composition.
 
 import os
 import random
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -135,5 +134,8 @@ def build_lab_model(directory: Path) -> None:
             plain_share=0.25,
             full=True,
         )
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(Path(temporary, "trained"), directory)
+        try:
+            os.rename(Path(temporary, "trained"), directory)
+        except OSError:
+            if not directory.is_dir():  # otherwise another process was first
+                raise

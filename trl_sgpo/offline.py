@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from .data.list_functions import VERSION
 from .errors import ModelError
 from .lab import LAB_MODEL, build_lab_model
 
@@ -94,7 +95,7 @@ def _lab_model() -> str:
     """Trains the laboratory's model, once, and returns its directory."""
     from huggingface_hub.constants import HF_HOME
 
-    target = Path(HF_HOME) / "trl_sgpo" / "lab"
+    target = Path(HF_HOME) / "trl_sgpo" / f"lab-{VERSION}"
     if not target.is_dir():
         build_lab_model(target)
     return str(target)

@@ -127,6 +127,20 @@ def problem_text(prompt: Prompt) -> str:
     return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
+def system_prompt_of(prompt: Prompt) -> str | None:
+    """Returns the system message of a prompt, `None` if it has none."""
+    if isinstance(prompt, str) or not prompt or prompt[0]["role"] != "system":
+        return None
+    return problem_text(prompt[:1])
+
+
+def with_system_prompt(prompt: Prompt, system_prompt: str | None) -> Prompt:
+    """Puts a system message before a conversation that has none. Texts stay as they are."""
+    if system_prompt is None or isinstance(prompt, str) or prompt[0]["role"] == "system":
+        return prompt
+    return [{"role": "system", "content": system_prompt}, *prompt]
+
+
 def strategy_prompt(prompt: Prompt, template: str, retrieved: Sequence[tuple[str, str]], chat: bool) -> Prompt:
     """
     Builds what the model reads in the strategy phase.

@@ -572,7 +572,8 @@ class SGPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        TwoPhaseSettings.from_config(self.args).save(output_dir or self.args.output_dir)
+        settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
+        settings.save(output_dir or self.args.output_dir)
         directory = Path(output_dir or self.args.output_dir).resolve() / BANK_DIRECTORY
         if self.strategy_bank is not None and directory != Path(self.strategy_bank.path).resolve():
             self.strategy_bank.snapshot(directory)

@@ -59,11 +59,22 @@ def test_changes_win_and_arms_can_be_chosen(tmp_path: Path) -> None:
         ({"arms": {"sgbo": {}}}, f"'sgbo'.*{METHODS[0]}"),
         ({"transfer": {"suite": "other"}}, "name of a suite: one of seen"),
         ({"seeds": []}, "a seed and an arm"),
+        ({"samples": 0}, "`samples` must be at least 1"),
+        ({"transfer": {"suite": "seen", "problem": 4}}, "`problem` in `transfer`.*`problems`"),
+        ({"suites": [{"name": "seen", "pth": "list_functions/seen"}]}, "`pth`.*`path`"),
+        ({"arms": {"../../home": {"method": "base"}}}, "cannot be the name of its directory"),
+        ({"arms": {"warmstart": {"method": "base"}}}, "not warmstart or logs"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_comparison(_written(tmp_path, **changes))
+
+
+def test_known_suites_go_by_their_name(tmp_path: Path) -> None:
+    suites = ["gsm8k", {"name": "seen", "path": "list_functions/seen"}]
+    known, own = read_comparison(_written(tmp_path, suites=suites)).parsed_suites
+    assert known.hub_id == "openai/gsm8k" and own.path == "list_functions/seen"
 
 
 def test_an_unknown_arm_is_named(tmp_path: Path) -> None:

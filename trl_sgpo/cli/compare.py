@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         changes["overrides"] = _as_mapping(overrides)
 
     from ..compare.config import read_comparison
-    from ..compare.run import check, finished
+    from ..compare.run import check, fetch_models, finished
     from ..compare.table import summary, write
 
     comparison = read_comparison(options.config, changes)
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished.", flush=True)
     failed: list[str] = []
     if missing and not options.table_only:
+        fetch_models(comparison)
         base = [sys.executable, "-m", "trl_sgpo.compare.run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
     found = {

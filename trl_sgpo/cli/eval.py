@@ -26,6 +26,7 @@ TWO_PHASE = (
     "max_strategy_length",
     "max_completion_length",
     "num_retrieved",
+    "system_prompt",
 )
 
 
@@ -87,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     transfer.add_argument("--transfers", type=int, default=2, metavar="N", help="strategies tried on a problem (2)")
     transfer.add_argument("--pairs_per_cell", type=int, default=8, metavar="N", help="of the transfer matrix (8)")
     phases = parser.add_argument_group("the two phases", "What is not given is read from the model's sgpo.json.")
-    parser.add_argument(
-        "--system_prompt", metavar="TEXT", help="system message put before prompts that have none, as in the recipe"
-    )
+    phases.add_argument("--system_prompt", metavar="TEXT", help="system message put before prompts that have none")
     phases.add_argument("--strategy_prompt", metavar="TEXT", help="request for a strategy, with {problem}")
     phases.add_argument("--execution_prompt", metavar="TEXT", help="request to execute it")
     phases.add_argument("--strategy_format", choices=("text", "steps"))
@@ -222,13 +221,6 @@ def evaluate(options: argparse.Namespace) -> int:
 
     loaded = load_suites(suites, options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
-    if options.system_prompt is not None:
-        from .recipe import _add_system_prompt
-
-        loaded = [
-            replace(each, rows=[row | _add_system_prompt(row, options.system_prompt) for row in each.rows])
-            for each in loaded
-        ]
     protocol = Protocol(
         options.form, options.samples, options.temperature, options.top_p, options.seed, options.batch_size
     )
@@ -247,6 +239,7 @@ def evaluate(options: argparse.Namespace) -> int:
         if each.suite.name in (measured or [])
     }
     model = _load_model(options)
+    loaded = [each.with_system_prompt(model.settings.system_prompt) for each in loaded]
     output = Path(options.output_dir)
     with ExitStack() as stack:
         bank = _open_bank(options, model, stack)

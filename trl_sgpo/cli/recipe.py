@@ -16,6 +16,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..data.tasks import answer_reward, load_mixture, load_problems
 from ..errors import ConfigError, DataError
+from ..prompts import with_system_prompt
 from ..sgpo_config import SGPOConfig
 from ..yaml_files import read_mapping
 
@@ -211,9 +212,7 @@ def _with_split(mixture: DatasetMixtureConfig, split: str) -> DatasetMixtureConf
 
 
 def _add_system_prompt(row: dict[str, Any], system_prompt: str) -> dict[str, Any]:
-    if isinstance(row["prompt"], str) or row["prompt"][0]["role"] == "system":
-        return {"prompt": row["prompt"]}
-    return {"prompt": [{"role": "system", "content": system_prompt}, *row["prompt"]]}
+    return {"prompt": with_system_prompt(row["prompt"], system_prompt)}
 
 
 def load_rewards(script: SGPOScriptArguments) -> list[Any]:

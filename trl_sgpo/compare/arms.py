@@ -28,8 +28,8 @@ from .prm import ProcessReward, step_labels, train_process_reward_model
 from .rlhf import preference_pairs, train_reward_model
 
 
-# Called during training with the tokens spent and the model as it is
-Measure = Callable[[int, Any], None]
+# Called during training with the trainer
+Measure = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Trained:
             Those among them that were generated to label data for a reward model.
         trained (`int`):
             Tokens of worked solutions trained on.
+        curve (`list[dict]`):
+            Measurements during training.
         log (`list[dict]`):
             Metrics of the steps.
         details (`dict`):
@@ -90,6 +92,7 @@ class Trained:
     generated: int
     labelled: int
     trained: int
+    curve: list[dict[str, float]]
     log: list[dict[str, Any]]
     details: dict[str, Any]
 
@@ -106,7 +109,7 @@ def plain_settings(config: SGPOConfig) -> TwoPhaseSettings:
 
 
 def _base(task: Task) -> Trained:
-    return Trained(task.model, generated=0, labelled=0, trained=0, log=[], details={})
+    return Trained(task.model, generated=0, labelled=0, trained=0, curve=[], log=[], details={})
 
 
 def _sft(task: Task) -> Trained:
@@ -135,7 +138,7 @@ def _sft(task: Task) -> Trained:
         plain_share=script.warmstart_plain_share,
         full=not task.recipe.model.use_peft,
     )
-    return Trained(model, generated=0, labelled=0, trained=tokens, log=[], details={"traces": len(chosen)})
+    return Trained(model, generated=0, labelled=0, trained=tokens, curve=[], log=[], details={"traces": len(chosen)})
 
 
 def _grpo(task: Task) -> Trained:
@@ -255,9 +258,7 @@ def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> Trained:
 
 def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> Trained:
     trainer.remove_callback(PrinterCallback)
-    budget = TokenBudget(
-        task.budget, spent=labelled, points=task.points, measure=lambda spent: task.measure(spent, trainer)
-    ).count_in(trainer)
+    budget = TokenBudget(task.budget, labelled, task.points, lambda: task.measure(trainer)).count_in(trainer)
     trainer.train(resume_from_checkpoint=task.checkpoint)
     directory = Path(trainer.args.output_dir, "model")
     trainer.save_model(str(directory))
@@ -266,6 +267,7 @@ def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, A
         generated=budget.spent,
         labelled=labelled,
         trained=0,
+        curve=budget.curve,
         log=[entry for entry in trainer.state.log_history if "loss" in entry],
         details=details | {"steps": trainer.state.global_step},
     )

@@ -9,30 +9,29 @@ from transformers.trainer_callback import ExportableState
 
 class TokenBudget(TrainerCallback, ExportableState):
     """
-    Counts the tokens that a trainer generates and ends training once they reach a budget.
+    Counts the tokens that a trainer generates and ends training once they reach a budget. Checkpoints keep the count
+    and the curve, and training that goes on from one goes on with them.
 
     Args:
         budget (`int`):
             Tokens that training may generate. The step that reaches it is the last.
-        spent (`int`, *optional*, defaults to `0`):
-            Tokens generated so far, kept in checkpoints.
-        points (`list[int]`, *optional*):
-            Numbers of tokens at which `measure` is called.
-        measure (`Callable[[int], None]`, *optional*):
-            Called with the tokens spent when a point is passed.
+        spent (`int`):
+            Tokens generated before training.
+        points (`list[int]`):
+            Numbers of tokens at which the model is measured.
+        measure (`Callable[[], float]`):
+            Measures it.
+
+    Attributes:
+        curve (`list[dict]`): `generated_tokens` and `accuracy` of each measurement.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        spent: int = 0,
-        points: list[int] | None = None,
-        measure: Callable[[int], None] | None = None,
-    ):
+    def __init__(self, budget: int, spent: int, points: list[int], measure: Callable[[], float]):
         self.budget = budget
         self.spent = spent
-        self.points = list(points or [])
+        self.points = points
         self.measure = measure
+        self.curve: list[dict[str, float]] = []
 
     def count_in(self, trainer: Any) -> "TokenBudget":
         """Counts what the trainer generates while training, and stops it."""
@@ -49,16 +48,20 @@ class TokenBudget(TrainerCallback, ExportableState):
         return self
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"budget": self.budget}, "attributes": {"spent": self.spent}}
+        return {"args": {}, "attributes": {"spent": self.spent, "curve": self.curve}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            # transformers would restore callbacks by making new ones, which count nothing
+            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self.spent, self.curve = saved["spent"], saved["curve"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        passed = [point for point in self.points if point <= self.spent]
-        if passed and self.measure is not None:
-            self.points = [point for point in self.points if point > self.spent]
-            self.measure(self.spent)
+        passed = sum(point <= self.spent for point in self.points)
+        if passed > len(self.curve):
+            self.curve += [{"generated_tokens": self.spent, "accuracy": self.measure()}] * (passed - len(self.curve))
         if self.spent >= self.budget:
             control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is not None:
-            logs["generated_tokens"] = self.spent
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1]["generated_tokens"] = self.spent

@@ -1,13 +1,19 @@
 """What is compared: a YAML file with arms, seeds and a budget."""
 
+import json
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..evaluation.suites import Suite, parse_suite
 from ..yaml_files import read_mapping, unknown_key
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_OTHER_DIRECTORIES = ("warmstart", "logs")
+_TRANSFER = ("suite", "classes", "problems", "executions", "pairs_per_cell")
 METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
 _OF_METHOD: dict[str, dict[str, float | int | str]] = {
     "sft": {"sft_learning_rate": 1e-4},
@@ -67,11 +73,11 @@ class Comparison:
             Tokens an arm may generate in training; for SFT, tokens it is trained on. Labels for reward models count.
         arms (`list[Arm]`):
             The arms.
-        suites (`list[dict]`):
+        suites (`list[str | dict]`):
             Suites of problems, as in `trl-sgpo eval`.
         transfer (`dict`):
-            Strategy transfer score: `suite` (name of the suite), `classes`, `problems` a class, `executions` of each
-            condition a problem.
+            Strategy transfer score: `suite` (name of the suite), and optionally `classes`, `problems` a class,
+            `executions` of each condition a problem, `pairs_per_cell` of the matrix.
         results (`str`, *optional*):
             Path without suffix where `.json`, `.md` and `.png` are written too.
         processes (`int`, *optional*, defaults to `1`):
@@ -91,7 +97,7 @@ class Comparison:
     seeds: list[int]
     budget: int
     arms: list[Arm]
-    suites: list[dict[str, Any]]
+    suites: list[str | dict[str, Any]]
     transfer: dict[str, Any]
     results: str | None = None
     processes: int = 1
@@ -100,6 +106,11 @@ class Comparison:
     curve_problems: int = 96
     reference: str = "sgpo"
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parsed_suites(self) -> list[Suite]:
+        """The suites, known ones by name, others by their fields."""
+        return [parse_suite(suite if isinstance(suite, str) else json.dumps(suite)) for suite in self.suites]
 
     def run_directory(self, arm: Arm, seed: int) -> Path:
         return Path(self.output_dir, arm.name, f"seed-{seed}")
@@ -145,17 +156,25 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
             raise ConfigError(f"{path} has no arm {unknown[0]!r}, only {', '.join(arm.name for arm in arms)}.")
         arms = [arm for arm in arms if arm.name in kept]
     comparison = Comparison(**(content | {"arms": arms}))
-    if comparison.budget < 1 or comparison.processes < 1 or not comparison.seeds or not arms:
-        raise ConfigError(f"{path}: `budget` and `processes` must be at least 1, and there must be a seed and an arm.")
-    names = [suite.get("name") for suite in comparison.suites]
+    if comparison.budget < 1 or comparison.processes < 1 or comparison.samples < 1:
+        raise ConfigError(f"{path}: `budget`, `processes` and `samples` must be at least 1.")
+    if not comparison.seeds or not arms:
+        raise ConfigError(f"{path}: there must be a seed and an arm.")
+    for key in comparison.transfer:
+        if key not in _TRANSFER:
+            raise unknown_key(str(key), list(_TRANSFER), f"`transfer` of {path}")
+    names = [suite.name for suite in comparison.parsed_suites]
     if comparison.transfer.get("suite") not in names:
-        raise ConfigError(
-            f"{path}: `transfer.suite` must be the name of a suite: one of {', '.join(map(str, names))}."
-        )
+        raise ConfigError(f"{path}: `transfer.suite` must be the name of a suite: one of {', '.join(names)}.")
     return comparison
 
 
 def _arm(name: str, values: dict[str, Any] | None) -> Arm:
+    if not _NAME.fullmatch(str(name)) or name in _OTHER_DIRECTORIES:
+        raise ConfigError(
+            f"The arm {name!r} cannot be the name of its directory: use letters, digits, `_`, `-` and `.`, a letter "
+            f"or digit first, and not {' or '.join(_OTHER_DIRECTORIES)}."
+        )
     values = dict(values or {})
     method = values.pop("method", name)
     if method not in METHODS:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 from ..bank import StrategyBank
 from ..cli.recipe import Recipe, load_data, load_rewards, read_recipe
 from ..cli.train import resume_point, warmstart_model
+from ..errors import DataError
 from ..evaluation.runner import Protocol, evaluate_suite
-from ..evaluation.suites import LoadedSuite, Suite, load_suites
+from ..evaluation.suites import LoadedSuite, load_suites
 from ..evaluation.transfer_score import plan_transfer, transfer_report
-from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings
+from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings, verify
 from ..offline import require_model
 from ..sgpo_trainer import BANK_DIRECTORY, with_classes
 from .arms import Task, Trained, plain_settings, train_arm
@@ -30,8 +32,9 @@ def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
     """The shared recipe with the overrides of the comparison and of an arm, for one seed."""
     overrides = comparison.overrides | (arm.overrides if arm is not None else {})
     directory = comparison.warmstart_directory(seed) if arm is None else comparison.run_directory(arm, seed)
-    # The budget ends a run, and nothing but results is printed
+    # The budget ends a run. One that was interrupted goes on from its last checkpoint
     fixed = {"seed": seed, "output_dir": str(directory), "max_steps": 1_000_000, "report_problems": 0}
+    fixed["resume_from_checkpoint"] = "true"
     argv = ["--config", comparison.recipe]
     for key, value in (overrides | fixed).items():
         argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}", str(value)]
@@ -65,11 +68,30 @@ def check(comparison: Comparison) -> None:
     Raises:
         [`ConfigError`] or [`DataError`]: With what to change.
     """
-    for arm in comparison.arms:
-        load_rewards(arm_recipe(comparison, arm, comparison.seeds[0]).script)
-    suites = load_suites([Suite(**suite) for suite in comparison.suites])
+    recipes = [arm_recipe(comparison, arm, comparison.seeds[0]) for arm in comparison.arms]
+    for recipe in recipes:
+        verifier = load_rewards(recipe.script)[0]
+    suites = load_suites(comparison.parsed_suites)
+    for loaded in suites:
+        some = loaded.rows[:8]
+        if all(math.isnan(outcome) for outcome in verify(verifier, some, [""] * len(some))):
+            raise DataError(
+                f"The verifier cannot tell right from wrong on the suite {loaded.suite.name}: use problems with a "
+                "solution."
+            )
     loaded = next(loaded for loaded in suites if loaded.suite.name == comparison.transfer["suite"])
-    plan_transfer(loaded.rows, loaded.suite.class_column, **_transfer_plan(comparison), seed=0)
+    plan = plan_transfer(loaded.rows, loaded.suite.class_column, **_transfer_plan(comparison), seed=0)
+    if len(plan.classes) < 2:
+        raise DataError(
+            f"The suite {loaded.suite.name} has one class, and strategies are compared with those of other classes: "
+            "set `transfer.suite` to one with several, or its `class_column`."
+        )
+
+
+def fetch_models(comparison: Comparison) -> None:
+    """Gets, or makes, the models that arms start from, so that runs side by side do not."""
+    for arm in comparison.arms:
+        require_model(arm_recipe(comparison, arm, comparison.seeds[0]).model.model_name_or_path)
 
 
 def _transfer_plan(comparison: Comparison) -> dict[str, Any]:
@@ -107,25 +129,28 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     """
     started = time.monotonic()
     directory = comparison.run_directory(arm, seed)
-    suites = load_suites([Suite(**suite) for suite in comparison.suites])
     recipe = arm_recipe(comparison, arm, seed)
+    suites = [
+        loaded.with_system_prompt(recipe.script.system_prompt) for loaded in load_suites(comparison.parsed_suites)
+    ]
     training = recipe.training
     checkpoint = resume_point(training)
     if checkpoint is None:
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     verifier = load_rewards(recipe.script)[0]
-    settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain_settings(training)
+    plain = plain_settings(training)
+    settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain
     rows = training.per_device_train_batch_size * training.steps_per_generation
     transfer_suite = next(loaded for loaded in suites if loaded.suite.name == comparison.transfer["suite"])
     curve_suite = replace(transfer_suite, rows=transfer_suite.rows[: comparison.curve_problems])
-    curve: list[dict[str, float]] = []
 
-    def measure(spent: int, trainer: Any) -> None:
+    def measure(trainer: Any) -> float:
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
         model = TwoPhaseModel(unwrapped, trainer.processing_class, settings, batch_size=rows)
-        curve.append({"generated_tokens": spent, "accuracy": _sampled(model, curve_suite, verifier, arm, seed)})
+        accuracy = _sampled(model, curve_suite, verifier, arm, seed)
         trainer.model.train()
+        return accuracy
 
     points = [comparison.budget * (i + 1) // comparison.curve_points for i in range(comparison.curve_points)]
     dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], training)
@@ -135,7 +160,7 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     model = TwoPhaseModel.from_pretrained(trained.model, settings, batch_size=rows)
     bank = _bank(recipe, arm, directory)
     try:
-        result = _measure(comparison, arm, seed, model, suites, transfer_suite, verifier, bank)
+        result = _measure(comparison, arm, seed, model, suites, transfer_suite, verifier, bank, plain)
     finally:
         if bank is not None:
             bank.close()
@@ -144,7 +169,7 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         "method": arm.method,
         "seed": seed,
         "fingerprint": fingerprint(comparison, arm, seed),
-        "curve": curve,
+        "curve": trained.curve,
         "training_seconds": round(seconds, 1),
     }
     unfinished = directory / f"{RESULT_FILE}.unfinished"
@@ -173,12 +198,14 @@ def _measure(
     transfer_suite: LoadedSuite,
     verifier: Any,
     bank: StrategyBank | None,
+    plain: TwoPhaseSettings,
 ) -> dict[str, Any]:
     results = {}
     for loaded in suites:
         protocol = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
         results[loaded.suite.name] = evaluate_suite(model, loaded, verifier, protocol, bank)
-    # Strategies and plain answers of all arms under the limits that SGPO has, whatever the arm was trained on
+    # All arms under the same limits: plain answers are as long as strategy and execution together
+    model.settings = plain
     report = transfer_report(
         model,
         transfer_suite.rows,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
             "recipe": comparison.recipe,
             "budget": comparison.budget,
             "seeds": comparison.seeds,
-            "suites": comparison.suites,
+            "suites": [asdict(suite) for suite in comparison.parsed_suites],
             "transfer": comparison.transfer,
             "overrides": comparison.overrides,
             "arms": {

@@ -209,7 +209,7 @@ def warmstart(
     if trainer.accelerator.is_main_process:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        TwoPhaseSettings.from_config(config).save(unfinished)
+        TwoPhaseSettings.from_config(config, traces[0].prompt).save(unfinished)
         (unfinished / _MADE_OF).write_text(made_of)
         shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(unfinished, output_dir)

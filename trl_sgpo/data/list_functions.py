@@ -21,6 +21,7 @@ from typing import Any
 
 
 FAMILY = "list_functions"
+VERSION = 2  # of problems and worked solutions: what was made of an earlier one is made anew
 PARTS = ("seen", "held_out", "longer")
 LENGTH = 4
 _SEEN, _HELD_OUT = 16, 48

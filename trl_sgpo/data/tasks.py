@@ -121,7 +121,7 @@ def materialise(path: str, split: str) -> str:
 
     if split not in ("train", "test"):
         raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
-    made_by = list_functions.__doc__ if path.startswith(_LISTS) else _gym_version()
+    made_by = str(list_functions.VERSION) if path.startswith(_LISTS) else _gym_version()
     key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
     if not file.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..prompts import with_system_prompt
 
 
 KINDS = ("in_distribution", "out_of_distribution", "harder")
@@ -77,6 +78,11 @@ class LoadedSuite:
     suite: Suite
     rows: list[dict[str, Any]]
     available: int
+
+    def with_system_prompt(self, system_prompt: str | None) -> "LoadedSuite":
+        """The suite with a system message before the problems that have none."""
+        rows = [row | {"prompt": with_system_prompt(row["prompt"], system_prompt)} for row in self.rows]
+        return replace(self, rows=rows)
 
 
 NAMED = {
