@@ -59,7 +59,7 @@ def two_phase_examples(
         by_class.setdefault(trace.problem_class, []).append(trace.strategy)
     examples = []
     for trace in traces:
-        if not trace.given and rng.random() < plain_share:
+        if plain_share > 0 and not trace.given and rng.random() < plain_share:
             examples.append(plain_example(trace, tokenizer))
             continue
         shown = []
