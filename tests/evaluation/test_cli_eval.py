@@ -171,9 +171,23 @@ def test_yaml_and_command_line(arguments, data, tmp_path, tiny):
 
 def test_a_system_prompt_changes_what_is_read(arguments, tmp_path):
     assert main([*arguments, "--no_plots"]) == 0
-    with pytest.raises(ConfigError, match=r"other settings \(suites\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(suites, two_phase\)"):
         main([*arguments, "--no_plots", "--system_prompt", "End with #### and the answer."])
     assert main([*arguments, "--no_plots", "--overwrite", "--system_prompt", "End with #### and the answer."]) == 0
+
+
+def test_the_system_message_of_training_is_put_before_problems(tmp_path, arguments):
+    def rows_read(name, settings, *more):
+        model = save_tiny_model(tmp_path / name)
+        Path(model, "sgpo.json").write_text(json.dumps(settings))
+        output = tmp_path / f"{name}_out"
+        assert main([*arguments, "--no_plots", "--model", model, "--output_dir", str(output), *more]) == 0
+        return [suite["rows"] for suite in json.loads((output / "settings.json").read_text())["suites"].values()]
+
+    system = "End with #### and the answer."
+    saved = rows_read("saved", {"system_prompt": system})
+    assert saved == rows_read("given", {}, "--system_prompt", system)
+    assert saved != rows_read("none", {})
 
 
 def test_settings_saved_with_a_model_are_used(tmp_path, arguments):
