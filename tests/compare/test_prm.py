@@ -194,6 +194,8 @@ def test_process_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path)
     scored = step_probabilities(reward.model, reward.tokenizer, steps)
     assert [good, bad] == pytest.approx([min(scored[0]), min(scored[1])], abs=1e-5)
     assert scored[1][0] > 0.8
+    mean = ProcessReward(directory, "\n", "mean")(prompts=[prompt] * 4, completions=completions)
+    assert mean == pytest.approx([sum(steps) / 3 for steps in scored[:3]] + [0.0], abs=1e-5)
 
     score_trained_positions_only()
     args = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 6, "max_steps": 1}

@@ -189,7 +189,7 @@ def _prm(task: Task) -> Trained:
         learning_rate=settings["reward_learning_rate"],
         epochs=settings["reward_epochs"],
     )
-    process = ProcessReward(reward, settings["step_separator"])
+    process = ProcessReward(reward, settings["step_separator"], settings["step_aggregation"])
     return _train_grpo(
         task, [verifier, process], labelled=policy.generated_tokens, details={"labelled_solutions": len(labels)}
     )

@@ -24,6 +24,7 @@ _OF_METHOD: dict[str, dict[str, float | int | str]] = {
         "reward_epochs": 1.0,
         "step_separator": "\n",
         "step_rollouts": 4,
+        "step_aggregation": "min",
     },
 }
 
@@ -43,7 +44,8 @@ class Arm:
             Keys of the recipe that this arm sets.
         settings (`dict`):
             Settings of the method: `sft_learning_rate`; for reward models `label_share` (part of the budget spent on
-            labels), `reward_learning_rate`, `reward_epochs`; for step rewards `step_separator` and `step_rollouts`.
+            labels), `reward_learning_rate`, `reward_epochs`; for step rewards `step_separator`, `step_rollouts` and
+            `step_aggregation` (`"min"` or `"mean"`).
     """
 
     name: str
@@ -181,4 +183,6 @@ def _arm(name: str, values: dict[str, Any] | None) -> Arm:
         raise ConfigError(f"The arm {name!r} has the method {method!r}: set `method` to one of {', '.join(METHODS)}.")
     settings = dict(_OF_METHOD.get(method, {}))
     settings |= {key: values.pop(key) for key in list(values) if key in settings}
+    if settings.get("step_aggregation", "min") not in ("min", "mean"):
+        raise ConfigError(f"The arm {name!r}: `step_aggregation` must be min or mean.")
     return Arm(name, method, overrides=values, settings=settings)

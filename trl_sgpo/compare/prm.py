@@ -373,26 +373,29 @@ def step_probabilities(
 
 class ProcessReward:
     """
-    TRL reward function: the lowest probability of a right answer over the steps of a completion.
+    TRL reward function: the probability of a right answer after each step of a completion, over its steps.
 
     The minimum is what Math-Shepherd ranks solutions by. A solution is as good as its worst step, and, unlike a mean
     or a sum, it cannot be raised by adding easy steps, which policies learn to do
-    ([PURE](https://huggingface.co/papers/2504.15275)).
+    ([PURE](https://huggingface.co/papers/2504.15275)). It favours solutions of few steps, which the mean does not.
 
     Args:
         directory (`str`):
             A model of [`train_process_reward_model`].
         separator (`str`):
             What ends a step, as in [`step_labels`].
+        aggregation (`str`, *optional*, defaults to `"min"`):
+            `"min"` or `"mean"` of the steps.
         batch_size (`int`, *optional*, defaults to `32`):
             Completions scored at a time.
     """
 
-    def __init__(self, directory: str, separator: str, batch_size: int = 32):
+    def __init__(self, directory: str, separator: str, aggregation: str = "min", batch_size: int = 32):
         from transformers import AutoModelForTokenClassification, AutoTokenizer
 
         self.__name__ = "process_reward"
         self.separator = separator
+        self.aggregation = aggregation
         self.batch_size = batch_size
         try:
             self.model = AutoModelForTokenClassification.from_pretrained(directory)
@@ -420,4 +423,6 @@ class ProcessReward:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         solutions = [(p, split_steps(text, self.separator)) for p, text in zip(prompts, texts, strict=True)]
         scored = step_probabilities(self.model, self.tokenizer, solutions, self.batch_size)
+        if self.aggregation == "mean":
+            return [sum(steps) / max(len(steps), 1) for steps in scored]
         return [min(steps, default=0.0) for steps in scored]
