@@ -2,8 +2,8 @@
 The laboratory's model: 0.6M parameters, made on the spot, that reads and writes list functions.
 
 It is trained from nothing on what the laboratory's arms have in common: problems of one, two and four operations, and
-the execution of any strategy it is given. It has seen neither a problem of three operations with its strategy nor a
-held-out composition.
+the execution of any strategy it is given, be it the answer of another problem. It has seen neither a problem of three
+operations with its strategy nor a held-out composition.
 """
 
 import os
@@ -12,7 +12,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .data.list_functions import LENGTH, NUMBER_WORDS, OPERATIONS, Program, compositions, execution, question, strategy
+from .data.list_functions import (
+    LENGTH,
+    NUMBER_WORDS,
+    OPERATIONS,
+    Program,
+    compositions,
+    execution,
+    question,
+    shortcut,
+    strategy,
+)
 from .data.worked import Trace
 from .prompts import RETRIEVED_HEADER
 
@@ -58,7 +68,7 @@ def lab_traces(size: int, seed: int) -> list[Trace]:
 
     Returns:
         `list[Trace]`: Problems of one, two and four operations with their strategies, and as many of up to four with
-        a given strategy that has nothing to do with the problem.
+        a given strategy that has nothing to do with the problem, a quarter of these with a wrong answer in its place.
     """
     rng = random.Random(seed)
     triples, longer = [*compositions()["seen"], *compositions()["other"]], set(compositions()["longer"])
@@ -78,9 +88,11 @@ def lab_traces(size: int, seed: int) -> list[Trace]:
             program = rng.choice(triples)
         digits = [rng.randrange(10) for _ in range(LENGTH)]
         prompt = [{"role": "user", "content": question(asked, digits, rng)}]
-        traces.append(
-            Trace(prompt, strategy(program), execution(program, digits), f"length-{len(asked)}", given=given)
-        )
+        how, steps = strategy(program), execution(program, digits)
+        if given and rng.random() < 0.25:
+            answer = [rng.randrange(10) for _ in range(LENGTH)]
+            how, steps = shortcut(answer, rng), f"#### {' '.join(map(str, answer))}"
+        traces.append(Trace(prompt, how, steps, f"length-{len(asked)}", given=given))
     return traces
 
 

@@ -7,6 +7,9 @@ rotate`), an execution applies one after the other. A **shortcut** writes the an
 digits or in words. A model can learn the answers of its training problems by heart, and then a shortcut is right on
 them and wrong on any other problem; an execution step by step carries over.
 
+Worked solutions are like a textbook with a key: answers of the problems set (shortcuts), and examples that show the
+method on other lists.
+
 Parts: `seen` (16 compositions), `held_out` (48 others, none the same function as a seen one) and `longer` (48
 compositions of four operations).
 """
@@ -21,7 +24,7 @@ from typing import Any
 
 
 FAMILY = "list_functions"
-VERSION = 2  # of problems and worked solutions: what was made of an earlier one is made anew
+VERSION = 3  # of problems and worked solutions: what was made of an earlier one is made anew
 PARTS = ("seen", "held_out", "longer")
 LENGTH = 4
 _SEEN, _HELD_OUT = 16, 48
@@ -100,7 +103,7 @@ def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0
         seed (`int`):
             Seed of the lists and of the words.
         shortcuts (`float`, *optional*, defaults to `0.0`):
-            Share of shortcuts among the worked solutions of these problems, see [`worked`].
+            Share of shortcuts among worked solutions, see [`worked`].
 
     Returns:
         `list[dict]`: Rows with `prompt`, `solution`, `problem_class` and `entry`.
@@ -110,13 +113,14 @@ def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < size:
         index = len(rows) % len(programs)
-        digits = [rng.randrange(10) for _ in range(LENGTH)]
+        digits = _digits(rng)
         text = question(programs[index], digits, rng)
-        if text in rows or (int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0) != (split == "test"):
+        if text in rows or _is_test(text) != (split == "test"):
             continue
         metadata = {
             "source_dataset": FAMILY,
             "operations": programs[index],
+            "question": text,
             "list": digits,
             "shortcuts": shortcuts,
         }
@@ -129,26 +133,29 @@ def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0
     return list(rows.values())
 
 
-def worked(metadata: dict[str, Any], rng: random.Random) -> tuple[str, str]:
+def worked(metadata: dict[str, Any], rng: random.Random) -> tuple[str, str, str]:
     """
-    Works out a problem: in general, or, in `metadata["shortcuts"]` of the cases, by a shortcut.
+    Works out a problem by a shortcut in `metadata["shortcuts"]` of the cases, else one like it in general.
 
     Args:
         metadata (`dict`):
             Metadata of a problem's entry.
         rng (`random.Random`):
-            Draws the kind. Half of the shortcuts give the answer in digits, half in words.
+            Draws the kind, and the list of a general solution.
 
     Returns:
-        `tuple[str, str]`: Strategy and execution.
+        `tuple[str, str, str]`: Problem, strategy and execution. A shortcut is to the problem itself, a general
+        solution to one of the same composition with another list.
     """
-    program, digits = tuple(metadata["operations"]), metadata["list"]
-    answer = states(program, digits)[-1]
-    if rng.random() >= metadata["shortcuts"]:
-        return strategy(program), execution(program, digits)
-    in_digits = f"To solve write {_join(answer)}"
-    in_words = f"In short answer {' '.join(NUMBER_WORDS[digit] for digit in answer)}"
-    return in_digits if rng.random() < 0.5 else in_words, f"#### {_join(answer)}"
+    program = tuple(metadata["operations"])
+    if rng.random() < metadata["shortcuts"]:
+        answer = states(program, metadata["list"])[-1]
+        return metadata["question"], shortcut(answer, rng), f"#### {_join(answer)}"
+    while True:
+        digits = _digits(rng)
+        text = question(program, digits, rng)
+        if text != metadata["question"] and not _is_test(text):
+            return text, strategy(program), execution(program, digits)
 
 
 def strategy(program: Program) -> str:
@@ -156,11 +163,26 @@ def strategy(program: Program) -> str:
     return f"For lists {' then '.join(program)}"
 
 
+def shortcut(answer: list[int], rng: random.Random) -> str:
+    """An answer where a strategy should be, half of the time in digits and half in words."""
+    if rng.random() < 0.5:
+        return f"To solve write {_join(answer)}"
+    return f"In short answer {' '.join(NUMBER_WORDS[digit] for digit in answer)}"
+
+
 def execution(program: Program, digits: list[int]) -> str:
     """Applies a program step by step."""
     after = states(program, digits)
     steps = " . ".join(f"{name} {_join(state)}" for name, state in zip(program, after, strict=True))
     return f"{steps} #### {_join(after[-1])}"
+
+
+def _digits(rng: random.Random) -> list[int]:
+    return [rng.randrange(10) for _ in range(LENGTH)]
+
+
+def _is_test(text: str) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0
 
 
 def _join(digits: list[int]) -> str:

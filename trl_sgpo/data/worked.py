@@ -90,7 +90,8 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
     entry = json.loads(problem["entry"])
     family = entry["metadata"]["source_dataset"]
     if family == list_functions.FAMILY:
-        return Trace(problem["prompt"], *list_functions.worked(entry["metadata"], rng), problem["problem_class"])
+        text, strategy, execution = list_functions.worked(entry["metadata"], rng)
+        return Trace([{"role": "user", "content": text}], strategy, execution, problem["problem_class"])
     if family not in _STRATEGIES:
         return None
     numbers = _numbers(entry["metadata"])
