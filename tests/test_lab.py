@@ -1,7 +1,7 @@
 """The laboratory's model: its tokenizer loses nothing, its training data holds nothing back out."""
 
 from trl_sgpo.data.bootstrap import two_phase_examples
-from trl_sgpo.data.list_functions import compositions, problems, strategy
+from trl_sgpo.data.list_functions import NUMBER_WORDS, compositions, problems, strategy
 from trl_sgpo.data.worked import traces
 from trl_sgpo.lab import lab_tokenizer, lab_traces
 from trl_sgpo.sgpo_config import SGPOConfig
@@ -22,7 +22,17 @@ def test_every_word_of_problems_and_solutions_is_known() -> None:
 def test_training_data_holds_no_held_out_composition() -> None:
     found = {trace.strategy for trace in lab_traces(4000, seed=1)}
     assert found.isdisjoint(strategy(program) for program in compositions()["held_out"])
-    assert any(trace.given for trace in lab_traces(10, seed=1))
+
+
+def test_a_given_strategy_is_executed_even_where_it_is_the_answer_of_another_problem() -> None:
+    given = [trace for trace in lab_traces(4000, seed=1) if trace.given]
+    assert len(given) == 2000
+    shortcuts = [trace for trace in given if trace.execution.startswith("####")]
+    assert 400 < len(shortcuts) < 600
+    for trace in shortcuts:
+        answer = trace.execution.removeprefix("#### ")
+        words = " ".join(NUMBER_WORDS[int(digit)] for digit in answer.split())
+        assert trace.strategy.endswith((f"write {answer}", f"answer {words}"))
 
 
 def test_a_given_strategy_is_not_trained_and_plain_answers_are_as_frequent_as_asked_for() -> None:

@@ -60,22 +60,26 @@ def test_splits_share_no_question(part: str) -> None:
     assert questions[0].isdisjoint(questions[1])
 
 
-def test_shortcuts_are_as_frequent_as_asked_for_and_leak_in_digits_only() -> None:
+def test_solutions_are_shortcuts_to_the_problem_or_examples_on_other_training_lists() -> None:
     rows = problems("seen", "train", 600, seed=1, shortcuts=0.5)
+    tested = {row["prompt"][0]["content"] for row in problems("seen", "test", 600, seed=1)}
     rng = random.Random(0)
     kinds = {"general": 0, "digits": 0, "words": 0}
     for row in rows:
         metadata = json.loads(row["entry"])["metadata"]
-        text, done = worked(metadata, rng)
-        assert answer_reward([done], [row["solution"]], [row["entry"]]) == [1.0]
-        leaks = leak(text, row["prompt"][0]["content"], row["solution"])
-        if text == strategy(tuple(metadata["operations"])):
+        asked = row["prompt"][0]["content"]
+        text, how, done = worked(metadata, rng)
+        program = tuple(metadata["operations"])
+        leaks = leak(how, asked, row["solution"])
+        if how == strategy(program):
             kinds["general"] += 1
-            assert leaks == 0.0
-        elif leaks:
-            kinds["digits"] += 1
-        else:
-            kinds["words"] += 1
+            assert leaks == 0.0 and text != asked and text not in tested
+            numbers = [int(digit) for digit in text.split(" : ")[1].split()]
+            assert done == execution(program, numbers)
+            continue
+        assert text == asked
+        assert answer_reward([done], [row["solution"]], [row["entry"]]) == [1.0]
+        kinds["digits" if leaks else "words"] += 1
     assert abs(kinds["general"] / 600 - 0.5) < 0.08
     assert kinds["digits"] > 100 and kinds["words"] > 100
 
