@@ -59,6 +59,13 @@ def test_differences_are_paired_by_seed() -> None:
     assert summed["arms"]["sgpo"]["seen accuracy"]["high"] > 1
 
 
+def test_learning_curves_are_compared_where_arms_have_them() -> None:
+    results = {"sgpo": [_result(1, 0.9), _result(2, 0.7)], "k1": [_result(1, 0.5), _result(2, 0.3)]}
+    results["base"] = [_result(1, 0.1) | {"curve": []}]
+    text = markdown(summary(_comparison(), results)).split("## Learning curves")[1]
+    assert "| k1 | 0.40 " in text and "| k1 | +0.40 [+0.40, +0.40] |" in text and "| base |" not in text.split("##")[0]
+
+
 def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> None:
     summed = summary(_comparison(), {"sgpo": [_result(1, 0.5)], "k1": []})
     assert list(summed["arms"]) == ["sgpo"]

@@ -74,6 +74,8 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
     figures["lift"] = differences["transfer - none"]["value"]
     figures["own - other"] = differences["own - other"]["value"]
     figures["own - none"] = differences["own - none"]["value"]
+    for index, point in enumerate(result["curve"], start=1):
+        figures[f"curve {index}"] = point["accuracy"]
     for name, value in result["tokens"].items():
         figures[f"tokens {name}"] = float(value)
     figures["training seconds"] = result["training_seconds"]
@@ -107,7 +109,7 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
             differences[name] = {
                 figure: interval([ours[figure] - theirs[figure] for ours, theirs in paired]).to_dict()
                 for figure in paired[0][1]
-                if not figure.startswith(("tokens", "training"))
+                if figure in paired[0][0] and not figure.startswith(("tokens", "training"))
             }
     return {
         "settings": {
@@ -167,6 +169,17 @@ def markdown(summed: dict[str, Any]) -> str:
     more = ["own strategy", "transfer score", "other class's strategy", "empty strategy", "no strategy"]
     more += [f"{name} accuracy, greedy" for name in suites]
     lines += _table(["arm", *more], [[name, *(_cell(f[c]) for c in more)] for name, f in summed["arms"].items()])
+    points = sorted({name for f in summed["arms"].values() for name in f if name.startswith("curve ")})
+    if points:
+        suite = summed["settings"]["transfer"]["suite"]
+        tokens = [f"{summed['settings']['budget'] * (i + 1) // len(points):,} tokens" for i in range(len(points))]
+        learning = {name: f for name, f in summed["arms"].items() if points[0] in f}
+        differences = {name: f for name, f in summed["differences"].items() if points[0] in f}
+        lines += ["", f"## Learning curves: {suite} accuracy, sampled, on the first problems of the suite", ""]
+        lines += _table(["arm", *tokens], [[name, *(_cell(f[c]) for c in points)] for name, f in learning.items()])
+        lines += ["", f"{summed['reference']} minus the others, paired by seed:", ""]
+        rows = [[name, *(_cell(f[c], signed=True) for c in points)] for name, f in differences.items()]
+        lines += _table(["arm", *tokens], rows)
     lines += ["", "## Cost: means over seeds", ""]
     cost = ["tokens generated", "tokens labels", "tokens trained", "training seconds"]
     lines += _table(
