@@ -243,7 +243,7 @@ def _generate(
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """Continues each prompt, which begins with the request beside it."""
     with (
-        _max_new_tokens(trainer, max_new_tokens),
+        max_new_tokens(trainer, max_new_tokens),
         _requests_read_once(trainer, requests),
         _contiguous_head_input(trainer),
         _progress(trainer, len(prompt_ids), max_new_tokens, phase),
@@ -253,7 +253,7 @@ def _generate(
 
 
 @contextmanager
-def _max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
+def max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
     if trainer.use_vllm:
         before = trainer.vllm_generation.max_completion_length
         trainer.vllm_generation.max_completion_length = limit
@@ -270,7 +270,7 @@ def _max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
             trainer.generation_config.max_new_tokens = before
 
 
-def _left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
     ids = [[padding] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -305,8 +305,8 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
             ids[mask.bool()].tolist()[len(request) - 1 :]
             for ids, mask, request in zip(input_ids.cpu(), attention_mask.cpu(), requests, strict=True)
         ]
-        head_ids, head_mask = _left_padded(list(map(list, heads)), padding, device)
-        rest_ids, rest_mask = _left_padded(rests, padding, device)
+        head_ids, head_mask = left_padded(list(map(list, heads)), padding, device)
+        rest_ids, rest_mask = left_padded(rests, padding, device)
         rows = torch.tensor([row_head[tuple(request[:-1])] for request in requests], device=device)
         cache = DynamicCache(config=base.config.get_text_config())
         base.get_decoder()(
@@ -329,15 +329,18 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
         del model.generate
 
 
+def contiguous_input(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """
+    A forward pre-hook for LM heads. At the end of a prefill transformers hands them a strided slice of the hidden
+    states, for which a CPU's `matmul` copies the whole vocabulary projection once a row: 2.7 s and 2.7 GB for 48 rows
+    of SmolLM2-135M.
+    """
+    return (args[0].contiguous(), *args[1:])
+
+
 @contextmanager
 def _contiguous_head_input(trainer: "SGPOTrainer") -> Iterator[None]:
-    """
-    At the end of a prefill transformers hands the LM head a strided slice of the hidden states, for which a CPU's
-    `matmul` copies the whole vocabulary projection once a row: 2.7 s and 2.7 GB for 48 rows of SmolLM2-135M.
-    """
-    handle = trainer.model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: (args[0].contiguous(), *args[1:])
-    )
+    handle = trainer.model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
     try:
         yield
     finally:
