@@ -239,14 +239,14 @@ def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
 
 
 def _generate(
-    trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], max_new_tokens: int, phase: str
+    trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], limit: int, phase: str
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """Continues each prompt, which begins with the request beside it."""
     with (
-        max_new_tokens(trainer, max_new_tokens),
+        max_new_tokens(trainer, limit),
         _requests_read_once(trainer, requests),
         _contiguous_head_input(trainer),
-        _progress(trainer, len(prompt_ids), max_new_tokens, phase),
+        _progress(trainer, len(prompt_ids), limit, phase),
     ):
         # One completion a prompt: vLLM's server mode would otherwise sample every num_generations-th prompt only
         return trainer._generate_single_turn(prompt_ids, None, {}, num_generations=1)
@@ -254,6 +254,7 @@ def _generate(
 
 @contextmanager
 def max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
+    """Sets the number of tokens that generation ends at."""
     if trainer.use_vllm:
         before = trainer.vllm_generation.max_completion_length
         trainer.vllm_generation.max_completion_length = limit
