@@ -5,7 +5,7 @@ What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollou
 `_generate_single_turn`, `generation_config.max_new_tokens` and `vllm_generation.max_completion_length`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from trl.data_utils import is_conversational
 
 from .prompts import (
@@ -278,6 +278,53 @@ def left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tu
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+class _ManyEnded(StoppingCriteria):
+    """Stops all rows when a quarter of them have ended since `start`."""
+
+    def __init__(self, ends: torch.Tensor, start: int):
+        self.ends, self.start = ends, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ended = torch.isin(input_ids[:, self.start :], self.ends).any(dim=1)
+        return (ended.float().mean() >= 0.25).expand_as(ended)
+
+
+def _new_tokens(
+    trainer: "SGPOTrainer",
+    generate: Callable[..., torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: DynamicCache,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """
+    Generates in as many calls as it takes to leave out rows that have ended: within a call, each takes as much work
+    until the longest ends.
+    """
+    limit, width = trainer.generation_config.max_new_tokens, ids.size(1)
+    ends = torch.tensor(trainer.eos_token_ids, device=ids.device)
+    new = torch.full((len(ids), limit), trainer.processing_class.pad_token_id, device=ids.device)
+    rows, start = torch.arange(len(ids), device=ids.device), 0
+    while len(rows) > 0 and start < limit:
+        criteria = [_ManyEnded(ends, width + start)] if trainer.leaves_out_ended_rows else []
+        with max_new_tokens(trainer, limit - start):
+            output = generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **kwargs,
+            )
+        stop = output.size(1) - width
+        new[rows, start:stop] = output[:, width + start :]
+        going = (~torch.isin(output[:, width + start :], ends).any(dim=1)).nonzero().squeeze(1)
+        cache.batch_select_indices(going)
+        ids, rows = output[going], rows[going]
+        mask = torch.nn.functional.pad(mask[going], (0, stop - start), value=1)
+        start = stop
+    return new
+
+
 @contextmanager
 def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> Iterator[None]:
     """
@@ -320,8 +367,8 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
         cache.batch_select_indices(rows)
         ids = torch.cat([head_ids[rows], rest_ids], dim=1)
         mask = torch.cat([head_mask[rows], rest_mask], dim=1)
-        output = generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
-        return torch.cat([input_ids, output[:, ids.size(1) :]], dim=1)
+        new = _new_tokens(trainer, generate, ids, mask, cache, kwargs)
+        return torch.cat([input_ids, new], dim=1)
 
     model.generate = generate_after_heads
     try:

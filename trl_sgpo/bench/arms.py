@@ -153,14 +153,15 @@ def synchronize() -> None:
 def _timed(
     trainer: Any, name: str, spent: dict[str, float], after: Callable[[Any, Any], None] | None = None
 ) -> Iterator[None]:
-    """Adds up the seconds spent in a method of the trainer, and shows its arguments and result to `after`."""
+    """Adds up a method's seconds and CPU seconds, and shows its arguments and result to `after`."""
     method = trainer.__getattribute__(name)
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = method(*args, **kwargs)
         synchronize()
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+        spent[f"{name} cpu"] = spent.get(f"{name} cpu", 0.0) + time.process_time() - cpu_start
         if after is not None:
             after(args, result)
         return result
@@ -218,6 +219,7 @@ def measured_step(trainer: Any) -> tuple[dict[str, Any], list[Call]]:
         "cpu_seconds": timer.cpu_seconds,
         "generated_tokens": sum(tokens),
         "seconds_generating": spent["_generate"],
+        "cpu_seconds_generating": spent["_generate cpu"],
         "seconds_outside_model": outside,
         "seconds_of_bank": spent.get("commit_bank", 0.0) + spent.get("_plan_rollouts", 0.0),
     }
@@ -243,11 +245,16 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def report(title: str, result: dict[str, Any], output: str | None) -> None:
-    """Writes a result as JSON, if asked to, and prints its figures."""
+def write(result: dict[str, Any], output: str | None) -> None:
+    """Writes a result as JSON, if asked to."""
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(result, indent=2))
+
+
+def report(title: str, result: dict[str, Any], output: str | None) -> None:
+    """Writes a result as JSON, if asked to, and prints its figures."""
+    write(result, output)
     table = Table(title=title)
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -48,6 +48,13 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_step_options(options: argparse.Namespace) -> None:
+    if options.steps < 1:
+        raise ConfigError(f"`--steps` must be at least 1, got {options.steps}.")
+    if not 0 <= options.end_probability < 1:
+        raise ConfigError(f"`--end_probability` must be at least 0 and below 1, got {options.end_probability}.")
+
+
 def step_settings(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     return settings(recipe) | {"steps": options.steps, "end_probability": options.end_probability}
 
@@ -70,10 +77,7 @@ def take_turns(recipe: Recipe, options: argparse.Namespace, with_generate: bool)
     Raises:
         [`ConfigError`]: Options out of range.
     """
-    if options.steps < 1:
-        raise ConfigError(f"`--steps` must be at least 1, got {options.steps}.")
-    if not 0 <= options.end_probability < 1:
-        raise ConfigError(f"`--end_probability` must be at least 0 and below 1, got {options.end_probability}.")
+    check_step_options(options)
     trainers = {arm: build_trainer(arm, recipe, options.end_probability) for arm in ARMS}
     rows: list[dict[str, Any]] = []
     for step in range(options.steps + 1):
