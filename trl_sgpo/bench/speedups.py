@@ -2,13 +2,15 @@
 
 import argparse
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..cli.recipe import read_recipe
-from .arms import build_trainer, measured_step, write
+from .arms import build_trainer, counted_step, measured_step, write
 from .throughput import add_step_options, check_step_options, step_settings
 
 
@@ -18,7 +20,13 @@ SPEEDUPS = {
     "leaves_out_ended_rows": "rows that ended left out while generating",
     "shares_prompts": "prompts read once while training",
 }
-MEASURES = ("seconds", "cpu_seconds", "seconds_generating", "cpu_seconds_generating")
+MEASURES = {
+    "seconds": "step",
+    "cpu_seconds": "step, CPU",
+    "seconds_generating": "generation",
+    "cpu_seconds_generating": "generation, CPU",
+    "flops": "operations",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -42,23 +50,32 @@ def main(argv: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     for step in range(options.steps + 1):
         for without in [None, *used] if step % 2 else [*reversed(used), None]:
-            if without:
-                setattr(trainer, without, False)
-            row, _ = measured_step(trainer)
-            if without:
-                setattr(trainer, without, True)
-            print(f"without {without}, step {step}: {row['seconds']:.2f} s", flush=True)
-            if step > 0:
-                rows.append({"without": without, "step": step, **row})
+            with _switched_off(trainer, without):
+                row = measured_step(trainer)[0] if step else counted_step(trainer)
+            print(f"step {step} without {without}: {row['generated_tokens']} tokens generated", flush=True)
+            rows.append({"without": without, "step": step, **row})
     figures = {name: _figures(rows, name) for name in used}
     write(figures | {"settings": step_settings(recipe, options), "rows": rows}, options.output)
     _print(figures)
     return 0
 
 
+@contextmanager
+def _switched_off(trainer: Any, name: str | None) -> Iterator[None]:
+    if name is None:
+        yield
+        return
+    setattr(trainer, name, False)
+    try:
+        yield
+    finally:
+        setattr(trainer, name, True)
+
+
 def _figures(rows: list[dict[str, Any]], without: str) -> dict[str, float]:
     def median(variant: str | None, measure: str) -> float:
-        return statistics.median(row[measure] / row["generated_tokens"] for row in rows if row["without"] == variant)
+        found = [row for row in rows if row["without"] == variant and measure in row]
+        return statistics.median(row[measure] / row["generated_tokens"] for row in found)
 
     return {f"{measure}_ratio": median(without, measure) / median(None, measure) for measure in MEASURES}
 
@@ -66,7 +83,7 @@ def _figures(rows: list[dict[str, Any]], without: str) -> dict[str, float]:
 def _print(figures: dict[str, dict[str, float]]) -> None:
     table = Table(title="Time per generated token without, divided by with")
     table.add_column("speedup")
-    for measure in ("step", "step, CPU", "generation", "generation, CPU"):
+    for measure in MEASURES.values():
         table.add_column(measure, justify="right")
     for name, values in figures.items():
         table.add_row(SPEEDUPS[name], *(f"{value:.2f}" for value in values.values()))

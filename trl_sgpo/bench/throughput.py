@@ -14,7 +14,7 @@ from trl.models import unwrap_model_for_generation
 from ..cli.recipe import Recipe, read_recipe
 from ..errors import ConfigError
 from ..rollout import contiguous_input, left_padded, max_new_tokens, merged_adapters
-from .arms import ARMS, Call, build_trainer, measured_step, report, settings, synchronize
+from .arms import ARMS, Call, build_trainer, counted_step, measured_step, report, settings, synchronize
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
 
 
 def add_step_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each arm, after one to warm up")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps of each arm, after one whose operations are counted"
+    )
     parser.add_argument(
         "--end_probability",
         type=float,
@@ -80,14 +82,15 @@ def take_turns(recipe: Recipe, options: argparse.Namespace, with_generate: bool)
     check_step_options(options)
     trainers = {arm: build_trainer(arm, recipe, options.end_probability) for arm in ARMS}
     rows: list[dict[str, Any]] = []
-    for step in range(options.steps + 1):
+    for arm, trainer in trainers.items():
+        rows.append({"arm": arm, "step": 0, **counted_step(trainer)})
+    for step in range(1, options.steps + 1):
         for arm in ARMS if step % 2 else reversed(ARMS):
             row, calls = measured_step(trainers[arm])
             if arm == "sgpo" and with_generate:
                 row |= _plain_generate(trainers[arm], calls)
             print(f"{arm} step {step}: {row['seconds']:.2f} s, {row['generated_tokens']} tokens generated", flush=True)
-            if step > 0:
-                rows.append({"arm": arm, "step": step, **row})
+            rows.append({"arm": arm, "step": step, **row})
     return rows
 
 
@@ -162,7 +165,7 @@ def memory_bandwidth(device: torch.device, size: int = 2**28) -> float:
 
 
 def _median(rows: list[dict[str, Any]], arm: str, key: Callable[[dict[str, Any]], float]) -> float:
-    return statistics.median(key(row) for row in rows if row["arm"] == arm)
+    return statistics.median(key(row) for row in rows if row["arm"] == arm and row["step"] > 0)
 
 
 def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -171,11 +174,13 @@ def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     def ratio(key: Callable[[dict[str, Any]], float]) -> float:
         return _median(rows, "sgpo", key) / _median(rows, "grpo", key)
 
+    flops = {row["arm"]: row["flops"] / row["generated_tokens"] for row in rows if row["step"] == 0}
     return {
         "step_time_ratio": ratio(lambda row: row["seconds"]),
         "generated_tokens_ratio": ratio(lambda row: row["generated_tokens"]),
         "seconds_per_generated_token_ratio": ratio(lambda row: row["seconds"] / row["generated_tokens"]),
         "cpu_seconds_per_generated_token_ratio": ratio(lambda row: row["cpu_seconds"] / row["generated_tokens"]),
+        "flops_per_generated_token_ratio": flops["sgpo"] / flops["grpo"],
         "bank_share": _median(rows, "sgpo", lambda row: row["seconds_of_bank"] / row["seconds"]),
         "share_outside_model": _median(rows, "sgpo", lambda row: row["seconds_outside_model"] / row["seconds"]),
         "sgpo_seconds_per_step": _median(rows, "sgpo", lambda row: row["seconds"]),
