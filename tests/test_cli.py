@@ -12,6 +12,7 @@ import pytest
 import yaml
 from models import save_tiny_model
 
+from trl_sgpo.bench.speedups import SPEEDUPS
 from trl_sgpo.cli.main import COMMANDS, main
 
 
@@ -144,7 +145,8 @@ class TestMessages:
 class TestLightness:
     def test_help_and_import_load_no_heavy_module(self) -> None:
         code = (
-            "import sys, trl_sgpo\nfrom trl_sgpo.cli.main import main\nmain(['--help'])\n"
+            "import sys, trl_sgpo\nfrom trl_sgpo.bench.speedups import SPEEDUPS
+from trl_sgpo.cli.main import main\nmain(['--help'])\n"
             "heavy = {'torch', 'trl', 'transformers', 'chromadb', 'datasets'} & set(sys.modules)\n"
             "assert not heavy, heavy"
         )
@@ -217,3 +219,56 @@ class TestRuns:
         assert {row["arm"] for row in figures["rows"]} == {"sgpo", "grpo"} and figures["settings"][
             "num_generations"
         ] == 4
+
+    def test_bench_throughput_writes_its_figures(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "throughput.json"
+        options = ["--steps", "1", "--end_probability", "0.2", "--output", str(output)]
+        assert main(["bench", "throughput", "--config", str(recipe), *options]) == 0
+        figures = json.loads(output.read_text())
+        for key in (
+            "seconds_per_generated_token_ratio",
+            "flops_per_generated_token_ratio",
+            "fraction_of_generate_throughput",
+            "fraction_of_bandwidth_limit",
+        ):
+            assert 0 < figures[key] < float("inf")
+        rows = [(row["arm"], row["step"]) for row in figures["rows"]]
+        assert sorted(rows) == [("grpo", 0), ("grpo", 1), ("sgpo", 0), ("sgpo", 1)]
+        counts = [row["generated_tokens"] for row in figures["rows"] if row["arm"] == "grpo"]
+        assert all(8 <= count < 64 for count in counts)  # of 8 rows with at most 8 tokens
+        assert "fraction_of_generate_throughput" in capsys.readouterr().out
+
+    def test_bench_memory_compares_equal_lengths(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "memory.json"
+        assert main(["bench", "memory", "--config", str(recipe), "--output", str(output)]) == 0
+        figures = json.loads(output.read_text())
+        for name in ("peak", "step"):
+            sgpo, grpo = (figures[f"{arm}_{name}_bytes"] for arm in ("sgpo", "grpo"))
+            assert figures[f"{name}_memory_ratio"] == sgpo / grpo > 0
+        assert figures["sgpo_step_bytes"] < figures["sgpo_peak_bytes"]
+        assert figures["settings"]["grpo_max_completion_length"] == 16
+        assert "peak_memory_ratio" in capsys.readouterr().out
+
+    def test_bench_speedups_switches_each_off(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "speedups.json"
+        options = ["--use_peft", "true", "--steps", "1", "--output", str(output)]
+        assert main(["bench", "speedups", "--config", str(recipe), *options]) == 0
+        figures = json.loads(output.read_text())
+        assert {row["without"] for row in figures["rows"]} == {None, *SPEEDUPS}
+        for name in ("merges_adapters", "reads_requests_once"):
+            assert figures[name]["flops_ratio"] > 1
+        assert figures["leaves_out_ended_rows"]["flops_ratio"] == 1  # no row ended early
+        assert SPEEDUPS["shares_prompts"] in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("option", "value"), [("--steps", "0"), ("--end_probability", "1")])
+    def test_bench_refuses_options_out_of_range(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+    ) -> None:
+        assert main(["bench", "throughput", "--config", str(recipe), option, value]) == 2
+        assert option in capsys.readouterr().err

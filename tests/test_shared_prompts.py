@@ -151,6 +151,35 @@ def test_same_generation_as_apart(trainer, prompts):
     assert "generate" not in vars(trainer.model)
 
 
+def test_rows_that_ended_are_left_out(trainer):
+    """Greedy completions stay the same where rows end apart, and the model reads fewer tokens for them."""
+    requests = [[5, 6, 7, 8]] * 3 + [[20, 21]] * 3
+    contexts = [
+        request + rest for request, rest in zip(requests, [[9], [], [30, 31], [40], [41], [7, 9]], strict=True)
+    ]
+    trainer.generation_config.do_sample, ends = False, (trainer.eos_token_ids, trainer.generation_config.eos_token_id)
+    read = []
+    handle = trainer.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: read.append(args[0].numel())
+    )
+    try:
+        full = _generate(trainer, contexts, requests, 12, "test")[0]
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = sorted({full[0][2], full[4][6]})
+        expected = [
+            row[: 1 + min((i for i, t in enumerate(row) if t in trainer.eos_token_ids), default=12)] for row in full
+        ]
+        found, tokens = [], []
+        for trainer.leaves_out_ended_rows in (False, True):
+            read.clear()
+            found.append(_generate(trainer, contexts, requests, 12, "test")[0])
+            tokens.append(sum(read))
+    finally:
+        handle.remove()
+        trainer.eos_token_ids, trainer.generation_config.eos_token_id = ends
+    assert found == [expected, expected]
+    assert len({len(row) for row in expected}) > 1 and tokens[1] < tokens[0]
+
+
 def test_a_cache_of_a_kind_asked_for_is_left_to_generation(tmp_path):
     trainer = make_trainer(tmp_path, "llama")
     trainer.generation_config.do_sample = False

@@ -5,7 +5,7 @@ What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollou
 `_generate_single_turn`, `generation_config.max_new_tokens` and `vllm_generation.max_completion_length`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from trl.data_utils import is_conversational
 
 from .prompts import (
@@ -239,21 +239,22 @@ def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
 
 
 def _generate(
-    trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], max_new_tokens: int, phase: str
+    trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], limit: int, phase: str
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """Continues each prompt, which begins with the request beside it."""
     with (
-        _max_new_tokens(trainer, max_new_tokens),
+        max_new_tokens(trainer, limit),
         _requests_read_once(trainer, requests),
         _contiguous_head_input(trainer),
-        _progress(trainer, len(prompt_ids), max_new_tokens, phase),
+        _progress(trainer, len(prompt_ids), limit, phase),
     ):
         # One completion a prompt: vLLM's server mode would otherwise sample every num_generations-th prompt only
         return trainer._generate_single_turn(prompt_ids, None, {}, num_generations=1)
 
 
 @contextmanager
-def _max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
+def max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
+    """Sets the number of tokens that generation ends at."""
     if trainer.use_vllm:
         before = trainer.vllm_generation.max_completion_length
         trainer.vllm_generation.max_completion_length = limit
@@ -270,11 +271,58 @@ def _max_new_tokens(trainer: "SGPOTrainer", limit: int) -> Iterator[None]:
             trainer.generation_config.max_new_tokens = before
 
 
-def _left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
     ids = [[padding] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+class _ManyEnded(StoppingCriteria):
+    """Stops all rows when a quarter of them have ended since `start`."""
+
+    def __init__(self, ends: torch.Tensor, start: int):
+        self.ends, self.start = ends, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ended = torch.isin(input_ids[:, self.start :], self.ends).any(dim=1)
+        return (ended.float().mean() >= 0.25).expand_as(ended)
+
+
+def _new_tokens(
+    trainer: "SGPOTrainer",
+    generate: Callable[..., torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: DynamicCache,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """
+    Generates in as many calls as it takes to leave out rows that have ended: within a call, each takes as much work
+    until the longest ends.
+    """
+    limit, width = trainer.generation_config.max_new_tokens, ids.size(1)
+    ends = torch.tensor(trainer.eos_token_ids, device=ids.device)
+    new = torch.full((len(ids), limit), trainer.processing_class.pad_token_id, device=ids.device)
+    rows, start = torch.arange(len(ids), device=ids.device), 0
+    while len(rows) > 0 and start < limit:
+        criteria = [_ManyEnded(ends, width + start)] if trainer.leaves_out_ended_rows else []
+        with max_new_tokens(trainer, limit - start):
+            output = generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **kwargs,
+            )
+        stop = output.size(1) - width
+        new[rows, start:stop] = output[:, width + start :]
+        going = (~torch.isin(output[:, width + start :], ends).any(dim=1)).nonzero().squeeze(1)
+        cache.batch_select_indices(going)
+        ids, rows = output[going], rows[going]
+        mask = torch.nn.functional.pad(mask[going], (0, stop - start), value=1)
+        start = stop
+    return new
 
 
 @contextmanager
@@ -305,8 +353,8 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
             ids[mask.bool()].tolist()[len(request) - 1 :]
             for ids, mask, request in zip(input_ids.cpu(), attention_mask.cpu(), requests, strict=True)
         ]
-        head_ids, head_mask = _left_padded(list(map(list, heads)), padding, device)
-        rest_ids, rest_mask = _left_padded(rests, padding, device)
+        head_ids, head_mask = left_padded(list(map(list, heads)), padding, device)
+        rest_ids, rest_mask = left_padded(rests, padding, device)
         rows = torch.tensor([row_head[tuple(request[:-1])] for request in requests], device=device)
         cache = DynamicCache(config=base.config.get_text_config())
         base.get_decoder()(
@@ -319,8 +367,8 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
         cache.batch_select_indices(rows)
         ids = torch.cat([head_ids[rows], rest_ids], dim=1)
         mask = torch.cat([head_mask[rows], rest_mask], dim=1)
-        output = generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
-        return torch.cat([input_ids, output[:, ids.size(1) :]], dim=1)
+        new = _new_tokens(trainer, generate, ids, mask, cache, kwargs)
+        return torch.cat([input_ids, new], dim=1)
 
     model.generate = generate_after_heads
     try:
@@ -329,15 +377,18 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
         del model.generate
 
 
+def contiguous_input(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """
+    A forward pre-hook for LM heads. At the end of a prefill transformers hands them a strided slice of the hidden
+    states, for which a CPU's `matmul` copies the whole vocabulary projection once a row: 2.7 s and 2.7 GB for 48 rows
+    of SmolLM2-135M.
+    """
+    return (args[0].contiguous(), *args[1:])
+
+
 @contextmanager
 def _contiguous_head_input(trainer: "SGPOTrainer") -> Iterator[None]:
-    """
-    At the end of a prefill transformers hands the LM head a strided slice of the hidden states, for which a CPU's
-    `matmul` copies the whole vocabulary projection once a row: 2.7 s and 2.7 GB for 48 rows of SmolLM2-135M.
-    """
-    handle = trainer.model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: (args[0].contiguous(), *args[1:])
-    )
+    handle = trainer.model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
     try:
         yield
     finally:

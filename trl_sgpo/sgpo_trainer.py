@@ -191,6 +191,7 @@ class SGPOTrainer(GRPOTrainer):
             or self.is_fsdp_enabled
             or self.is_deepspeed_enabled
         )
+        self.leaves_out_ended_rows = not self.args.generation_kwargs  # which may count from where a call begins
         self._row_advantages: tuple[torch.Tensor, torch.Tensor] | None = None
         self._trained_tokens: torch.Tensor | None = None
         self._found: list[Strategy] = []

@@ -6,7 +6,10 @@ from ..errors import ConfigError
 
 
 SUBJECTS = {
-    "step": "a training step of SGPO and of TRL's GRPOTrainer, in turn in one run",
+    "step": "time and memory of a training step, SGPO against TRL's GRPOTrainer",
+    "throughput": "speed against GRPOTrainer, plain `generate` and the memory's bandwidth",
+    "speedups": "what each part of SGPO that saves work is worth",
+    "memory": "peak memory against GRPOTrainer at equal rows and total lengths",
     "bank": "the strategy bank: kills, retention, poison, size, malformed imports",
 }
 
@@ -14,7 +17,7 @@ SUBJECTS = {
 def main(argv: list[str]) -> int:
     """Runs the benchmark of a subject."""
     if not argv or argv[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<6} {text}" for name, text in SUBJECTS.items())
+        lines = "\n".join(f"  {name:<10} {text}" for name, text in SUBJECTS.items())
         print(f"usage: trl-sgpo bench SUBJECT [options]\n\nsubjects:\n{lines}\n")
         print("`trl-sgpo bench SUBJECT --help` lists the options of one.")
         return 0

@@ -1,0 +1,281 @@
+"""What the benchmarks of training share: both trainers on one recipe, and what a step of either takes."""
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOTrainer, get_peft_config, get_quantization_config
+
+from ..bank import Strategy, StrategyBank
+from ..cli.recipe import Recipe, load_data, load_rewards, model_init_kwargs
+from ..offline import require_model
+from ..rollout import contiguous_input
+from ..sgpo_config import SGPOConfig
+from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, score_trained_positions_only, with_classes
+
+
+ARMS = ("sgpo", "grpo")
+
+
+def build_trainer(arm: str, recipe: Recipe, end_probability: float = 0.0, equal_lengths: bool = False) -> Any:
+    """
+    Builds an arm's trainer. Both generate rows of the same lengths by construction.
+
+    Args:
+        arm (`str`):
+            `"sgpo"` or `"grpo"`.
+        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+            What both train.
+        end_probability (`float`, *optional*, defaults to `0.0`):
+            Probability that a row ends at a token. By default all are generated to their limit.
+        equal_lengths (`bool`, *optional*, defaults to `False`):
+            Whether GRPO's completions have the length of strategy and execution together.
+
+    Returns:
+        [`SGPOTrainer`] or [`~trl.GRPOTrainer`]
+    """
+    args = recipe.training
+    dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], args)
+    shared = {
+        "max_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [],
+        "log_completions": False,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "model_init_kwargs": model_init_kwargs(recipe),
+        "output_dir": f"{args.output_dir}/bench_{arm}",
+        "generation_batch_size": None,  # derived, as is the next
+        "steps_per_generation": args.steps_per_generation,
+    }
+    common: dict[str, Any] = {
+        "model": require_model(recipe.model.model_name_or_path),
+        "reward_funcs": load_rewards(recipe.script),
+        "train_dataset": dataset,
+        "quantization_config": get_quantization_config(recipe.model),
+        "peft_config": get_peft_config(recipe.model),
+    }
+    if arm == "sgpo":
+        trainer: Any = SGPOTrainer(args=replace(args, **shared), strategy_bank=_filled_bank(args, dataset), **common)
+    else:
+        if equal_lengths:
+            shared["max_completion_length"] = args.max_strategy_length + args.max_completion_length
+        trainer = GRPOTrainer(args=args.to_grpo(**shared), **common)
+        if trainer.accelerator.device.type == "cpu":  # SGPO's remedies for TRL on CPUs are given to both
+            score_trained_positions_only()
+            trainer.model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
+    trainer.remove_callback(PrinterCallback)
+    _end_at_random(trainer, end_probability)
+    if arm == "sgpo" and trainer.strategy_bank is not None:
+        trainer.add_callback(_NewStrategies(trainer))
+    return trainer
+
+
+def _end_at_random(trainer: Any, probability: float) -> None:
+    """Lets chance, not the model, decide where a generated row ends."""
+    ends = trainer.eos_token_ids
+
+    def decide(head: torch.nn.Module, args: Any, logits: torch.Tensor) -> None:
+        if not torch.is_grad_enabled():
+            logits[..., ends] = -torch.inf
+            logits[torch.rand(logits.shape[:-1], device=logits.device) < probability, ends[0]] = torch.finfo(logits.dtype).max
+
+    trainer.model.get_output_embeddings().register_forward_hook(decide)
+
+
+_SUBJECTS = ("carry", "order", "divide", "split", "count", "compare", "round", "factor", "list", "check", "cancel")
+
+
+def _strategies(problem_class: str, first: int, count: int) -> list[Strategy]:
+    """Strategies of a class for a bank to work with: different words, so that none counts as a near-copy."""
+    picked = [(_SUBJECTS[i % 11], _SUBJECTS[(3 * i + i // 11) % 11], i) for i in range(first, first + count)]
+    return [Strategy(f"For {problem_class}: {a}, then {b}, in way {i}.", problem_class, ("",)) for a, b, i in picked]
+
+
+def _filled_bank(args: SGPOConfig, dataset: Dataset) -> StrategyBank | None:
+    """A bank of 32 strategies a class, so that retrieval is part of what is measured."""
+    if not args.use_bank:
+        return None
+    bank = StrategyBank(tempfile.mkdtemp(prefix="trl-sgpo-bench-"), embedding_model=args.embedding_model)
+    for problem_class in sorted(set(dataset[CLASS_COLUMN])):
+        bank.add(_strategies(problem_class, 0, 32))
+    return bank
+
+
+class _NewStrategies(TrainerCallback):
+    """Lets each step find one strategy a block, so that writing them is part of what is measured."""
+
+    def __init__(self, trainer: SGPOTrainer):
+        self.trainer = trainer
+        self.step = 0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.step += 1
+        blocks = len(self.trainer.rollout_batch.problems) // self.trainer.geometry.problems
+        self.trainer.note_found(_strategies("bench", 1000 * self.step, max(blocks, 1)))
+
+
+class _StepTimer(TrainerCallback):
+    """Seconds of the one optimizer step a call of `train` makes."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.seconds, self.cpu_seconds = -time.perf_counter(), -time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.seconds += time.perf_counter()
+        self.cpu_seconds += time.process_time()
+
+
+def synchronize() -> None:
+    """Waits for a GPU, so that clocks show what it did."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _timed(
+    trainer: Any, name: str, spent: dict[str, float], after: Callable[[Any, Any], None] | None = None
+) -> Iterator[None]:
+    """Adds up a method's seconds and CPU seconds, and shows its arguments and result to `after`."""
+    method = trainer.__getattribute__(name)
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        result = method(*args, **kwargs)
+        synchronize()
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+        spent[f"{name} cpu"] = spent.get(f"{name} cpu", 0.0) + time.process_time() - cpu_start
+        if after is not None:
+            after(args, result)
+        return result
+
+    setattr(trainer, name, measured)
+    try:
+        yield
+    finally:
+        delattr(trainer, name)
+
+
+@dataclass(frozen=True)
+class Call:
+    """
+    A call for generation that a step made.
+
+    Args:
+        prompts (`list[list[int]]`):
+            Tokens to continue.
+        limit (`int`):
+            Maximum number of new ones.
+    """
+
+    prompts: list[list[int]]
+    limit: int
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+def counted_step(trainer: Any) -> dict[str, Any]:
+    """
+    Takes one optimizer step and counts its floating-point operations in matrix products, which do not depend on what
+    else the machine does. Counting slows a step down, so its times are left out.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        row, _ = measured_step(trainer)
+    return {"flops": counter.get_total_flops(), "generated_tokens": row["generated_tokens"]}
+
+
+def measured_step(trainer: Any) -> tuple[dict[str, Any], list[Call]]:
+    """Takes one optimizer step. Everything in it but generation, forward, backward and update is outside the model."""
+    spent: dict[str, float] = {}
+    tokens: list[int] = []
+    calls: list[Call] = []
+    timer = _StepTimer()
+    trainer.add_callback(timer)
+
+    def note(args: Any, result: Any) -> None:
+        tokens.append(sum(len(ids) for ids in result[0]))
+        calls.append(Call(args[0], trainer.generation_config.max_new_tokens))
+
+    with (
+        _timed(trainer, "_generate", spent),
+        _timed(trainer, "_generate_single_turn", spent, note),
+        _timed(trainer, "_generate_and_score_completions", spent),
+    ):
+        if isinstance(trainer, SGPOTrainer):
+            with _timed(trainer, "commit_bank", spent), _timed(trainer, "_plan_rollouts", spent):
+                trainer.train()
+        else:
+            trainer.train()
+    trainer.remove_callback(timer)
+    # In the recipes' aligned geometry scoring runs no forward pass of its own, so all of it counts as outside
+    outside = spent["_generate_and_score_completions"] - spent["_generate_single_turn"] + spent.get("commit_bank", 0.0)
+    row = {
+        "seconds": timer.seconds,
+        "cpu_seconds": timer.cpu_seconds,
+        "generated_tokens": sum(tokens),
+        "seconds_generating": spent["_generate"],
+        "cpu_seconds_generating": spent["_generate cpu"],
+        "seconds_outside_model": outside,
+        "seconds_of_bank": spent.get("commit_bank", 0.0) + spent.get("_plan_rollouts", 0.0),
+    }
+    return row, calls
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What figures depend on."""
+    args = recipe.training
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "recipe": recipe.path,
+        "model": recipe.model.model_name_or_path,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "num_generations": args.num_generations,
+        "transfer_block_size": args.transfer_block_size,
+        "num_bank_rollouts": args.num_bank_rollouts,
+        "rows": args.per_device_train_batch_size * args.steps_per_generation,
+        "max_strategy_length": args.max_strategy_length,
+        "max_completion_length": args.max_completion_length,
+        "merge_adapters": args.merge_adapters,
+    }
+
+
+def write(result: dict[str, Any], output: str | None) -> None:
+    """Writes a result as JSON, if asked to."""
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(result, indent=2))
+
+
+def report(title: str, result: dict[str, Any], output: str | None) -> None:
+    """Writes a result as JSON, if asked to, and prints its figures."""
+    write(result, output)
+    table = Table(title=title)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.3f}" if value < 1e6 else f"{value / 2**20:.0f} MiB")
+    Console().print(table)

@@ -1,0 +1,90 @@
+"""`trl-sgpo bench memory`: peak memory of SGPO and of TRL's GRPOTrainer, at equal rows and total lengths."""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..cli.recipe import read_recipe
+from ..errors import ConfigError
+from .arms import ARMS, build_trainer, report, settings
+
+
+def main(argv: list[str]) -> int:
+    """Measures each trainer in a process of its own and prints the figures."""
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo bench memory",
+        description="Measure the peak memory of SGPO and of TRL's GRPOTrainer on a recipe's model and data, at equal "
+        "rows and total lengths: GRPO's completions are as long as strategy and execution together, and every row is "
+        "generated to its full length. Each trainer has a process of its own.",
+        epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
+    )
+    parser.add_argument("--config", required=True, help="recipe")
+    parser.add_argument("--output", help="write the figures to this JSON file")
+    options, overrides = parser.parse_known_args(argv)
+    arguments = ["--config", options.config, *overrides]
+    recipe = read_recipe(arguments, "trl-sgpo bench memory")
+    args = recipe.training
+    total = args.max_strategy_length + args.max_completion_length
+    figures = peaks(arguments, equal_lengths=True)
+    result = {**figures, "settings": settings(recipe) | {"grpo_max_completion_length": total}}
+    report("Memory of SGPO and GRPO at equal rows and total lengths", result, options.output)
+    return 0
+
+
+def peaks(arguments: list[str], equal_lengths: bool) -> dict[str, float]:
+    """
+    Peak memory of both trainers, in bytes, and their ratios.
+
+    `peak` is the most a process had: what PyTorch allocated on a GPU, resident memory on a CPU. `step` is what
+    tensors took at most during a step above what they took before it.
+
+    Args:
+        arguments (`list[str]`):
+            The recipe and what overrides it.
+        equal_lengths (`bool`):
+            Whether GRPO's completions have the length of strategy and execution together.
+    """
+    measured = {arm: _in_new_process(arm, arguments, equal_lengths) for arm in ARMS}
+    figures = {f"{name}_memory_ratio": measured["sgpo"][name] / measured["grpo"][name] for name in ("peak", "step")}
+    for arm, memory in measured.items():
+        figures |= {f"{arm}_{name}_bytes": value for name, value in memory.items()}
+    return figures
+
+
+def _in_new_process(arm: str, arguments: list[str], equal_lengths: bool) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_peaks, args=(arm, arguments, equal_lengths, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise ConfigError(f"The {arm} arm could not take a step with this recipe: see the error above.") from None
+    finally:
+        process.join()
+
+
+def _send_peaks(arm: str, arguments: list[str], equal_lengths: bool, send: Any) -> None:
+    trainer = build_trainer(arm, read_recipe(arguments, "trl-sgpo bench"), equal_lengths=equal_lengths)
+    trainer.train()  # the first step also makes what stays, such as the copy of adapted weights
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        trainer.train()
+        peak = torch.cuda.max_memory_allocated()
+        send.send({"peak": float(peak), "step": float(peak - before)})
+        return
+    trainer.train()
+    kilo = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    send.send({"peak": float(peak), "step": float(max(accumulate(changes)))})
