@@ -164,7 +164,7 @@ def test_rows_that_ended_are_left_out(trainer):
     )
     try:
         full = _generate(trainer, contexts, requests, 12, "test")[0]
-        trainer.eos_token_ids = trainer.generation_config.eos_token_id = sorted({full[0][2], full[4][6]})
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = sorted({*ends[0], full[0][len(full[0]) // 2]})
         expected = [
             row[: 1 + min((i for i, t in enumerate(row) if t in trainer.eos_token_ids), default=12)] for row in full
         ]
