@@ -145,8 +145,7 @@ class TestMessages:
 class TestLightness:
     def test_help_and_import_load_no_heavy_module(self) -> None:
         code = (
-            "import sys, trl_sgpo\nfrom trl_sgpo.bench.speedups import SPEEDUPS
-from trl_sgpo.cli.main import main\nmain(['--help'])\n"
+            "import sys, trl_sgpo\nfrom trl_sgpo.cli.main import main\nmain(['--help'])\n"
             "heavy = {'torch', 'trl', 'transformers', 'chromadb', 'datasets'} & set(sys.modules)\n"
             "assert not heavy, heavy"
         )

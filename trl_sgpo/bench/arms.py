@@ -91,7 +91,9 @@ def _end_at_random(trainer: Any, probability: float) -> None:
     def decide(head: torch.nn.Module, args: Any, logits: torch.Tensor) -> None:
         if not torch.is_grad_enabled():
             logits[..., ends] = -torch.inf
-            logits[torch.rand(logits.shape[:-1], device=logits.device) < probability, ends[0]] = torch.finfo(logits.dtype).max
+            logits[torch.rand(logits.shape[:-1], device=logits.device) < probability, ends[0]] = torch.finfo(
+                logits.dtype
+            ).max
 
     trainer.model.get_output_embeddings().register_forward_hook(decide)
 
