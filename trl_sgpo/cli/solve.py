@@ -301,6 +301,12 @@ def _print_answer(solution: "Solution", pipeline: "SGPOPipeline") -> None:
     others = [(answer or "no answer", count) for answer, count in solution.votes[1 if solution.answer else 0 :]]
     if attempts > 1 and others:
         _write(f"Others: {', '.join(f'{answer} ({count})' for answer, count in others)}\n")
+    if attempts > 1 and len(set(solution.attempts)) == 1:
+        print(
+            "All attempts are the same, so their vote says nothing. If the server does not sample, as `transformers "
+            "serve` where the model's generation_config.json does not say `do_sample`, let it.",
+            file=sys.stderr,
+        )
     if solution.attempts[solution.chosen].flaw == "truncated":
         limit = settings.max_strategy_length
         print(f"The strategy was cut off at {limit} tokens: see `--max_strategy_length`.", file=sys.stderr)
