@@ -8,12 +8,18 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .bank import StrategyBank
+    from .pipeline import SGPOPipeline
     from .sgpo_config import SGPOConfig
     from .sgpo_trainer import SGPOTrainer
 
-__all__ = ["SGPOConfig", "SGPOTrainer", "StrategyBank", "__version__"]
+__all__ = ["SGPOConfig", "SGPOPipeline", "SGPOTrainer", "StrategyBank", "__version__"]
 
-_MODULES = {"SGPOConfig": ".sgpo_config", "SGPOTrainer": ".sgpo_trainer", "StrategyBank": ".bank"}
+_MODULES = {
+    "SGPOConfig": ".sgpo_config",
+    "SGPOPipeline": ".pipeline",
+    "SGPOTrainer": ".sgpo_trainer",
+    "StrategyBank": ".bank",
+}
 
 
 def __getattr__(name: str) -> Any:

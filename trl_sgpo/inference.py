@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
 from trl.data_utils import is_conversational
 
 from .bank.strategy import problem_id
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .sgpo_config import SGPOConfig
 
 SETTINGS_FILE = "sgpo.json"
+
+Stream = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,18 @@ class Decoding:
     seed: int = 42
 
 
+class _Streamer(TextStreamer):
+    """Hands on the text of one sequence while it is generated."""
+
+    def __init__(self, tokenizer: Any, stream: Stream):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._stream(text)
+
+
 class TwoPhaseModel:
     """
     A model that writes strategies for problems and executes them.
@@ -205,7 +219,11 @@ class TwoPhaseModel:
         return cls(model, tokenizer, settings or TwoPhaseSettings.load(directory), batch_size)
 
     def write_strategies(
-        self, problems: Sequence["Problem"], decoding: Decoding | None = None, progress: str | None = None
+        self,
+        problems: Sequence["Problem"],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+        stream: Stream | None = None,
     ) -> list[ParsedStrategy]:
         """
         Writes a strategy for each problem.
@@ -217,12 +235,15 @@ class TwoPhaseModel:
                 How to decode, greedily by default.
             progress (`str`, *optional*):
                 Name of a progress bar. None is shown by default.
+            stream (`Callable[[str], None]`, *optional*):
+                Called with pieces of the text while it is generated. For one problem only.
 
         Returns:
             `list[ParsedStrategy]`: In the order of the problems.
         """
         requests = [self._request_ids(problem) for problem in problems]
-        written = self._generate(requests, self.settings.max_strategy_length, decoding or Decoding(), progress)
+        limit = self.settings.max_strategy_length
+        written = self._generate(requests, limit, decoding or Decoding(), progress, stream)
         return [
             parse_strategy(self._decode(ids), self.settings.strategy_format, not ended and len(ids) > 0)
             for ids, ended in written
@@ -234,6 +255,7 @@ class TwoPhaseModel:
         strategies: Sequence[str],
         decoding: Decoding | None = None,
         progress: str | None = None,
+        stream: Stream | None = None,
     ) -> list[str]:
         """
         Executes a strategy on each problem.
@@ -247,6 +269,8 @@ class TwoPhaseModel:
                 How to decode, greedily by default.
             progress (`str`, *optional*):
                 Name of a progress bar. None is shown by default.
+            stream (`Callable[[str], None]`, *optional*):
+                Called with pieces of the text while it is generated. For one problem only.
 
         Returns:
             `list[str]`: Executions.
@@ -256,7 +280,7 @@ class TwoPhaseModel:
             ids = [*self._ids(strategy), self.tokenizer.eos_token_id]
             bridge = self._bridge_ids(problem.prompt)
             contexts.append(self._request_ids(problem) + ids + (bridge[1:] if bridge[0] == ids[-1] else bridge))
-        return self._complete(contexts, decoding, progress)
+        return self._complete(contexts, decoding, progress, stream)
 
     def answer(
         self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
@@ -299,8 +323,15 @@ class TwoPhaseModel:
         generated = self._generate(contexts, self.settings.max_completion_length, decoding or Decoding(), None)
         return [self._decode([*prefix, *ids]) for prefix, (ids, _) in zip(prefixes, generated, strict=True)]
 
-    def _complete(self, contexts: list[list[int]], decoding: Decoding | None, progress: str | None) -> list[str]:
-        generated = self._generate(contexts, self.settings.max_completion_length, decoding or Decoding(), progress)
+    def _complete(
+        self,
+        contexts: list[list[int]],
+        decoding: Decoding | None,
+        progress: str | None,
+        stream: Stream | None = None,
+    ) -> list[str]:
+        limit = self.settings.max_completion_length
+        generated = self._generate(contexts, limit, decoding or Decoding(), progress, stream)
         return [self._decode(ids).strip() for ids, _ in generated]
 
     def _as_text(self, prompt: Prompt) -> Prompt:
@@ -331,7 +362,12 @@ class TwoPhaseModel:
 
     @torch.inference_mode()
     def _generate(
-        self, prompts: list[list[int]], limit: int, decoding: Decoding, progress: str | None
+        self,
+        prompts: list[list[int]],
+        limit: int,
+        decoding: Decoding,
+        progress: str | None,
+        stream: Stream | None = None,
     ) -> list[tuple[list[int], bool]]:
         """Tokens generated after each prompt, without the end token, and whether there was one."""
         own = self.model.generation_config
@@ -355,19 +391,23 @@ class TwoPhaseModel:
             torch.manual_seed(decoding.seed)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                for index, ids in zip(batch, self._generate_batch([prompts[i] for i in batch], config), strict=True):
+                generated = self._generate_batch([prompts[i] for i in batch], config, stream)
+                for index, ids in zip(batch, generated, strict=True):
                     cut = next((position for position, token in enumerate(ids) if token in ends), None)
                     results[index] = (ids[:cut], cut is not None)
                     self.generated_tokens += len(ids) if cut is None else cut + 1
                 bar.update(len(batch))
         return results
 
-    def _generate_batch(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    def _generate_batch(
+        self, prompts: list[list[int]], config: GenerationConfig, stream: Stream | None
+    ) -> list[list[int]]:
         longest, padding = max(map(len, prompts)), self.tokenizer.pad_token_id
         device = self.model.device
         ids = torch.tensor([[padding] * (longest - len(row)) + row for row in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        streamer = None if stream is None else _Streamer(self.tokenizer, stream)
+        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
         return output[:, longest:].tolist()
 
 

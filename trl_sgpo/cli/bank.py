@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import shutil
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +23,13 @@ from ..bank.audit import audit as find_suspicious
 from ..bank.bank import INDEX, LEDGER, MANIFEST
 from ..bank.exchange import FILES, ImportReport, export_bank, import_bank
 from ..bank.ledger import Ledger
+from ..bank.reading import BANK_DIRECTORY, bank_directory
+from ..bank.reading import is_snapshot as _is_snapshot
+from ..bank.reading import reading as _reading
+from ..bank.reading import to_read as _to_read
 from ..bank.strategy import TRUST_STATES
 from ..errors import BankError, ConfigError
 
-
-BANK_DIRECTORY = "strategy_bank"  # in a run's output folder and in its checkpoints
 
 SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "utility": lambda strategy: policy.utility(strategy.successes, strategy.trials),
@@ -141,54 +142,6 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 # Opening
-
-
-def bank_directory(path: str) -> Path:
-    """
-    The directory of the bank that a path leads to.
-
-    Args:
-        path (`str`):
-            A bank, a snapshot, a checkpoint or a run's output folder.
-
-    Raises:
-        [`~trl_sgpo.errors.BankError`]: If there is no bank.
-    """
-    for directory in (Path(path), Path(path) / BANK_DIRECTORY):
-        if (directory / LEDGER).is_file():
-            return directory
-    if any((Path(path) / name).is_file() for name in FILES.values()):
-        raise BankError(f"{path} is an export: add it to a bank by `trl-sgpo bank import BANK {path}`.")
-    raise BankError(
-        f"{path} holds no strategy bank: name a directory with a {LEDGER}, or a checkpoint or output folder with "
-        f"one in {BANK_DIRECTORY}/."
-    )
-
-
-def _is_snapshot(directory: Path) -> bool:
-    # A bank that was continued from a snapshot still has its manifest, but an index too
-    return (directory / MANIFEST).is_file() and not (directory / INDEX).exists()
-
-
-@contextmanager
-def _to_read(directory: Path) -> Iterator[Path]:
-    """A bank's directory, or a copy of a snapshot, so that no lock, index or migration changes a checkpoint."""
-    if not _is_snapshot(directory):
-        yield directory
-        return
-    with TemporaryDirectory(prefix="trl-sgpo-bank-") as temporary:
-        shutil.copyfile(directory / LEDGER, Path(temporary) / LEDGER)
-        try:
-            yield Path(temporary)
-        except BankError as error:
-            raise BankError(str(error).replace(temporary, str(directory))) from error
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[StrategyBank]:
-    """A bank to read."""
-    with _to_read(bank_directory(path)) as directory, StrategyBank.restore(directory) as bank:
-        yield bank
 
 
 @contextmanager

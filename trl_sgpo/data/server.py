@@ -1,15 +1,17 @@
 """A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.TwoPhaseModel`]."""
 
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
 from tqdm.auto import tqdm
 
 from ..errors import ModelError
-from ..inference import Decoding, TwoPhaseSettings
+from ..inference import Decoding, Stream, TwoPhaseSettings
 from ..prompts import ParsedStrategy, Prompt, parse_strategy, strategy_prompt
 from ..rollout import Problem
 
@@ -43,6 +45,7 @@ class ServerModel:
 
     Attributes:
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
+        listed (`list[str]`): Names of models that the server lists, once [`ServerModel.list_models`] asked for them.
     """
 
     def __init__(
@@ -56,20 +59,51 @@ class ServerModel:
         retries: int = 5,
         first_wait: float = 1.0,
     ):
-        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.base = url.rstrip("/")
+        self.url = f"{self.base}/chat/completions"
         self.name = name
         self.settings = settings or TwoPhaseSettings()
         self.concurrency, self.retries, self.first_wait = concurrency, retries, first_wait
         self.generated_tokens = 0
+        self.listed: list[str] = []
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
 
+    def list_models(self) -> list[str]:
+        """
+        Asks the server, without repetition, which models it has. A server need not tell.
+
+        Returns:
+            `list[str]`: Names, none if it does not tell.
+
+        Raises:
+            [`ModelError`]: There is no server.
+        """
+        try:
+            response = self._client.get(f"{self.base}/models", timeout=10.0)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
+            raise self._no_address(error) from error
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise ModelError(
+                f"No server answers at {self.base} ({reason}): start it, or correct `--server`."
+            ) from error
+        try:
+            self.listed = [str(entry["id"]) for entry in response.json()["data"]]
+        except (ValueError, LookupError, TypeError):
+            self.listed = []
+        return self.listed
+
     def write_strategies(
-        self, problems: Sequence[Problem], decoding: Decoding | None = None, progress: str | None = None
+        self,
+        problems: Sequence[Problem],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+        stream: Stream | None = None,
     ) -> list[ParsedStrategy]:
         """Writes a strategy for each problem."""
         requests = [self._request(problem) for problem in problems]
-        written = self._complete(requests, self.settings.max_strategy_length, decoding, progress)
+        written = self._complete(requests, self.settings.max_strategy_length, decoding, progress, stream)
         return [parse_strategy(text, self.settings.strategy_format, truncated) for text, truncated in written]
 
     def execute(
@@ -78,6 +112,7 @@ class ServerModel:
         strategies: Sequence[str],
         decoding: Decoding | None = None,
         progress: str | None = None,
+        stream: Stream | None = None,
     ) -> list[str]:
         """Executes a strategy on each problem."""
         requests = [
@@ -88,7 +123,7 @@ class ServerModel:
             ]
             for problem, strategy in zip(problems, strategies, strict=True)
         ]
-        completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
+        completed = self._complete(requests, self.settings.max_completion_length, decoding, progress, stream)
         return [text.strip() for text, _ in completed]
 
     def answer(
@@ -104,7 +139,12 @@ class ServerModel:
         return _messages(strategy_prompt(problem.prompt, self.settings.strategy_prompt, shown, chat=True))
 
     def _complete(
-        self, requests: list[list[dict[str, Any]]], limit: int, decoding: Decoding | None, progress: str | None
+        self,
+        requests: list[list[dict[str, Any]]],
+        limit: int,
+        decoding: Decoding | None,
+        progress: str | None,
+        stream: Stream | None = None,
     ) -> list[tuple[str, bool]]:
         """Texts, and whether each was cut off by length."""
         decoding = decoding or Decoding()
@@ -118,7 +158,7 @@ class ServerModel:
         with ThreadPoolExecutor(self.concurrency) as workers:
             answers = list(
                 tqdm(
-                    workers.map(self._post, bodies),
+                    workers.map(partial(self._post, stream=stream), bodies),
                     total=len(bodies),
                     desc=progress,
                     unit="text",
@@ -129,34 +169,80 @@ class ServerModel:
         self.generated_tokens += sum(tokens for _, _, tokens in answers)
         return [(text, truncated) for text, truncated, _ in answers]
 
-    def _post(self, body: dict[str, Any]) -> tuple[str, bool, int]:
-        """Text, whether it was cut off, and its tokens."""
+    def _post(self, body: dict[str, Any], stream: Stream | None = None) -> tuple[str, bool, int]:
+        """Text, whether it was cut off, and its tokens. Nothing is repeated once text was handed to `stream`."""
         for attempt in range(self.retries + 1):
             wait = min(self.first_wait * 2**attempt, _LONGEST_WAIT)
             try:
-                response = self._client.post(self.url, json=body)
+                if stream is None:
+                    response = self._client.post(self.url, json=body)
+                else:
+                    with self._client.stream("POST", self.url, json=body | {"stream": True}) as response:
+                        if response.is_success and "event-stream" in response.headers.get("Content-Type", ""):
+                            return self._read_stream(response, stream)
+                        response.read()
             except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
-                raise ModelError(f"{self.url} is no address of a server ({error}): correct `--server`.") from error
+                raise self._no_address(error) from error
             except httpx.HTTPError as error:
                 reason = str(error) or type(error).__name__
             else:
                 if response.is_success:
-                    return self._read(response)
+                    answer = self._read(response)
+                    if stream is not None:
+                        stream(answer[0])
+                    return answer
                 reason = f"status {response.status_code}: {response.text[:200]}"
                 if response.status_code not in _TRY_AGAIN:
                     raise ModelError(
                         f"The server at {self.url} refuses requests with {reason}. Check `--server` (with its /v1), "
-                        f"`--server_model` and, if it asks for a token, the environment variable {TOKEN_VARIABLE}."
+                        f"the name of the model, {self._name_and_listed()}, and, if it asks for a token, the "
+                        f"environment variable {TOKEN_VARIABLE}."
                     )
                 asked = response.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
             if attempt < self.retries:
                 time.sleep(wait)
         raise ModelError(
-            f"The server at {self.url} failed {self.retries + 1} times, at last with {reason}. What was finished is "
-            "kept: once the server is up, run the same command again to continue. If it is overloaded, lower "
-            "`--concurrency` or raise `--timeout`."
+            f"The server at {self.url} failed {self.retries + 1} times, at last with {reason}. Check the name of the "
+            f"model, {self._name_and_listed()}. Once the server is up, run the same command again: what was written "
+            "to files is kept and continued. If it is overloaded, lower `--concurrency` or raise `--timeout`."
         )
+
+    def _no_address(self, error: Exception) -> ModelError:
+        return ModelError(f"{self.base} is no address of a server ({error}): correct `--server`.")
+
+    def _name_and_listed(self) -> str:
+        listed = f" (the server lists {', '.join(self.listed[:8])})" if self.listed else ""
+        return f"`{self.name}`{listed}"
+
+    def _read_stream(self, response: httpx.Response, stream: Stream) -> tuple[str, bool, int]:
+        """Reads server-sent events and hands on their text."""
+        text, truncated, tokens = "", False, 0
+        try:
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                tokens = (event.get("usage") or {}).get("completion_tokens") or tokens
+                if "choices" not in event:
+                    raise ModelError(f"The server at {self.url} stopped with an error: {data[:200]}. See its log.")
+                for choice in event["choices"]:
+                    if piece := (choice.get("delta") or {}).get("content"):
+                        text += piece
+                        stream(piece)
+                    truncated = truncated or choice.get("finish_reason") == "length"
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise ModelError(
+                f"The connection to {self.url} broke off ({reason}): run the same command again."
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"The server at {self.url} does not stream like a server of chat completions ({error}): check "
+                "`--server`, with its /v1."
+            ) from error
+        return text, truncated, int(tokens)
 
     def _read(self, response: httpx.Response) -> tuple[str, bool, int]:
         try:

@@ -1,0 +1,466 @@
+"""`trl-sgpo solve`: a trained model and its strategy bank at work, on one problem, a file, or as they come."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BankError, ConfigError, DataError
+
+
+if TYPE_CHECKING:
+    from ..bank import Strategy
+    from ..inference import Decoding
+    from ..pipeline import SGPOPipeline, Solution
+
+LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
+
+CHAT_HELP = """\
+Write a problem, and it is solved. Each one is new: nothing is remembered of those before.
+  /strategy TEXT   execute this strategy from now on; /strategy alone lets the model write again
+  /class NAME      show strategies of this class only; /class alone shows those of any
+  /n N             N sampled attempts, and the answer that most agree on
+  /help            this text
+  /quit            the end, as Ctrl-D"""
+
+
+def main(argv: list[str]) -> int:
+    """Solves what is asked for. Returns the exit status."""
+    options = read_options(argv)
+    try:
+        return _solve(options)
+    except KeyboardInterrupt:
+        kept = f" What is finished is in {options.output}: the same command goes on." if options.output else ""
+        print(f"\nStopped.{kept}", file=sys.stderr)
+        return 130
+
+
+# Options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo solve",
+        allow_abbrev=False,
+        description="Solve problems with a trained model: show it trusted strategies of its bank, let it write a "
+        "strategy, then execute it. With PROBLEM one problem, with --input a file of them, otherwise those that you "
+        "write in the terminal.",
+    )
+    parser.add_argument("problem", nargs="?", metavar="PROBLEM", help="what is to be solved")
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id; with "
+        "--server, the model's name there",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="output folder of the training, for its prompts and bank (that of --model)"
+    )
+    files = parser.add_argument_group("a file of problems")
+    files.add_argument(
+        "--input",
+        metavar="PATH",
+        help=".jsonl, .json, .parquet or .csv file with a column prompt, question or problem, or what recipes take as "
+        "dataset_name, with @SPLIT at its end",
+    )
+    files.add_argument(
+        "--output",
+        metavar="FILE",
+        help=".jsonl file for the answers, a line for each problem; the same command goes on where it was stopped",
+    )
+    files.add_argument("--overwrite", action="store_true", help="begin anew and drop what is in --output")
+    bank = parser.add_argument_group("strategies")
+    bank.add_argument("--bank", metavar="DIR", help="bank, checkpoint or run to take strategies from (that of --run)")
+    bank.add_argument("--no_bank", "--no-bank", action="store_true", help="show no strategies of a bank")
+    bank.add_argument(
+        "--class", dest="problem_class", metavar="NAME", help="show strategies of this class only (any, or the "
+        "problem_class in --input)",
+    )  # fmt: skip
+    bank.add_argument("--num_retrieved", type=int, metavar="N", help="strategies of the bank shown (as trained)")
+    bank.add_argument("--strategy", metavar="TEXT", help="execute this one; the bank is not asked")
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument(
+        "--n", type=int, default=1, metavar="N", help="attempts, each with its own strategy, and a vote on their "
+        "answers (1)",
+    )  # fmt: skip
+    decoding.add_argument(
+        "--temperature", type=float, metavar="T", help="0 takes the likeliest token (0, or 1 if --n is above 1)"
+    )
+    decoding.add_argument("--top_p", type=float, default=1.0, metavar="P", help="probability mass sampled from (1)")
+    decoding.add_argument("--seed", type=int, default=42, help="of the sampling (42)")
+    decoding.add_argument("--max_strategy_length", type=int, metavar="TOKENS", help="of a strategy (as trained)")
+    decoding.add_argument("--max_completion_length", type=int, metavar="TOKENS", help="of an execution (as trained)")
+    local = parser.add_argument_group("a model on this machine")
+    local.add_argument("--batch_size", type=int, default=32, metavar="N", help="texts generated at a time (32)")
+    local.add_argument("--dtype", default="auto", help="of the weights (auto)")
+    local.add_argument("--load_in_4bit", action="store_true", help="quantize the weights, for small GPUs")
+    local.add_argument("--device", help="such as cpu or cuda:1 (the accelerator, if there is one)")
+    server = parser.add_argument_group("a model behind a server", "A token is read from TRL_SGPO_SERVER_TOKEN.")
+    server.add_argument(
+        "--server", metavar="URL", help="OpenAI-compatible server, like http://127.0.0.1:8000/v1: vLLM, llama.cpp, "
+        "transformers serve",
+    )  # fmt: skip
+    server.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (8)")
+    server.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="to wait for a text (600)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    return parser
+
+
+def read_options(argv: list[str]) -> argparse.Namespace:
+    """
+    Reads the command line.
+
+    Args:
+        argv (`list[str]`):
+            The command line.
+
+    Raises:
+        [`ConfigError`]: Options that are out of range or contradict each other.
+    """
+    options = _parser().parse_args(argv)
+    if options.model is None and options.server is None:
+        raise ConfigError(
+            "Name what solves the problem: `--model` with a run's folder, a model's directory or Hub id."
+        )
+    for name, least in (
+        ("n", 1),
+        ("batch_size", 1),
+        ("concurrency", 1),
+        ("max_strategy_length", 1),
+        ("max_completion_length", 1),
+        ("num_retrieved", 0),
+    ):
+        value = vars(options)[name]
+        if value is not None and value < least:
+            raise ConfigError(f"`--{name}` must be at least {least}, got {value}.")
+    if options.temperature is None:
+        options.temperature = 0.0 if options.n == 1 else 1.0
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError(
+            f"`--temperature` must be at least 0 and `--top_p` above 0 and at most 1, got {options.temperature} and "
+            f"{options.top_p}."
+        )
+    if options.n > 1 and options.temperature == 0:
+        raise ConfigError("`--n` attempts at `--temperature 0` are all the same: leave one of them out.")
+    if options.strategy is not None and not options.strategy.strip():
+        raise ConfigError("`--strategy` is empty: write one, or leave it out and let the model write it.")
+    if options.bank is not None and (options.no_bank or options.strategy is not None):
+        raise ConfigError("`--bank` shows strategies; `--no_bank` and `--strategy` show none: leave one of them out.")
+    if (options.input is None) != (options.output is None):
+        raise ConfigError("`--input` and `--output` go together: give both.")
+    if options.input is not None and (options.problem is not None or options.json):
+        raise ConfigError("With `--input`, problems come from a file and JSON goes to one: leave out the rest.")
+    if options.problem is not None and not options.problem.strip():
+        raise ConfigError('The problem is empty: write what is to be solved, as in `trl-sgpo solve "What is 2 + 3?"`.')
+    if options.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("`--load_in_4bit` needs `pip install 'trl-sgpo[quantization]'`.")
+    return options
+
+
+# The pipeline
+
+
+def _open(options: argparse.Namespace) -> "SGPOPipeline":
+    from ..data.server import TOKEN_VARIABLE
+    from ..pipeline import SGPOPipeline
+
+    bank = None if options.no_bank or options.strategy is not None else options.bank or "auto"
+    try:
+        if options.server is not None:
+            pipeline = SGPOPipeline.from_server(
+                options.server,
+                options.model,
+                bank,
+                options.run,
+                token=os.environ.get(TOKEN_VARIABLE),
+                concurrency=options.concurrency,
+                timeout=options.timeout,
+                retries=2 if options.input is None else 5,
+            )
+        else:
+            pipeline = SGPOPipeline.from_pretrained(
+                options.model,
+                bank,
+                options.run,
+                batch_size=options.batch_size,
+                device=options.device,
+                dtype=options.dtype,
+                **_quantization(options),
+            )
+    except BankError as error:
+        raise BankError(f"{error} Or name another by `--bank`, or solve without: `--no_bank`.") from error
+    given = {name: vars(options)[name] for name in LIMITS if vars(options)[name] is not None}
+    pipeline.model.settings = replace(pipeline.model.settings, **given)
+    _tell_bank(pipeline, options)
+    return pipeline
+
+
+def _quantization(options: argparse.Namespace) -> dict[str, Any]:
+    if not options.load_in_4bit:
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config}
+
+
+def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
+    if options.no_bank or options.strategy is not None:
+        return
+    if pipeline.bank is None:
+        where = options.run or options.model
+        text = f"There is no strategy bank in {where}: none is shown." if where else "No strategy bank: none is shown."
+        if options.server is not None and options.run is None and not Path(options.model or "").is_dir():
+            text = "No strategies of a bank are shown, and the default prompts are used: name the run by `--run`."
+    else:
+        strategies = pipeline.bank.strategies()
+        trusted = sum(strategy.trust == "trusted" for strategy in strategies)
+        text = f"Bank: {len(strategies)} strategies, {trusted} of them trusted, which may be shown."
+    print(text, file=sys.stderr)
+
+
+def _decoding(options: argparse.Namespace) -> "Decoding":
+    from ..inference import Decoding
+
+    greedy = options.temperature == 0
+    return Decoding(greedy, 1.0 if greedy else options.temperature, options.top_p, options.seed)
+
+
+# Commands
+
+
+def _solve(options: argparse.Namespace) -> int:
+    if options.input is not None:
+        return _solve_file(options)
+    if options.problem is None and sys.stdin.isatty():
+        if options.json:
+            raise ConfigError("`--json` is for one problem: give it, or leave `--json` out.")
+        with _open(options) as pipeline:
+            return _chat(pipeline, options)
+    problem = sys.stdin.read() if options.problem is None else options.problem
+    if not problem.strip():
+        raise ConfigError("The problem is empty: pass it as an argument or on standard input, or use `--input`.")
+    with _open(options) as pipeline:
+        if options.json:
+            prepared = pipeline.prepare([problem.strip()], [options.problem_class])
+            (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options))
+            print(json.dumps(solution.to_dict(), indent=2))
+        else:
+            _solve_aloud(pipeline, problem.strip(), options)
+    return 0
+
+
+def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Namespace) -> None:
+    """Solves a problem and prints what is shown to the model and what it writes, while it does."""
+    prepared = pipeline.prepare([problem], [options.problem_class], retrieve=options.strategy is None)
+    if prepared[0].retrieved:
+        _print_shown(prepared[0].retrieved)
+    watch = _printer() if options.n == 1 else None
+    (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options), watch)
+    if watch is None:
+        _heading("Strategy")
+        _write(solution.strategy)
+        _heading("Execution")
+        _write(solution.execution)
+    _print_answer(solution, pipeline)
+
+
+def _print_shown(retrieved: "Sequence[Strategy]") -> None:
+    from .bank import _rate
+
+    _heading("From the bank")
+    lines = [
+        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {_rate(strategy)}\n"
+        f"  {' '.join(strategy.text.split())}"
+        for strategy in retrieved
+    ]
+    _write("\n".join(lines))
+
+
+def _printer() -> Callable[[str, str], None]:
+    def watch(phase: str, text: str) -> None:
+        if text:
+            _write(text)
+        else:
+            _heading(phase.capitalize())
+
+    return watch
+
+
+def _print_answer(solution: "Solution", pipeline: "SGPOPipeline") -> None:
+    attempts, settings = len(solution.attempts), pipeline.model.settings
+    _heading("Answer")
+    agree = f"  ({solution.votes[0][1]} of {attempts} attempts)" if attempts > 1 and solution.answer else ""
+    _write(f"{solution.answer or 'none found'}{agree}\n")
+    others = [(answer or "no answer", count) for answer, count in solution.votes[1 if solution.answer else 0 :]]
+    if attempts > 1 and others:
+        _write(f"Others: {', '.join(f'{answer} ({count})' for answer, count in others)}\n")
+    if attempts > 1 and len(set(solution.attempts)) == 1:
+        print(
+            "All attempts are the same, so their vote says nothing. If the server does not sample, as `transformers "
+            "serve` where the model's generation_config.json does not say `do_sample`, let it.",
+            file=sys.stderr,
+        )
+    if solution.attempts[solution.chosen].flaw == "truncated":
+        limit = settings.max_strategy_length
+        print(f"The strategy was cut off at {limit} tokens: see `--max_strategy_length`.", file=sys.stderr)
+    if solution.answer is None:
+        print(
+            'An answer is what follows ####, stands in \\boxed{} or follows "answer is". If the execution was cut '
+            f"off, at {settings.max_completion_length} tokens, raise `--max_completion_length`.",
+            file=sys.stderr,
+        )
+
+
+def _heading(text: str) -> None:
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"\n{bold}{text}{plain}", flush=True)
+
+
+def _write(text: str) -> None:
+    """Prints what a model or a bank says, with nothing in it that a terminal would act on."""
+    from .bank import _printable
+
+    print(_printable(text), end="", flush=True)
+
+
+# Chat
+
+
+def _chat(pipeline: "SGPOPipeline", options: argparse.Namespace) -> int:
+    import readline  # noqa: F401  (gives `input` a history and editing)
+
+    print(CHAT_HELP)
+    while True:
+        try:
+            line = input("\nproblem> ").strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print("  (/quit or Ctrl-D ends)")
+            continue
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return 0
+        try:
+            if command.startswith("/"):
+                print(_set(options, command, rest.strip()))
+            elif line:
+                _solve_aloud(pipeline, line, options)
+        except KeyboardInterrupt:
+            print("\nStopped.")
+        except (ConfigError, DataError) as error:
+            print(error)
+
+
+def _set(options: argparse.Namespace, command: str, value: str) -> str:
+    """Changes an option as a command of the chat says, and says what holds now."""
+    if command == "/strategy":
+        options.strategy = value or None
+        return "This strategy is executed from now on." if value else "The model writes strategies."
+    if command == "/class":
+        options.problem_class = value or None
+        return f"Strategies of {value or 'any class'} are shown."
+    if command == "/n" and value.isdecimal() and int(value) > 0:
+        options.n = int(value)
+        options.temperature = (options.temperature or 1.0) if options.n > 1 else 0.0
+        return f"{options.n} sampled attempts." if options.n > 1 else "One greedy attempt."
+    return CHAT_HELP
+
+
+# Files
+
+
+def _solve_file(options: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from ..evaluation.statistics import derived_seed
+    from ..evaluation.suites import load_suites, parse_suite
+    from ..prompts import problem_text
+
+    output = Path(options.output)
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"`--output {output}` is written as JSON lines: give it the ending .jsonl.")
+    if output.resolve() == Path(options.input).resolve():
+        raise ConfigError("`--output` must be another file than `--input`.")
+    try:
+        (loaded,) = load_suites([parse_suite(f"input={options.input}")])
+    except DataError as error:
+        raise DataError(str(error).replace("The suite input", "`--input`")) from error
+    prompts = [row["prompt"] for row in loaded.rows]
+    empty = [number for number, prompt in enumerate(prompts, 1) if not problem_text(prompt).strip()]
+    if empty:
+        raise DataError(f"Problem {empty[0]} in {options.input} is empty: remove it, or write what is to be solved.")
+    classes = [options.problem_class or row.get("problem_class") for row in loaded.rows]
+    with _open(options) as pipeline:
+        made_by = _made_by(pipeline, options)
+        done = 0 if options.overwrite else _finished(output, made_by, [problem_text(p) for p in prompts], options)
+        answered = 0
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            output.open("a" if done else "w", encoding="utf-8") as file,
+            tqdm(total=len(prompts), initial=done, desc="solving", unit="problem", dynamic_ncols=True) as bar,
+        ):
+            for start in range(done, len(prompts), options.batch_size):
+                part = slice(start, start + options.batch_size)
+                decoding = replace(_decoding(options), seed=derived_seed(options.seed, "file", start))
+                prepared = pipeline.prepare(prompts[part], classes[part])
+                for index, solution in enumerate(
+                    pipeline.solve(prepared, options.strategy, options.n, decoding), start
+                ):
+                    file.write(json.dumps({"index": index, **solution.to_dict(), "made_by": made_by}) + "\n")
+                    answered += solution.answer is not None
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(prepared))
+        print(f"{len(prompts)} problems in {output}; {answered} of {len(prompts) - done} solved now have an answer.")
+    return 0
+
+
+def _made_by(pipeline: "SGPOPipeline", options: argparse.Namespace) -> str:
+    """Identity of all that answers depend on, so that a file is not continued with something else."""
+    from ..inference import TwoPhaseModel
+    from .eval import _digest, _weights_digest
+
+    model, bank = pipeline.model, pipeline.bank
+    depends_on = {
+        "model": _weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
+        "dtype": [options.dtype, options.load_in_4bit],
+        "settings": asdict(model.settings),
+        "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
+        "strategy": options.strategy,
+        "class": options.problem_class,
+        "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
+    }
+    return _digest(depends_on)[:16]
+
+
+def _finished(output: Path, made_by: str, problems: list[str], options: argparse.Namespace) -> int:
+    """Problems that are solved already. What is left of an unfinished batch is cut off the file."""
+    if not output.exists():
+        return 0
+    content = output.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    try:
+        found = [json.loads(line) for line in lines]
+        same = all(entry["made_by"] == made_by for entry in found)
+        same = same and [entry["problem"] for entry in found] == problems[: len(found)]
+    except (ValueError, LookupError, TypeError):
+        same = False
+    torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])
+    if not same or torn:
+        raise ConfigError(
+            f"{output} holds something else, or answers to other problems, of another model or with other options: "
+            "choose another `--output`, or drop what is there with `--overwrite`."
+        )
+    done = len(lines) if len(lines) == len(problems) else len(lines) // options.batch_size * options.batch_size
+    with output.open("r+b") as file:
+        file.truncate(sum(map(len, lines[:done])))
+    return done

@@ -1,0 +1,389 @@
+"""Solving problems with a trained model: retrieve strategies from a bank, write one, execute it."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from .bank import Strategy, StrategyBank
+from .bank.reading import BANK_DIRECTORY, reading_copy
+from .data.server import ServerModel
+from .data.tasks import final_answer, same_answer, same_answer_text
+from .errors import ConfigError, DataError, ModelError
+from .evaluation.statistics import derived_seed, majority_vote
+from .inference import Decoding, TwoPhaseModel, TwoPhaseSettings, with_retrieved
+from .prompts import ParsedStrategy, Prompt, with_system_prompt
+from .rollout import Problem
+
+
+Watch = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """
+    A strategy and its execution.
+
+    Args:
+        strategy (`str`):
+            The strategy.
+        execution (`str`):
+            Its execution on the problem.
+        answer (`str` or `None`):
+            Final answer in the execution, see [`~trl_sgpo.data.tasks.final_answer`].
+        flaw (`str`, *optional*):
+            What is wrong with the strategy's form, such as `"truncated"`.
+    """
+
+    strategy: str
+    execution: str
+    answer: str | None
+    flaw: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"answer": self.answer, "strategy": self.strategy, "flaw": self.flaw, "execution": self.execution}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """
+    How a problem was solved.
+
+    Args:
+        problem ([`~trl_sgpo.rollout.Problem`]):
+            The problem. Its `retrieved` are the strategies of the bank that were shown.
+        attempts (`tuple[Attempt, ...]`):
+            All attempts.
+        chosen (`int`):
+            Position of the first attempt with the answer that most attempts agree on.
+        votes (`tuple[tuple[str | None, int], ...]`):
+            Answers and how many attempts gave each, the most frequent first, those without an answer last.
+    """
+
+    problem: Problem
+    attempts: tuple[Attempt, ...]
+    chosen: int
+    votes: tuple[tuple[str | None, int], ...]
+
+    @property
+    def answer(self) -> str | None:
+        return self.attempts[self.chosen].answer
+
+    @property
+    def strategy(self) -> str:
+        return self.attempts[self.chosen].strategy
+
+    @property
+    def execution(self) -> str:
+        return self.attempts[self.chosen].execution
+
+    @property
+    def retrieved(self) -> tuple[Strategy, ...]:
+        return self.problem.retrieved
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON. Votes and all attempts are only there if there was more than one."""
+        found = {
+            "problem": self.problem.text,
+            "problem_class": self.problem.problem_class,
+            **self.attempts[self.chosen].to_dict(),
+            "retrieved": [
+                {"id": each.id, "problem_class": each.problem_class, "trust": each.trust, "text": each.text}
+                for each in self.retrieved
+            ],
+        }
+        if len(self.attempts) == 1:
+            return found
+        votes = [{"answer": answer, "votes": count} for answer, count in self.votes]
+        return found | {"votes": votes, "attempts": [attempt.to_dict() for attempt in self.attempts]}
+
+
+class SGPOPipeline:
+    """
+    Solves problems in two phases, with strategies of a bank. Of the bank only trusted strategies are shown, none of
+    which was written for the problem itself, and nothing is written to it.
+
+    Args:
+        model ([`~trl_sgpo.inference.TwoPhaseModel`] or [`~trl_sgpo.data.server.ServerModel`]):
+            The model.
+        bank ([`StrategyBank`], *optional*):
+            Bank whose strategies are shown with problems.
+
+    Example:
+
+    ```python
+    from trl_sgpo import SGPOPipeline
+
+    with SGPOPipeline.from_pretrained("runs/quickstart") as pipeline:
+        solution = pipeline("Find the Least Common Multiple (LCM) of these numbers: 4, 6")
+    print(solution.strategy, solution.execution, solution.answer, sep="\\n")
+    ```
+    """
+
+    def __init__(self, model: TwoPhaseModel | ServerModel, bank: StrategyBank | None = None):
+        self.model = model
+        self.bank = bank
+        self._opened = ExitStack()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        bank: str | Path | StrategyBank | None = "auto",
+        run: str | None = None,
+        settings: TwoPhaseSettings | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        **model_kwargs: Any,
+    ) -> "SGPOPipeline":
+        """
+        Loads a model, or an adapter with the model it belongs to, and the bank of its run.
+
+        Args:
+            name (`str`):
+                A run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id.
+            bank (`str`, `Path` or [`StrategyBank`], *optional*, defaults to `"auto"`):
+                A bank, or the directory of one, of a checkpoint or of a run, which is read from a copy and not kept
+                locked. `"auto"` is the one in `run`, if it has one, and `None` is none.
+            run (`str`, *optional*):
+                Output folder of the training run, with its `sgpo.json` and bank. If `None`, that of the model. Name it
+                for a model that was merged or converted to another place.
+            settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
+                Prompts and limits. If `None`, those of the run.
+            batch_size (`int`, *optional*, defaults to `32`):
+                Texts generated at a time.
+            device (`str`, *optional*):
+                Where to run. If `None`, the accelerator, if there is one.
+            **model_kwargs:
+                Passed on to `from_pretrained`, such as `dtype` (`"auto"` by default) or `quantization_config`.
+
+        Raises:
+            [`ModelError`]: There are no such weights.
+            [`BankError`]: There is no such bank, or another process has it open.
+        """
+        _check_directory(name)
+        with ExitStack() as opened:
+            found = _open_bank(bank, run or name, opened)
+            settings = settings or _settings(run)
+            model_kwargs.setdefault("dtype", "auto")
+            model = TwoPhaseModel.from_pretrained(name, settings, batch_size, device, **model_kwargs)
+            return cls(model, found)._keeping(opened)
+
+    @classmethod
+    def from_server(
+        cls,
+        url: str,
+        name: str | None = None,
+        bank: str | Path | StrategyBank | None = "auto",
+        run: str | None = None,
+        settings: TwoPhaseSettings | None = None,
+        **server_kwargs: Any,
+    ) -> "SGPOPipeline":
+        """
+        Uses a model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve` or others.
+
+        Args:
+            url (`str`):
+                Base address with its version, such as `http://127.0.0.1:8000/v1`.
+            name (`str`, *optional*):
+                The model's name on the server. If `None`, the only one that the server lists.
+            bank (`str`, `Path` or [`StrategyBank`], *optional*, defaults to `"auto"`):
+                As in [`SGPOPipeline.from_pretrained`].
+            run (`str`, *optional*):
+                Output folder of the training run, with its `sgpo.json` and bank. If `None`, `name` where that is a
+                directory, else the default prompts are used.
+            settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
+                Prompts and limits. If `None`, those of the run.
+            **server_kwargs:
+                Passed on to [`~trl_sgpo.data.server.ServerModel`], such as `token` or `concurrency`.
+
+        Raises:
+            [`ModelError`]: There is no server, or it has several models and none is named.
+            [`BankError`]: There is no such bank, or another process has it open.
+        """
+        with ExitStack() as opened:
+            model = ServerModel(url, name or "", **server_kwargs)
+            listed = model.list_models()
+            if name is None:
+                if len(listed) != 1:
+                    raise ModelError(
+                        f"The server at {url} lists {len(listed)} models ({', '.join(listed[:8])}): name one of them "
+                        "by `--model`."
+                    )
+                name = listed[0]
+            if run is None and Path(name).is_dir():
+                run = name
+            model.name = name
+            model.settings = settings or _settings(run) or TwoPhaseSettings()
+            return cls(model, _open_bank(bank, run, opened))._keeping(opened)
+
+    def _keeping(self, opened: ExitStack) -> "SGPOPipeline":
+        """Takes over what has to be closed."""
+        self._opened = opened.pop_all()
+        return self
+
+    def prepare(
+        self, problems: Sequence[Prompt], classes: Sequence[str | None] | None = None, retrieve: bool = True
+    ) -> list[Problem]:
+        """
+        Adds to problems the run's system message and the strategies that the bank has for them.
+
+        Args:
+            problems (`Sequence[str | list[dict]]`):
+                Texts, or conversations that end with a problem.
+            classes (`Sequence[str | None]`, *optional*):
+                Class of each problem, to which retrieved strategies must belong. `None` is any.
+            retrieve (`bool`, *optional*, defaults to `True`):
+                Whether to ask the bank.
+
+        Returns:
+            `list[Problem]`: In the order of the problems.
+
+        Raises:
+            [`DataError`]: A problem is empty.
+        """
+        found = []
+        for prompt, name in zip(problems, classes or [None] * len(problems), strict=True):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            problem = Problem(with_system_prompt(messages, self.model.settings.system_prompt), name or "")
+            if not problem.text.strip():
+                raise DataError("The problem is empty: write what is to be solved.")
+            found.append(problem)
+        if self.bank is None or not retrieve:
+            return found
+        return with_retrieved(found, self.bank, self.model.settings.num_retrieved)
+
+    def solve(
+        self,
+        problems: Sequence[Problem],
+        strategy: str | None = None,
+        samples: int = 1,
+        decoding: Decoding | None = None,
+        watch: Watch | None = None,
+    ) -> list[Solution]:
+        """
+        Solves problems that were prepared.
+
+        Args:
+            problems (`Sequence[Problem]`):
+                What [`SGPOPipeline.prepare`] gave.
+            strategy (`str`, *optional*):
+                Executed as it is, on all of them, instead of one that the model writes.
+            samples (`int`, *optional*, defaults to `1`):
+                Attempts at each problem, each with a strategy of its own. The answer that most agree on is chosen.
+            decoding ([`~trl_sgpo.inference.Decoding`], *optional*):
+                How to decode. If `None`, greedily for one attempt and sampled for more.
+            watch (`Callable[[str, str], None]`, *optional*):
+                Called with `"strategy"` or `"execution"` and a piece of text while it is generated, and with an empty
+                one where the phase begins. For one attempt at one problem only.
+
+        Returns:
+            `list[Solution]`: In the order of the problems.
+
+        Raises:
+            [`ConfigError`]: Several attempts that would all be the same, or a strategy without text.
+        """
+        decoding = decoding or Decoding(greedy=samples == 1)
+        if samples > 1 and decoding.greedy:
+            raise ConfigError("Greedy attempts are all the same: sample them (`--temperature` above 0), or make one.")
+        if strategy is not None and not strategy.strip():
+            raise ConfigError("The strategy is empty: write one, or leave it out and let the model write it.")
+        rows = [problem for problem in problems for _ in range(samples)]
+        if strategy is not None:
+            written = [ParsedStrategy(strategy.strip())] * len(rows)
+        else:
+            written = self.model.write_strategies(rows, decoding, stream=_phase(watch, "strategy"))
+        executing = replace(decoding, seed=derived_seed(decoding.seed, "execution"))
+        texts = [each.text for each in written]
+        executions = self.model.execute(rows, texts, executing, stream=_phase(watch, "execution"))
+        attempts = [
+            Attempt(each.text, execution, final_answer(execution), each.flaw)
+            for each, execution in zip(written, executions, strict=True)
+        ]
+        return [
+            _vote(problem, attempts[index * samples : (index + 1) * samples]) for index, problem in enumerate(problems)
+        ]
+
+    def __call__(
+        self,
+        problem: Prompt,
+        problem_class: str | None = None,
+        strategy: str | None = None,
+        samples: int = 1,
+        decoding: Decoding | None = None,
+        watch: Watch | None = None,
+    ) -> Solution:
+        """
+        Prepares and solves one problem. The arguments are those of [`SGPOPipeline.prepare`] and
+        [`SGPOPipeline.solve`]. With a `strategy` the bank is not asked.
+        """
+        prepared = self.prepare([problem], [problem_class], retrieve=strategy is None)
+        return self.solve(prepared, strategy, samples, decoding, watch)[0]
+
+    def close(self) -> None:
+        """Close the bank, if it was opened here."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_bank(bank: str | Path | StrategyBank | None, run: str | None, opened: ExitStack) -> StrategyBank | None:
+    if bank == "auto":
+        beside = None if run is None else Path(run) / BANK_DIRECTORY
+        bank = beside if beside is not None and beside.is_dir() else None
+    if bank is None or isinstance(bank, StrategyBank):
+        return bank
+    found = opened.enter_context(reading_copy(bank))
+    found.embedding_model = found.made_with or found.embedding_model
+    return found
+
+
+def _settings(run: str | None) -> TwoPhaseSettings | None:
+    if run is not None and not Path(run).is_dir():
+        raise ConfigError(f"There is no run in {run}: name the output folder of one, or leave out `--run`.")
+    return None if run is None else TwoPhaseSettings.load(run)
+
+
+def _check_directory(name: str) -> None:
+    """Names a checkpoint where a run's folder holds no model yet."""
+    directory = Path(name)
+    if not directory.is_dir() or any((directory / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        return
+    steps = [path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")]
+    numbers = sorted(int(step) for step in steps if step.isdecimal())
+    fix = "name the folder of a model"
+    if numbers:
+        fix = f"the run did not finish, so take its last checkpoint, {directory / f'checkpoint-{numbers[-1]}'}"
+    raise ModelError(f"{name} holds no config.json and no adapter_config.json: {fix}.")
+
+
+def _phase(watch: Watch | None, phase: str) -> Callable[[str], None] | None:
+    """Announces a phase, and gives what hands on its text."""
+    if watch is None:
+        return None
+    watch(phase, "")
+    return lambda text: watch(phase, text)
+
+
+def _vote(problem: Problem, attempts: Sequence[Attempt]) -> Solution:
+    # Without math-verify, answers are the same if they are the same text or number
+    same = same_answer if importlib.util.find_spec("math_verify") else same_answer_text
+    left = [attempt.answer for attempt in attempts]
+    unanswered = left.count(None)
+    winners: list[int] = []
+    votes: list[tuple[str | None, int]] = []
+    while (winner := majority_vote(left, same)) is not None:
+        answer = str(left[winner])
+        agree = {winner, *(i for i, other in enumerate(left) if other is not None and same(other, answer))}
+        winners.append(winner)
+        votes.append((answer, len(agree)))
+        left = [None if i in agree else other for i, other in enumerate(left)]
+    if unanswered:
+        votes.append((None, unanswered))
+    return Solution(problem, tuple(attempts), winners[0] if winners else 0, tuple(votes))
