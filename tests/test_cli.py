@@ -104,8 +104,11 @@ class TestMessages:
         assert len(message) == 1 and "Traceback" not in "".join(lines)
         assert all(word in message[0] for word in words), message[0]
 
-    def test_fsdp_without_gpus(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_fsdp_without_gpus(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """accelerate would train with DDP instead, and not say so."""
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
         config = str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
         assert main(["train", "--config", str(recipe), "--accelerate_config", config]) == 2
         assert "ddp.yaml" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .._version import __version__
-from ..bank import StrategyBank
 from ..bank.exchange import export_bank, published
+from ..cli.bank import BANK_DIRECTORY, _reading
 from ..errors import ConfigError, ModelError
 from ..inference import TwoPhaseSettings
 from ..offline import require_model
@@ -29,7 +29,6 @@ from .parity import Parity, compare, logits_on, probes
 
 REPORT_FILE = "export.json"
 STRATEGIES_DIRECTORY = "strategies"
-BANK_DIRECTORY = "strategy_bank"
 # Largest error of the logits, by what weights are rounded to: about three times what was measured (docs/export.md)
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}
 _GGUF_TOLERANCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
@@ -118,10 +117,9 @@ def export(plan: ExportPlan) -> dict[str, Any]:
     try:
         unfinished.mkdir(parents=True)
         report = _write(plan, source, base, settings, tokenizer, unfinished)
-        bank = Path(source, BANK_DIRECTORY)
-        if bank.is_dir():
-            with StrategyBank.restore(bank) as opened:
-                export_bank(opened, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
+        if Path(source, BANK_DIRECTORY).is_dir():
+            with _reading(source) as bank:
+                export_bank(bank, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
         (unfinished / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         if plan.overwrite:
             shutil.rmtree(output, ignore_errors=True)
@@ -230,7 +228,7 @@ def load_unmerged(source: str, base: str, trained_on: dict[str, Any] | None, com
             with redirect_stderr(StringIO()):
                 model = model.dequantize(dtype=compute)
         return PeftModel.from_pretrained(model.to(compute), source).to(compute).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{source} cannot be loaded: {error}") from error
 
 
