@@ -26,10 +26,8 @@ from trl_sgpo.trained import load_base
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def lora(**kwargs: Any) -> LoraConfig:
-    return LoraConfig(
-        r=4, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", **kwargs
-    )
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
 def save_adapter(
@@ -47,7 +45,8 @@ def save_adapter(
             torch.nn.init.normal_(parameter, std=scale)
     model.save_pretrained(directory / "run")
     AutoTokenizer.from_pretrained(base).save_pretrained(directory / "run")
-    TwoPhaseSettings(trained_on=trained_on or {"dtype": "float32"}).save(directory / "run")
+    trained_on = trained_on or {"dtype": "float32"}
+    TwoPhaseSettings(max_completion_length=8, trained_on=trained_on).save(directory / "run")
     return str(directory / "run")
 
 
@@ -160,7 +159,7 @@ def test_an_export_that_is_not_what_was_trained_is_refused(tmp_path: Path, monke
 
 
 def test_an_export_that_rounds_training_away_is_refused(tmp_path: Path) -> None:
-    run = save_adapter(tmp_path, scale=1e-4)
+    run = save_adapter(tmp_path, scale=1e-5)
     with pytest.raises(ModelError, match="all that training changed"):
         export(ExportPlan(run, str(tmp_path / "out"), merge=True, dtype="bfloat16"))
     report = export(ExportPlan(run, str(tmp_path / "out"), merge=True, dtype="float32"))
