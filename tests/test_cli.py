@@ -105,6 +105,15 @@ class TestMessages:
         assert len(message) == 1 and "Traceback" not in "".join(lines)
         assert all(word in message[0] for word in words), message[0]
 
+    def test_fsdp_without_gpus(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """accelerate would train with DDP instead, and not say so."""
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+        config = str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
+        assert main(["train", "--config", str(recipe), "--accelerate_config", config]) == 2
+        assert "ddp.yaml" in capsys.readouterr().err
+
     def test_no_class_with_enough_problems(
         self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -186,8 +195,11 @@ class TestRuns:
         assert report["before"]["greedy"]["problems"] == report["after"]["sampled"]["problems"] == 4
         assert "strategy transfer score" in done.stdout
 
-    def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path) -> None:
-        done = run("train", "--config", str(recipe), "--max_steps", "1", "--num_processes", "2", "--cpu")
+    @pytest.mark.parametrize(
+        "launch", [["--num_processes", "2", "--cpu"], ["--accelerate_config", "recipes/accelerate/ddp.yaml"]]
+    )
+    def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path, launch: list[str]) -> None:
+        done = run("train", "--config", str(recipe), "--max_steps", "1", *launch)
         assert done.returncode == 0, done.stderr[-2000:]
         assert (tmp_path / "run" / "model.safetensors").is_file()
 

@@ -14,7 +14,9 @@ from trl_sgpo.compare.run import arm_recipe
 from trl_sgpo.evaluation.suites import Suite
 
 
-FILES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+FILES = sorted(
+    path for path in Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml") if path.parent.name != "accelerate"
+)
 COMPARISONS = [path for path in FILES if "arms" in yaml.safe_load(path.read_text())]
 RECIPES = [path for path in FILES if path not in COMPARISONS]
 

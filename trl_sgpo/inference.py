@@ -29,6 +29,7 @@ from .prompts import (
     strategy_prompt,
     system_prompt_of,
 )
+from .trained import base_of, is_adapter, load_base
 
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class TwoPhaseSettings:
             What that bank embeds with.
         system_prompt (`str`, *optional*):
             System message of the problems that the model was trained on, `None` if they had none.
+        trained_on (`dict`, *optional*):
+            Data type and quantization of the weights that an adapter was trained on. `None` if the model is whole.
     """
 
     strategy_prompt: str = ""
@@ -73,6 +76,7 @@ class TwoPhaseSettings:
     num_retrieved: int = 1
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     system_prompt: str | None = None
+    trained_on: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.strategy_prompt:
@@ -82,7 +86,7 @@ class TwoPhaseSettings:
     @classmethod
     def from_config(cls, config: "SGPOConfig", prompt: Prompt = "") -> "TwoPhaseSettings":
         """Takes the settings of a training configuration, and the system message of one of its problems."""
-        names = [item.name for item in fields(cls) if item.name != "system_prompt"]
+        names = [item.name for item in fields(cls) if item.name not in ("system_prompt", "trained_on")]
         return cls(**{name: config.__dict__[name] for name in names}, system_prompt=system_prompt_of(prompt))
 
     def save(self, directory: str | Path) -> None:
@@ -180,7 +184,7 @@ class TwoPhaseModel:
         **model_kwargs: Any,
     ) -> "TwoPhaseModel":
         """
-        Loads a model, or an adapter together with the model it belongs to.
+        Loads a model, or an adapter together with the model it belongs to, which is quantized as it was in training.
 
         Args:
             name (`str`):
@@ -192,19 +196,20 @@ class TwoPhaseModel:
             device (`str` or `torch.device`, *optional*):
                 Where to run. If `None`, the accelerator, if there is one.
             **model_kwargs:
-                Passed on to `from_pretrained`, such as `dtype` or `quantization_config`.
+                Passed on to `from_pretrained`, such as `dtype` or `quantization_config`, and winning over what is
+                saved beside an adapter.
 
         Raises:
             [`ModelError`]: There are no such weights.
         """
         directory = require_model(name)
+        saved = TwoPhaseSettings.load(directory)
         try:
-            if Path(directory, "adapter_config.json").is_file():
-                from peft import PeftConfig, PeftModel
+            if is_adapter(directory):
+                from peft import PeftModel
 
-                base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-                model = AutoModelForCausalLM.from_pretrained(require_model(base), **model_kwargs)
-                model = PeftModel.from_pretrained(model, directory)
+                base = load_base(base_of(directory), saved.trained_on, **model_kwargs)
+                model = PeftModel.from_pretrained(base, directory)
                 if "quantization_config" not in vars(model.config):
                     model = model.merge_and_unload()
             else:
@@ -216,7 +221,7 @@ class TwoPhaseModel:
             device = torch.accelerator.current_accelerator()
         if device is not None and "quantization_config" not in vars(model.config):
             model = model.to(device)
-        return cls(model, tokenizer, settings or TwoPhaseSettings.load(directory), batch_size)
+        return cls(model, tokenizer, settings or saved, batch_size)
 
     def write_strategies(
         self,

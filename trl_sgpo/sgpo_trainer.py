@@ -53,6 +53,7 @@ from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
 from .sgpo_config import SGPOConfig
 from .shared_prompts import SharedPrompts, is_cheaper, share_prompts, within_window
+from .trained import how_trained, keep_4bit_layout
 from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 
 
@@ -202,7 +203,7 @@ class SGPOTrainer(GRPOTrainer):
         if args.use_vllm and "quantization_config" in vars(self.model.config):
             raise ConfigError(_QUANTIZED_VLLM)
         if self.accelerator.device.type == "cpu":
-            _keep_4bit_layout(self.model)
+            keep_4bit_layout(self.model)
             score_trained_positions_only()
 
     def _can_merge_adapters(self) -> bool:
@@ -574,6 +575,8 @@ class SGPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
+        if isinstance(self.model, PeftModel):
+            settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(output_dir or self.args.output_dir)
         directory = Path(output_dir or self.args.output_dir).resolve() / BANK_DIRECTORY
         if self.strategy_bank is not None and directory != Path(self.strategy_bank.path).resolve():
@@ -797,13 +800,3 @@ def score_trained_positions_only() -> None:
     leaves them out does not need Triton; it is avoided for devices that compile one program a shape.
     """
     trl.trainer.utils._use_triton = lambda device: device.type != "neuron"
-
-
-def _keep_4bit_layout(model: torch.nn.Module) -> None:
-    """
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward without
-    gradients, which generation is, and gradients are wrong from then on.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False

@@ -15,6 +15,7 @@ COMMANDS = {
     "warmstart": "fine-tune a model on two-phase traces, so that there is something to reinforce",
     "bootstrap": "write strategies and two-phase traces without human labels, for a warm start and a bank",
     "eval": "measure a model: suites in and out of distribution, strategy transfer score",
+    "export": "write a trained model as one that stands alone, for transformers or llama.cpp, checked by its logits",
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
     "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",

@@ -1,5 +1,6 @@
 """`trl-sgpo train`: what `trl grpo` is, for SGPO."""
 
+import argparse
 import json
 import os
 import random
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -47,8 +49,9 @@ def _needs_launcher(recipe: Recipe) -> bool:
 
 
 def _launch(recipe: Recipe) -> int:
-    os.environ[_LAUNCHED] = "1"
     arguments = launch_command_parser().parse_args([*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own])
+    _check_sharding(arguments)
+    os.environ[_LAUNCHED] = "1"
     if not torch.accelerator.is_available() and (arguments.num_processes or 1) > 1:
         # Processes on a CPU are started as those on GPUs are; otherwise a single one is, whatever is asked for
         arguments.multi_gpu, arguments.cpu = True, False
@@ -60,6 +63,18 @@ def _launch(recipe: Recipe) -> int:
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     return 0
+
+
+def _check_sharding(arguments: argparse.Namespace) -> None:
+    """On CPUs accelerate takes FSDP for DDP without saying so."""
+    sharded = arguments.use_fsdp
+    if arguments.config_file is not None:
+        sharded |= load_config_from_file(arguments.config_file).distributed_type == DistributedType.FSDP
+    if sharded and not torch.accelerator.is_available():
+        raise ConfigError(
+            "FSDP needs GPUs, and there are none: on CPUs, `--accelerate_config recipes/accelerate/ddp.yaml` or "
+            "`--num_processes 2` trains with the whole model in every process."
+        )
 
 
 def train(recipe: Recipe) -> SGPOTrainer:

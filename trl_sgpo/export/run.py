@@ -1,0 +1,309 @@
+"""Writes a trained model as one that stands alone, and refuses what has not the logits that were trained."""
+
+import gc
+import importlib.util
+import json
+import os
+import shutil
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .._version import __version__
+from ..bank.exchange import export_bank, published
+from ..cli.bank import BANK_DIRECTORY, _reading
+from ..errors import ConfigError, ModelError
+from ..inference import TwoPhaseSettings
+from ..offline import require_model
+from ..trained import base_of, is_adapter, load_base
+from .parity import Parity, compare, logits_on, probes
+
+
+REPORT_FILE = "export.json"
+STRATEGIES_DIRECTORY = "strategies"
+# Largest error of the logits, by what weights are rounded to: about three times what was measured (docs/export.md)
+TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}
+_GGUF_TOLERANCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """
+    What to write.
+
+    Args:
+        model (`str`):
+            Directory or Hub id of a trained model.
+        output_dir (`str`):
+            Directory to write, which must not exist.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether to write the model for transformers, with the adapter merged.
+        gguf (`str`, *optional*):
+            Type of a GGUF file to write. None is written by default.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the model for transformers; `"auto"` is that of the base.
+        base (`str`, *optional*, defaults to `"trained"`):
+            `"trained"` merges into the weights that the adapter was trained on, `"original"` into those that they
+            were quantized from.
+        compute_dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type to merge and check in.
+        license (`str`, *optional*, defaults to `"other"`):
+            Licence of the exported strategies.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace an earlier export.
+    """
+
+    model: str
+    output_dir: str
+    merge: bool = False
+    gguf: str | None = None
+    dtype: str = "auto"
+    base: str = "trained"
+    compute_dtype: str = "float32"
+    license: str = "other"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """One form of the model in an export, its parity with the trained model and how much of it is allowed."""
+
+    name: str
+    kind: str
+    tolerance: float
+    parity: Parity
+
+
+def export(plan: ExportPlan) -> dict[str, Any]:
+    """
+    Exports a trained model. The directory appears only when all that is in it has been checked.
+
+    Args:
+        plan ([`ExportPlan`]):
+            What to write.
+
+    Returns:
+        `dict`: What is written to `export.json`: sources, parity and tolerance of each form.
+
+    Raises:
+        [`ConfigError`]: A plan that cannot be.
+        [`ModelError`]: There are no such weights, they cannot be exported, or an export failed its check.
+    """
+    output = Path(plan.output_dir)
+    _check_output(output, plan)
+    source = _local(plan.model)
+    settings = TwoPhaseSettings.load(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    adapter = is_adapter(source)
+    if adapter and PeftConfig.from_pretrained(source).is_prompt_learning:
+        raise ModelError(f"{plan.model} is no adapter of weights: only such can be merged. Use it with PEFT.")
+    base = _local(base_of(source)) if adapter else source
+    config = AutoConfig.from_pretrained(base)
+    quantized = adapter and "quantization_config" in (settings.trained_on or {})
+    if plan.base == "original" and not quantized:
+        raise ConfigError(f"{plan.model} was not trained on quantized weights: leave out `--base original`.")
+    _check_convertible(plan, config, tokenizer)
+    _check_memory(config, plan.compute_dtype)
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        report = _write(plan, source, base, settings, tokenizer, unfinished)
+        if Path(source, BANK_DIRECTORY).is_dir():
+            with _reading(source) as bank:
+                export_bank(bank, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
+        (unfinished / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        if plan.overwrite:
+            shutil.rmtree(output, ignore_errors=True)
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return report
+
+
+def _write(
+    plan: ExportPlan,
+    source: str,
+    base: str,
+    settings: TwoPhaseSettings,
+    tokenizer: Any,
+    directory: Path,
+) -> dict[str, Any]:
+    sequences = probes(tokenizer, settings)
+    compute = getattr(torch, plan.compute_dtype)
+    adapter = is_adapter(source)
+    own_dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    report: dict[str, Any] = {
+        "model": published(plan.model),
+        "base": published(base) if adapter else None,
+        "trained_on": settings.trained_on,
+        "merged_into": plan.base if adapter else None,
+        "computed_in": plan.compute_dtype,
+    }
+
+    print(f"Loading {plan.model} …", flush=True)
+    model = load_unmerged(source, base, settings.trained_on, compute)
+    reference = logits_on(model, sequences)
+    effect = None
+    if adapter:
+        effect = _without_adapter(model, sequences, reference)
+        report["effect_of_adapter"] = effect.error
+    if plan.base == "original":
+        del model
+        gc.collect()
+        trained = reference
+        model = load_unmerged(source, base, {"dtype": own_dtype}, compute)
+        reference = logits_on(model, sequences)
+        effect = _without_adapter(model, sequences, reference)
+        report["difference_to_trained"] = asdict(compare(trained, reference))
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+
+    tokenizer.save_pretrained(directory)
+    replace(settings, trained_on=None).save(directory)
+    forms: list[tuple[str, str]] = []
+    if plan.gguf is not None:
+        from .gguf_file import write_gguf
+
+        name = f"{Path(plan.model).name}-{plan.gguf}.gguf"
+        print(f"Writing {name} …", flush=True)
+        write_gguf(model, tokenizer, directory, directory / name, plan.gguf)
+        forms.append((name, _GGUF_TOLERANCES[plan.gguf]))
+    config = model.config
+    if plan.merge:
+        dtype = own_dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
+        kind = str(dtype).removeprefix("torch.")
+        print(f"Writing the model in {kind} …", flush=True)
+        model.to(dtype).save_pretrained(directory)
+        forms.append(("model", kind))
+    del model
+    gc.collect()
+
+    checked = []
+    for name, kind in forms:
+        print(f"Checking {name} …", flush=True)
+        found = _read(directory, name, config, compute)
+        checked.append(Written(name, kind, TOLERANCES[kind], compare(reference, logits_on(found, sequences))))
+        del found
+        gc.collect()
+    for form in checked:
+        _judge(form, effect)
+    report["positions"] = len(reference)
+    report["forms"] = [asdict(form) for form in checked]
+    report["trl_sgpo_version"] = __version__
+    return report
+
+
+def load_unmerged(source: str, base: str, trained_on: dict[str, Any] | None, compute: torch.dtype) -> Any:
+    """
+    Loads a model as it was trained, in a data type to compute in: 4-bit weights are dequantized, which changes none of
+    their values, and an adapter is put beside them.
+
+    Args:
+        source (`str`):
+            Directory of the trained model or adapter.
+        base (`str`):
+            Directory of an adapter's base.
+        trained_on (`dict`, *optional*):
+            How the base was loaded in training.
+        compute (`torch.dtype`):
+            Data type to compute in.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: On the CPU.
+    """
+    try:
+        if not is_adapter(source):
+            return AutoModelForCausalLM.from_pretrained(source, dtype=compute).eval()
+        model = load_base(base, trained_on, device_map={"": "cpu"})
+        if "quantization_config" in vars(model.config):
+            with redirect_stderr(StringIO()):
+                model = model.dequantize(dtype=compute)
+        return PeftModel.from_pretrained(model.to(compute), source).to(compute).eval()
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{source} cannot be loaded: {error}") from error
+
+
+def _without_adapter(model: PeftModel, sequences: list[list[int]], reference: torch.Tensor) -> Parity:
+    with model.disable_adapter():
+        return compare(reference, logits_on(model, sequences))
+
+
+def _read(directory: Path, name: str, config: Any, compute: torch.dtype) -> PreTrainedModel:
+    if name.endswith(".gguf"):
+        from .gguf_file import read_gguf
+
+        with redirect_stderr(StringIO()):  # one of its progress bars has no switch
+            return read_gguf(directory / name, config, compute).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=compute).eval()
+
+
+def _judge(form: Written, effect: Parity | None) -> None:
+    parity = form.parity
+    if not parity.error <= form.tolerance:
+        raise ModelError(
+            f"The export failed its check: the logits of {form.name} are not those that were trained ({parity}; "
+            f"allowed is an error of {form.tolerance:g} in {form.kind}). Nothing was written. Export to float32 to "
+            "see whether rounding is the cause; if not, this adapter cannot be merged with these versions of PEFT and "
+            "transformers."
+        )
+    if effect is not None and effect.error > 0 and parity.error > effect.error / 2:
+        raise ModelError(
+            f"The export failed its check: in {form.kind}, the logits of {form.name} are off by {parity.error:.2g}, "
+            f"and all that training changed is {effect.error:.2g}. Nothing was written. Take a finer type, such as "
+            "`--dtype float32` or `--gguf f16`, or keep the adapter apart."
+        )
+
+
+# Before any long work
+
+
+def _check_output(output: Path, plan: ExportPlan) -> None:
+    if not plan.merge and plan.gguf is None:
+        raise ConfigError("Say what to write: `--merge` for transformers, `--gguf` for llama.cpp, or both.")
+    if plan.dtype != "auto" and not plan.merge:
+        raise ConfigError("`--dtype` is that of `--merge`; the type of a GGUF file is named by `--gguf`.")
+    if not output.exists():
+        return
+    if not plan.overwrite:
+        raise ConfigError(f"{output} exists: name another `--output_dir`, or pass `--overwrite` to replace an export.")
+    if not (output / REPORT_FILE).is_file():
+        raise ConfigError(f"{output} is no export, so it is not overwritten: name another `--output_dir`.")
+    if output.resolve() == Path(plan.model).resolve():
+        raise ConfigError("`--output_dir` is the model itself: name another directory.")
+
+
+def _local(name: str) -> str:
+    found = require_model(name)
+    return found if os.path.isdir(found) else snapshot_download(found)
+
+
+def _check_convertible(plan: ExportPlan, config: Any, tokenizer: Any) -> None:
+    if plan.gguf is None:
+        return
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("GGUF files need the library `gguf`: run `pip install 'trl-sgpo[offline]'`.")
+    from .gguf_file import check_convertible
+
+    check_convertible(config, tokenizer)
+
+
+def _check_memory(config: Any, compute_dtype: str) -> None:
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    needed = 1.1 * size * getattr(torch, compute_dtype).itemsize
+    available = psutil.virtual_memory().available
+    if needed > available:
+        fix = "`--compute_dtype bfloat16` halves that" if compute_dtype == "float32" else "use a machine with more"
+        raise ConfigError(
+            f"Merging and checking in {compute_dtype} takes {needed / 2**30:.1f} GiB of memory, and "
+            f"{available / 2**30:.1f} are free: {fix}."
+        )
