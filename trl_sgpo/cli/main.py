@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "measure a model: suites in and out of distribution, strategy transfer score",
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
+    "report": "write a run as one HTML file: curves, transfer, strategies, rollouts, settings",
     "bank": "look into, check and share a strategy bank",
 }
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
     )
+    trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture)
     reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1 and not training.use_vllm
     unseen = data[script.dataset_test_split] if reports else None
     before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
