@@ -37,7 +37,9 @@ class Browser:
         line = next((line for line in self.process.stderr if line.startswith(ENDPOINT)), None)
         assert line is not None, f"{CHROMIUM} ended with status {self.process.wait()}"
         threading.Thread(target=self.process.stderr.read, daemon=True).start()  # a full pipe would stop Chromium
-        self.socket = connect(line[len(ENDPOINT) :].strip(), max_size=None, proxy=None, compression=None, ping_interval=None)
+        self.socket = connect(
+            line[len(ENDPOINT) :].strip(), max_size=None, proxy=None, compression=None, ping_interval=None
+        )
         self.sent, self.session = 0, None
         self.requests: list[str] = []
         self.errors: list[str] = []

@@ -12,7 +12,20 @@ from trl_sgpo.bank import Outcome, Strategy, StrategyBank
 
 HOSTILE = "</script></style><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'>{{ 7 * 7 }}&lt;"
 CLASSES = ("lcm", "gcd", "chain sum")
-WORDS = ("multiply", "divide", "list", "compare", "reduce", "factor", "add", "check", "halve", "double", "count", "sort")
+WORDS = (
+    "multiply",
+    "divide",
+    "list",
+    "compare",
+    "reduce",
+    "factor",
+    "add",
+    "check",
+    "halve",
+    "double",
+    "count",
+    "sort",
+)
 
 
 def strategies(extra: str = "") -> list[Strategy]:

@@ -184,7 +184,7 @@ def shape(trust: str, x: float, y: float, area: float) -> str:
         side = math.sqrt(area * 4 / math.sqrt(3))
         height = side * math.sqrt(3) / 2
         return f"M{x:.1f} {y - height * 2 / 3:.1f}l{side / 2:.1f} {height:.1f}h{-side:.1f}z"
-    radius = math.sqrt(area / math.pi)
+    radius = round(math.sqrt(area / math.pi), 1)
     arc = f"a{radius:.1f} {radius:.1f} 0 1 0"
     return f"M{x - radius:.1f} {y:.1f}{arc} {2 * radius:.1f} 0{arc} {-2 * radius:.1f} 0z"
 
