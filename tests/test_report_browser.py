@@ -182,7 +182,8 @@ def test_nothing_overflows(browser, report, width):
     browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true })")
     assert browser.run("document.documentElement.scrollWidth") == width
     outside = browser.run(
-        "[...document.querySelectorAll('body *')].filter((e) => e.checkVisibility() && !e.closest('.scroll, .skip, svg')"
+        "[...document.querySelectorAll('body *')].filter((e) => e.checkVisibility()"
+        " && !e.closest('.scroll, .skip, svg')"
         " && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 80))"
     )
     assert outside == []

@@ -253,7 +253,7 @@ def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Re
             console.print(f"  • {strategy.text} ({tally})", highlight=False, markup=False)
     output_dir, path = recipe.training.output_dir, recipe.path
     console.print(
-        f"\nNext:\n  read the rollouts     {output_dir}/completions/*.parquet\n"
+        f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"
         f"  read what it learnt   trl-sgpo bank list {output_dir}\n"
         f"  train longer          trl-sgpo train --config {path} --max_steps {2 * trainer.state.global_step} "
         "--resume_from_checkpoint true\n"

@@ -106,12 +106,7 @@ KEY_SETTINGS = [
 ]
 NOT_COMPARED = {"output_dir", "logging_dir", "run_name", "versions", "problems"}
 PARTS = {"strategy_advantage": "advantage, strategy", "execution_advantage": "advantage, execution"}
-SOURCES = {
-    "own": "its own strategy",
-    "borrowed": "borrowed from another problem of the block",
-    "bank": "from the bank",
-    "": "no strategy",
-}
+SOURCES = {"own": "own strategy", "borrowed": "borrowed strategy", "bank": "strategy of the bank", "": "no strategy"}
 
 
 @dataclass(frozen=True)
