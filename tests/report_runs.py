@@ -117,7 +117,7 @@ def rollouts(step: int, text: str) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "step": step,
-                    "prompt": [{"role": "user", "content": f"Problem {problem} of step {step} {text}"}],
+                    "prompt": [{"role": "user", "content": f"Problem {problem} of step {step} {text} riddle-{step}."}],
                     "completion": [{"role": "assistant", "content": "whole"}],
                     f"answer_reward{text}": float(row < step % 5),
                     "source": source,

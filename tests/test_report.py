@@ -21,7 +21,7 @@ from trl_sgpo.bank import Strategy, StrategyBank
 from trl_sgpo.cli.main import main
 from trl_sgpo.report.charts import averaged, bank_map, line_chart, project, ticks
 from trl_sgpo.report.page import render
-from trl_sgpo.report.run import read_run
+from trl_sgpo.report.run import BankRecord, read_run
 
 
 class Page(HTMLParser):
@@ -166,9 +166,7 @@ class TestContent:
         first, second = strategies()[:2]
         run = read_run(finished)
         circle = [Strategy(first.text, "lcm", (), (second.id,)), Strategy(second.text, "lcm", (), (first.id,))]
-        run.bank.strategies[:] = circle
-        run.bank.executions.update({each.id: [] for each in circle})
-        del run.bank.by_id  # what it was for the strategies before
+        run.bank = BankRecord(circle, {}, {each.id: [] for each in circle})
         assert render(run).count("adapts") == 2
 
     def test_two_runs(self, pages, finished, tmp_path):
