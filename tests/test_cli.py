@@ -184,6 +184,12 @@ class TestRuns:
         report = json.loads((output / "report.json").read_text())
         assert report["before"]["greedy"]["problems"] == report["after"]["sampled"]["problems"] == 4
         assert "strategy transfer score" in done.stdout
+        settings = json.loads((output / "settings.json").read_text())
+        assert settings["dataset_name"].startswith("reasoning_gym/") and settings["reward_funcs"][0] == "models.evenness"
+        assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 1
+        assert main(["report", str(output)]) == 0
+        page = (output / "report.html").read_text()
+        assert "Correctness and transfer" in page and "own strategy" in page and "use_bank: false" in page
 
     def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path) -> None:
         done = run("train", "--config", str(recipe), "--max_steps", "1", "--num_processes", "2", "--cpu")
