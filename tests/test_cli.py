@@ -185,7 +185,8 @@ class TestRuns:
         assert report["before"]["greedy"]["problems"] == report["after"]["sampled"]["problems"] == 4
         assert "strategy transfer score" in done.stdout
         settings = json.loads((output / "settings.json").read_text())
-        assert settings["dataset_name"].startswith("reasoning_gym/") and settings["reward_funcs"][0] == "models.evenness"
+        assert settings["dataset_name"].startswith("reasoning_gym/")
+        assert settings["reward_funcs"] == ["models.evenness", "answer_reward"]
         assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 1
         assert main(["report", str(output)]) == 0
         page = (output / "report.html").read_text()
