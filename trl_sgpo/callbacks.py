@@ -1,5 +1,9 @@
-"""Trainer callbacks: when the bank is written, and what a user should know while a run goes on."""
+"""Trainer callbacks: when the bank is written, what a run was, and what a user should know while it goes on."""
 
+import json
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -28,6 +32,37 @@ class StrategyBankCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.commit_bank()
+
+
+class RunRecordCallback(TrainerCallback):
+    """
+    Writes into `output_dir` what `trl-sgpo report` reads of a run besides its checkpoints, bank and completions:
+    `settings.json` when training begins, `trainer_state.json` when it ends.
+    """
+
+    def __init__(self, trainer: "SGPOTrainer"):
+        self.trainer = trainer
+        self.recipe: dict[str, Any] = {}  # settings that the trainer does not know
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        trainer = self.trainer
+        settings = {
+            "model": trainer.model.config.name_or_path,
+            "reward_funcs": trainer.reward_func_names,
+            "problems": Counter(trainer.train_dataset["transfer_class"]),
+            "versions": {name: version(name) for name in ("trl-sgpo", "trl", "transformers", "torch")},
+            **self.recipe,
+            **args.to_dict(),  # without tokens
+        }
+        path = Path(args.output_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "settings.json").write_text(json.dumps(settings, indent=2, default=str))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
 
 
 class AdviceCallback(TrainerCallback):

@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
     "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",
+    "report": "write a run as one HTML file: curves, transfer, strategies, rollouts, settings",
     "bank": "look into, check and share a strategy bank",
 }
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
     )
+    trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture)
     reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1 and not training.use_vllm
     unseen = data[script.dataset_test_split] if reports else None
     before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
@@ -266,7 +268,7 @@ def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Re
             console.print(f"  • {strategy.text} ({tally})", highlight=False, markup=False)
     output_dir, path = recipe.training.output_dir, recipe.path
     console.print(
-        f"\nNext:\n  read the rollouts     {output_dir}/completions/*.parquet\n"
+        f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"
         f"  read what it learnt   trl-sgpo bank list {output_dir}\n"
         f"  train longer          trl-sgpo train --config {path} --max_steps {2 * trainer.state.global_step} "
         "--resume_from_checkpoint true\n"

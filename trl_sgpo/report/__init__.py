@@ -1,0 +1,1 @@
+"""A run as one HTML file: read (`run.py`), drawn (`charts.py`), written (`page.py`)."""

@@ -1,0 +1,376 @@
+"""
+A run's report as one HTML file.
+
+All text of a run is foreign: problems, strategies and executions may come from anyone. jinja2 escapes whatever the
+template is given, scripts and styles run by their hash only (Content-Security-Policy), nothing is loaded, and the
+script reads text from the page, never markup.
+"""
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from .._version import __version__
+from ..bank import Strategy, policy
+from ..bank.strategy import TRUST_STATES
+from ..cli.bank import transfer
+from ..evaluation.chunks import write_text
+from ..evaluation.report import ResultTable, tables
+from ..evaluation.statistics import wilson_interval
+from .charts import Chart, Points, bank_map, class_colours, line_chart, number
+from .run import RolledProblem, Run
+
+
+MAX_STRATEGIES = 500
+MAX_ANCESTORS = 20
+
+# id, title, what it says, bounds, and the metric, name and colour of each line
+CHARTS: list[tuple[str, str, str, tuple[float, float] | None, list[tuple[str, str, int]]]] = [
+    (
+        "reward",
+        "Reward",
+        "What executions earn (all reward functions, weighted), and what strategies earn (correctness, transfer, "
+        "coherence, leak).",
+        None,
+        [("reward", "execution", 0), ("sgpo/strategy_reward", "strategy", 1)],
+    ),
+    (
+        "correctness",
+        "Correctness and transfer",
+        "How often the verifier accepts a strategy's execution, on the problem it was written for and on others of "
+        "its class.",
+        (0, 1),
+        [
+            ("sgpo/correctness", "own problem", 0),
+            ("sgpo/transfer", "transfer", 1),
+            ("eval_sgpo/correctness", "evaluation", 2),
+        ],
+    ),
+    (
+        "length",
+        "Length",
+        "Tokens of both phases, on average.",
+        None,
+        [("sgpo/execution_length", "execution", 0), ("sgpo/strategy_length", "strategy", 1)],
+    ),
+    (
+        "truncated",
+        "Cut off",
+        "Shares of strategies and executions that ran into their limit. High ones ask for a higher limit.",
+        (0, 1),
+        [("sgpo/execution_truncated", "execution", 0), ("sgpo/strategy_truncated", "strategy", 1)],
+    ),
+    (
+        "form",
+        "Form of strategies",
+        "Coherent is better high; leaks of the answer and malformed ones better low; distinct ones show that the "
+        "model still explores.",
+        (0, 1),
+        [
+            ("sgpo/coherence", "coherence", 0),
+            ("sgpo/leak", "leak", 1),
+            ("sgpo/malformed", "malformed", 2),
+            ("sgpo/distinct_strategies", "distinct", 3),
+        ],
+    ),
+    (
+        "signal",
+        "Blocks without signal",
+        "Share of transfer blocks that taught nothing, because all their executions earned the same.",
+        (0, 1),
+        [("sgpo/frac_blocks_no_signal", "no signal", 0)],
+    ),
+    ("bank_size", "Size of the bank", "Strategies that are not retired.", None, [("sgpo/bank_size", "strategies", 0)]),
+    (
+        "entropy",
+        "Entropy",
+        "Of the tokens' distributions. A fall to 0 means that the model no longer explores.",
+        None,
+        [("entropy", "entropy", 0)],
+    ),
+]
+KEY_SETTINGS = [
+    *("model_name_or_path", "model", "dataset_name", "datasets", "problems", "reward_funcs"),
+    *("transfer_block_size", "num_generations", "num_bank_rollouts", "max_strategy_length", "max_completion_length"),
+    *("num_retrieved", "strategy_prompt", "execution_prompt", "warmstart_traces", "learning_rate", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "use_peft", "lora_r", "seed", "versions"),
+]
+NOT_COMPARED = {"output_dir", "logging_dir", "run_name", "versions", "problems"}
+PARTS = {"strategy_advantage": "advantage, strategy", "execution_advantage": "advantage, execution"}
+SOURCES = {"own": "own strategy", "borrowed": "borrowed strategy", "bank": "strategy of the bank", "": "no strategy"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Mean outcomes by class of the strategy (rows) and of the problem (columns), and how many they rest on."""
+
+    title: str
+    note: str
+    classes: list[str]
+    rows: list[tuple[str, list[float | None]]]
+
+
+def write_report(run: Run, output: Path, other: Run | None = None) -> None:
+    """
+    Writes the report.
+
+    Args:
+        run ([`~trl_sgpo.report.run.Run`]):
+            The run.
+        output (`Path`):
+            HTML file.
+        other ([`~trl_sgpo.report.run.Run`], *optional*):
+            A run to compare it with.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, render(run, other))
+
+
+def render(run: Run, other: Run | None = None) -> str:
+    """The report's HTML. The arguments are those of [`write_report`]."""
+    package = files(__package__)
+    style, script = (package.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"number": number, "reward": _reward}
+    template = environment.from_string(package.joinpath("template.html").read_text(encoding="utf-8"))
+    bank = run.bank
+    strategies = _most_useful(bank.strategies) if bank is not None else []
+    marks, kept = bank_map(strategies, bank.embeddings) if bank is not None else ([], 1.0)
+    html = template.render(
+        # The package's own files, the only text that is not escaped
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        version=__version__,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        run=run,
+        other=other,
+        names=_names(run, other),
+        facts=_facts(run),
+        charts=_charts(run, other),
+        before_after=_before_after(run),
+        evaluations={name: tables(results) for name, results in run.evaluations.items()},
+        matrices=_matrices(run),
+        bank=bank,
+        listed={strategy.id for strategy in strategies},
+        strategies=[_strategy_view(run, strategy) for strategy in strategies],
+        classes=class_colours(strategies),
+        trusts=[state for state in TRUST_STATES if any(each.trust == state for each in strategies)],
+        marks=marks,
+        kept=kept,
+        problems=[_problem_view(problem) for problem in run.problems],
+        sources=SOURCES,
+        key_settings={name: _setting(run.settings[name]) for name in KEY_SETTINGS if name in run.settings},
+        settings={name: _setting(value) for name, value in sorted(run.settings.items())},
+        changes=_changes(run, other) if other is not None else None,
+    )
+    return html.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _names(run: Run, other: Run | None) -> tuple[str, str]:
+    """Names that tell the runs apart."""
+    if other is None or run.name != other.name:
+        return run.name, other.name if other is not None else ""
+    return str(run.path), str(other.path)
+
+
+def _reward(value: Any) -> str:
+    if _known(value) is None:
+        return "–"
+    return number(value) if isinstance(value, int | float) else str(value)
+
+
+# Curves and figures
+
+
+def _charts(run: Run, other: Run | None) -> list[Chart]:
+    charts = []
+    name, other_name = _names(run, other)
+    for id, title, note, within, metrics in CHARTS:
+        lines: list[tuple[str, Points, int, bool]] = []
+        for metric, label, colour in metrics:
+            if other is None:
+                lines.append((label, run.points(metric), colour, False))
+            else:
+                lines.append((f"{label}, {name}", run.points(metric), colour, False))
+                lines.append((f"{label}, {other_name}", other.points(metric), colour, True))
+        if (chart := line_chart(id, title, note, lines, within)) is not None:
+            charts.append(chart)
+    return charts
+
+
+def _quarters(run: Run, metric: str) -> str | None:
+    """Means of the first and the last quarter of steps."""
+    values = [value for _, value in run.points(metric)]
+    if not values:
+        return None
+    if len(values) < 4:
+        return f"{sum(values) / len(values):.2f}"
+    part = len(values) // 4
+    return f"{sum(values[:part]) / part:.2f} → {sum(values[-part:]) / part:.2f}"
+
+
+def _facts(run: Run) -> list[tuple[str, str, str]]:
+    """Name, value and explanation of the figures at the top."""
+    facts = []
+    if run.max_steps:
+        note = "finished" if run.steps >= run.max_steps else "unfinished, as of the last checkpoint"
+        facts.append(("Steps", f"{run.steps} of {run.max_steps}", note))
+    for metric, name in (("sgpo/correctness", "Correctness of rollouts"), ("sgpo/transfer", "Transfer of rollouts")):
+        if (value := _quarters(run, metric)) is not None:
+            facts.append((name, value, "mean of the first → the last quarter of steps" if "→" in value else "mean"))
+    if run.bank is not None:
+        counts = Counter(strategy.trust for strategy in run.bank.strategies)
+        live = sum(counts.values()) - counts["retired"]
+        note = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
+        facts.append(("Strategies in the bank", str(live), note or "none"))
+    return facts
+
+
+def _before_after(run: Run) -> ResultTable | None:
+    if not run.measured:
+        return None
+    rows = []
+    for decoding in ("sampled", "greedy"):
+        for name, rate, trials in (("accuracy", "accuracy", "problems"), ("transfer", "transfer", "transfers")):
+            scores = [run.measured[when][decoding] for when in ("before", "after")]
+            rows.append([f"{name}, {decoding}", *(_with_interval(score[rate], score[trials]) for score in scores)])
+    return ResultTable("Before and after training, on unseen problems", ["", "before", "after"], rows)
+
+
+def _with_interval(rate: float, trials: int) -> str:
+    low, high = wilson_interval(rate, trials) if trials else (0.0, 1.0)
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]" if trials else "not measured"
+
+
+def _matrices(run: Run) -> list[Matrix]:
+    found = []
+    for name, results in run.evaluations.items():
+        for suite, report in results["transfer"].items():
+            rows = list(zip(report["classes"], report["matrix"], strict=True))
+            note = "Measured on unseen problems by trl-sgpo eval: mean outcome of the trained model's strategies."
+            found.append(Matrix(f"Transfer between classes: {suite} ({name})", note, report["classes"], rows))
+    if run.bank is not None:
+        executions = [(each, found) for each in run.bank.strategies for found in run.bank.executions[each.id]]
+        pairs = transfer(executions, lambda strategy, execution: (strategy.problem_class, execution.problem_class))
+        if pairs:
+            classes = sorted({name for pair in pairs for name in pair})
+            cells = {pair: figures["rate"] for pair, figures in pairs.items()}
+            rows = [(own, [cells.get((own, name)) for name in classes]) for own in classes]
+            note = (
+                "From training: mean outcome of the bank's strategies on problems they were not written for. Classes "
+                "meet only where strategies are shown across classes."
+            )
+            found.append(Matrix("Transfer of the bank's strategies", note, classes, rows))
+    return found
+
+
+# Bank
+
+
+def _most_useful(strategies: Iterable[Strategy]) -> list[Strategy]:
+    order = sorted(
+        strategies, key=lambda each: (each.trust == "retired", -policy.utility(each.successes, each.trials), each.id)
+    )
+    return order[:MAX_STRATEGIES]
+
+
+def _strategy_view(run: Run, strategy: Strategy) -> dict[str, Any]:
+    assert run.bank is not None
+    low, high = policy.lift_bounds(strategy)
+    own = [(strategy, execution) for execution in run.bank.executions[strategy.id]]
+    return {
+        "record": strategy,
+        "won": f"{number(strategy.successes)} of {strategy.trials}",
+        "utility": policy.utility(strategy.successes, strategy.trials),
+        "lift": f"{strategy.lift:+.2f} [{low:+.2f}, {high:+.2f}]" if strategy.problems else "unknown",
+        "transfer": transfer(own, lambda _, execution: execution.problem_class),
+        "lineage": _lineage(run.bank.by_id, strategy),
+        "children": run.bank.children.get(strategy.id, []),
+    }
+
+
+def _lineage(by_id: dict[str, Strategy], strategy: Strategy) -> list[tuple[int, str, Strategy | None]]:
+    """Depth, id and record of the ancestors, each once, parents before grandparents of the same line."""
+    found: list[tuple[int, str, Strategy | None]] = []
+    seen = {strategy.id}
+    waiting = [(1, key) for key in reversed(strategy.parents)]
+    while waiting and len(found) < MAX_ANCESTORS:
+        depth, key = waiting.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        found.append((depth, key, by_id.get(key)))
+        if key in by_id:
+            waiting += [(depth + 1, parent) for parent in reversed(by_id[key].parents)]
+    return found
+
+
+# Rollouts
+
+
+def _problem_view(problem: RolledProblem) -> dict[str, Any]:
+    views = [
+        {
+            "rollout": rollout,
+            "correct": _known(rollout.parts.get("correctness")),
+            "parts": {PARTS.get(name, name): value for name, value in rollout.parts.items()},
+        }
+        for rollout in problem.rollouts
+    ]
+    outcomes = [view["correct"] > 0.5 for view in views if view["correct"] is not None]
+    return {"problem": problem, "rollouts": views, "right": sum(outcomes), "of": len(outcomes)}
+
+
+def _known(value: Any) -> Any:
+    """The value, `None` where it is not a number."""
+    return None if value != value else value
+
+
+# Settings and what changed
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_setting(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value))
+    return "–" if value is None else str(value)
+
+
+def _changes(run: Run, other: Run) -> dict[str, Any]:
+    names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
+    settings = [
+        (name, _setting(run.settings.get(name)), _setting(other.settings.get(name)))
+        for name in names
+        if run.settings.get(name) != other.settings.get(name)
+    ]
+    figures = []
+    for _, title, _, _, metrics in CHARTS:
+        for metric, label, _ in metrics:
+            values = (_quarters(run, metric), _quarters(other, metric))
+            if any(values):
+                figures.append((f"{title}: {label}", *(value or "–" for value in values)))
+    ours, theirs = ({} if each.bank is None else each.bank.by_id for each in (run, other))
+    both = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    return {
+        "settings": settings,
+        "figures": figures,
+        "only_run": _most_useful(each for key, each in ours.items() if key not in theirs),
+        "only_other": _most_useful(each for key, each in theirs.items() if key not in ours),
+        "both": both,
+    }

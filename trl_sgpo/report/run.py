@@ -1,0 +1,259 @@
+"""What a run left behind, read for a report. Whatever is not there is said in `Run.missing`."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bank.strategy import Execution, Strategy
+from ..cli.bank import BANK_DIRECTORY, _reading, bank_directory
+from ..errors import BankError, ConfigError
+from ..prompts import problem_text
+
+
+STATE, SETTINGS = "trainer_state.json", "settings.json"
+TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One logged row: a strategy, its execution, and what they earned."""
+
+    source: str
+    strategy: str
+    execution: str
+    retrieved: list[str]
+    parts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RolledProblem:
+    """A problem with its rollouts of one step."""
+
+    step: int
+    text: str
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True)
+class BankRecord:
+    """Everything in a bank."""
+
+    strategies: list[Strategy]
+    embeddings: dict[str, np.ndarray]
+    executions: dict[str, list[Execution]]
+
+    @cached_property
+    def by_id(self) -> dict[str, Strategy]:
+        return {strategy.id: strategy for strategy in self.strategies}
+
+    @cached_property
+    def children(self) -> dict[str, list[str]]:
+        """Id of a strategy → ids of those that adapt it."""
+        found = defaultdict(list)
+        for strategy in self.strategies:
+            for parent in strategy.parents:
+                found[parent].append(strategy.id)
+        return found
+
+
+@dataclass
+class Run:
+    """
+    A run's output folder, or a checkpoint.
+
+    Args:
+        path (`Path`):
+            The directory.
+        history (`list[dict]`):
+            Logged metrics, in the order of their steps.
+        steps (`int`), max_steps (`int`):
+            Steps that the metrics reach to, and those that were planned.
+        settings (`dict`):
+            Names and values.
+        measured (`dict`):
+            `report.json`: accuracy and transfer before and after training.
+        evaluations (`dict[str, dict]`):
+            Name → `results.json` of `trl-sgpo eval`.
+        bank ([`BankRecord`] or `None`):
+            The strategy bank.
+        problems (`list[RolledProblem]`):
+            Logged problems, as many as were asked for, evenly from all steps.
+        logged_steps (`int`):
+            Steps with logged rollouts.
+        missing (`dict[str, str]`):
+            Part of the report → what is missing of it and how to get it.
+    """
+
+    path: Path
+    history: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    max_steps: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bank: BankRecord | None = None
+    problems: list[RolledProblem] = field(default_factory=list)
+    logged_steps: int = 0
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric. A step that was logged again after a resume counts once."""
+        found = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
+        return sorted((step, value) for step, value in found.items() if np.isfinite(value))
+
+
+def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 40) -> Run:
+    """
+    Reads a run, finished or not.
+
+    Args:
+        path (`str` or `Path`):
+            Output folder of a run, or a checkpoint.
+        evaluations (`Sequence[str]`, *optional*):
+            Further output folders of `trl-sgpo eval`.
+        problems (`int`, *optional*, defaults to `40`):
+            Number of problems to keep rollouts of.
+
+    Returns:
+        [`Run`]
+
+    Raises:
+        [`ConfigError`]: If the directory holds nothing of a run, or an evaluation's none.
+    """
+    run = Run(Path(path))
+    _read_history(run)
+    _read_settings(run)
+    run.measured = _read_json(run.path / "report.json") or {}
+    _read_evaluations(run, evaluations)
+    _read_bank(run)
+    _read_rollouts(run, problems)
+    if not (run.history or run.settings or run.bank or run.problems):
+        raise ConfigError(
+            f"{path} holds no run: name the `output_dir` of a training run, with `checkpoint-*`, `completions` or "
+            f"`{BANK_DIRECTORY}` in it, or one of its checkpoints."
+        )
+    return run
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _with_checkpoints(run: Run, name: str) -> list[Path]:
+    """Files or directories of that name in the run and its checkpoints, the newest first."""
+    found = [path for path in (run.path / name, *run.path.glob(f"checkpoint-*/{name}")) if path.exists()]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _read_history(run: Run) -> None:
+    state = next(filter(None, map(_read_json, _with_checkpoints(run, STATE))), None)
+    if state is None:
+        run.missing["curves"] = (
+            "No metrics yet: they are written with each checkpoint and at the end of training. For earlier ones, set "
+            "`save_steps` lower."
+        )
+        return
+    run.history = [log for log in state["log_history"] if "step" in log]
+    run.steps, run.max_steps = state["global_step"], state["max_steps"]
+
+
+def _read_settings(run: Run) -> None:
+    run.settings = _read_json(run.path / SETTINGS) or _read_json(run.path.parent / SETTINGS) or {}
+    if not run.settings:
+        run.missing["settings"] = f"No {SETTINGS}: the run is of a version that did not write it."
+
+
+def _read_evaluations(run: Run, named: Sequence[str]) -> None:
+    for directory in named:
+        if not _is_evaluation(_read_json(Path(directory) / "results.json")):
+            raise ConfigError(f"{directory} holds no evaluation: name the `--output_dir` of `trl-sgpo eval`.")
+    inside = [found.parent for found in sorted(run.path.glob("**/results.json"))]
+    for folder in dict.fromkeys([*inside, *map(Path, named)]):
+        results = _read_json(folder / "results.json")
+        if results is not None and _is_evaluation(results):
+            run.evaluations[folder.name] = results
+    if not any(results["transfer"] for results in run.evaluations.values()):
+        run.missing["transfer"] = (
+            "No transfer measured on unseen problems: run `trl-sgpo eval --model RUN --suites … --transfer "
+            "--output_dir RUN/eval`, or name such an evaluation by `--eval`."
+        )
+
+
+def _is_evaluation(results: dict[str, Any] | None) -> bool:
+    return results is not None and {"suites", "transfer"} <= results.keys()
+
+
+def _read_bank(run: Run) -> None:
+    refused = ""
+    for directory in [run.path / BANK_DIRECTORY, *_with_checkpoints(run, BANK_DIRECTORY)]:
+        try:
+            bank_directory(str(directory))
+            with _reading(str(directory)) as bank:
+                strategies = [*bank.strategies(), *bank.retired()]
+                executions = {each.id: bank.executions(each.id) for each in strategies}
+                run.bank = BankRecord(strategies, bank.embeddings(), executions)
+            break
+        except BankError as error:
+            refused = refused or (str(error) if directory.exists() else "")
+    if run.bank is None:
+        run.missing["bank"] = refused or "No strategy bank: the run has `use_bank: false`, or has not begun."
+    elif refused:
+        run.missing["bank"] = f"What is shown is the bank in {directory.relative_to(run.path)}. {refused}"
+    elif not run.bank.strategies:
+        run.missing["bank"] = "The strategy bank is empty: no strategy has done better than its block yet."
+
+
+def _read_rollouts(run: Run, problems: int) -> None:
+    files = sorted((run.path / "completions").glob("completions_*.parquet"))
+    if not files:
+        run.missing["rollouts"] = "No rollouts on record: set `log_completions: true` to log those of every step."
+        return
+    run.logged_steps = len(files)
+    chosen = _evenly(files, problems)
+    for index, path in enumerate(chosen):
+        share = problems * (index + 1) // len(chosen) - problems * index // len(chosen)
+        run.problems += list(_rolled_problems(path))[:share]
+    if not run.problems:
+        run.missing["rollouts"] = "The logged rollouts cannot be read: the files in `completions` are damaged."
+
+
+def _evenly(values: list[Any], n: int) -> list[Any]:
+    """At most `n` of the values, evenly, with the first and the last."""
+    if len(values) <= n:
+        return values
+    return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
+
+
+def _rolled_problems(path: Path) -> Iterator[RolledProblem]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError):  # a run that goes on may be writing it
+        return
+    groups: dict[tuple[int, str], list[Rollout]] = defaultdict(list)
+    for row in rows:
+        rollout = Rollout(
+            source=row.get("source") or "",
+            strategy=row.get("strategy") or "",
+            execution=row["execution"] if "execution" in row else problem_text(row["completion"]),
+            retrieved=(row.get("retrieved") or "").split(),
+            parts={key: value for key, value in row.items() if key not in TEXT_COLUMNS},
+        )
+        groups[row["step"], problem_text(row["prompt"])].append(rollout)
+    for (step, text), rollouts in groups.items():
+        yield RolledProblem(step, text, rollouts)
