@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
@@ -192,9 +192,14 @@ class Call:
     limit: int
 
 
+_aten = torch.ops.aten
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *args, **kwargs: sdpa_flop_count(
+        query, key, value
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, value, *args, **kwargs: (
+        sdpa_backward_flop_count(grad, query, key, value)
+    ),
 }
 
 
