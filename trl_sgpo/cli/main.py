@@ -15,6 +15,7 @@ COMMANDS = {
     "bootstrap": "write strategies and two-phase traces without human labels, for a warm start and a bank",
     "eval": "measure a model: suites in and out of distribution, strategy transfer score",
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
+    "estimate": "say how much memory recipes need, and what makes them fit, before anything is downloaded",
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
     "bank": "look into, check and share a strategy bank",
 }

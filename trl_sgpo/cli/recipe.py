@@ -49,6 +49,11 @@ class SGPOScriptArguments(GRPOScriptArguments):
             or on `warmstart_traces` of them.
         report_problems (`int`, *optional*, defaults to `0`):
             Unseen problems on which accuracy and transfer are measured before and after training. `0` measures none.
+        vram_gb (`float`, *optional*):
+            Memory in GB that the recipe is made for. Training does not start where more is estimated, nor where more is
+            than the GPU has.
+        check_memory (`bool`, *optional*, defaults to `True`):
+            Whether to estimate memory before weights are loaded, if there is a GPU or the recipe states `vram_gb`.
     """
 
     system_prompt: str | None = field(
@@ -72,6 +77,14 @@ class SGPOScriptArguments(GRPOScriptArguments):
     report_problems: int = field(
         default=0,
         metadata={"help": "Unseen problems on which accuracy and transfer are measured before and after training."},
+    )
+    vram_gb: float | None = field(
+        default=None,
+        metadata={"help": "Memory in GB that the recipe is made for. Training refuses to start where it needs more."},
+    )
+    check_memory: bool = field(
+        default=True,
+        metadata={"help": "Whether to estimate memory before weights are loaded, on a GPU or with `vram_gb`."},
     )
 
 

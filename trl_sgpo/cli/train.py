@@ -20,11 +20,14 @@ from trl import get_peft_config, get_quantization_config
 from ..data.bootstrap import warmstart
 from ..data.synthetic import read_traces
 from ..data.worked import Trace, traces
-from ..errors import ConfigError, SGPOError
+from ..errors import ConfigError, ModelError, SGPOError
 from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
+from ..memory.advice import in_words
+from ..memory.estimate import GIB
 from ..offline import require_model
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer, with_classes
+from .estimate import PROBLEM_TOKENS, report
 from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 
 
@@ -75,6 +78,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     """
     script, training = recipe.script, recipe.training
     rewards = load_rewards(script)
+    check_memory(recipe)
     model = require_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
     # Before the warm start, so that a dataset that cannot work says so at once
@@ -111,6 +115,38 @@ def train(recipe: Recipe) -> SGPOTrainer:
     trainer.accelerator.wait_for_everyone()  # a process that ends while another still saves can abort
     trainer.end()
     return trainer
+
+
+def check_memory(recipe: Recipe) -> None:
+    """
+    Refuses a recipe that is estimated to need more memory than it states or the GPU has, before weights are loaded.
+
+    Args:
+        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+            The recipe.
+
+    Raises:
+        [`ConfigError`]: It does not fit. Names the change that would make it fit.
+    """
+    script, limits = recipe.script, {}
+    if script.vram_gb is not None:
+        limits["`vram_gb` of the recipe"] = script.vram_gb
+    if torch.cuda.is_available():
+        limits["this GPU"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    if not script.check_memory or not limits or recipe.training.use_vllm:
+        return
+    where = min(limits, key=limits.__getitem__)
+    try:
+        result = report(recipe, recipe.path or "", limits[where], PROBLEM_TOKENS, "cuda")
+    except ModelError:
+        return  # `require_model` says what is wrong
+    if result["peak"] <= limits[where] * GIB:
+        return
+    change = "train a smaller model" if result["change"] is None else f"add `{in_words(result['change'])}`"
+    raise ConfigError(
+        f"Training needs an estimated {result['peak'] / GIB:.1f} GB, more than {where} allows ({limits[where]:.1f} GB): "
+        f"{change}. `trl-sgpo estimate` shows the parts; `--check_memory false` starts anyway."
+    )
 
 
 def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
