@@ -15,43 +15,31 @@ from ..memory.estimate import GIB, HEADROOM, Estimate, Estimator, assumed_length
 from .recipe import Recipe, read_recipe
 
 
-PROBLEM_TOKENS = 320
-"""What is assumed of the longest problem: that of GSM8K, with what is asked for and a chat template."""
-
-
 def main(argv: list[str]) -> int:
     """Prints the estimate of one recipe by part, or a line for each of several."""
     parser = argparse.ArgumentParser(
         prog="trl-sgpo estimate",
-        description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights are "
-        "downloaded and no GPU is needed.",
+        description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights "
+        "are downloaded and no GPU is needed.",
         epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
     )
     parser.add_argument("--config", required=True, nargs="+", help="recipes")
     parser.add_argument("--vram", type=float, help="memory of the card in GB; defaults to the recipe's `vram_gb`")
     parser.add_argument(
-        "--problem_tokens",
-        type=int,
-        default=PROBLEM_TOKENS,
-        help="tokens of the longest problem, with the request for a strategy and without retrieved ones (default: "
-        f"{PROBLEM_TOKENS}, for GSM8K)",
-    )
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="what it is to run on; for a CPU, tensors are counted"
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="what it is to run on; on a CPU, tensors are counted",
     )
     parser.add_argument("--output", help="write the estimates to this JSON file")
     options, overrides = parser.parse_known_args(argv)
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
-    if options.problem_tokens < 1:
-        raise ConfigError(f"`--problem_tokens` must be at least 1, got {options.problem_tokens}.")
 
     results = []
     for path in options.config:
         recipe = read_recipe(["--config", path, *overrides], "trl-sgpo estimate")
-        results.append(
-            report(recipe, path, options.vram or recipe.script.vram_gb, options.problem_tokens, options.device)
-        )
+        results.append(report(recipe, path, options.vram or recipe.script.vram_gb, options.device))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(results, indent=2))
@@ -63,7 +51,7 @@ def main(argv: list[str]) -> int:
     return 1 if any(result["fits"] is False for result in results) else 0
 
 
-def report(recipe: Recipe, path: str, vram_gb: float | None, problem_tokens: int, device: str) -> dict[str, Any]:
+def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dict[str, Any]:
     """
     Estimates a recipe.
 
@@ -72,8 +60,6 @@ def report(recipe: Recipe, path: str, vram_gb: float | None, problem_tokens: int
             The recipe and its file.
         vram_gb (`float`, *optional*):
             Memory that it has to fit into. If `None`, there is no verdict.
-        problem_tokens (`int`):
-            Tokens of the longest problem.
         device (`str`):
             `"cuda"` or `"cpu"`.
 
@@ -85,7 +71,7 @@ def report(recipe: Recipe, path: str, vram_gb: float | None, problem_tokens: int
     estimator = Estimator(config, device)
 
     def estimate(changed: Recipe) -> Estimate:
-        return estimator(changed, assumed_lengths(changed, problem_tokens))
+        return estimator(changed, assumed_lengths(changed))
 
     found = estimate(recipe)
     result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}

@@ -88,4 +88,6 @@ def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def in_words(change: dict[str, Any]) -> str:
     """Writes a change as it is typed."""
-    return " ".join(f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in change.items())
+    return " ".join(
+        f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in change.items()
+    )

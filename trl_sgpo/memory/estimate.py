@@ -1,9 +1,8 @@
 """Peak memory of training by a recipe, by part, without weights and without a GPU."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from trl import get_peft_config
 
 from ..cli.recipe import Recipe
 from ..errors import ConfigError
-from ..prompts import EXECUTION_PROMPT
-from ..shared_prompts import work, within_window
+from ..shared_prompts import within_window, work
 from .simulate import SimulatedModel, Weights
 
 
@@ -28,8 +26,10 @@ CONTEXT = 600 * 2**20
 FRAGMENTATION = 0.1
 """Bytes that CUDA's allocator holds beyond those in use, for a byte that is not a weight. Assumed, not measured."""
 
-_BRIDGE_MARKS = 16  # tokens of a chat template around the turn between strategy and execution
-_RETRIEVED_MARKS = 16  # tokens around a strategy shown with a problem
+PROBLEM_TOKENS = 256
+"""What is assumed of the longest problem: few of GSM8K have more."""
+
+_MARKS = 16  # tokens that a chat template, or the list of retrieved strategies, puts around a text
 
 
 @dataclass(frozen=True)
@@ -102,25 +102,27 @@ class Estimate:
         return {**asdict(self), "peak": self.peak, "moment": self.moment}
 
 
-def assumed_lengths(recipe: Recipe, problem_tokens: int) -> Lengths:
+def assumed_lengths(recipe: Recipe) -> Lengths:
     """
-    Lengths where neither the tokenizer nor the data are at hand.
+    Lengths of the longest row where neither the tokenizer nor the data are at hand.
 
     Args:
         recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
-            The recipe.
-        problem_tokens (`int`):
-            Tokens of the longest problem together with what is asked, without retrieved strategies.
+            The recipe. Without `max_problem_tokens`, its longest problem is taken to have 256 tokens.
     """
     args = recipe.training
     shown = args.num_retrieved if args.use_bank else 0
-    turn = len((args.execution_prompt or EXECUTION_PROMPT).split()) * 3 // 2 + _BRIDGE_MARKS
+    problem = recipe.script.max_problem_tokens or PROBLEM_TOKENS
     return Lengths(
-        request=problem_tokens + shown * (args.max_strategy_length + _RETRIEVED_MARKS),
+        request=problem + _tokens(args.strategy_prompt) + _MARKS + shown * (args.max_strategy_length + _MARKS),
         strategy=args.max_strategy_length,
-        turn=turn,
+        turn=_tokens(args.execution_prompt) + _MARKS,
         execution=args.max_completion_length,
     )
+
+
+def _tokens(text: str) -> int:
+    return len(text.split()) * 3 // 2
 
 
 def training_layout(rows: int, group: int, lengths: Lengths, share: bool, hidden_size: int) -> tuple[int, int]:
@@ -157,7 +159,7 @@ def training_layout(rows: int, group: int, lengths: Lengths, share: bool, hidden
 
 
 class _Architecture:
-    """A model of any depth, extrapolated from two or three of few layers: what a layer of each kind adds is the same."""
+    """A model of any depth, extrapolated from models of few layers: each layer of a kind adds the same."""
 
     def __init__(self, config: PreTrainedConfig, settings: dict[str, Any]):
         text = config.get_text_config()
@@ -256,7 +258,10 @@ class Estimator:
         return Estimate(
             parts={**standing, **moments[peak]},
             moments=totals,
-            on_host={"embedder and bank": 0.2 * GIB if args.use_bank else 0, "base weights to restore": weights.mergeable * merges},
+            on_host={
+                "the embedder and the bank": _EMBEDDER if args.use_bank else 0,
+                "base weights, to restore them after generation": weights.mergeable if merges else 0,
+            },
             parameters=weights.parameters,
             trained=weights.trained,
             lengths=lengths,
@@ -290,6 +295,7 @@ class Estimator:
         return results[0], results[1]
 
 
+_EMBEDDER = 200 * 2**20  # MiniLM and a bank of thousands of strategies
 _SAMPLING_BYTES = 2 + 4 + 4  # a copy in 32 bits, probabilities, and what the copy was made of
 _SORTING_BYTES = 4 + 8 + 4 + 4
 

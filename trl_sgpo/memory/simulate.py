@@ -1,9 +1,8 @@
 """
 What a model's forward and backward passes allocate, found by running them on tensors without data.
 
-The model is built from its config and run as transformers, peft and torch would run it, under `FakeTensorMode`: shapes and
-lifetimes of all tensors are real, their content does not exist. So no architecture needs formulas of its own, and a
-model of 8B parameters is simulated in seconds and a few MB.
+The model is built from its config and run as transformers, peft and torch would run it, under `FakeTensorMode`: shapes
+and lifetimes of all tensors are real, their content does not exist. So no architecture needs formulas of its own.
 """
 
 import copy

@@ -1,11 +1,10 @@
 """
 One step at its largest, before the first real one, so that a run that will not fit says so in the first minute.
 
-What this file relies on in TRL 1.16: `_tokenize_prompts`, `_get_per_token_logps_and_entropies` and, through `rollout.py`,
-`_generate_single_turn`.
+What this file relies on in TRL 1.16: `_tokenize_prompts`, `_get_per_token_logps_and_entropies` and, through
+`rollout.py`, `_generate_single_turn`.
 """
 
-import contextlib
 import gc
 import random
 from collections.abc import Iterator
@@ -29,9 +28,7 @@ logger = transformers.utils.logging.get_logger(__name__)
 _CANDIDATES = 16  # longest problems by characters, of which the longest by tokens are taken
 
 
-def longest_requests(
-    prompts: list[Prompt], count: int, tokenize: Any, args: Any, chat: bool
-) -> list[list[int]]:
+def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any, chat: bool) -> list[list[int]]:
     """
     Requests for a strategy at their longest.
 
@@ -59,8 +56,8 @@ def longest_requests(
 
 def take_worst_case_step(trainer: "SGPOTrainer") -> None:
     """
-    Generates both phases at full length from the longest problems, goes forward and backward once and lets the optimizer
-    allocate its states. Weights, optimizer, random state, bank and metrics are as before.
+    Generates both phases at full length from the longest problems, goes forward and backward once and lets the
+    optimizer allocate its states. Weights, optimizer, random state, bank and metrics are as before.
 
     Args:
         trainer ([`SGPOTrainer`]):
