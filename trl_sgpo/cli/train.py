@@ -179,7 +179,8 @@ def check_memory(recipe: Recipe) -> None:
     change = "train a smaller model" if result["change"] is None else f"add `{in_words(result['change'])}`"
     raise ConfigError(
         f"Training needs an estimated {result['peak'] / GIB:.1f} GB, more than {where} allows "
-        f"({limits[where]:.1f} GB): {change}. `trl-sgpo estimate` shows the parts; `--check_memory false` starts anyway."
+        f"({limits[where]:.1f} GB): {change}. `trl-sgpo estimate` shows the parts; `--check_memory false` starts "
+        "anyway."
     )
 
 
