@@ -17,8 +17,9 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.cli.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.memory.advice import cheapest_change, with_changes
 from trl_sgpo.memory.architectures import architectures, model_config
-from trl_sgpo.memory.estimate import Estimate, Estimator, Lengths, assumed_lengths, training_layout
+from trl_sgpo.memory.estimate import Estimate, Estimator, Lengths, training_layout
 from trl_sgpo.memory.worst_case import longest_requests
+from trl_sgpo.prompts import chat_bridge
 
 
 SIZES = {
@@ -84,12 +85,14 @@ def test_estimate_is_what_training_on_a_cpu_allocates(architecture: str, options
     )
     trainer.generation_config.suppress_tokens = trainer.eos_token_ids  # full length
     measured = trained_peak(trainer)
-    turn = assumed_lengths(recipe).turn
     request = longest_requests(  # the bank is empty, so none is shown
         problems()["prompt"], 1, lambda prompts: trainer._tokenize_prompts(prompts)[0], _without_bank(recipe), True
     )[0]
-    turn = len(trainer.processing_class(recipe.training.execution_prompt)["input_ids"]) + 30
+    turn = len(
+        trainer.processing_class(chat_bridge(trainer.processing_class, recipe.training.execution_prompt))["input_ids"]
+    )
     estimate = Estimator(AutoConfig.from_pretrained(model), "cpu")(recipe, Lengths(len(request), 16, turn, 48))
+    print(f"{architecture}: measured {measured}, estimated {estimate.peak} ({estimate.moment})")
     assert estimate.peak == pytest.approx(measured, rel=0.15), (estimate.parts, estimate.moments)
 
 

@@ -52,11 +52,7 @@ def test_training_goes_on_as_without_it(peft_config: Any, optim: str, tmp_path: 
         trainer = make_trainer(tmp_path / str(taken), taken, peft_config, optim=optim)
         trainer.train()
         logs = [
-            {
-                key: value
-                for key, value in log.items()
-                if "time" not in key and "second" not in key
-            }
+            {key: value for key, value in log.items() if "time" not in key and "second" not in key}
             for log in trainer.state.log_history
         ]
         weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}

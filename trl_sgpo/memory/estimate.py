@@ -240,6 +240,9 @@ class Estimator:
             "quantization constants": weights.constants,
             "adapters": weights.adapters,
         }
+        kept = weights.mergeable if model.use_peft and args.merge_adapters else 0
+        if self.device == "cpu":
+            standing[_RESTORED] = kept
         moments: dict[str, dict[str, int]] = {
             "strategies": {"optimizer states": states, **_generating(written, "KV cache of strategies")},
             "executions": {"optimizer states": states, **_generating(executed, "KV cache of executions")},
@@ -254,13 +257,12 @@ class Estimator:
                 parts["CUDA context"] = CONTEXT
             totals[name] = sum(standing.values()) + sum(parts.values())
         peak = max(totals, key=totals.__getitem__)
-        merges = model.use_peft and args.merge_adapters
         return Estimate(
             parts={**standing, **moments[peak]},
             moments=totals,
             on_host={
                 "the embedder and the bank": _EMBEDDER if args.use_bank else 0,
-                "base weights, to restore them after generation": weights.mergeable if merges else 0,
+                _RESTORED: 0 if self.device == "cpu" else kept,
             },
             parameters=weights.parameters,
             trained=weights.trained,
@@ -295,6 +297,7 @@ class Estimator:
         return results[0], results[1]
 
 
+_RESTORED = "base weights to restore after generation"
 _EMBEDDER = 200 * 2**20  # MiniLM and a bank of thousands of strategies
 _SAMPLING_BYTES = 2 + 4 + 4  # a copy in 32 bits, probabilities, and what the copy was made of
 _SORTING_BYTES = 4 + 8 + 4 + 4

@@ -238,7 +238,7 @@ class SimulatedModel:
                 with self._autocast():
                     hidden = self._decoder(ids)
                     forward = live.moment()
-                    log_probs = self._log_probs(hidden.flatten(0, 1)[:scored])
+                    log_probs = self._log_probs(hidden.flatten(0, 1)[:scored].clone())
                     del hidden
                 head = live.moment()
                 log_probs.sum().backward()

@@ -70,9 +70,9 @@ def take_worst_case_step(trainer: "SGPOTrainer") -> None:
     with _nothing_kept(trainer):
         try:
             doing = "generating"
-            requests, contexts = _generate_at_full_length(trainer)
+            requests, completion = _generate_at_full_length(trainer)
             doing = "training"
-            _train_at_full_length(trainer, requests[0], contexts[0])
+            _train_at_full_length(trainer, requests[0], completion)
             doing = "optimizing"
             _allocate_optimizer(trainer)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -84,8 +84,8 @@ def take_worst_case_step(trainer: "SGPOTrainer") -> None:
             logger.warning(f"The worst-case step fits: {peak:.2f} GB of {whole:.2f} GB, without the CUDA context.")
 
 
-def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], list[list[int]]]:
-    """Returns requests and the completions that follow them, as ids of no meaning."""
+def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], list[int]]:
+    """Returns the requests, longest first, and a completion."""
     args, geometry, tokenizer = trainer.args, trainer.geometry, trainer.processing_class
     rows = args.per_device_train_batch_size * args.steps_per_generation
     problems = rows // geometry.executions
@@ -104,24 +104,24 @@ def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], l
         begun = [request for request in requests for _ in range(geometry.executions)]
         contexts = [request + written[row % len(written)] + turn for row, request in enumerate(begun)]
         executed = generate(trainer, contexts, begun, args.max_completion_length, "executions at their longest")[0]
-    return requests, [written[0] + turn + executed[0]]
+    return requests, written[0] + turn + executed[0]
 
 
 def _train_at_full_length(trainer: "SGPOTrainer", request: list[int], completion: list[int]) -> None:
     args, device = trainer.args, trainer.accelerator.device
     rows = args.per_device_train_batch_size
-    ids = torch.tensor([request + completion] * rows, device=device)
+    problems = [row // trainer.geometry.executions for row in range(rows)]
+    # Turned, so that the problems of a micro-batch differ and are equally long
+    ids = torch.tensor([request[by:] + request[:by] + completion for by in problems], device=device)
     mask = torch.ones_like(ids)
     trained = mask[:, len(request) :]
     trainer._trained_tokens = trained
     try:
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.no_sync(trainer.model_wrapped):
             log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
                 trainer.model_wrapped, ids, mask, len(completion), compute_entropy=True
             )
-            loss = (log_probs * trained).mean()
-        with trainer.accelerator.no_sync(trainer.model_wrapped):
-            trainer.accelerator.backward(loss)
+            trainer.accelerator.backward((log_probs * trained).mean())
     finally:
         trainer._trained_tokens = None
 
