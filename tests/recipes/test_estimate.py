@@ -88,9 +88,8 @@ def test_estimate_is_what_training_on_a_cpu_allocates(architecture: str, options
     request = longest_requests(  # the bank is empty, so none is shown
         problems()["prompt"], 1, lambda prompts: trainer._tokenize_prompts(prompts)[0], _without_bank(recipe), True
     )[0]
-    turn = len(
-        trainer.processing_class(chat_bridge(trainer.processing_class, recipe.training.execution_prompt))["input_ids"]
-    )
+    tokenizer = trainer.processing_class
+    turn = len(tokenizer(chat_bridge(tokenizer, recipe.training.execution_prompt))["input_ids"])
     estimate = Estimator(AutoConfig.from_pretrained(model), "cpu")(recipe, Lengths(len(request), 16, turn, 48))
     print(f"{architecture}: measured {measured}, estimated {estimate.peak} ({estimate.moment})")
     assert estimate.peak == pytest.approx(measured, rel=0.15), (estimate.parts, estimate.moments)

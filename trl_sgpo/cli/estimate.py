@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dic
         `dict`: The [`~trl_sgpo.memory.estimate.Estimate`], the verdict and, if it does not fit, the change.
     """
     name = recipe.model.model_name_or_path
-    config, source = model_config(name, recipe.model.model_revision)
-    estimator = Estimator(config, device)
+    estimator, source = _estimator(name, recipe.model.model_revision, device)
 
     def estimate(changed: Recipe) -> Estimate:
         return estimator(changed, assumed_lengths(changed))
@@ -81,6 +81,13 @@ def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dic
             result["change"], changed = change
             result["peak_with_change"] = changed.peak
     return {**result, **found.to_dict()}
+
+
+@cache
+def _estimator(name: str, revision: str, device: str) -> tuple[Estimator, str]:
+    """One for all recipes of a model, which keeps what it has simulated."""
+    config, source = model_config(name, revision)
+    return Estimator(config, device), source
 
 
 def _print_parts(console: Console, result: dict[str, Any]) -> None:
