@@ -37,7 +37,7 @@ QLORA = [*LORA, "--load_in_4bit", "true", "--use_bnb_nested_quant", "true", "--o
 
 
 def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
-    lengths = ["--max_strategy_length", "16", "--max_completion_length", "48", "--max_steps", "1"]
+    lengths = ["--max_strategy_length", "16", "--max_completion_length", "48", "--max_steps", "2"]
     rows = ["--num_generations", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     quiet = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "no", "--report_to", "none"]
     return read_recipe(["--model_name_or_path", model, *lengths, *rows, *quiet, *options], "test")
@@ -45,7 +45,7 @@ def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
 
 def trained_peak(trainer: SGPOTrainer) -> int:
     """
-    Bytes of all tensors at the peak of a step, from the profiler's record of every allocation and release. Unlike the
+    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's record of every allocation and release. Unlike the
     size of the process it does not depend on what the machine's allocator and libraries keep.
     """
     standing = {}
