@@ -33,6 +33,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": _SMALL,
     "phi": {key: value for key, value in _SMALL.items() if key not in ("num_key_value_heads", "head_dim")},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024},
+    "smollm3": {**_SMALL, "no_rope_layers": [1, 0]},
+    "gemma3_text": {**_SMALL, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": _SMALL,
     "mixtral": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
@@ -52,18 +55,12 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def save_tiny_model(directory: Path, architecture: str = "llama", chat: bool = True) -> str:
-    """Saves a tiny random model with its tokenizer and returns the directory."""
+def save_tiny_model(directory: Path, architecture: str = "llama", chat: bool = True, **sizes: Any) -> str:
+    """Saves a tiny random model, or one of other sizes, with its tokenizer and returns the directory."""
     torch.manual_seed(0)
     tok = tokenizer(chat)
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=len(tok),
-        eos_token_id=0,
-        bos_token_id=1,
-        pad_token_id=2,
-        **ARCHITECTURES[architecture],
-    )
+    special = {"vocab_size": len(tok), "eos_token_id": 0, "bos_token_id": 1, "pad_token_id": 2}
+    config = AutoConfig.for_model(architecture, **{**special, **ARCHITECTURES[architecture], **sizes})
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = transformers.GenerationConfig(eos_token_id=0, bos_token_id=1, pad_token_id=2)
     model.save_pretrained(directory)

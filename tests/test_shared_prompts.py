@@ -8,7 +8,7 @@ from models import ARCHITECTURES, evenness, problems, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
-from trl_sgpo.rollout import _generate
+from trl_sgpo.rollout import generate
 from trl_sgpo.sgpo_trainer import problems_together
 from trl_sgpo.shared_prompts import is_cheaper, share_prompts
 
@@ -139,12 +139,12 @@ def test_same_generation_as_apart(trainer, prompts):
     contexts = [request + rest for request, rest in zip(requests, [[9], [], [30, 31, 32], [40, 41]], strict=True)]
     trainer.generation_config.do_sample = False
     trainer.reads_requests_once = False
-    apart = _generate(trainer, contexts, requests, 6, "test")
+    apart = generate(trainer, contexts, requests, 6, "test")
     trainer.reads_requests_once = True
     read = []
     embeddings = trainer.model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
-    together = _generate(trainer, contexts, requests, 6, "test")
+    together = generate(trainer, contexts, requests, 6, "test")
     handle.remove()
     assert together == apart
     assert read[:2] == ([(2, 3), (4, 4)] if len(prompts[0]) > 1 else [(4, 5), (4, 1)])
@@ -163,7 +163,7 @@ def test_rows_that_ended_are_left_out(trainer):
         lambda module, args, output: read.append(args[0].numel())
     )
     try:
-        full = _generate(trainer, contexts, requests, 12, "test")[0]
+        full = generate(trainer, contexts, requests, 12, "test")[0]
         trainer.eos_token_ids = trainer.generation_config.eos_token_id = sorted(
             {*ends[0], *(full[row][len(full[row]) // 2] for row in (0, 3))}
         )
@@ -173,7 +173,7 @@ def test_rows_that_ended_are_left_out(trainer):
         found, tokens = [], []
         for trainer.leaves_out_ended_rows in (False, True):
             read.clear()
-            found.append(_generate(trainer, contexts, requests, 12, "test")[0])
+            found.append(generate(trainer, contexts, requests, 12, "test")[0])
             tokens.append(sum(read))
     finally:
         handle.remove()
@@ -187,9 +187,9 @@ def test_a_cache_of_a_kind_asked_for_is_left_to_generation(tmp_path):
     trainer = make_trainer(tmp_path, "llama")
     trainer.generation_config.do_sample = False
     prompts = [[5, 6, 7, 8], [5, 6, 7, 8]]
-    dynamic = _generate(trainer, prompts, prompts, 6, "test")
+    dynamic = generate(trainer, prompts, prompts, 6, "test")
     trainer.generation_config.cache_implementation = "static"
-    assert _generate(trainer, prompts, prompts, 6, "test") == dynamic
+    assert generate(trainer, prompts, prompts, 6, "test") == dynamic
 
 
 def shapes_read(trainer):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers import TrainerCallback
 
+from .memory.worst_case import take_worst_case_step
+
 
 if TYPE_CHECKING:
     from .sgpo_trainer import SGPOTrainer
@@ -63,6 +65,21 @@ class RunRecordCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
+
+
+class WorstCaseCallback(TrainerCallback):
+    """Takes the largest step that a run can come to before the first real one, to see whether it fits into memory."""
+
+    def __init__(self, trainer: "SGPOTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        wanted = args.worst_case_step
+        if wanted is None:
+            wanted = trainer.accelerator.device.type != "cpu"
+        if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            take_worst_case_step(trainer)
 
 
 class AdviceCallback(TrainerCallback):

@@ -160,7 +160,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
 
     with merged_adapters(trainer):
         phase_one = [ids for ids in request_ids for _ in range(geometry.own)]
-        generated, logprobs = _generate(trainer, phase_one, phase_one, args.max_strategy_length, "strategies")
+        generated, logprobs = generate(trainer, phase_one, phase_one, args.max_strategy_length, "strategies")
         written = _read_strategies(generated, logprobs, trainer)
 
         # Row order is problem by problem, strategy by strategy: `transfer.outcome_matrix` relies on it
@@ -176,7 +176,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
             for (position, _), (_, ids, _, _, _) in zip(plan, sources, strict=True)
         ]
         begun_by = [request_ids[position] for position, _ in plan]
-        executions, execution_logprobs = _generate(
+        executions, execution_logprobs = generate(
             trainer, contexts, begun_by, args.max_completion_length, "executions"
         )
 
@@ -238,10 +238,27 @@ def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
     return bridge_ids[1:] if strategy_ids and strategy_ids[-1] == bridge_ids[0] else bridge_ids
 
 
-def _generate(
+def generate(
     trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], limit: int, phase: str
 ) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Continues each prompt, which begins with the request beside it."""
+    """
+    Continues each prompt with the trainer's sampling.
+
+    Args:
+        trainer ([`SGPOTrainer`]):
+            Trainer that generates.
+        prompt_ids (`list[list[int]]`):
+            Contexts.
+        requests (`list[list[int]]`):
+            The request that each of them begins with, which is read once for all.
+        limit (`int`):
+            Tokens of each completion.
+        phase (`str`):
+            What is shown while it goes on.
+
+    Returns:
+        `tuple`: Completions, and the log-probabilities of their tokens where the backend knows them.
+    """
     with (
         max_new_tokens(trainer, limit),
         _requests_read_once(trainer, requests),

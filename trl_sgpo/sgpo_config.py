@@ -59,6 +59,10 @@ class SGPOConfig(GRPOConfig):
             generation with transformers. Has no effect with attention implementations other than `"sdpa"` and
             `"eager"`, on models that are recurrent, slide their attention within a row or add a router loss, and, in
             training, where rows are so long that it would cost more.
+        worst_case_step (`bool`, *optional*):
+            Whether to take one step at its largest before the first real one, so that a run that does not fit into
+            memory fails at once: the longest problems, both phases at full length. Nothing of it is kept. If `None`,
+            it is taken on accelerators by runs without vLLM, DeepSpeed and FSDP.
 
         > Parameters that control rewards and credit
 
@@ -173,6 +177,13 @@ class SGPOConfig(GRPOConfig):
     share_prompts: bool = field(
         default=True,
         metadata={"help": "Whether the request of a problem is read once for all its rows."},
+    )
+    worst_case_step: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to take one step at its largest before the first real one, to see whether it fits. If "
+            "`None`, on accelerators."
+        },
     )
 
     # Parameters that control rewards and credit

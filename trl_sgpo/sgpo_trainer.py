@@ -43,7 +43,7 @@ from . import advantages as credit
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
 from .bank.audit import control_tokens
 from .bank.shared import SharedBank
-from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback
+from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError
 from .evidence import outcomes, proposals
@@ -201,6 +201,7 @@ class SGPOTrainer(GRPOTrainer):
         self.add_callback(StrategyBankCallback(self))
         self.run_record = RunRecordCallback(self)
         self.add_callback(self.run_record)
+        self.add_callback(WorstCaseCallback(self))
         self.add_callback(AdviceCallback())
         if args.use_vllm and "quantization_config" in vars(self.model.config):
             raise ConfigError(_QUANTIZED_VLLM)

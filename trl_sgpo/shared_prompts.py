@@ -120,12 +120,25 @@ def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_
     )
 
 
-def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
+def work(sequences: int, length: int, hidden_size: int) -> int:
     """
-    Whether the layout takes less work than the rows as they are.
+    What a decoder takes to read a batch, in a unit of its own.
 
     A decoder layer takes about `24 * hidden_size**2` operations a token in its matrices and `4 * hidden_size` for each
-    token it is compared with. Long rows without much of a prompt are cheaper apart.
+    token it is compared with.
+
+    Args:
+        sequences (`int`), length (`int`):
+            Shape of the batch.
+        hidden_size (`int`):
+            Width of the model.
+    """
+    return sequences * length * (6 * hidden_size + length)
+
+
+def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
+    """
+    Whether the layout takes less work than the rows as they are. Long rows without much of a prompt are cheaper apart.
 
     Args:
         shared ([`SharedPrompts`]):
@@ -133,11 +146,7 @@ def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
         hidden_size (`int`):
             Width of the model.
     """
-
-    def work(sequences: int, length: int) -> int:
-        return sequences * length * (6 * hidden_size + length)
-
-    return work(*shared.input_ids.shape) < work(*shared.shape)
+    return work(*shared.input_ids.shape, hidden_size) < work(*shared.shape, hidden_size)
 
 
 def within_window(config: PreTrainedConfig, length: int) -> bool:

@@ -49,6 +49,13 @@ class SGPOScriptArguments(GRPOScriptArguments):
             or on `warmstart_traces` of them.
         report_problems (`int`, *optional*, defaults to `0`):
             Unseen problems on which accuracy and transfer are measured before and after training. `0` measures none.
+        max_problem_tokens (`int`, *optional*):
+            Problems with more tokens are left out of training: a single long one can need more memory than all others.
+        vram_gb (`float`, *optional*):
+            Memory in GB that the recipe is made for. Training does not start where more is estimated than this or than
+            the GPU has.
+        check_memory (`bool`, *optional*, defaults to `True`):
+            Whether to estimate memory before weights are loaded, if there is a GPU or the recipe states `vram_gb`.
     """
 
     system_prompt: str | None = field(
@@ -72,6 +79,17 @@ class SGPOScriptArguments(GRPOScriptArguments):
     report_problems: int = field(
         default=0,
         metadata={"help": "Unseen problems on which accuracy and transfer are measured before and after training."},
+    )
+    max_problem_tokens: int | None = field(
+        default=None, metadata={"help": "Problems with more tokens than this are left out of training."}
+    )
+    vram_gb: float | None = field(
+        default=None,
+        metadata={"help": "Memory in GB that the recipe is made for. Training refuses to start where it needs more."},
+    )
+    check_memory: bool = field(
+        default=True,
+        metadata={"help": "Whether to estimate memory before weights are loaded, on a GPU or with `vram_gb`."},
     )
 
 

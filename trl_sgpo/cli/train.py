@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
@@ -23,11 +24,15 @@ from trl import get_peft_config, get_quantization_config
 from ..data.bootstrap import warmstart
 from ..data.synthetic import read_traces
 from ..data.worked import Trace, traces
-from ..errors import ConfigError, SGPOError
+from ..errors import ConfigError, DataError, ModelError, SGPOError
 from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
+from ..memory.advice import in_words
+from ..memory.estimate import GIB
 from ..offline import require_model
+from ..prompts import problem_text
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer, with_classes
+from .estimate import report
 from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 
 
@@ -91,10 +96,13 @@ def train(recipe: Recipe) -> SGPOTrainer:
     """
     script, training = recipe.script, recipe.training
     rewards = load_rewards(script)
+    check_memory(recipe)
     model = require_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
     # Before the warm start, so that a dataset that cannot work says so at once
-    train_dataset = with_classes(data[script.dataset_train_split], training)
+    train_dataset = with_classes(
+        without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
+    )
     training.model_init_kwargs = model_init_kwargs(recipe)
     checkpoint = resume_point(training)
     if script.warmstart_traces > 0 or script.warmstart_file is not None:
@@ -128,6 +136,69 @@ def train(recipe: Recipe) -> SGPOTrainer:
     trainer.accelerator.wait_for_everyone()  # a process that ends while another still saves can abort
     trainer.end()
     return trainer
+
+
+def without_long_problems(dataset: Dataset, limit: int | None, model: str) -> Dataset:
+    """
+    Leaves out problems with more tokens than `limit`, and says how many.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+        limit (`int`, *optional*):
+            Tokens of a problem's text. If `None`, all problems are kept.
+        model (`str`):
+            The model whose tokenizer counts.
+
+    Returns:
+        [`~datasets.Dataset`]
+
+    Raises:
+        [`DataError`]: If no problem is left.
+    """
+    if limit is None:
+        return dataset
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(ids) for ids in tokenizer([problem_text(prompt) for prompt in dataset["prompt"]])["input_ids"]]
+    kept = [index for index, length in enumerate(lengths) if length <= limit]
+    if not kept:
+        raise DataError(f"All problems have more than {limit} tokens: set `max_problem_tokens` to {max(lengths)}.")
+    if len(kept) < len(dataset):
+        print(f"{len(dataset) - len(kept)} of {len(dataset)} problems have more than {limit} tokens and are left out.")
+    return dataset.select(kept)
+
+
+def check_memory(recipe: Recipe) -> None:
+    """
+    Refuses a recipe that is estimated to need more memory than it states or the GPU has, before weights are loaded.
+
+    Args:
+        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+            The recipe.
+
+    Raises:
+        [`ConfigError`]: It does not fit. Names the change that would make it fit.
+    """
+    script, limits = recipe.script, {}
+    if script.vram_gb is not None:
+        limits["`vram_gb` of the recipe"] = script.vram_gb
+    if torch.cuda.is_available():
+        limits["this GPU"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    if not script.check_memory or not limits or recipe.training.use_vllm:
+        return
+    where = min(limits, key=limits.__getitem__)
+    try:
+        result = report(recipe, recipe.path or "", limits[where], "cuda")
+    except ModelError:
+        return  # `require_model` says what is wrong
+    if result["peak"] <= limits[where] * GIB:
+        return
+    change = "train a smaller model" if result["change"] is None else f"add `{in_words(result['change'])}`"
+    raise ConfigError(
+        f"Training needs an estimated {result['peak'] / GIB:.1f} GB, more than {where} allows "
+        f"({limits[where]:.1f} GB): {change}. `trl-sgpo estimate` shows the parts; `--check_memory false` starts "
+        "anyway."
+    )
 
 
 def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:

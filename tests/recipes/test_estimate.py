@@ -1,0 +1,177 @@
+"""The estimate of memory: against what training allocates, against published sizes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import evenness, hash_embedder, problems, save_tiny_model
+from transformers import AutoConfig
+from trl import get_peft_config, get_quantization_config
+
+import trl_sgpo.cli.train
+from trl_sgpo import SGPOTrainer, StrategyBank
+from trl_sgpo.cli.main import main
+from trl_sgpo.cli.recipe import Recipe, model_init_kwargs, read_recipe
+from trl_sgpo.memory.advice import cheapest_change, with_changes
+from trl_sgpo.memory.architectures import architectures, model_config
+from trl_sgpo.memory.estimate import Estimate, Estimator, Lengths, training_layout
+from trl_sgpo.memory.worst_case import longest_requests
+from trl_sgpo.prompts import chat_bridge
+
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 2048,
+}
+FULL = ["--dtype", "float32", "--bf16", "false", "--gradient_checkpointing", "false", "--optim", "adamw_torch_fused"]
+LORA = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_dropout", "0", "--dtype", "bfloat16"]
+QLORA = [*LORA, "--load_in_4bit", "true", "--use_bnb_nested_quant", "true", "--optim", "paged_adamw_8bit"]
+
+
+def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
+    lengths = ["--max_strategy_length", "16", "--max_completion_length", "48", "--max_steps", "2"]
+    rows = ["--num_generations", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    quiet = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "no", "--report_to", "none"]
+    return read_recipe(["--model_name_or_path", model, *lengths, *rows, *quiet, *options], "test")
+
+
+def trained_peak(trainer: SGPOTrainer) -> int:
+    """
+    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's record of every allocation and release. Unlike the
+    size of the process it does not depend on what the machine's allocator and libraries keep.
+    """
+    standing = {}
+    for module in trainer.model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            standing[tensor.data_ptr()] = tensor.nbytes
+            if hasattr(tensor, "quant_state"):
+                state = tensor.quant_state
+                standing[state.absmax.data_ptr()] = state.absmax.nbytes
+                standing[state.state2.absmax.data_ptr()] = state.state2.absmax.nbytes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.train()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return sum(standing.values()) + peak
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("llama", FULL), ("qwen3", LORA), ("qwen2", QLORA)], ids=["full", "lora", "qlora"]
+)
+def test_estimate_is_what_training_on_a_cpu_allocates(architecture: str, options: list[str], tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", architecture, **SIZES)
+    recipe = small_recipe(model, tmp_path, options)
+    recipe.training.model_init_kwargs = model_init_kwargs(recipe) | {"revision": None}
+    bank = StrategyBank(tmp_path / "bank", embedding_model=hash_embedder)
+    trainer = SGPOTrainer(
+        model,
+        evenness,
+        recipe.training,
+        train_dataset=problems(),
+        strategy_bank=bank,
+        quantization_config=get_quantization_config(recipe.model),
+        peft_config=get_peft_config(recipe.model),
+    )
+    trainer.generation_config.suppress_tokens = trainer.eos_token_ids  # full length
+    measured = trained_peak(trainer)
+    request = longest_requests(  # the bank is empty, so none is shown
+        problems()["prompt"], 1, lambda prompts: trainer._tokenize_prompts(prompts)[0], _without_bank(recipe), True
+    )[0]
+    tokenizer = trainer.processing_class
+    turn = len(tokenizer(chat_bridge(tokenizer, recipe.training.execution_prompt))["input_ids"])
+    estimate = Estimator(AutoConfig.from_pretrained(model), "cpu")(recipe, Lengths(len(request), 16, turn, 48))
+    print(f"{architecture}: measured {measured}, estimated {estimate.peak} ({estimate.moment})")
+    assert estimate.peak == pytest.approx(measured, rel=0.15), (estimate.parts, estimate.moments)
+
+
+def _without_bank(recipe: Recipe):
+    return with_changes(recipe, {"use_bank": False}).training
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
+        ("google/gemma-3-1b-it", 999_885_952),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552),
+        ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624),
+        ("microsoft/Phi-4-mini-instruct", 3_836_021_760),
+    ],
+)
+def test_architectures_have_their_published_number_of_parameters(name: str, parameters: int, tmp_path: Path) -> None:
+    assert name in architectures()
+    config, _ = model_config(name)
+    recipe = small_recipe(name, tmp_path, QLORA)
+    assert Estimator(config)(recipe, Lengths(32, 8, 8, 8)).parameters == parameters
+
+
+@given(rows=st.integers(1, 24), group=st.integers(2, 12), request=st.integers(1, 600), execution=st.integers(1, 600))
+def test_layout_holds_every_row_and_no_more_than_rows_apart(rows, group, request, execution) -> None:
+    lengths = Lengths(request, 10, 5, execution)
+    sequences, length = training_layout(rows, group, lengths, True, 64)
+    apart = training_layout(rows, group, lengths, False, 64)
+    assert apart == (rows, request + lengths.completion)
+    assert sequences * length >= rows * lengths.completion
+    assert sequences <= rows
+
+
+def test_change_is_the_first_that_fits_and_recipe_stays_as_it_is(tmp_path: Path) -> None:
+    recipe = small_recipe("any", tmp_path, FULL)
+    tried = []
+
+    def estimate(changed: Recipe) -> Estimate:
+        tried.append(changed.training.per_device_train_batch_size)
+        size = changed.training.per_device_train_batch_size * (1 if changed.training.gradient_checkpointing else 2)
+        return Estimate({}, {"training": size * 2**30}, {}, 0, 0, Lengths(1, 1, 1, 1))
+
+    change, changed = cheapest_change(recipe, 5, estimate)
+    assert change == {"gradient_checkpointing": True} and changed.peak == 4 * 2**30
+    change, _ = cheapest_change(recipe, 1.5, estimate)
+    assert change["gradient_checkpointing"] and change["per_device_train_batch_size"] == 1
+    assert change["gradient_accumulation_steps"] == 8
+    assert cheapest_change(recipe, 0.5, estimate) is None
+    assert recipe.training.per_device_train_batch_size == 4 and not recipe.training.gradient_checkpointing
+
+
+def test_too_large_recipe_is_refused_before_weights_load(tmp_path, monkeypatch, capsys) -> None:
+    def load(name: str) -> str:
+        raise AssertionError("weights were looked for")
+
+    monkeypatch.setattr(trl_sgpo.cli.train, "require_model", load)
+    recipe = ["train", "--model_name_or_path", "Qwen/Qwen2.5-0.5B-Instruct", "--output_dir", str(tmp_path)]
+    recipe += ["--reward_funcs", "answer_reward", "--dataset_name", "x.jsonl", *LORA]
+    recipe += ["--per_device_train_batch_size", "16", "--gradient_checkpointing", "false", "--vram_gb", "6"]
+    assert main(recipe) == 2
+    message = capsys.readouterr().err
+    assert "`vram_gb` of the recipe" in message and "--gradient_checkpointing true" in message
+    with pytest.raises(AssertionError):
+        main([*recipe, "--check_memory", "false"])
+
+
+def test_command_prints_parts_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    model = save_tiny_model(tmp_path / "model")
+    recipe.write_text(f"model_name_or_path: {model}\ndtype: bfloat16\noutput_dir: {tmp_path}/run\n")
+    output = tmp_path / "estimate.json"
+    assert main(["estimate", "--config", str(recipe), "--vram", "8", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "KV cache" in printed or "activations" in printed or "optimizer states" in printed
+    assert "Fits into 8 GB" in printed
+    (result,) = json.loads(output.read_text())
+    assert result["fits"] and result["peak"] == sum(result["parts"].values()) == max(result["moments"].values())
+    assert main(["estimate", "--config", str(recipe), str(recipe), "--vram", "0.1"]) == 1
+    assert "no" in capsys.readouterr().out

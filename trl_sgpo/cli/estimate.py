@@ -1,0 +1,154 @@
+"""`trl-sgpo estimate`: how much memory recipes need, by part, before anything is downloaded."""
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ConfigError
+from ..memory.advice import cheapest_change, in_words
+from ..memory.architectures import model_config
+from ..memory.estimate import GIB, HEADROOM, Estimate, Estimator, assumed_lengths
+from .recipe import Recipe, read_recipe
+
+
+def main(argv: list[str]) -> int:
+    """Prints the estimate of one recipe by part, or a line for each of several."""
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo estimate",
+        description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights "
+        "are downloaded and no GPU is needed.",
+        epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
+    )
+    parser.add_argument("--config", required=True, nargs="+", help="recipes")
+    parser.add_argument("--vram", type=float, help="memory of the card in GB; defaults to the recipe's `vram_gb`")
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="what it is to run on; on a CPU, tensors are counted",
+    )
+    parser.add_argument("--output", help="write the estimates to this JSON file")
+    options, overrides = parser.parse_known_args(argv)
+    if options.vram is not None and options.vram <= 0:
+        raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
+
+    results = []
+    for path in options.config:
+        recipe = read_recipe(["--config", path, *overrides], "trl-sgpo estimate")
+        results.append(report(recipe, path, options.vram or recipe.script.vram_gb, options.device))
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.output).write_text(json.dumps(results, indent=2))
+    console = Console()
+    if len(results) == 1:
+        _print_parts(console, results[0])
+    else:
+        _print_recipes(console, results)
+    return 1 if any(result["fits"] is False for result in results) else 0
+
+
+def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dict[str, Any]:
+    """
+    Estimates a recipe.
+
+    Args:
+        recipe ([`~trl_sgpo.cli.recipe.Recipe`]), path (`str`):
+            The recipe and its file.
+        vram_gb (`float`, *optional*):
+            Memory that it has to fit into. If `None`, there is no verdict.
+        device (`str`):
+            `"cuda"` or `"cpu"`.
+
+    Returns:
+        `dict`: The [`~trl_sgpo.memory.estimate.Estimate`], the verdict and, if it does not fit, the change.
+    """
+    name = recipe.model.model_name_or_path
+    estimator, source = _estimator(name, recipe.model.model_revision, device)
+
+    def estimate(changed: Recipe) -> Estimate:
+        return estimator(changed, assumed_lengths(changed))
+
+    found = estimate(recipe)
+    result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}
+    if vram_gb is not None:
+        result["fits"] = found.fits(vram_gb)
+        if not result["fits"] and (change := cheapest_change(recipe, vram_gb, estimate)) is not None:
+            result["change"], changed = change
+            result["peak_with_change"] = changed.peak
+    return {**result, **found.to_dict()}
+
+
+@cache
+def _estimator(name: str, revision: str, device: str) -> tuple[Estimator, str]:
+    """One for all recipes of a model, which keeps what it has simulated."""
+    config, source = model_config(name, revision)
+    return Estimator(config, device), source
+
+
+def _print_parts(console: Console, result: dict[str, Any]) -> None:
+    lengths = result["lengths"]
+    table = Table(title=f"{result['model']}: estimated peak memory, while {_WHEN[result['moment']]}")
+    table.add_column("")
+    table.add_column("GB", justify="right")
+    for name, size in result["parts"].items():
+        table.add_row(name, _gb(size))
+    table.add_section()
+    table.add_row("peak", _gb(result["peak"]), style="bold")
+    for name, size in result["moments"].items():
+        table.add_row(f"  {_WHEN[name]}", _gb(size), style="dim")
+    console.print(table)
+    lines = [
+        f"{result['parameters'] / 1e6:,.1f}M parameters, {result['trained'] / 1e6:,.1f}M of them trained; config from "
+        f"{result['model_config']}.",
+        f"Longest row: {lengths['request']} tokens of request, {lengths['strategy']} of strategy, "
+        f"{lengths['execution']} of execution.",
+        *[f"In the host's memory: {_gb(size)} GB of {name}." for name, size in result["on_host"].items() if size],
+        *result["notes"],
+        _verdict(result),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+_WHEN = {
+    "strategies": "strategies are written",
+    "executions": "they are executed",
+    "training": "rows are trained on",
+    "optimizer step": "the optimizer steps",
+}
+
+
+def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
+    table = Table(title="Estimated peak memory")
+    table.add_column("recipe", overflow="fold")
+    for name in ("GB", "of", "fits"):
+        table.add_column(name, justify="right")
+    for result in results:
+        vram, fits = result["vram_gb"], result["fits"]
+        verdict = "" if fits is None else "yes" if fits else "no"
+        table.add_row(result["config"], _gb(result["peak"]), "" if vram is None else f"{vram:g}", verdict)
+    console.print(table)
+    for result in results:
+        if result["fits"] is False:
+            console.print(f"{result['config']}: {_verdict(result)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    vram = result["vram_gb"]
+    if vram is None:
+        return "Pass `--vram` for a verdict."
+    if result["fits"]:
+        return f"Fits into {vram:g} GB: {1 - result['peak'] / GIB / vram:.0%} stay free."
+    start = f"Does not fit into {vram:g} GB with {HEADROOM:.0%} to spare."
+    if result["change"] is None:
+        return f"{start} No change of batch, lengths or precision is enough: take a smaller model."
+    return f"{start} It does with {in_words(result['change'])}: {_gb(result['peak_with_change'])} GB."
+
+
+def _gb(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,42 @@
+"""Configs of models: from a directory, the Hugging Face cache, the Hub, or the table that comes with this package."""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..errors import ModelError
+from ..offline import require_model
+
+
+def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, str]:
+    """
+    Finds a model's config without its weights.
+
+    Args:
+        name (`str`):
+            A local directory or a Hub id.
+        revision (`str`, *optional*):
+            Revision on the Hub.
+
+    Returns:
+        `tuple[PreTrainedConfig, str]`: The config and where it is from.
+
+    Raises:
+        `ModelError`: If it is in none of the places.
+    """
+    try:
+        found = require_model(name)
+        return AutoConfig.from_pretrained(found, revision=revision), found
+    except (ModelError, OSError) as error:
+        known = architectures()
+        if name not in known:
+            raise ModelError(f"The config of '{name}' cannot be read: {' '.join(str(error).split())}") from error
+        settings = dict(known[name])
+        return AutoConfig.for_model(settings.pop("model_type"), **settings), "the table of this package"
+
+
+def architectures() -> dict[str, dict[str, Any]]:
+    """What models of the recipes look like, by Hub id: the part of their configs that memory depends on."""
+    return json.loads(files("trl_sgpo.memory").joinpath("architectures.json").read_text())

@@ -1,0 +1,202 @@
+"""
+One step at its largest, before the first real one, so that a run that will not fit says so in the first minute.
+
+What this file relies on in TRL 1.16: `_tokenize_prompts`, `_get_per_token_logps_and_entropies` and, through
+`rollout.py`, `_generate_single_turn`.
+"""
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+
+from ..errors import ModelError
+from ..prompts import Prompt, problem_text, strategy_prompt
+from ..rollout import generate, merged_adapters
+
+
+if TYPE_CHECKING:
+    from ..sgpo_trainer import SGPOTrainer
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+_CANDIDATES = 16  # longest problems by characters, of which the longest by tokens are taken
+
+
+def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any, chat: bool) -> list[list[int]]:
+    """
+    Requests for a strategy at their longest.
+
+    Args:
+        prompts (`list`):
+            Problems.
+        count (`int`):
+            Number of requests wanted, of different problems where there are as many.
+        tokenize (`Callable`):
+            Turns prompts into lists of token ids.
+        args ([`SGPOConfig`]):
+            Says how a strategy is asked for and how many are shown.
+        chat (`bool`):
+            Whether the tokenizer has a chat template.
+
+    Returns:
+        `list[list[int]]`: Token ids, longest first.
+    """
+    longest = sorted(prompts, key=lambda prompt: len(problem_text(prompt)), reverse=True)[: max(count, _CANDIDATES)]
+    shown = [("", "step " * args.max_strategy_length)] * (args.num_retrieved if args.use_bank else 0)
+    requests = tokenize([strategy_prompt(prompt, args.strategy_prompt, shown, chat) for prompt in longest])
+    requests = sorted(requests, key=len, reverse=True)
+    return [requests[index % len(requests)] for index in range(count)]
+
+
+def take_worst_case_step(trainer: "SGPOTrainer") -> None:
+    """
+    Generates both phases at full length from the longest problems, goes forward and backward once and lets the
+    optimizer allocate its states. Weights, optimizer, random state, bank and metrics are as before.
+
+    Args:
+        trainer ([`SGPOTrainer`]):
+            Trainer that is about to start.
+
+    Raises:
+        [`ModelError`]: Memory is not enough. Names what to change.
+    """
+    doing = ""
+    with _nothing_kept(trainer):
+        try:
+            doing = "generating"
+            requests, completion = _generate_at_full_length(trainer)
+            doing = "training"
+            _train_at_full_length(trainer, requests[0], completion)
+            doing = "optimizing"
+            _allocate_optimizer(trainer)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ModelError(_advice(doing, trainer.args, error)) from error
+        if trainer.accelerator.device.type == "cuda":
+            device = trainer.accelerator.device
+            peak = torch.cuda.max_memory_reserved(device) / 2**30
+            whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+            logger.warning(f"The worst-case step fits: {peak:.2f} GB of {whole:.2f} GB, without the CUDA context.")
+
+
+def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], list[int]]:
+    """Returns the requests, longest first, and a completion."""
+    args, geometry, tokenizer = trainer.args, trainer.geometry, trainer.processing_class
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    problems = rows // geometry.executions
+    requests = longest_requests(
+        trainer.train_dataset["prompt"],
+        problems,
+        lambda prompts: trainer._tokenize_prompts(prompts)[0],
+        args,
+        tokenizer.chat_template is not None,
+    )
+    turn = tokenizer(args.execution_prompt, add_special_tokens=False)["input_ids"]
+    turn = turn + turn[-1:] * 16  # the marks of a chat template
+    with merged_adapters(trainer), _never_ending(trainer):
+        own = [request for request in requests for _ in range(geometry.own)]
+        written = generate(trainer, own, own, args.max_strategy_length, "strategies at their longest")[0]
+        begun = [request for request in requests for _ in range(geometry.executions)]
+        contexts = [request + written[row % len(written)] + turn for row, request in enumerate(begun)]
+        executed = generate(trainer, contexts, begun, args.max_completion_length, "executions at their longest")[0]
+    return requests, written[0] + turn + executed[0]
+
+
+def _train_at_full_length(trainer: "SGPOTrainer", request: list[int], completion: list[int]) -> None:
+    args, device = trainer.args, trainer.accelerator.device
+    rows = args.per_device_train_batch_size
+    problems = [row // trainer.geometry.executions for row in range(rows)]
+    # Turned, so that the problems of a micro-batch differ and are equally long
+    ids = torch.tensor([request[by:] + request[:by] + completion for by in problems], device=device)
+    mask = torch.ones_like(ids)
+    trained = mask[:, len(request) :]
+    trainer._trained_tokens = trained
+    try:
+        with trainer.accelerator.no_sync(trainer.model_wrapped):
+            log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model_wrapped, ids, mask, len(completion), compute_entropy=True
+            )
+            trainer.accelerator.backward((log_probs * trained).mean())
+    finally:
+        trainer._trained_tokens = None
+
+
+def _allocate_optimizer(trainer: "SGPOTrainer") -> None:
+    """Steps with gradients and a learning rate of 0, which changes no weight, and drops the states again."""
+    optimizer = trainer.optimizer.optimizer
+    if optimizer.state:
+        return  # a resumed run has them already
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.grad.zero_()
+    try:
+        type(optimizer).step(optimizer)  # not the scheduler's wrapper, which counts steps
+    finally:
+        optimizer.state.clear()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@contextmanager
+def _nothing_kept(trainer: "SGPOTrainer") -> Iterator[None]:
+    device = trainer.accelerator.device
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        trainer.optimizer.optimizer.zero_grad(set_to_none=True)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        gc.collect()
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+@contextmanager
+def _never_ending(trainer: "SGPOTrainer") -> Iterator[None]:
+    before = trainer.generation_config.suppress_tokens
+    trainer.generation_config.suppress_tokens = list(trainer.eos_token_ids)
+    try:
+        yield
+    finally:
+        trainer.generation_config.suppress_tokens = before
+
+
+def _advice(doing: str, args: Any, error: BaseException) -> str:
+    rows, repeats = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    changes = {
+        "generating": [
+            "a smaller `gradient_accumulation_steps` or `num_generations`, so that fewer rows are generated at once",
+            "a smaller `max_completion_length`",
+        ],
+        "training": [
+            *([] if args.gradient_checkpointing else ["`gradient_checkpointing: true`"]),
+            *(
+                [
+                    f"`per_device_train_batch_size: {rows // 2}` with `gradient_accumulation_steps: {repeats * 2}`, "
+                    "which learns the same"
+                ]
+                if rows % 2 == 0
+                else []
+            ),
+            "a smaller `max_completion_length`",
+        ],
+        "optimizing": ["`optim: paged_adamw_8bit`", "LoRA instead of full fine-tuning (`use_peft: true`)"],
+    }[doing]
+    reason = str(error).split(".")[0]
+    return (
+        f"Memory is not enough: {doing} ran out of it in the largest step this run can come to, before any training "
+        f"({reason}). To make it fit, set {'; or '.join(changes)}. `trl-sgpo estimate` says what each part takes."
+    )
