@@ -146,7 +146,8 @@ def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
         hidden_size (`int`):
             Width of the model.
     """
-    return work(*shared.input_ids.shape, hidden_size) < work(*shared.shape, hidden_size)
+    sequences, length = shared.input_ids.shape
+    return work(sequences, length, hidden_size) < work(*shared.shape, hidden_size)
 
 
 def within_window(config: PreTrainedConfig, length: int) -> bool:

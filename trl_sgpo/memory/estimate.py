@@ -185,7 +185,7 @@ class _Architecture:
     def _figures(self, model: SimulatedModel, method: str, arguments: tuple[Any, ...]) -> dict[str, int]:
         if method == "weights":
             return {item.name: vars(model.weights)[item.name] for item in fields(Weights)}
-        return {"training": model.training, "generation": model.generation}[method](*arguments)
+        return model.training(*arguments) if method == "training" else model.generation(*arguments)
 
 
 def _with_layers(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
