@@ -45,8 +45,9 @@ def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
 
 def trained_peak(trainer: SGPOTrainer) -> int:
     """
-    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's record of every allocation and release. Unlike the
-    size of the process it does not depend on what the machine's allocator and libraries keep.
+    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's
+    record of every allocation and release. Unlike the size of the process it does not depend on what the machine's
+    allocator and libraries keep.
     """
     standing = {}
     for module in trainer.model.modules():
