@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import evenness, hash_embedder, problems, save_tiny_model
+from torch._C._profiler import _EventType
+from torch.profiler._utils import traverse_dfs
 from transformers import AutoConfig
 from trl import get_peft_config, get_quantization_config
 
@@ -45,8 +47,9 @@ def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
 
 def trained_peak(trainer: SGPOTrainer) -> int:
     """
-    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's record of every allocation and release. Unlike the
-    size of the process it does not depend on what the machine's allocator and libraries keep.
+    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's
+    record of every allocation and release. Unlike the size of the process it does not depend on what the machine's
+    allocator and libraries keep.
     """
     standing = {}
     for module in trainer.model.modules():
@@ -58,11 +61,18 @@ def trained_peak(trainer: SGPOTrainer) -> int:
                 standing[state.state2.absmax.data_ptr()] = state.state2.absmax.nbytes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.train()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    events = traverse_dfs(profile.profiler.kineto_results.experimental_event_tree())
+    changes = [event for event in events if event.typed[0] == _EventType.Allocation]
+    live: dict[int, int] = {}  # so that what was there before is not counted when it is released
+    total = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            live[address] = size
+            total += size
+        else:
+            total -= live.pop(address, 0)
+        peak = max(peak, total)
     return sum(standing.values()) + peak
 
 
