@@ -51,9 +51,10 @@ def _steps(recipe: Recipe) -> Iterator[dict[str, Any]]:
         yield {"optim": "paged_adamw_8bit"}
     rows, repeats = args.per_device_train_batch_size, args.gradient_accumulation_steps
     # `steps_per_generation` follows the accumulation unless it was set apart from it
-    while args.steps_per_generation == repeats and rows % 2 == 0:
-        rows, repeats = rows // 2, repeats * 2
-        yield {"per_device_train_batch_size": rows, "gradient_accumulation_steps": repeats}
+    if args.steps_per_generation == repeats:
+        while rows % 2 == 0:
+            rows, repeats = rows // 2, repeats * 2
+            yield {"per_device_train_batch_size": rows, "gradient_accumulation_steps": repeats}
     if model.load_in_4bit and not model.use_bnb_nested_quant:
         yield {"use_bnb_nested_quant": True}
     if not model.load_in_4bit:

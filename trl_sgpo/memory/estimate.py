@@ -229,7 +229,8 @@ class Estimator:
         layout = training_layout(
             rows, args.num_generations, lengths, share and within_window(self.config, whole), text.hidden_size
         )
-        scored = rows * (lengths.strategy + lengths.execution)
+        own = min(rows, -(-rows // args.num_generations) * args.own_strategies)  # others' strategies are not trained
+        scored = own * lengths.strategy + rows * lengths.execution
         training = architecture.of_layers("training", *layout, scored, args.gradient_checkpointing)
         written, executed = self._generation(architecture, recipe, lengths, share)
 
