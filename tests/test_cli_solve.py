@@ -274,7 +274,9 @@ class TestTransformersServe:
         heard: list[tuple[str, str]] = []
         with SGPOPipeline.from_server(served, run) as pipeline:
             streamed = pipeline(PROBLEM, watch=lambda *said: heard.append(said))
-            assert streamed == pipeline(PROBLEM)
+            whole = pipeline(PROBLEM)
+            # `transformers serve` streams no character that was cut off in its middle
+            assert streamed.execution == whole.execution.rstrip("�") and streamed.strategy == whole.strategy
             assert len({attempt.strategy for attempt in pipeline(PROBLEM, samples=3).attempts}) > 1
         assert "".join(text for phase, text in heard if phase == "execution").strip() == streamed.execution
 
