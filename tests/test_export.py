@@ -31,7 +31,7 @@ def lora() -> LoraConfig:
 
 
 def save_adapter(
-    directory: Path, architecture: str = "llama", scale: float = 0.1, trained_on: Any = None, **config: Any
+    directory: Path, architecture: str = "llama", scale: float = 0.5, trained_on: Any = None, **config: Any
 ) -> str:
     """A tiny model with a random adapter beside it, as a run leaves them."""
     base = save_tiny_model(directory / "base", architecture)
@@ -76,6 +76,9 @@ def test_after_training_logits_are_the_same_merged_and_unmerged(tmp_path: Path, 
     trainer.train()
     trainer.save_model()
     sequences = probes(trainer.processing_class, TwoPhaseSettings.load(tmp_path / "run"))
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:  # TRL keeps adapters of quantized models in bfloat16: the same values, computed in float32
+            parameter.data = parameter.data.float()
     trained = logits_on(trainer.model.eval(), sequences)
     with trainer.model.disable_adapter():
         assert compare(trained, logits_on(trainer.model, sequences)).error > 0.05
