@@ -29,7 +29,7 @@ from .parity import Parity, compare, logits_on, probes
 
 REPORT_FILE = "export.json"
 STRATEGIES_DIRECTORY = "strategies"
-# Largest error of the logits, by what weights are rounded to: about three times what was measured (docs/export.md)
+# Largest error of the logits, by what weights are rounded to (docs/export.md)
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}
 _GGUF_TOLERANCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
 
