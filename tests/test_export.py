@@ -10,6 +10,7 @@ import torch
 from gguf import GGUFReader
 from models import evenness, hash_embedder, problems, save_tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
@@ -31,10 +32,11 @@ def lora() -> LoraConfig:
 
 
 def save_adapter(
-    directory: Path, architecture: str = "llama", scale: float = 0.5, trained_on: Any = None, **config: Any
+    directory: Path, architecture: str = "llama", scale: float = 0.1, trained_on: Any = None, **config: Any
 ) -> str:
     """A tiny model with a random adapter beside it, as a run leaves them."""
-    base = save_tiny_model(directory / "base", architecture)
+    sizes = {"head_dim": 128} if architecture == "qwen3" else {}  # transformers reads no other from GGUF
+    base = save_tiny_model(directory / "base", architecture, **sizes)
     if config:
         path = directory / "base" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -108,8 +110,8 @@ def test_gguf(tmp_path: Path, architecture: str, file_type: str) -> None:
     reader = GGUFReader(tmp_path / "out" / form["name"])
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert reader.fields["general.architecture"].contents() == architecture
-    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
-    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == len(tokenizer)
+    assert reader.fields["tokenizer.ggml.pre"].contents() == ("qwen2" if architecture == "qwen2" else "gpt-2")
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == AutoConfig.from_pretrained(tmp_path / "base").vocab_size
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert reader.fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     stored = {tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1}
@@ -155,7 +157,7 @@ def test_what_has_no_gguf_is_refused_by_name(tmp_path: Path, architecture: str, 
 
 def test_an_export_that_is_not_what_was_trained_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = save_adapter(tmp_path)
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload())  # the adapter is lost
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())  # the adapter is lost
     with pytest.raises(ModelError, match="failed its check"):
         export(ExportPlan(run, str(tmp_path / "out"), merge=True))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "run"}
@@ -190,7 +192,7 @@ def test_what_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     settings = replace(TwoPhaseSettings.load(run), system_prompt="Be short.")
     settings.save(run)
     with StrategyBank(Path(run) / "strategy_bank", hash_embedder) as bank:
-        bank.add([Strategy("Add from left to right.", "sums")])
+        bank.add([Strategy("Add from left to right.", "sums", ("",))])
     command = ["export", "--model", run, "--output_dir", str(out), "--merge", "--gguf", "q8_0"]
     assert main(command) == 0
     shown = capsys.readouterr().out
