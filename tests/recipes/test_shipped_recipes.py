@@ -50,7 +50,7 @@ def data_of(recipe: Recipe) -> DatasetDict:
 def test_there_are_recipes() -> None:
     assert any(path.name == "quickstart.yaml" for path in RECIPES)
     assert any(path.name == "compare.yaml" for path in COMPARISONS)
-    assert {yaml.safe_load(path.read_text())["vram_gb"] for path in BY_MEMORY} <= {8, 12, 16, 24}
+    assert {yaml.safe_load(path.read_text())["vram_gb"] for path in BY_MEMORY} == {8, 12, 16, 24}
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
