@@ -15,6 +15,7 @@ from trl.data_utils import is_conversational
 
 from .bank.strategy import problem_id
 from .errors import ConfigError, ModelError
+from .hub import SETTINGS_FILE, adapter_base
 from .offline import require_model
 from .prompts import (
     EXECUTION_PROMPT,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from .bank import StrategyBank
     from .rollout import Problem
     from .sgpo_config import SGPOConfig
-
-SETTINGS_FILE = "sgpo.json"
 
 Stream = Callable[[str], None]
 
@@ -200,9 +199,10 @@ class TwoPhaseModel:
         directory = require_model(name)
         try:
             if Path(directory, "adapter_config.json").is_file():
-                from peft import PeftConfig, PeftModel
+                from peft import PeftModel
 
-                base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+                base = adapter_base(directory)
+                assert base is not None
                 model = AutoModelForCausalLM.from_pretrained(require_model(base), **model_kwargs)
                 model = PeftModel.from_pretrained(model, directory)
                 if "quantization_config" not in vars(model.config):

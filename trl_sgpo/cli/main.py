@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
     "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",
+    "push": "publish a run on the Hugging Face Hub: model, bank, metrics and card in one commit",
     "bank": "look into, check and share a strategy bank",
 }
 
