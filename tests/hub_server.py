@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote
 
 import pytest
+import yaml
 from huggingface_hub import HfApi, constants, file_download, hf_api
 from huggingface_hub.utils import _http
 
@@ -32,7 +33,7 @@ _RESOLVE = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+
 _BATCH = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 Role = Literal["read", "write"] | None
-Status = int | Literal["drop", "lose", "cut"]
+Status = int | Literal["drop", "lose", "cut", "break"]
 
 
 @dataclass(frozen=True)
@@ -282,9 +283,9 @@ class HubServer:
             times (`int`, *optional*, defaults to 1):
                 How many of them.
             status (`int` or `str`, *optional*, defaults to 503):
-                The status to answer instead of doing what was asked; or `"drop"` to close the connection before doing
-                it, `"lose"` to do it and close the connection without an answer, or `"cut"` to do it and close the
-                connection in the middle of the answer.
+                The status to answer instead of doing what was asked; or `"break"` to close the connection in the
+                middle of the request, `"drop"` to close it before doing what was asked, `"lose"` to do it and close
+                the connection without an answer, or `"cut"` to do it and close it in the middle of the answer.
             path_contains (`str`, *optional*):
                 A part of the path, without the query.
             method (`str`, *optional*):
@@ -323,6 +324,16 @@ class HubServer:
             if fault is None:
                 return reply
             return None if fault.status == "lose" else replace(reply, cut=True)
+
+    def breaks(self, request: Request) -> bool:
+        """Whether the connection is to close before all of a request is read."""
+        with self._lock:
+            fault = next((fault for fault in self._faults if fault.hits(request)), None)
+            if fault is None or fault.status != "break":
+                return False
+            fault.times -= 1
+            self.requests.append((request.method, request.path))
+            return True
 
     def _route(self, request: Request) -> Reply:
         if request.path.startswith("/upload/"):  # signed by its ticket: the client sends no token here
@@ -420,7 +431,9 @@ class HubServer:
     def _info(self, repo: Repo, commit: Commit, blobs: bool) -> dict[str, Any]:
         files = sorted(commit.files.items())
         siblings = [blob.sibling(path) if blobs else {"rfilename": path} for path, blob in files]
+        card = commit.files.get("README.md", Blob(b"")).content.decode().split("---\n")
         return {
+            "cardData": yaml.safe_load(card[1]) if len(card) > 2 else None,
             "id": repo.name,
             "author": repo.name.split("/")[0],
             "sha": commit.sha,
@@ -552,11 +565,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
+        path, _, query = self.path.partition("?")
+        request = Request(self.command, path, parse_qs(query), self.headers, b"")
+        if self.server.hub.breaks(request):
+            self.rfile.read(length // 2)
+            return
         body = self.rfile.read(length)
         if len(body) < length:
             return
-        path, _, query = self.path.partition("?")
-        reply = self.server.hub.answer(Request(self.command, path, parse_qs(query), self.headers, body))
+        reply = self.server.hub.answer(replace(request, body=body))
         if reply is None:
             return
         content = reply.body

@@ -111,7 +111,10 @@ def test_gguf(tmp_path: Path, architecture: str, file_type: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert reader.fields["general.architecture"].contents() == architecture
     assert reader.fields["tokenizer.ggml.pre"].contents() == ("qwen2" if architecture == "qwen2" else "gpt-2")
-    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == AutoConfig.from_pretrained(tmp_path / "base").vocab_size
+    assert (
+        len(reader.fields["tokenizer.ggml.tokens"].contents())
+        == AutoConfig.from_pretrained(tmp_path / "base").vocab_size
+    )
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert reader.fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     stored = {tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1}

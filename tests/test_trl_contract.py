@@ -12,6 +12,7 @@ from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import _use_triton
 
+from trl_sgpo.model_card import TrainingFacts
 from trl_sgpo.sgpo_trainer import _without_padding, score_trained_positions_only
 
 
@@ -95,6 +96,11 @@ def loss_and_gradients(trainer, batch):
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_load_best_model", ["self"]),
+        ("init_hf_repo", ["self", "token", "private"]),
+        ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
+        ("push_to_hub", ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_finish_current_push", ["self"]),
     ],
 )
 def test_signatures(method, parameters):
@@ -102,6 +108,30 @@ def test_signatures(method, parameters):
     found = inspect.signature(getattr(GRPOTrainer, method)).parameters
     assert list(found)[: len(parameters)] == parameters
     assert all(found[name].default is not inspect.Parameter.empty for name in list(found)[len(parameters) :])
+
+
+def test_a_save_pushes_through_the_methods_that_are_overridden(model, tmp_path, monkeypatch):
+    """`_save_checkpoint` hands a complete checkpoint to `_push_from_checkpoint`, and the end of training waits."""
+    seen = []
+    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_push_from_checkpoint",
+        lambda self, folder: seen.append((Path(folder).name, (Path(folder) / "trainer_state.json").is_file())),
+    )
+    monkeypatch.setattr(GRPOTrainer, "_finish_current_push", lambda self: seen.append("waited"))
+    make(model, tmp_path, push_to_hub=True, save_strategy="steps", save_steps=1).train()
+    assert seen == [("checkpoint-1", True), "waited"]
+
+
+def test_tags_of_a_card(model, tmp_path):
+    """TRL's card opens with metadata that has tags."""
+    trainer = make(model, tmp_path)
+    trainer.create_model_card(tags=["mine"])
+    card = (tmp_path / "README.md").read_text()
+    assert {"mine", "trl", "grpo"} <= set(TrainingFacts().with_card(card).tags)
+    tracked = '[<img src="https://a/b.svg" alt="x"/>](https://wandb.ai/run)'
+    assert TrainingFacts().with_card(f"{card}\n{tracked} \n").badges == (tracked,)
 
 
 def test_extras_of_a_rollout_reach_inputs_and_rewards(model, tmp_path):

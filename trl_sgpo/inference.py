@@ -15,6 +15,7 @@ from trl.data_utils import is_conversational
 
 from .bank.strategy import problem_id
 from .errors import ConfigError, ModelError
+from .hub import SETTINGS_FILE
 from .offline import require_model
 from .prompts import (
     EXECUTION_PROMPT,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from .bank import StrategyBank
     from .rollout import Problem
     from .sgpo_config import SGPOConfig
-
-SETTINGS_FILE = "sgpo.json"
 
 Stream = Callable[[str], None]
 

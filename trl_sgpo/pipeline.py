@@ -5,15 +5,21 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from .bank import Strategy, StrategyBank
-from .bank.reading import BANK_DIRECTORY, reading_copy
+from .bank.bank import DEFAULT_EMBEDDING_MODEL
+from .bank.exchange import is_export
+from .bank.hub import pull_bank
+from .bank.reading import BANK_DIRECTORY, reading_copy, reading_export
 from .data.server import ServerModel
 from .data.tasks import final_answer, same_answer, same_answer_text
-from .errors import ConfigError, DataError, ModelError
+from .errors import BankError, ConfigError, DataError, ModelError
 from .evaluation.statistics import derived_seed, majority_vote
+from .hub import pull_run
 from .inference import Decoding, TwoPhaseModel, TwoPhaseSettings, with_retrieved
+from .model_card import HUB_NAME
 from .prompts import ParsedStrategy, Prompt, with_system_prompt
 from .rollout import Problem
 
@@ -111,6 +117,9 @@ class SGPOPipeline:
         bank ([`StrategyBank`], *optional*):
             Bank whose strategies are shown with problems.
 
+    Attributes:
+        pulled (`str` or `None`): Repository and commit that a bank, or the model with it, was pulled from.
+
     Example:
 
     ```python
@@ -125,6 +134,7 @@ class SGPOPipeline:
     def __init__(self, model: TwoPhaseModel | ServerModel, bank: StrategyBank | None = None):
         self.model = model
         self.bank = bank
+        self.pulled: str | None = None
         self._opened = ExitStack()
 
     @classmethod
@@ -136,26 +146,38 @@ class SGPOPipeline:
         settings: TwoPhaseSettings | None = None,
         batch_size: int = 32,
         device: str | None = None,
+        revision: str | None = None,
+        trust_bank: bool = False,
         **model_kwargs: Any,
     ) -> "SGPOPipeline":
         """
         Loads a model, or an adapter with the model it belongs to, and the bank of its run.
+
+        Of a model that `trl_sgpo` pushed to the Hub, model and bank are pulled at one commit. The strategies that are
+        trusted there are shown: they are from the author of the weights. Strategies of anyone else are not, without
+        `trust_bank`.
 
         Args:
             name (`str`):
                 A run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id.
             bank (`str`, `Path` or [`StrategyBank`], *optional*, defaults to `"auto"`):
                 A bank, or the directory of one, of a checkpoint or of a run, which is read from a copy and not kept
-                locked. `"auto"` is the one in `run`, if it has one, and `None` is none.
+                locked; or, with `trust_bank`, an export or the Hub id of a model with one. `"auto"` is the one in
+                `run`, if it has one, and `None` is none.
             run (`str`, *optional*):
-                Output folder of the training run, with its `sgpo.json` and bank. If `None`, that of the model. Name it
-                for a model that was merged or converted to another place.
+                Output folder of the training run, with its `sgpo.json` and bank, or Hub id of what was pushed of it.
+                If `None`, that of the model. Name it for a model that was merged or converted to another place.
             settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
                 Prompts and limits. If `None`, those of the run.
             batch_size (`int`, *optional*, defaults to `32`):
                 Texts generated at a time.
             device (`str`, *optional*):
                 Where to run. If `None`, the accelerator, if there is one.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub. If `None`, the latest commit.
+            trust_bank (`bool`, *optional*, defaults to `False`):
+                Whether an export of strategies that does not come with the model may be shown, with the trust states
+                that its author gave it.
             **model_kwargs:
                 Passed on to `from_pretrained`, such as `dtype` (`"auto"` by default) or `quantization_config`.
 
@@ -165,11 +187,18 @@ class SGPOPipeline:
         """
         _check_directory(name)
         with ExitStack() as opened:
-            found = _open_bank(bank, run or name, opened)
+            pulled = pull_run(name, revision)
+            if pulled is not None:
+                model_kwargs["use_safetensors"] = True
+            directory = name if pulled is None else str(pulled)
+            run = None if run is None else str(pull_run(run) or run)
+            found = _open_bank(bank, run or directory, trust_bank, opened)
             settings = settings or _settings(run)
             model_kwargs.setdefault("dtype", "auto")
-            model = TwoPhaseModel.from_pretrained(name, settings, batch_size, device, **model_kwargs)
-            return cls(model, found)._keeping(opened)
+            model = TwoPhaseModel.from_pretrained(directory, settings, batch_size, device, **model_kwargs)
+            pipeline = cls(model, found)._keeping(opened)
+            pipeline.pulled = None if pulled is None else f"{name}@{pulled.name}"
+            return pipeline
 
     @classmethod
     def from_server(
@@ -179,6 +208,8 @@ class SGPOPipeline:
         bank: str | Path | StrategyBank | None = "auto",
         run: str | None = None,
         settings: TwoPhaseSettings | None = None,
+        revision: str | None = None,
+        trust_bank: bool = False,
         **server_kwargs: Any,
     ) -> "SGPOPipeline":
         """
@@ -192,10 +223,14 @@ class SGPOPipeline:
             bank (`str`, `Path` or [`StrategyBank`], *optional*, defaults to `"auto"`):
                 As in [`SGPOPipeline.from_pretrained`].
             run (`str`, *optional*):
-                Output folder of the training run, with its `sgpo.json` and bank. If `None`, `name` where that is a
-                directory, else the default prompts are used.
+                Output folder of the training run, with its `sgpo.json` and bank, or Hub id of what was pushed of it.
+                If `None`, `name` where that is a directory, else the default prompts are used.
             settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
                 Prompts and limits. If `None`, those of the run.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the run on the Hub. If `None`, the latest commit.
+            trust_bank (`bool`, *optional*, defaults to `False`):
+                As in [`SGPOPipeline.from_pretrained`].
             **server_kwargs:
                 Passed on to [`~trl_sgpo.data.server.ServerModel`], such as `token` or `concurrency`.
 
@@ -216,8 +251,12 @@ class SGPOPipeline:
             if run is None and Path(name).is_dir():
                 run = name
             model.name = name
-            model.settings = settings or _settings(run) or TwoPhaseSettings()
-            return cls(model, _open_bank(bank, run, opened))._keeping(opened)
+            pulled = None if run is None else pull_run(run, revision)
+            directory = run if pulled is None else str(pulled)
+            model.settings = settings or _settings(directory) or TwoPhaseSettings()
+            pipeline = cls(model, _open_bank(bank, directory, trust_bank, opened))._keeping(opened)
+            pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
+            return pipeline
 
     def _keeping(self, opened: ExitStack) -> "SGPOPipeline":
         """Takes over what has to be closed."""
@@ -333,15 +372,42 @@ class SGPOPipeline:
         self.close()
 
 
-def _open_bank(bank: str | Path | StrategyBank | None, run: str | None, opened: ExitStack) -> StrategyBank | None:
-    if bank == "auto":
-        beside = None if run is None else Path(run) / BANK_DIRECTORY
-        bank = beside if beside is not None and beside.is_dir() else None
+def _open_bank(
+    bank: str | Path | StrategyBank | None, run: str | None, trust_bank: bool, opened: ExitStack
+) -> StrategyBank | None:
     if bank is None or isinstance(bank, StrategyBank):
         return bank
+    if bank == "auto":
+        if run is None or not (Path(run) / BANK_DIRECTORY).is_dir():
+            return None
+        bank = Path(run) / BANK_DIRECTORY
+        trust_bank = True  # it comes with the model
+    elif not Path(bank).is_dir() and HUB_NAME.fullmatch(str(bank)):
+        _require_trust(trust_bank, bank)
+        with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
+            directory, sha = pull_bank(str(bank), Path(temporary) / "export", repo_type="model")
+            return opened.enter_context(reading_export(directory, _embedding_model(run), f"{bank}@{sha}"))
+    for directory in (Path(bank), Path(bank) / BANK_DIRECTORY):
+        if is_export(directory):
+            _require_trust(trust_bank, bank)
+            return opened.enter_context(reading_export(directory, _embedding_model(run)))
     found = opened.enter_context(reading_copy(bank))
     found.embedding_model = found.made_with or found.embedding_model
     return found
+
+
+def _require_trust(trust_bank: bool, bank: str | Path) -> None:
+    if not trust_bank:
+        raise BankError(
+            f"{bank} is an export of strategies that does not come with the model, and nothing of it was verified "
+            "here. Show those that its author trusted by `--trust_bank`, or import it into a bank to train with."
+        )
+
+
+def _embedding_model(run: str | None) -> str:
+    """What a run's bank embeds with, if that can be had here: an export has no embeddings."""
+    name = TwoPhaseSettings.load(run).embedding_model if run is not None and Path(run).is_dir() else ""
+    return name if HUB_NAME.fullmatch(name) else DEFAULT_EMBEDDING_MODEL
 
 
 def _settings(run: str | None) -> TwoPhaseSettings | None:

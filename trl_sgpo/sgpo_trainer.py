@@ -12,6 +12,8 @@
    hold the bank as of their step, and the rollouts still to be trained on.
 6. Speed: rows of a problem are trained side by side, their prompt is read once, and only trained tokens are scored
    (`_prepare_inputs`, `_get_per_token_logps_and_entropies`, `shared_prompts.py`).
+7. Hub: a push is one commit of what others need, with an export of the bank (`push_to_hub`, `_push_from_checkpoint`,
+   `create_model_card`, `hub.py`, `model_card.py`).
 
 In evaluation each row writes and executes its own strategy, and nothing is written to the bank.
 """
@@ -20,6 +22,7 @@ import inspect
 import math
 import os
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +37,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
@@ -45,9 +49,11 @@ from .bank.audit import control_tokens
 from .bank.shared import SharedBank
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import merge_small_classes, problem_classes
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, SGPOError
 from .evidence import outcomes, proposals
+from .hub import adapter_base, claim, start_push, write_metrics
 from .inference import TwoPhaseSettings
+from .model_card import CARD, TrainingFacts, make_card
 from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
@@ -125,6 +131,7 @@ class SGPOTrainer(GRPOTrainer):
 
     args: SGPOConfig
     _buffered_inputs: list[dict[str, Any]]
+    push_in_progress: PushInProgress | None
 
     def __init__(
         self,
@@ -182,6 +189,7 @@ class SGPOTrainer(GRPOTrainer):
             rollout_func=two_phase_rollout,
             **kwargs,
         )
+        self.facts = self._facts()  # what the model card says; whoever knows more may replace it
         self.rollout_batch = RolloutBatch([], self.geometry)
         self.base_weights: list[torch.Tensor] | None = None
         self.merges_adapters = self._can_merge_adapters()
@@ -208,6 +216,11 @@ class SGPOTrainer(GRPOTrainer):
         if self.accelerator.device.type == "cpu":
             keep_4bit_layout(self.model)
             score_trained_positions_only()
+
+    def _facts(self) -> TrainingFacts:
+        name = get_config_model_id(self.model.config) or ""
+        earlier = TrainingFacts.load(name).base_model if os.path.isdir(name) else ""
+        return TrainingFacts.of(self.args, earlier or name, self.reward_func_names)
 
     def _can_merge_adapters(self) -> bool:
         if not self.args.merge_adapters or self.use_vllm or not isinstance(self.model, PeftModel):
@@ -581,6 +594,7 @@ class SGPOTrainer(GRPOTrainer):
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(output_dir or self.args.output_dir)
+        self.facts.save(output_dir or self.args.output_dir)
         directory = Path(output_dir or self.args.output_dir).resolve() / BANK_DIRECTORY
         if self.strategy_bank is not None and directory != Path(self.strategy_bank.path).resolve():
             self.strategy_bank.snapshot(directory)
@@ -636,6 +650,144 @@ class SGPOTrainer(GRPOTrainer):
             self.strategy_bank.load_snapshot(snapshot)
         else:
             logger.warning(f"{checkpoint} holds no strategy bank: continuing with {self.strategy_bank.path}.")
+
+    # 7. Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            claim(name, token or self.args.hub_token, self.args.hub_private_repo if private is None else private)
+        super().init_hf_repo(token, private)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """
+        Writes the model card to `output_dir`, with `metrics.json`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the dataset used for training.
+            tags (`str` or `list[str]`, *optional*):
+                Tags to be associated with the model card.
+            license (`str`, *optional*):
+                Licence of model and strategies, as the Hub names licences.
+        """
+        super().create_model_card(model_name, None, tags)
+        if not self.is_world_process_zero():
+            return
+        directory = Path(self.args.output_dir)
+        self.facts = self.facts.with_card((directory / CARD).read_text(encoding="utf-8"))
+        if dataset_name is not None:
+            self.facts = replace(self.facts, datasets=(dataset_name,))
+        if license is not None:
+            self.facts = replace(self.facts, license={"license": license})
+        self.facts.save(directory)
+        write_metrics(directory, self.state.global_step, self.state.epoch, self.state.log_history)
+        name = self.hub_model_id or self.args.hub_model_id or model_name or directory.absolute().name
+        card = make_card(directory, name, self.facts, self.facts.license, adapter_base(directory) is not None)
+        (directory / CARD).write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Pushes model, bank export, metrics and card to `hub_model_id`, in one commit.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait until it is done.
+            token (`str`, *optional*):
+                Access token. If `None`, `hub_token`, or the one that `hf auth login` stored.
+            revision (`str`, *optional*):
+                Branch. If `None`, `hub_revision`, or the main one.
+            private (`bool`, *optional*):
+                Whether the repository must be private. If `None`, `hub_private_repo`.
+            **kwargs:
+                Passed on to [`~SGPOTrainer.create_model_card`].
+
+        Returns:
+            `str` or `Future`: The commit, 40 hexadecimal digits, or what gives it if not `blocking`. `None` on ranks
+            other than 0.
+
+        Raises:
+            [`ModelError`]: If the push fails. The run is saved before, and the message says how to push it again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        message = commit_message or "End of training"
+        pushing = self._start_push(self.args.output_dir, message, token=token, revision=revision)
+        return pushing.result() if blocking else pushing
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes what others need, and with some strategies the checkpoint too, in one commit, in the background."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        names = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            pushing = self._start_push(checkpoint_folder, message, names.get(args.hub_strategy))
+        except (SGPOError, OSError) as error:
+            logger.warning(f"{message}: not pushed to {self.hub_model_id}. {error} Training goes on.")
+            return
+        pushing.add_done_callback(self._warn_of_failed_push)
+        if busy and self.push_in_progress is not None:
+            self.push_in_progress.jobs.append(pushing)
+        else:
+            self.push_in_progress = PushInProgress([pushing])
+
+    def _start_push(
+        self,
+        source: str,
+        message: str,
+        checkpoint: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> Future[str]:
+        assert self.hub_model_id is not None
+        return start_push(
+            Path(source),
+            self.hub_model_id,
+            message,
+            self.strategy_bank,
+            self.facts,
+            checkpoint,
+            token or self.args.hub_token,
+            revision or self.args.hub_revision,
+        )
+
+    def _warn_of_failed_push(self, pushing: Future[str]) -> None:
+        error = pushing.exception()
+        if error is not None:
+            logger.warning(f"{error} Training goes on, and a later save pushes again.")
 
 
 def with_classes(dataset: Dataset, args: SGPOConfig, bank: StrategyBank | None = None) -> Dataset:

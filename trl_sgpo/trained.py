@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from .errors import ModelError
+from .hub import adapter_base
 from .offline import require_model
 
 
@@ -52,9 +53,9 @@ def base_of(directory: str | Path) -> str:
     Raises:
         [`ModelError`]: There are no such weights.
     """
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    base = adapter_base(directory)
+    if base is None:
+        raise ModelError(f"{directory} holds no adapter: name the folder of one.")
     return require_model(base)
 
 

@@ -96,6 +96,7 @@ def test_recipe_takes_a_step(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     recipe = read_recipe(["--config", str(path), *overrides], "test")
     assert not recipe.launch
     recipe.training.max_strategy_length = recipe.training.max_completion_length = 4
+    recipe.training.num_clusters = 2
     recipe.training.model_init_kwargs = model_init_kwargs(recipe) | {"revision": None}
     data = data_of(recipe)
     assert recipe.script.dataset_test_split in data or recipe.script.report_problems == 0

@@ -7,7 +7,8 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -116,6 +117,58 @@ class StrategyBank:
         except BaseException:
             self._lock.release()
             raise
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        repo_type: Literal["model", "dataset"] = "model",
+        keep_trust: bool = False,
+        token: str | None = None,
+        **bank_kwargs: Any,
+    ) -> Self:
+        """
+        Pull the strategies that were published with a model, or as a dataset, into a bank.
+
+        As with any import, they are in quarantine and without counts: only executions that are verified here speak
+        for them. Each one's `origin` is the repository and its commit.
+
+        Args:
+            repo_id (`str`):
+                Name of the model or dataset, `"user/name"`.
+            path (`str` or `Path`):
+                Directory of the bank, which is made if it does not exist.
+            revision (`str`, *optional*):
+                Branch, tag or commit. If `None`, the latest commit.
+            repo_type (`str`, *optional*, defaults to `"model"`):
+                `"model"`, as `trl-sgpo push` and [`SGPOTrainer`] write, or `"dataset"`, as `trl-sgpo bank push` does.
+            keep_trust (`bool`, *optional*, defaults to `False`):
+                Whether to take over trust states and counts, for a bank of your own or of someone you trust.
+            token (`str`, *optional*):
+                Access token. If `None`, the one that `hf auth login` stored.
+            **bank_kwargs:
+                Passed on to [`StrategyBank`].
+
+        Raises:
+            [`~trl_sgpo.errors.BankError`]: If the download fails, or what was pulled is damaged or no export.
+        """
+        from .exchange import import_bank
+        from .hub import pull_bank
+
+        with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
+            directory, sha = pull_bank(
+                repo_id, Path(temporary) / "export", revision=revision, repo_type=repo_type, token=token
+            )
+            bank = cls(path, **bank_kwargs)
+            try:
+                import_bank(bank, directory, keep_trust, origin=f"{repo_id}@{sha}")
+            except BaseException:
+                bank.close()
+                raise
+        return bank
 
     # Opening and closing
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -243,6 +244,21 @@ def export_bank(
 
 
 # Reading
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory looks like an export."""
+    return (directory / MANIFEST).is_file() and any((directory / name).is_file() for name in FILES.values())
+
+
+def copy_export(directory: Path, target: Path) -> None:
+    """Copies the two files of an export, and nothing else, out of the Hub's cache, where they are links."""
+    try:
+        for name in (MANIFEST, *FILES.values()):
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, target / name)
+    except OSError as error:
+        raise BankError(f"{directory} cannot be copied: {error.strerror}. Make room, or pull it again.") from error
 
 
 def _open_no_link(path: str, flags: int) -> int:

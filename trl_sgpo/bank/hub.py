@@ -3,12 +3,12 @@
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import BankError
+from ..hub_errors import readable_errors
 from .bank import StrategyBank
 from .exchange import (
     FILES,
@@ -20,54 +20,13 @@ from .exchange import (
     read_exchange,
     write_export,
 )
+from .reading import BANK_DIRECTORY
 from .strategy import TRUST_STATES, Strategy
 
 
 CARD = "README.md"
 _CLASSES_ON_CARD = 50
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ADVICE = {
-    401: "log in with `hf auth login` or pass the `token` of an account that may",
-    403: "pass a `token` that has the permission for it",
-    404: "check the name and the revision and, if it is private, log in with `hf auth login` or pass a `token`",
-    409: "someone else is changing it: try again",
-    412: "someone else has changed it meanwhile: try again, or without `parent_commit`",
-    429: "the Hub asks for a pause: try again in a few minutes",
-}
-
-
-@contextmanager
-def _readable_errors(action: str) -> Iterator[None]:
-    """Makes an error of the Hub's client one line that says what to do."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    try:
-        yield
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, HfHubHTTPError | OfflineModeIsEnabled):
-            cause = cause.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            reason = f"status {status}"
-            advice = _ADVICE.get(status, cause.server_message or "the Hub refused it: check the arguments")
-            if status >= 500:
-                advice = "the Hub has a problem of its own: try again in a few minutes"
-        elif isinstance(cause, OfflineModeIsEnabled):
-            reason, advice = "offline mode", "unset HF_HUB_OFFLINE and try again"
-        elif isinstance(error, HFValidationError):
-            reason, advice = "no name of a dataset", "name it as user/name"
-        elif isinstance(error, HTTPError | LocalEntryNotFoundError):
-            reason, advice = "no connection", "check the network and try again, which is safe also if part was done"
-        else:
-            reason, advice = type(error).__name__, str(error).strip().partition("\n")[0]
-        raise BankError(f"{action} failed ({reason}): {' '.join(advice.split()).rstrip('.')}.") from error
 
 
 # The card
@@ -205,7 +164,7 @@ def push_bank(
     with tempfile.TemporaryDirectory() as scratch:
         directory = export_bank(bank, Path(scratch) / "export", file_format, license)
         strategies, _, manifest = read_exchange(directory)
-        with _readable_errors(f"Pushing to {repo_id}"):
+        with readable_errors(f"Pushing to {repo_id}", BankError):
             repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
             found = api.dataset_info(repo_id)
         if private and not found.private:
@@ -216,7 +175,7 @@ def push_bank(
             *(CommitOperationAdd(name, directory / name) for name in (manifest["file"], MANIFEST)),
             *(CommitOperationDelete(name) for name in FILES.values() if name in there and name != manifest["file"]),
         ]
-        with _readable_errors(f"Pushing to {repo_id}"):
+        with readable_errors(f"Pushing to {repo_id}", BankError):
             commit = api.create_commit(
                 repo_id,
                 operations,
@@ -234,15 +193,16 @@ def pull_bank(
     revision: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    repo_type: Literal["dataset", "model"] = "dataset",
 ) -> tuple[Path, str]:
     """
-    Download an export from a dataset on the Hub, ready for [`~trl_sgpo.bank.exchange.import_bank`].
+    Download an export from the Hub, ready for [`~trl_sgpo.bank.exchange.import_bank`].
 
     Only the manifest and the file of strategies that it names are downloaded, if their sizes are within the limits.
 
     Args:
         repo_id (`str`):
-            Name of the dataset, `"user/name"`.
+            Name of the dataset or model, `"user/name"`.
         directory (`str` or `Path`):
             Where to, which may have nothing but an earlier export in it.
         revision (`str`, *optional*):
@@ -251,34 +211,44 @@ def pull_bank(
             Access token. If `None`, the one that `hf auth login` stored.
         endpoint (`str`, *optional*):
             Address of another Hub.
+        repo_type (`str`, *optional*, defaults to `"dataset"`):
+            `"dataset"`, as [`push_bank`] writes, or `"model"`, where the export of a run is in `strategy_bank/`.
 
     Returns:
         `tuple[Path, str]`: The directory, and the commit, 40 hexadecimal digits, by which the same is pulled again.
 
     Raises:
-        [`~trl_sgpo.errors.BankError`]: If the dataset is no export, or the download fails. Nothing is written then.
+        [`~trl_sgpo.errors.BankError`]: If there is no export, or the download fails. Nothing is written then.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.hf_api import RepoFile
 
     action = f"Pulling {repo_id}"
+    folder = f"{BANK_DIRECTORY}/" if repo_type == "model" else ""
     api = HfApi(endpoint=endpoint, token=token)
-    with _readable_errors(action):
-        sha = api.dataset_info(repo_id, revision=revision).sha or ""
+    with readable_errors(action, BankError):
+        sha = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha or ""
     if not _COMMIT.fullmatch(sha):
         raise BankError(f"{action} failed: {api.endpoint} names no commit for it. Check the endpoint.")
-    with _readable_errors(action):
-        found = api.get_paths_info(repo_id, [MANIFEST, *FILES.values()], revision=sha, repo_type="dataset")
-    sizes = {each.path: each.size for each in found if isinstance(each, RepoFile)}
+    with readable_errors(action, BankError):
+        paths = [folder + name for name in (MANIFEST, *FILES.values())]
+        found = api.get_paths_info(repo_id, paths, revision=sha, repo_type=repo_type)
+    sizes = {each.path.removeprefix(folder): each.size for each in found if isinstance(each, RepoFile)}
     where = f"{MANIFEST} of {repo_id}@{sha[:12]}"
     if not 0 < sizes.get(MANIFEST, 0) <= MAX_MANIFEST_BYTES:
-        raise BankError(f"{where} is missing or too large: name a dataset and a revision that `push` wrote.")
+        raise BankError(f"{where} is missing or too large: name a {repo_type} and a revision that `push` wrote.")
     with tempfile.TemporaryDirectory() as cache:
 
         def download(name: str) -> bytes:
-            with _readable_errors(action):
+            with readable_errors(action, BankError):
                 path = hf_hub_download(
-                    repo_id, name, repo_type="dataset", revision=sha, cache_dir=cache, token=token, endpoint=endpoint
+                    repo_id,
+                    folder + name,
+                    repo_type=repo_type,
+                    revision=sha,
+                    cache_dir=cache,
+                    token=token,
+                    endpoint=endpoint,
                 )
             return Path(path).read_bytes()
 

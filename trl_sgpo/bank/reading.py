@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 
 from ..errors import BankError
 from .bank import INDEX, LEDGER, MANIFEST, StrategyBank
-from .exchange import FILES
+from .embedder import Embedder
+from .exchange import FILES, MAX_ROWS, copy_export, import_bank
 
 
 BANK_DIRECTORY = "strategy_bank"  # in a run's output folder and in its checkpoints
@@ -71,3 +72,17 @@ def reading_copy(path: str | Path) -> Iterator[StrategyBank]:
             bank.snapshot(temporary)
         with StrategyBank.restore(temporary) as copy:
             yield copy
+
+
+@contextmanager
+def reading_export(
+    directory: Path, embedding_model: str | Embedder, origin: str | None = None
+) -> Iterator[StrategyBank]:
+    """A bank, for as long as it is read, of an export with the trust states that its author gave it."""
+    with TemporaryDirectory(prefix="trl-sgpo-bank-") as temporary:
+        export = Path(temporary) / "export"
+        export.mkdir()
+        copy_export(directory, export)
+        with StrategyBank(Path(temporary) / "bank", embedding_model, MAX_ROWS) as bank:
+            import_bank(bank, export, keep_trust=True, origin=origin)
+            yield bank

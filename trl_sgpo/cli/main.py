@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
     "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",
     "report": "write a run as one HTML file: curves, transfer, strategies, rollouts, settings",
+    "push": "publish a run on the Hugging Face Hub: model, bank, metrics and card in one commit",
     "bank": "look into, check and share a strategy bank",
 }
 

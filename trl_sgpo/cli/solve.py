@@ -55,12 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="DIR_OR_ID",
-        help="a run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id; with "
-        "--server, the model's name there",
+        help="a run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id, of which a "
+        "bank that was pushed with it is pulled at the same commit; with --server, the model's name there",
     )
     parser.add_argument(
-        "--run", metavar="DIR", help="output folder of the training, for its prompts and bank (that of --model)"
+        "--run",
+        metavar="DIR_OR_ID",
+        help="output folder of the training, or Hub id, for its prompts and bank (that of --model)",
     )
+    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch on the Hub (the latest commit)")
     files = parser.add_argument_group("a file of problems")
     files.add_argument(
         "--input",
@@ -75,7 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--overwrite", action="store_true", help="begin anew and drop what is in --output")
     bank = parser.add_argument_group("strategies")
-    bank.add_argument("--bank", metavar="DIR", help="bank, checkpoint or run to take strategies from (that of --run)")
+    bank.add_argument(
+        "--bank",
+        metavar="DIR_OR_ID",
+        help="bank, checkpoint or run to take strategies from (that of --run); with --trust_bank also an export or a "
+        "model on the Hub",
+    )
+    bank.add_argument(
+        "--trust_bank",
+        action="store_true",
+        help="show what the author of a --bank that does not come with the model trusted, though nothing was "
+        "verified here",
+    )
     bank.add_argument("--no_bank", "--no-bank", action="store_true", help="show no strategies of a bank")
     bank.add_argument(
         "--class", dest="problem_class", metavar="NAME", help="show strategies of this class only (any, or the "
@@ -151,6 +165,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("`--strategy` is empty: write one, or leave it out and let the model write it.")
     if options.bank is not None and (options.no_bank or options.strategy is not None):
         raise ConfigError("`--bank` shows strategies; `--no_bank` and `--strategy` show none: leave one of them out.")
+    if options.trust_bank and options.bank is None:
+        raise ConfigError("`--trust_bank` is about a bank that does not come with the model: name it by `--bank`.")
     if (options.input is None) != (options.output is None):
         raise ConfigError("`--input` and `--output` go together: give both.")
     if options.input is not None and (options.problem is not None or options.json):
@@ -177,6 +193,8 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 options.model,
                 bank,
                 options.run,
+                revision=options.revision,
+                trust_bank=options.trust_bank,
                 token=os.environ.get(TOKEN_VARIABLE),
                 concurrency=options.concurrency,
                 timeout=options.timeout,
@@ -189,6 +207,8 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 options.run,
                 batch_size=options.batch_size,
                 device=options.device,
+                revision=options.revision,
+                trust_bank=options.trust_bank,
                 dtype=options.dtype,
                 **_quantization(options),
             )
@@ -211,6 +231,8 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
+    if pipeline.pulled is not None:
+        print(f"Pulled {pipeline.pulled}.", file=sys.stderr)
     if options.no_bank or options.strategy is not None:
         return
     if pipeline.bank is None:
@@ -222,6 +244,11 @@ def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
         strategies = pipeline.bank.strategies()
         trusted = sum(strategy.trust == "trusted" for strategy in strategies)
         text = f"Bank: {len(strategies)} strategies, {trusted} of them trusted, which may be shown."
+        from_hub = pipeline.pulled is not None and options.bank is None
+        if options.trust_bank or (from_hub and (options.run is None or options.server is not None)):
+            where = options.bank or pipeline.pulled
+            text = f"Bank of {where}: {len(strategies)} strategies, {trusted} of them trusted there, as far as its "
+            text += "author goes, which may be shown."
     print(text, file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from ..data.synthetic import read_traces
 from ..data.worked import Trace, traces
 from ..errors import ConfigError, DataError, ModelError, SGPOError
 from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
+from ..hub import claim
 from ..memory.advice import in_words
 from ..memory.estimate import GIB
+from ..model_card import REPORT_FILE
 from ..offline import require_model
 from ..prompts import problem_text
 from ..sgpo_config import SGPOConfig
@@ -99,6 +101,9 @@ def train(recipe: Recipe) -> SGPOTrainer:
     check_memory(recipe)
     model = require_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
+    if training.push_to_hub and training.process_index == 0:  # before the warm start, too
+        name = training.hub_model_id or Path(training.output_dir).absolute().name
+        claim(name, training.hub_token, training.hub_private_repo)
     # Before the warm start, so that a dataset that cannot work says so at once
     train_dataset = with_classes(
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
@@ -117,24 +122,39 @@ def train(recipe: Recipe) -> SGPOTrainer:
         peft_config=get_peft_config(recipe.model),
     )
     trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture)
+    trainer.facts = replace(
+        trainer.facts,
+        base_model=recipe.model.model_name_or_path,
+        datasets=tuple(part.path for part in recipe.mixture.datasets) or (script.dataset_name,),
+        settings={**trainer.facts.settings, "warmstart_traces": script.warmstart_traces},
+    )
     reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1 and not training.use_vllm
     unseen = data[script.dataset_test_split] if reports else None
     before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
+    if trainer.accelerator.is_main_process:
+        Path(training.output_dir, REPORT_FILE).unlink(missing_ok=True)  # of an earlier run
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training.output_dir)
-    trainer.create_model_card(dataset_name=script.dataset_name)
+    trainer.save_model(training.output_dir, _internal_call=True)  # pushed below, with the report
     trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
     if before is not None:
         after = _measure(trainer, unseen, script.report_problems)
-        report = {"before": _to_json(before), "after": _to_json(after)}
-        Path(training.output_dir, "report.json").write_text(json.dumps(report, indent=2))
+        scores = {"before": _to_json(before), "after": _to_json(after)}
+        Path(training.output_dir, REPORT_FILE).write_text(json.dumps(scores, indent=2))
         print_report(trainer, before, after, recipe)
+    trainer.create_model_card()
+    failure: SGPOError | None = None
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        try:
+            commit = trainer.push_to_hub()
+            trainer.accelerator.print(f"Pushed to {trainer.hub_model_id} as {commit}.")
+        except SGPOError as error:
+            failure = error
     if trainer.strategy_bank is not None:
         trainer.strategy_bank.close()
     trainer.accelerator.wait_for_everyone()  # a process that ends while another still saves can abort
     trainer.end()
+    if failure is not None:
+        raise failure
     return trainer
 
 

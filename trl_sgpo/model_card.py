@@ -1,0 +1,441 @@
+"""The model card of a run, and what a run saves for it."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ._version import __version__
+from .bank.exchange import MANIFEST, is_export, published
+from .bank.reading import BANK_DIRECTORY
+from .errors import ConfigError
+from .lab import LAB_MODEL
+
+
+if TYPE_CHECKING:
+    from .sgpo_config import SGPOConfig
+
+CARD = "README.md"
+FACTS_FILE = "training.json"
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.json"
+RESULTS_DIRECTORY = ".eval_results"
+TAGS = ("sgpo", "strategy-bank", "trl", "trl-sgpo")
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL_DATA = ("reasoning_gym/", "list_functions/")
+_SETTINGS = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "num_generations",
+    "transfer_block_size",
+    "num_bank_rollouts",
+    "num_retrieved",
+    "correctness_weight",
+    "transfer_weight",
+    "coherence_weight",
+    "leak_weight",
+    "execution_baseline",
+    "loss_type",
+    "beta",
+    "temperature",
+    "max_strategy_length",
+    "max_completion_length",
+    "embedding_model",
+    "seed",
+)
+_PACKAGES = ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """
+    What a model card says of a training. Every run saves it beside its model, as `training.json`.
+
+    Args:
+        base_model (`str`, *optional*):
+            Hub id of the model that was trained, or the name of its directory.
+        datasets (`tuple[str, ...]`, *optional*):
+            Where the problems come from, as in the recipe.
+        rewards (`tuple[str, ...]`, *optional*):
+            Names of the reward functions. The first is the verifier.
+        settings (`dict`, *optional*):
+            Settings of the training.
+        versions (`dict[str, str]`, *optional*):
+            Versions of the packages in use.
+        tags (`tuple[str, ...]`, *optional*):
+            Tags of the model.
+        badges (`tuple[str, ...]`, *optional*):
+            Links to where the run was tracked, in Markdown.
+        license (`dict[str, str]`, *optional*):
+            `license`, and with it `license_name` and `license_link`, as the Hub names them.
+    """
+
+    base_model: str = ""
+    datasets: tuple[str, ...] = ()
+    rewards: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = TAGS
+    badges: tuple[str, ...] = ()
+    license: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: "SGPOConfig", base_model: str, rewards: Sequence[str]) -> "TrainingFacts":
+        """Takes the facts of a training configuration."""
+        settings = {name: config.__dict__[name] for name in _SETTINGS}
+        settings["embedding_model"] = published(config.embedding_model)
+        versions = {"trl_sgpo": __version__, "python": platform.python_version()}
+        versions |= {name: version(name) for name in _PACKAGES}
+        return cls(base_model, rewards=tuple(rewards), settings=settings, versions=versions)
+
+    def with_card(self, card: str) -> "TrainingFacts":
+        """Takes tags and links to where the run was tracked from a card that TRL wrote."""
+        metadata = yaml.safe_load(card.split("---\n")[1])
+        badges = re.findall(r"\[<img [^\n]*?\]\(https?://[^)\s]+\)", card)
+        return replace(self, tags=tuple(sorted({*TAGS, *metadata["tags"]})), badges=tuple(badges))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `training.json`. Of models and data that are paths on this machine, only the last part."""
+        content = asdict(self) | {
+            "base_model": _public(self.base_model),
+            "datasets": [_public(name) for name in self.datasets],
+        }
+        Path(directory, FACTS_FILE).write_text(json.dumps(content, indent=2))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "TrainingFacts":
+        """Reads `training.json`; nothing is known where there is none."""
+        path = Path(directory, FACTS_FILE)
+        if not path.is_file():
+            return cls()
+        try:
+            given = json.loads(path.read_text())
+            for item in fields(cls):
+                if isinstance(given.get(item.name), list):
+                    given[item.name] = tuple(given[item.name])
+            return cls(**given)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): delete it to make a card without it.") from error
+
+
+def _public(name: str) -> str:
+    return Path(name).name if os.path.exists(name) else published(name)
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name may be that of a model or a dataset on the Hub."""
+    return bool(HUB_NAME.fullmatch(name)) and name != LAB_MODEL and not name.startswith(_LOCAL_DATA)
+
+
+# The card
+
+
+def make_card(
+    directory: Path,
+    repo_id: str,
+    facts: TrainingFacts,
+    license: dict[str, str],
+    adapter: bool = False,
+    evaluation: Path | None = None,
+) -> str:
+    """
+    The model card of what is in a directory.
+
+    Args:
+        directory (`Path`):
+            Model, `sgpo.json` and, if there are any, the export of the bank and `report.json`.
+        repo_id (`str`):
+            Name of the model on the Hub.
+        facts ([`TrainingFacts`]):
+            What is known of its training.
+        license (`dict[str, str]`):
+            `license`, and with it `license_name` and `license_link`, as the Hub names them. May be empty.
+        adapter (`bool`, *optional*, defaults to `False`):
+            Whether it is an adapter.
+        evaluation (`Path`, *optional*):
+            Output folder of `trl-sgpo eval`.
+
+    Returns:
+        `str`: Markdown with the metadata that the Hub reads.
+    """
+    parts = [
+        f"# {repo_id.split('/')[-1]}",
+        _about(directory, facts, adapter),
+        *facts.badges,
+        _results(directory, evaluation),
+        _use(directory, repo_id, adapter),
+        _bank(directory, repo_id),
+        _training(facts),
+        _LIMITS,
+        _WHICH,
+        _CITATION.replace("VERSION", __version__),
+    ]
+    metadata = _metadata(directory, repo_id, facts, license, adapter, evaluation)
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(
+    directory: Path,
+    repo_id: str,
+    facts: TrainingFacts,
+    license: dict[str, str],
+    adapter: bool,
+    evaluation: Path | None,
+) -> dict[str, Any]:
+    found: dict[str, Any] = dict(license)
+    found["library_name"] = "peft" if adapter else "transformers"
+    found["pipeline_tag"] = "text-generation"
+    if on_hub(facts.base_model):
+        found["base_model"] = facts.base_model
+        found["base_model_relation"] = "adapter" if adapter else "finetune"
+    if datasets := [name for name in facts.datasets if on_hub(name)]:
+        found["datasets"] = datasets
+    found["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
+    if entries := [*_measured(directory, facts), *_evaluated(evaluation)]:
+        found["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
+    return found
+
+
+def _report(directory: Path) -> dict[str, Any]:
+    path = directory / REPORT_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _measured(directory: Path, facts: TrainingFacts) -> list[dict[str, Any]]:
+    """What the run measured after training, as entries of a `model-index`."""
+    after = _report(directory).get("after", {})
+    data = " + ".join(map(_public, facts.datasets)) or "the training's unseen problems"
+    metrics = [
+        {"type": key, "name": f"{name}, {decoding}, {score[count]} executions", "value": round(score[key], 4)}
+        for decoding, score in after.items()
+        for key, name, count in (
+            ("accuracy", "accuracy with the own strategy", "problems"),
+            ("transfer", "strategy transfer score", "transfers"),
+        )
+        if score[count] > 0
+    ]
+    dataset = {"name": f"unseen problems of {data}", "type": data}
+    return [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}] if metrics else []
+
+
+def _evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
+    if evaluation is None:
+        return []
+    path = evaluation / "hub" / "model_index.yaml"
+    return yaml.safe_load(path.read_text())["model-index"][0]["results"] if path.is_file() else []
+
+
+def _link(name: str, kind: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{kind}{name})" if on_hub(name) else f"`{_public(name)}`"
+
+
+def _about(directory: Path, facts: TrainingFacts, adapter: bool) -> str:
+    what = "A LoRA adapter" if adapter else "A language model"
+    of = f", {'for' if adapter else 'fine-tuned from'} {_link(facts.base_model)}" if facts.base_model else ""
+    data = ", ".join(_link(name, "datasets/") for name in facts.datasets)
+    on = f" on {data}" if data else ""
+    bank = "; those that proved themselves are in its **strategy bank** and are shown with later problems"
+    if not (directory / BANK_DIRECTORY).is_dir():
+        bank = ""
+    return (
+        f"{what}{of}, trained{on} with Strategy-Guided Policy Optimization (SGPO) by `trl_sgpo`, on top of "
+        "[TRL](https://github.com/huggingface/trl).\n\n"
+        "For each problem it first writes a short general **strategy**, then an **execution** of that strategy. "
+        "Strategies were rewarded for being right on their own problem *and* on other problems of the same "
+        f"class{bank}."
+    )
+
+
+def _results(directory: Path, evaluation: Path | None) -> str:
+    tables = [_before_and_after(directory), _suites(evaluation)]
+    return "## Results\n\n" + ("\n\n".join(table for table in tables if table) or "Nothing was measured.")
+
+
+def _interval(rate: float, low: float, high: float) -> str:
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _before_and_after(directory: Path) -> str:
+    from .evaluation.statistics import wilson_interval
+
+    report = _report(directory)
+    if not report:
+        return ""
+    problems = next(iter(report["after"].values()))["problems"]
+    lines = [
+        f"On {problems} problems that were not trained on, with 95% intervals:",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+    ]
+    for name, key, count in (
+        ("accuracy with the own strategy", "accuracy", "problems"),
+        ("strategy transfer score", "transfer", "transfers"),
+    ):
+        for decoding, after in report["after"].items():
+            cells = [
+                _interval(score[key], *wilson_interval(score[key], score[count])) if score[count] else "–"
+                for score in (report["before"][decoding], after)
+            ]
+            lines.append(f"| {name}, {decoding} | {cells[0]} | {cells[1]} |")
+    lines += [
+        "",
+        "“Before” is before the reinforcement learning, after the supervised warm start if there was one. The "
+        "transfer score is the mean outcome of strategies executed on other problems of their class.",
+    ]
+    return "\n".join(lines)
+
+
+def _suites(evaluation: Path | None) -> str:
+    if evaluation is None:
+        return ""
+    suites = json.loads((evaluation / "results.json").read_text())["suites"]
+    lines = [
+        "By `trl-sgpo eval`, greedy, with 95% intervals:",
+        "",
+        "| suite | kind | problems | accuracy |",
+        "|---|---|---|---|",
+    ]
+    for name, suite in suites.items():
+        figures = suite["accuracy"]
+        rate = "–" if figures is None else _interval(figures["value"], figures["low"], figures["high"])
+        kind = suite["kind"].replace("_", " ")
+        lines.append(f"| {name} | {kind} | {suite['problems']} of {suite['available']} | {rate} |")
+    return "\n".join(lines)
+
+
+def _use(directory: Path, repo_id: str, adapter: bool) -> str:
+    from .inference import TwoPhaseSettings
+    from .snippet import transformers_snippet
+
+    tokenizer = directory / "tokenizer_config.json"
+    in_config = tokenizer.is_file() and "chat_template" in json.loads(tokenizer.read_text())
+    chat = (directory / "chat_template.jinja").is_file() or in_config
+    code = transformers_snippet(repo_id, TwoPhaseSettings.load(directory), chat=chat).strip()
+    needs = "transformers, accelerate and peft" if adapter else "transformers and accelerate"
+    return f"""## Use
+
+With `trl-sgpo`, which pulls the strategy bank, if there is one, at the same commit as the model:
+
+```bash
+pip install trl-sgpo
+trl-sgpo solve --model {repo_id} "Find the Least Common Multiple (LCM) of these numbers: 4, 6"
+```
+
+```python
+from trl_sgpo import SGPOPipeline
+
+with SGPOPipeline.from_pretrained("{repo_id}") as pipeline:
+    solution = pipeline("Find the Least Common Multiple (LCM) of these numbers: 4, 6")
+print(solution.strategy, solution.execution, solution.answer, sep="\\n")
+```
+
+<details><summary>Without <code>trl-sgpo</code>, with {needs} alone</summary>
+
+```python
+{code}
+```
+
+</details>"""
+
+
+def _bank(directory: Path, repo_id: str) -> str:
+    bank = directory / BANK_DIRECTORY
+    if not is_export(bank):  # a run's own bank, which a push exports, or none
+        return "" if bank.is_dir() else "## Strategy bank\n\nThere is none."
+    manifest = json.loads((bank / MANIFEST).read_text())
+    trust = ", ".join(f"{count} {state}" for state, count in manifest["trust"].items()) or "none yet"
+    return f"""## Strategy bank
+
+{manifest["count"]} strategies ({trust}) of {manifest["classes"]} classes, in
+`{BANK_DIRECTORY}/{manifest["file"]}`, with where each comes from and its verified executions. Only trusted ones are
+shown when the model is used. To start the training of another model with them, in quarantine until its own verified
+executions speak for them:
+
+```python
+from trl_sgpo import StrategyBank
+
+with StrategyBank.from_pretrained("{repo_id}", "banks/mine") as bank:
+    print(len(bank))
+```"""
+
+
+def _training(facts: TrainingFacts) -> str:
+    rows = [("base model", _link(facts.base_model))] if facts.base_model else []
+    rows += [("problems", ", ".join(_link(name, "datasets/") for name in facts.datasets))] if facts.datasets else []
+    rows += [("reward functions, the first is the verifier", ", ".join(f"`{name}`" for name in facts.rewards))]
+    rows += [(f"`{name}`", f"`{value}`") for name, value in facts.settings.items()]
+    rows += [("versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items()))]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
+    return f"""## Training
+
+Problems of one class stand in transfer blocks of `transfer_block_size`. Every strategy of a block is executed on every
+problem of the block. Strategy tokens are credited by how their executions do on all of them, execution tokens are
+compared with other executions, as in GRPO. `{METRICS_FILE}` has what was logged.
+
+| | |
+|---|---|
+{table}"""
+
+
+_LIMITS = """\
+## Limits and risks
+
+- What it was trained and measured on is above. Nothing is known of its answers to other kinds of problems, other
+  languages, or of its safety. It has the limits and biases of its base model.
+- **Strategies are text that a model wrote.** They enter prompts. They are never executed as code, and they may be
+  wrong, or mislead whoever reads them. Those called trusted helped with problems that the training's verifier checked;
+  they are as good as that verifier.
+- Whoever publishes a model can make it, and the bank beside it, say anything: use both from people you trust, and pin
+  the commit. Strategies that are imported into another bank are in quarantine there.
+- Check answers that matter. A sound strategy may be executed wrongly."""
+
+_WHICH = """\
+## Which SGPO
+
+Two methods have this name.
+
+- **This one**: strategies are written by the model that is trained. They are rewarded for correctness, for transfer to
+  other problems of their class and for coherence, and are kept in a bank.
+- "Beyond Trajectory Imitation: Strategy-Guided Policy Optimization for LLM Reasoning"
+  ([arXiv 2606.24064](https://arxiv.org/abs/2606.24064)): strategies come from a stronger model, and a token-level KL
+  term pulls the unguided policy towards the guided one. It has no strategy bank and no transfer reward. It was **not**
+  used here."""
+
+_CITATION = """\
+## Citation
+
+```bibtex
+@software{trl_sgpo,
+  title   = {{trl\\_sgpo: Strategy-Guided Policy Optimization for TRL}},
+  license = {Apache-2.0},
+  version = {VERSION}
+}
+
+@article{shao2024deepseekmath,
+  title  = {{DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models}},
+  author = {Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Mingchuan Zhang and Y. K. Li
+            and Y. Wu and Daya Guo},
+  year   = 2024,
+  eprint = {arXiv:2402.03300}
+}
+
+@software{vonwerra2020trl,
+  title   = {{TRL: Transformers Reinforcement Learning}},
+  author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and
+             Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
+  license = {Apache-2.0},
+  url     = {https://github.com/huggingface/trl},
+  year    = {2020}
+}
+```"""
