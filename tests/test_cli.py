@@ -272,8 +272,9 @@ class TestRuns:
         assert "peak_memory_ratio" in capsys.readouterr().out
 
     def test_bench_speedups_switches_each_off(
-        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
         output = tmp_path / "speedups.json"
         options = ["--use_peft", "true", "--steps", "1", "--output", str(output)]
         assert main(["bench", "speedups", "--config", str(recipe), *options]) == 0
