@@ -68,10 +68,14 @@ class RunRecordCallback(TrainerCallback):
 
 
 class WorstCaseCallback(TrainerCallback):
-    """Takes the largest step that a run can come to before the first real one, to see whether it fits into memory."""
+    """
+    Takes the largest step that a run can come to before the first real one, to see whether it fits into memory.
+    `peaks` has what [`~trl_sgpo.memory.worst_case.take_worst_case_step`] returned.
+    """
 
     def __init__(self, trainer: "SGPOTrainer"):
         self.trainer = trainer
+        self.peaks: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -79,7 +83,7 @@ class WorstCaseCallback(TrainerCallback):
         if wanted is None:
             wanted = trainer.accelerator.device.type != "cpu"
         if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            take_worst_case_step(trainer)
+            self.peaks = take_worst_case_step(trainer)
 
 
 class AdviceCallback(TrainerCallback):

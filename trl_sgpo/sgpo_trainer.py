@@ -209,7 +209,8 @@ class SGPOTrainer(GRPOTrainer):
         self.add_callback(StrategyBankCallback(self))
         self.run_record = RunRecordCallback(self)
         self.add_callback(self.run_record)
-        self.add_callback(WorstCaseCallback(self))
+        self.worst_case = WorstCaseCallback(self)
+        self.add_callback(self.worst_case)
         self.add_callback(AdviceCallback())
         if args.use_vllm and "quantization_config" in vars(self.model.config):
             raise ConfigError(_QUANTIZED_VLLM)

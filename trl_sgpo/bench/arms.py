@@ -15,11 +15,12 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
 from ..cli.recipe import Recipe, load_data, load_rewards, model_init_kwargs
+from ..cli.train import without_long_problems
 from ..offline import require_model
 from ..rollout import contiguous_input
 from ..sgpo_config import SGPOConfig
@@ -29,7 +30,14 @@ from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, score_trained_positions_on
 ARMS = ("sgpo", "grpo")
 
 
-def build_trainer(arm: str, recipe: Recipe, end_probability: float = 0.0, equal_lengths: bool = False) -> Any:
+def build_trainer(
+    arm: str,
+    recipe: Recipe,
+    end_probability: float = 0.0,
+    equal_lengths: bool = False,
+    model: PreTrainedModel | None = None,
+    tokenizer: str | None = None,
+) -> Any:
     """
     Builds an arm's trainer. Both generate rows of the same lengths by construction.
 
@@ -42,12 +50,18 @@ def build_trainer(arm: str, recipe: Recipe, end_probability: float = 0.0, equal_
             Probability that a row ends at a token. By default all are generated to their limit.
         equal_lengths (`bool`, *optional*, defaults to `False`):
             Whether GRPO's completions have the length of strategy and execution together.
+        model ([`~transformers.PreTrainedModel`], *optional*):
+            Trained instead of the recipe's.
+        tokenizer (`str`, *optional*):
+            Directory or Hub id of a tokenizer to use instead of the model's.
 
     Returns:
         [`SGPOTrainer`] or [`~trl.GRPOTrainer`]
     """
-    args = recipe.training
-    dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], args)
+    args, script = recipe.training, recipe.script
+    name = tokenizer or require_model(recipe.model.model_name_or_path)
+    problems = without_long_problems(load_data(recipe)[script.dataset_train_split], script.max_problem_tokens, name)
+    dataset = with_classes(problems, args)
     shared = {
         "max_steps": 1,
         "save_strategy": "no",
@@ -56,16 +70,17 @@ def build_trainer(arm: str, recipe: Recipe, end_probability: float = 0.0, equal_
         "log_completions": False,
         "disable_tqdm": True,
         "logging_strategy": "no",
-        "model_init_kwargs": model_init_kwargs(recipe),
+        "model_init_kwargs": model_init_kwargs(recipe) if model is None else None,
         "output_dir": f"{args.output_dir}/bench_{arm}",
         "generation_batch_size": None,  # derived, as is the next
         "steps_per_generation": args.steps_per_generation,
     }
     common: dict[str, Any] = {
-        "model": require_model(recipe.model.model_name_or_path),
+        "model": name if model is None else model,
+        "processing_class": AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left"),
         "reward_funcs": load_rewards(recipe.script),
         "train_dataset": dataset,
-        "quantization_config": get_quantization_config(recipe.model),
+        "quantization_config": get_quantization_config(recipe.model) if model is None else None,
         "peft_config": get_peft_config(recipe.model),
     }
     if arm == "sgpo":

@@ -10,6 +10,7 @@ SUBJECTS = {
     "throughput": "speed against GRPOTrainer, plain `generate` and the memory's bandwidth",
     "speedups": "what each part of SGPO that saves work is worth",
     "memory": "peak memory against GRPOTrainer at equal rows and total lengths",
+    "fit": "what recipes take on this GPU, in memory and time, with random weights",
     "bank": "the strategy bank: kills, retention, poison, size, malformed imports",
 }
 

@@ -54,34 +54,50 @@ def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any
     return [requests[index % len(requests)] for index in range(count)]
 
 
-def take_worst_case_step(trainer: "SGPOTrainer") -> None:
+def take_worst_case_step(trainer: "SGPOTrainer") -> dict[str, int]:
     """
-    Generates both phases at full length from the longest problems, goes forward and backward once and lets the
-    optimizer allocate its states. Weights, optimizer, random state, bank and metrics are as before.
+    Lets the optimizer allocate its states, generates both phases at full length from the longest problems, and goes
+    forward and backward once. Weights, optimizer, random state, bank and metrics are as before.
 
     Args:
         trainer ([`SGPOTrainer`]):
             Trainer that is about to start.
 
+    Returns:
+        `dict[str, int]`: The most bytes that PyTorch had allocated on a GPU during `"optimizing"`, `"generating"` and
+        `"training"`, and `"reserved"`, the most it had taken from the GPU. Empty on other devices.
+
     Raises:
         [`ModelError`]: Memory is not enough. Names what to change.
     """
-    doing = ""
+    device = trainer.accelerator.device
+    on_gpu = device.type == "cuda"
+    doing, peaks = "", dict[str, int]()
+
+    def note_peak() -> None:
+        if on_gpu:
+            peaks[doing] = torch.cuda.max_memory_allocated(device)
+            peaks["reserved"] = max(peaks.get("reserved", 0), torch.cuda.max_memory_reserved(device))
+            torch.cuda.reset_peak_memory_stats(device)
+
     with _nothing_kept(trainer):
         try:
-            doing = "generating"
-            requests, completion = _generate_at_full_length(trainer)
-            doing = "training"
-            _train_at_full_length(trainer, requests[0], completion)
             doing = "optimizing"
             _allocate_optimizer(trainer)
+            note_peak()
+            doing = "generating"
+            requests, completion = _generate_at_full_length(trainer)
+            note_peak()
+            doing = "training"
+            _train_at_full_length(trainer, requests[0], completion)
+            note_peak()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ModelError(_advice(doing, trainer.args, error)) from error
-        if trainer.accelerator.device.type == "cuda":
-            device = trainer.accelerator.device
-            peak = torch.cuda.max_memory_reserved(device) / 2**30
-            whole = torch.cuda.get_device_properties(device).total_memory / 2**30
-            logger.warning(f"The worst-case step fits: {peak:.2f} GB of {whole:.2f} GB, without the CUDA context.")
+    if on_gpu:
+        whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+        taken = peaks["reserved"] / 2**30
+        logger.warning(f"The worst-case step fits: {taken:.2f} GB of {whole:.2f} GB, without the CUDA context.")
+    return peaks
 
 
 def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], list[int]]:
@@ -127,7 +143,7 @@ def _train_at_full_length(trainer: "SGPOTrainer", request: list[int], completion
 
 
 def _allocate_optimizer(trainer: "SGPOTrainer") -> None:
-    """Steps with gradients and a learning rate of 0, which changes no weight, and drops the states again."""
+    """Steps with gradients and a learning rate of 0, which changes no weight."""
     optimizer = trainer.optimizer.optimizer
     if optimizer.state:
         return  # a resumed run has them already
@@ -135,25 +151,27 @@ def _allocate_optimizer(trainer: "SGPOTrainer") -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for weight in group["params"]:
-            if weight.grad is not None:
-                weight.grad.zero_()
+            weight.grad = torch.zeros_like(weight)
     try:
         type(optimizer).step(optimizer)  # not the scheduler's wrapper, which counts steps
     finally:
-        optimizer.state.clear()
+        optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
 
 @contextmanager
 def _nothing_kept(trainer: "SGPOTrainer") -> Iterator[None]:
-    device = trainer.accelerator.device
+    device, optimizer = trainer.accelerator.device, trainer.optimizer.optimizer
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    resumed = bool(optimizer.state)
     try:
         yield
     finally:
-        trainer.optimizer.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        if not resumed:
+            optimizer.state.clear()
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -1,0 +1,228 @@
+"""`trl-sgpo bench fit`: what recipes take on this GPU, with random weights, so that nothing large is downloaded."""
+
+import argparse
+import multiprocessing
+import time
+from contextlib import suppress
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers.initialization import no_init_weights
+from trl import get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from ..cli.estimate import report
+from ..cli.recipe import Recipe, model_init_kwargs, read_recipe
+from ..errors import ConfigError, ModelError
+from ..memory.architectures import model_config
+from ..memory.estimate import CONTEXT, GIB
+from ..offline import require_model
+from .arms import build_trainer, measured_step, settings, write
+
+
+def main(argv: list[str]) -> int:
+    """Measures recipes one after the other, each trainer in a process of its own, and prints a line for each."""
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo bench fit",
+        description="Measure the peak memory and the speed of recipes on this GPU, and the same of TRL's GRPOTrainer "
+        "at equal rows and total lengths. Weights are random, loaded and quantized as the recipe says, so that only "
+        "configs and a tokenizer are needed. PyTorch may not allocate more than the card that a recipe is made for "
+        "has, whatever this one has.",
+        epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
+    )
+    parser.add_argument("--config", required=True, nargs="+", help="recipes")
+    parser.add_argument("--vram", type=float, help="memory in GB to stay within; defaults to the recipe's `vram_gb`")
+    parser.add_argument("--tokenizer", help="tokenizer to use instead of the models' own: a directory or Hub id")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="timed steps of each trainer, after a first one; 0 measures memory only"
+    )
+    parser.add_argument("--arms", nargs="+", choices=["sgpo", "grpo"], default=["sgpo", "grpo"], help="trainers")
+    parser.add_argument("--output", help="write the figures to this JSON file")
+    options, overrides = parser.parse_known_args(argv)
+    if options.steps < 0 or (options.vram is not None and options.vram <= 0):
+        raise ConfigError("`--steps` must be at least 0 and `--vram` above 0.")
+
+    results = []
+    for path in options.config:
+        arguments = ["--config", path, *overrides]
+        recipe = read_recipe(arguments, "trl-sgpo bench fit")
+        vram = options.vram or recipe.script.vram_gb
+        tokenizer = options.tokenizer or require_model(recipe.model.model_name_or_path)
+        result: dict[str, Any] = {
+            "config": path,
+            "vram_gb": vram,
+            "settings": settings(recipe),
+            "estimate": report(recipe, path, vram, "cuda" if torch.cuda.is_available() else "cpu"),
+        }
+        for arm in options.arms:
+            print(f"{path}: {arm}", flush=True)
+            result[arm] = _in_new_process(arm, arguments, vram, tokenizer, options.steps)
+        results.append(result | {"figures": _figures(result)})
+        write({"recipes": results}, options.output)  # after each, so that a kill loses one
+    _print(results)
+    return 1 if any("error" in result[arm] for result in results for arm in options.arms) else 0
+
+
+def random_model(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """
+    Loads a model of random weights the way TRL loads one from a checkpoint, quantization included.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The model's config.
+        **kwargs:
+            What `from_pretrained` takes.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Matrices are normal with a deviation of 0.02, norms are 1. All are parts
+        of one array of random numbers, so that making them takes little time and memory.
+    """
+    with torch.device("meta"), no_init_weights():
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    empty.tie_weights()
+    shapes = dict(empty.named_parameters())  # tied ones once
+    largest = max(weight.numel() for weight in shapes.values())
+    numbers = torch.empty(2**24, dtype=torch.bfloat16).normal_(0, 0.02).repeat(2 + largest // 2**24)
+    weights = {}
+    for index, (name, weight) in enumerate(shapes.items()):
+        start = 997 * index % 2**24
+        part = numbers[start : start + weight.numel()].view(weight.shape)
+        weights[name] = torch.ones_like(part) if "norm" in name else part
+    return create_model_from_path(None, type(empty), config=config, state_dict=weights, **kwargs)
+
+
+def _in_new_process(*arguments: Any) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_figures, args=(*arguments, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        return {"error": "The process ended without a result: see its output above."}
+    finally:
+        process.join()
+
+
+def _send_figures(arm: str, arguments: list[str], vram: float | None, tokenizer: str, steps: int, send: Any) -> None:
+    try:
+        send.send(_measure(arm, read_recipe(arguments, "trl-sgpo bench fit"), vram, tokenizer, steps))
+    except (ModelError, torch.OutOfMemoryError) as error:
+        send.send({"error": str(error)})
+
+
+class _EnoughError(Exception):
+    """Ends training after the worst-case step."""
+
+
+class _EndBeforeSteps(TrainerCallback):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise _EnoughError
+
+
+def _measure(arm: str, recipe: Recipe, vram: float | None, tokenizer: str, steps: int) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and vram is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min((vram * GIB - CONTEXT) / whole, 1.0))
+    start = time.perf_counter()
+    trainer = _with_random_model(arm, recipe, tokenizer)
+    figures: dict[str, Any] = {"seconds_to_load": time.perf_counter() - start}
+    if on_gpu:
+        figures["loaded_bytes"] = torch.cuda.memory_allocated()
+    if arm == "sgpo":
+        trainer.args.worst_case_step = True
+        enough = _EndBeforeSteps()
+        trainer.add_callback(enough)
+        with suppress(_EnoughError):
+            trainer.train()
+        trainer.remove_callback(enough)
+        trainer.args.worst_case_step = False
+        figures["worst_case"] = trainer.worst_case.peaks
+    rows = []
+    for step in range(1 if arm == "sgpo" else 0, steps + 1):  # SGPO's first was the worst case
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        row = {"step": step, **measured_step(trainer)[0]}
+        if on_gpu:
+            row |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        rows.append(row)
+    if on_gpu:  # what is not PyTorch's is the context, if no other process uses the GPU
+        free, whole = torch.cuda.mem_get_info()
+        figures["outside_pytorch_bytes"] = whole - free - torch.cuda.memory_reserved()
+    return figures | {"steps": rows}
+
+
+def _with_random_model(arm: str, recipe: Recipe, tokenizer: str) -> Any:
+    name = recipe.model.model_name_or_path
+    loading = {
+        key: value for key, value in model_init_kwargs(recipe).items() if key != "revision" and value is not None
+    }
+    quantization = get_quantization_config(recipe.model)
+    if quantization is not None:
+        loading["quantization_config"] = quantization
+    model = random_model(model_config(name, recipe.model.model_revision)[0], **loading)
+    return build_trainer(arm, recipe, equal_lengths=True, model=model, tokenizer=tokenizer)
+
+
+def _figures(result: dict[str, Any]) -> dict[str, float]:
+    """What a recipe's line in the table shows: medians of its timed steps, and the two trainers' ratios."""
+    figures = {"estimated_bytes": result["estimate"]["peak"]}
+    for arm in ("sgpo", "grpo"):
+        rows = result.get(arm, {}).get("steps", [])
+        timed = [row for row in rows if row["step"] > 0]
+        peaks = [row["peak"] for row in rows if "peak" in row]
+        if peaks:
+            figures[f"{arm}_peak_bytes"] = max(peaks)
+        if timed:
+            figures[f"{arm}_seconds_per_step"] = median(row["seconds"] for row in timed)
+            figures[f"{arm}_seconds_per_generated_token"] = median(
+                row["seconds"] / row["generated_tokens"] for row in timed
+            )
+            figures[f"{arm}_rollout_tokens_per_second"] = median(
+                row["generated_tokens"] / row["seconds_generating"] for row in timed
+            )
+    worst = result.get("sgpo", {}).get("worst_case")
+    if worst:
+        figures["worst_case_bytes"] = max(value for name, value in worst.items() if name != "reserved")
+        figures["worst_case_reserved_bytes"] = worst["reserved"]
+    for name in ("peak_bytes", "seconds_per_generated_token"):
+        if f"sgpo_{name}" in figures and f"grpo_{name}" in figures:
+            figures[f"{name}_ratio"] = figures[f"sgpo_{name}"] / figures[f"grpo_{name}"]
+    return figures
+
+
+_COLUMNS = {
+    "estimated_bytes": "estimated, GB",
+    "worst_case_reserved_bytes": "worst case, GB",
+    "sgpo_peak_bytes": "SGPO, GB",
+    "grpo_peak_bytes": "GRPO, GB",
+    "sgpo_seconds_per_step": "s a step",
+    "sgpo_rollout_tokens_per_second": "tokens/s",
+    "seconds_per_generated_token_ratio": "time a token, SGPO / GRPO",
+}
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    table = Table(title="What recipes take on this device")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("of, GB", justify="right")
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right")
+    for result in results:
+        cells = []
+        for name in _COLUMNS:
+            value = result["figures"].get(name)
+            cells.append("" if value is None else f"{value / GIB:.2f}" if name.endswith("bytes") else f"{value:.2f}")
+        vram = result["vram_gb"]
+        table.add_row(result["config"], "" if vram is None else f"{vram:g}", *cells)
+    Console().print(table)
+    for result in results:
+        for arm in ("sgpo", "grpo"):
+            if "error" in result.get(arm, {}):
+                print(f"{result['config']}, {arm}: {result[arm]['error']}")
