@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers import TrainerCallback
 
+from ._version import __version__
 from .memory.worst_case import take_worst_case_step
 
 
@@ -54,7 +55,10 @@ class RunRecordCallback(TrainerCallback):
             "model": trainer.model.config.name_or_path,
             "reward_funcs": trainer.reward_func_names,
             "problems": Counter(trainer.train_dataset["transfer_class"]),
-            "versions": {name: version(name) for name in ("trl-sgpo", "trl", "transformers", "torch")},
+            "versions": {
+                "trl-sgpo": __version__,
+                **{name: version(name) for name in ("trl", "transformers", "torch")},
+            },
             **self.recipe,
             **args.to_dict(),  # without tokens
         }

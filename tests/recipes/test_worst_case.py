@@ -63,6 +63,25 @@ def test_training_goes_on_as_without_it(peft_config: Any, optim: str, tmp_path: 
     assert all(torch.equal(weights_after[name], weight) for name, weight in weights.items())
 
 
+def test_activations_are_checkpointed_as_in_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, True, LORA, gradient_checkpointing=True)
+    layers, runs = trainer.model.get_base_model().model.layers, []
+    for layer in layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda *args: runs.append(torch.is_grad_enabled()))
+    counts = []
+    train = trl_sgpo.memory.worst_case._train_at_full_length
+
+    def counted(*args: Any) -> None:
+        runs.clear()
+        train(*args)
+        counts.append(sum(runs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl_sgpo.memory.worst_case, "_train_at_full_length", counted)
+        trainer.train()
+    assert counts == [2 * len(layers)]  # once more in the backward pass
+
+
 def test_both_phases_are_generated_at_full_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, True)
     generate, seen = trl_sgpo.memory.worst_case.generate, []
@@ -89,8 +108,9 @@ def test_lack_of_memory_is_reported_with_what_to_change(
 
     trainer = make_trainer(tmp_path, True)
     monkeypatch.setattr(trl_sgpo.memory.worst_case, what, fail)
-    with pytest.raises(ModelError, match=change):
+    with pytest.raises(ModelError, match=change) as raised:
         trainer.train()
+    assert "Tried to allocate 2.00 GiB" in str(raised.value)
     assert trainer.state.global_step == 0
 
 

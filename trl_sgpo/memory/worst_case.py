@@ -82,6 +82,7 @@ def take_worst_case_step(trainer: "SGPOTrainer") -> dict[str, int]:
 
     with _nothing_kept(trainer):
         try:
+            trainer.model.train()  # as loaded, layers are in evaluation mode, in which they keep all activations
             doing = "optimizing"
             _allocate_optimizer(trainer)
             note_peak()
@@ -213,7 +214,7 @@ def _advice(doing: str, args: Any, error: BaseException) -> str:
         ],
         "optimizing": ["`optim: paged_adamw_8bit`", "LoRA instead of full fine-tuning (`use_peft: true`)"],
     }[doing]
-    reason = str(error).split(".")[0]
+    reason = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # with how much could not be allocated
     return (
         f"Memory is not enough: {doing} ran out of it in the largest step this run can come to, before any training "
         f"({reason}). To make it fit, set {'; or '.join(changes)}. `trl-sgpo estimate` says what each part takes."
