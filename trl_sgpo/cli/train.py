@@ -99,6 +99,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     script, training = recipe.script, recipe.training
     rewards = load_rewards(script)
     check_memory(recipe)
+    _advise_on_bfloat16(recipe)
     model = require_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
     if training.push_to_hub and training.process_index == 0:  # before the warm start, too
@@ -156,6 +157,15 @@ def train(recipe: Recipe) -> SGPOTrainer:
     if failure is not None:
         raise failure
     return trainer
+
+
+def _advise_on_bfloat16(recipe: Recipe) -> None:
+    used = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
+    if used and not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning(
+            "This CPU has no instructions for bfloat16, which takes about ten times longer on it than float32: add "
+            "`--dtype float32 --bf16 false`."
+        )
 
 
 def without_long_problems(dataset: Dataset, limit: int | None, model: str) -> Dataset:
