@@ -97,3 +97,20 @@ def test_4bit_lora(tmp_path, architecture):
     assert all(not module.support_avx512bf16_for_cpu for module in packed)
     assert {name for name in adapters if "lora_B" in name} <= changed <= adapters
     assert gradients.nonzero <= adapters
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_4bit_lora_in_float16(tmp_path, fp16):
+    """Gradients that are scaled have to be in float32: PyTorch refuses those of TRL's bfloat16 adapters."""
+    args = SGPOConfig(str(tmp_path), bf16=False, use_bank=False, num_generations=4, report_to="none")
+    object.__setattr__(args, "fp16", fp16)  # which accelerate allows on a GPU only
+    trainer = SGPOTrainer(
+        save_tiny_model(tmp_path / "model"),
+        evenness,
+        args,
+        train_dataset=problems(),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    dtypes = {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad}
+    assert dtypes == {torch.float32 if fp16 else torch.bfloat16}

@@ -59,7 +59,7 @@ from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
 from .sgpo_config import SGPOConfig
 from .shared_prompts import SharedPrompts, is_cheaper, share_prompts, within_window
-from .trained import how_trained, keep_4bit_layout
+from .trained import how_trained, keep_4bit_layout, keep_adapters_in_float32
 from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 
 
@@ -214,6 +214,8 @@ class SGPOTrainer(GRPOTrainer):
         self.add_callback(AdviceCallback())
         if args.use_vllm and "quantization_config" in vars(self.model.config):
             raise ConfigError(_QUANTIZED_VLLM)
+        if args.fp16 and "quantization_config" in vars(self.model.config):
+            keep_adapters_in_float32(self.model)
         if self.accelerator.device.type == "cpu":
             keep_4bit_layout(self.model)
             score_trained_positions_only()

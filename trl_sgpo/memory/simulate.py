@@ -193,8 +193,8 @@ class SimulatedModel:
             layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
             mergeable = 0 if quantized else sum(_nbytes(layer.get_base_layer().weight) for layer in layers)
         self.model = model
-        # peft keeps adapters in 32 bits, TRL casts those of quantized models to bfloat16
-        adapter_dtype = torch.bfloat16 if bits < 16 else torch.float32
+        # peft keeps adapters in 32 bits, TRL casts those of quantized models to bfloat16, float16 training casts back
+        adapter_dtype = torch.bfloat16 if bits < 16 and autocast != torch.float16 else torch.float32
         self.mode = FakeTensorMode()
         with self.mode:
             _without_data(model, adapter_dtype if lora is not None else None)
