@@ -74,7 +74,7 @@ class RunRecordCallback(TrainerCallback):
 class WorstCaseCallback(TrainerCallback):
     """
     Takes the largest step that a run can come to before the first real one, to see whether it fits into memory.
-    `peaks` has what [`~trl_sgpo.memory.worst_case.take_worst_case_step`] returned.
+    `peaks` is what [`~trl_sgpo.memory.worst_case.take_worst_case_step`] found.
     """
 
     def __init__(self, trainer: "SGPOTrainer"):
@@ -87,7 +87,7 @@ class WorstCaseCallback(TrainerCallback):
         if wanted is None:
             wanted = trainer.accelerator.device.type != "cpu"
         if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            self.peaks = take_worst_case_step(trainer)
+            take_worst_case_step(trainer, self.peaks)
 
 
 class AdviceCallback(TrainerCallback):

@@ -109,10 +109,12 @@ def _in_new_process(*arguments: Any) -> dict[str, Any]:
 
 
 def _send_figures(arm: str, arguments: list[str], vram: float | None, tokenizer: str, steps: int, send: Any) -> None:
+    figures: dict[str, Any] = {}
     try:
-        send.send(_measure(arm, read_recipe(arguments, "trl-sgpo bench fit"), vram, tokenizer, steps))
+        _measure(arm, read_recipe(arguments, "trl-sgpo bench fit"), vram, tokenizer, steps, figures)
     except (SGPOError, torch.OutOfMemoryError) as error:
-        send.send({"error": str(error)})
+        figures["error"] = str(error)
+    send.send(figures)
 
 
 class _EnoughError(Exception):
@@ -124,17 +126,21 @@ class _EndBeforeSteps(TrainerCallback):
         raise _EnoughError
 
 
-def _measure(arm: str, recipe: Recipe, vram: float | None, tokenizer: str, steps: int) -> dict[str, Any]:
+def _measure(
+    arm: str, recipe: Recipe, vram: float | None, tokenizer: str, steps: int, figures: dict[str, Any]
+) -> None:
+    """Fills in the figures one by one, so that those before an error are kept."""
     on_gpu = torch.cuda.is_available()
     if on_gpu and vram is not None:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min((vram * GIB - CONTEXT) / whole, 1.0))
     start = time.perf_counter()
     trainer = _with_random_model(arm, recipe, tokenizer)
-    figures: dict[str, Any] = {"seconds_to_load": time.perf_counter() - start}
+    figures["seconds_to_load"] = time.perf_counter() - start
     if on_gpu:
         figures["loaded_bytes"] = torch.cuda.memory_allocated()
     if arm == "sgpo":
+        figures["worst_case"] = trainer.worst_case.peaks
         trainer.args.worst_case_step = True
         enough = _EndBeforeSteps()
         trainer.add_callback(enough)
@@ -142,8 +148,7 @@ def _measure(arm: str, recipe: Recipe, vram: float | None, tokenizer: str, steps
             trainer.train()
         trainer.remove_callback(enough)
         trainer.args.worst_case_step = False
-        figures["worst_case"] = trainer.worst_case.peaks
-    rows = []
+    rows = figures["steps"] = []
     for step in range(1 if arm == "sgpo" else 0, steps + 1):  # SGPO's first was the worst case
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -154,7 +159,6 @@ def _measure(arm: str, recipe: Recipe, vram: float | None, tokenizer: str, steps
     if on_gpu:  # what is not PyTorch's is the context, if no other process uses the GPU
         free, whole = torch.cuda.mem_get_info()
         figures["outside_pytorch_bytes"] = whole - free - torch.cuda.memory_reserved()
-    return figures | {"steps": rows}
 
 
 def _with_random_model(arm: str, recipe: Recipe, tokenizer: str) -> Any:
@@ -187,7 +191,7 @@ def _figures(result: dict[str, Any]) -> dict[str, float]:
                 row["generated_tokens"] / row["seconds_generating"] for row in timed
             )
     worst = result.get("sgpo", {}).get("worst_case")
-    if worst:
+    if worst and "error" not in result["sgpo"]:
         figures["worst_case_bytes"] = max(value for name, value in worst.items() if name != "reserved")
         figures["worst_case_reserved_bytes"] = worst["reserved"]
     for name in ("peak_bytes", "seconds_per_generated_token"):

@@ -54,7 +54,7 @@ def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any
     return [requests[index % len(requests)] for index in range(count)]
 
 
-def take_worst_case_step(trainer: "SGPOTrainer") -> dict[str, int]:
+def take_worst_case_step(trainer: "SGPOTrainer", peaks: dict[str, int]) -> None:
     """
     Lets the optimizer allocate its states, generates both phases at full length from the longest problems, and goes
     forward and backward once. Weights, optimizer, random state, bank and metrics are as before.
@@ -62,17 +62,16 @@ def take_worst_case_step(trainer: "SGPOTrainer") -> dict[str, int]:
     Args:
         trainer ([`SGPOTrainer`]):
             Trainer that is about to start.
-
-    Returns:
-        `dict[str, int]`: The most bytes that PyTorch had allocated on a GPU during `"optimizing"`, `"generating"` and
-        `"training"`, and `"reserved"`, the most it had taken from the GPU. Empty on other devices.
+        peaks (`dict[str, int]`):
+            Gets the most bytes that PyTorch had allocated on a GPU during `"optimizing"`, `"generating"` and
+            `"training"`, as far as it came, and `"reserved"`, the most it had taken from the GPU.
 
     Raises:
         [`ModelError`]: Memory is not enough. Names what to change.
     """
     device = trainer.accelerator.device
     on_gpu = device.type == "cuda"
-    doing, peaks = "", dict[str, int]()
+    doing = ""
 
     def note_peak() -> None:
         if on_gpu:
@@ -93,12 +92,12 @@ def take_worst_case_step(trainer: "SGPOTrainer") -> dict[str, int]:
             _train_at_full_length(trainer, requests[0], completion)
             note_peak()
         except (torch.OutOfMemoryError, MemoryError) as error:
+            note_peak()
             raise ModelError(_advice(doing, trainer.args, error)) from error
     if on_gpu:
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
         taken = peaks["reserved"] / 2**30
         logger.warning(f"The worst-case step fits: {taken:.2f} GB of {whole:.2f} GB, without the CUDA context.")
-    return peaks
 
 
 def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], list[int]]:
