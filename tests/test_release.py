@@ -109,7 +109,7 @@ def evenness(completions, **kwargs):
     texts = [completion[0]["content"] for completion in completions]
     return [float(sum(map(text.count, "aeiou")) % 2 == 0) for text in texts]
 """
-PROBLEM = "Find the Least Common Multiple (LCM) of these numbers: 4, 6"
+PROBLEM = "Find the Least Common Multiple (LCM) of these numbers: 10, 15"  # larger ones than in the recipe
 REPO = "tester/model"
 
 
