@@ -56,7 +56,7 @@ def arguments(item: Any, bound: bool = False) -> list[str]:
     parameters = list(inspect.signature(item).parameters.values())[1 if bound else 0 :]
     if is_dataclass(item):
         parameters = [each for each in parameters if each.name in item.__annotations__]
-    found = [str(each.replace(annotation=each.empty)) for each in parameters]
+    found = [str(each.replace(annotation=each.empty)).replace("'", '"') for each in parameters]  # as ruff quotes
     kinds = [each.kind for each in parameters]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
         found.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
