@@ -89,6 +89,7 @@ class TestFiles:
         assert found["Requires-Python"] == PROJECT["requires-python"]
         assert found["License-Expression"] == "Apache-2.0" and found["License-File"] == "LICENSE"
         assert found["Summary"] == PROJECT["description"]
+        assert found["Description-Content-Type"] == "text/markdown"
         assert found.get_payload(decode=True) == (ROOT / "README.md").read_bytes()
         assert set(found.get_all("Provides-Extra", [])) == PROJECT["optional-dependencies"].keys()
         required = [text for text in found.get_all("Requires-Dist", []) if "extra ==" not in text]
