@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Pinned for repeatable figures. For the newest build: make install TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test lint reference
 
 install: $(VENV)/.installed
 
@@ -29,3 +29,6 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: install
+	$(BIN)/python -m tests.api_reference

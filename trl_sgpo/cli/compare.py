@@ -15,22 +15,7 @@ from ..errors import ConfigError
 
 def main(argv: list[str]) -> int:
     """Runs what is not finished yet and writes the table. Exit status 1 if a run failed."""
-    parser = argparse.ArgumentParser(
-        prog="trl-sgpo compare",
-        description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
-        "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "
-        "Runs that are finished are kept; call it again to go on.",
-        epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
-    )
-    parser.add_argument("--config", required=True, help="comparison, such as recipes/lab/compare.yaml")
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
-    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
-    parser.add_argument("--budget", type=int, help="tokens each arm may generate, instead of the file's")
-    parser.add_argument("--processes", type=int, help="runs at a time, instead of the file's")
-    parser.add_argument("--output_dir", help="where runs are kept, instead of the file's")
-    parser.add_argument("--results", help="path without suffix for the table, instead of the file's")
-    parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is finished")
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = _parser().parse_known_args(argv)
     changes: dict[str, Any] = {
         key: options.__dict__[key]
         for key in ("arms", "seeds", "budget", "processes", "output_dir", "results")
@@ -65,6 +50,25 @@ def main(argv: list[str]) -> int:
         print(f"Written: {', '.join(map(str, write(summed, stem)))}")
     _print(summed)
     return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo compare",
+        description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
+        "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "
+        "Runs that are finished are kept; call it again to go on.",
+        epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
+    )
+    parser.add_argument("--config", required=True, help="comparison, such as recipes/lab/compare.yaml")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
+    parser.add_argument("--budget", type=int, help="tokens each arm may generate, instead of the file's")
+    parser.add_argument("--processes", type=int, help="runs at a time, instead of the file's")
+    parser.add_argument("--output_dir", help="where runs are kept, instead of the file's")
+    parser.add_argument("--results", help="path without suffix for the table, instead of the file's")
+    parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is finished")
+    return parser
 
 
 def _as_mapping(arguments: list[str]) -> dict[str, Any]:

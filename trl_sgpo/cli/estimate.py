@@ -18,22 +18,7 @@ from .recipe import Recipe, read_recipe
 
 def main(argv: list[str]) -> int:
     """Prints the estimate of one recipe by part, or a line for each of several."""
-    parser = argparse.ArgumentParser(
-        prog="trl-sgpo estimate",
-        description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights "
-        "are downloaded and no GPU is needed.",
-        epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
-    )
-    parser.add_argument("--config", required=True, nargs="+", help="recipes")
-    parser.add_argument("--vram", type=float, help="memory of the card in GB; defaults to the recipe's `vram_gb`")
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda",
-        help="what it is to run on; on a CPU, tensors are counted",
-    )
-    parser.add_argument("--output", help="write the estimates to this JSON file")
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = _parser().parse_known_args(argv)
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
 
@@ -50,6 +35,25 @@ def main(argv: list[str]) -> int:
     else:
         _print_recipes(console, results)
     return 1 if any(result["fits"] is False for result in results) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-sgpo estimate",
+        description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights "
+        "are downloaded and no GPU is needed.",
+        epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
+    )
+    parser.add_argument("--config", required=True, nargs="+", help="recipes")
+    parser.add_argument("--vram", type=float, help="memory of the card in GB; defaults to the recipe's `vram_gb`")
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="what it is to run on; on a CPU, tensors are counted",
+    )
+    parser.add_argument("--output", help="write the estimates to this JSON file")
+    return parser
 
 
 def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from ..offline import require_model
 from ..prompts import problem_text
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer, with_classes
+from .bank import _printable
 from .estimate import report
 from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 
@@ -366,7 +367,7 @@ def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Re
         console.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
         for strategy in bank.best(3):
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
-            console.print(f"  • {strategy.text} ({tally})", highlight=False, markup=False)
+            console.print(f"  • {_printable(strategy.text)} ({tally})", highlight=False, markup=False)
     output_dir, path = recipe.training.output_dir, recipe.path
     console.print(
         f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"
