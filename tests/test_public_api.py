@@ -1,5 +1,7 @@
 """The public interface: signatures as committed, a docstring for everything, and the reference made from these."""
 
+import inspect
+
 import api_reference
 import pytest
 
@@ -28,7 +30,7 @@ def test_what_the_package_exports_is_public() -> None:
 
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.__name__)
 def test_every_argument_is_described(item: type) -> None:
-    lines = "\n".join(api_reference.markdown(item.__doc__ or ""))
+    lines = "\n".join(api_reference.markdown(inspect.getdoc(item) or ""))
     given = [] if api_reference.is_error(item) else api_reference.arguments(item)
     names = {argument.split("=")[0] for argument in given} - {"*"}
     assert {name for name in names if f"`{name}`" not in lines} == set()
