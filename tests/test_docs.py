@@ -118,7 +118,7 @@ def small(recipe: dict[str, Any]) -> dict[str, Any]:
     changes = {key: value for key, value in TINY.items() if key != "warmstart_traces" or key in recipe}
     if recipe.get("reward_funcs") == ["answer_reward"]:  # random text is sometimes right
         changes["reward_funcs"] = ["models.evenness", "answer_reward"]
-    return yaml.safe_load(re.sub(r"size=\d+", "size=16", yaml.safe_dump(recipe | changes)))
+    return yaml.safe_load(re.sub(r"(reasoning_gym/\w+\?size)=\d+", r"\1=16", yaml.safe_dump(recipe | changes)))
 
 
 def write_recipes(directory: Path) -> None:
