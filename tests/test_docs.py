@@ -102,7 +102,7 @@ TYPED = {  # what is typed where a command asks
     "trl-sgpo init": "Qwen/Qwen2.5-0.5B-Instruct\nproblems.jsonl\n8\nn\n",
     "trl-sgpo solve --model runs/quickstart": "What is 2 times 3?\n",
 }
-STATUS = {"config_qlora_16gb.yaml --vram 8": 1}  # of other commands 0
+STATUS = {"config_qlora_16gb.yaml --vram 12": 1}  # of other commands 0
 DRAWING = set("│―Σ►")
 
 
@@ -123,10 +123,10 @@ def small(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def write_recipes(directory: Path) -> None:
     shutil.copytree(ROOT / "recipes" / "accelerate", directory / "accelerate")
-    for name in ("lab", "Qwen2.5-7B-Instruct/sgpo"):
-        (directory / name).mkdir(parents=True)
-    for name in ("config_qlora_12gb.yaml", "config_qlora_16gb.yaml"):
-        shutil.copy(ROOT / "recipes/Qwen2.5-7B-Instruct/sgpo" / name, directory / "Qwen2.5-7B-Instruct/sgpo")
+    (directory / "lab").mkdir()
+    for name in ("Qwen2.5-7B-Instruct/sgpo/config_qlora_12gb", "Llama-3.1-8B-Instruct/sgpo/config_qlora_16gb"):
+        (directory / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / "recipes" / f"{name}.yaml", directory / f"{name}.yaml")
     for name in ("quickstart.yaml", "lab/sgpo.yaml"):
         (directory / name).write_text(yaml.safe_dump(small(yaml.safe_load((ROOT / "recipes" / name).read_text()))))
     comparison = yaml.safe_load((ROOT / "recipes/lab/compare.yaml").read_text()) | TINY_COMPARISON
