@@ -28,8 +28,8 @@ class SGPOConfig(GRPOConfig):
             b, executions per problem of strategies drawn from the bank as they are. They are how candidates are
             tried. While the bank holds fewer than b strategies for a class, the block's own are executed again.
         per_device_train_batch_size (`int`, *optional*, defaults to `16`):
-            Rows per device and forward pass. Times `gradient_accumulation_steps`, or `steps_per_generation`, they hold whole
-            blocks of K * `num_generations` rows.
+            Rows per device and forward pass. Times `gradient_accumulation_steps`, or `steps_per_generation`, they hold
+            whole blocks of K * `num_generations` rows.
         class_column (`str`, *optional*):
             Dataset column with the problem class. If `None`, `"problem_class"` is used where the dataset has it, and
             clusters of prompt embeddings where it does not.
