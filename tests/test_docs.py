@@ -421,12 +421,17 @@ def check_usage(line: str) -> None:
     command, _, rest = line.removeprefix("trl-sgpo ").partition(" ")
     subjects = re.findall(r"\w+", rest.partition("-")[0].partition("[")[0]) if command in ("bench", "bank") else []
     for words in [[command, subject] for subject in subjects] or [[command]]:
-        shown = StringIO()
-        with redirect_stdout(shown), suppress(SystemExit):
-            assert main([*words, "--help"]) == 0
-        for option in set(re.findall(r"--\w+", rest)) - {"--key"}:
-            assert option in shown.getvalue(), f"trl-sgpo {' '.join(words)} has no {option}"
-        assert f"trl-sgpo {words[0]}" in shown.getvalue()
+        check_options(words, rest)
+
+
+def check_options(words: list[str], text: str) -> None:
+    """A command has the options that a text names."""
+    shown = StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        assert main([*words, "--help"]) == 0
+    for option in set(re.findall(r"--\w+", text)) - {"--key", "--config"}:  # TRL's parser does not show `--config`
+        assert option in shown.getvalue(), f"trl-sgpo {' '.join(words)} has no {option}"
+    assert f"trl-sgpo {words[0]}" in shown.getvalue()
 
 
 CHECKS: dict[str, Callable[[Block, Shell, str], None]] = {
@@ -449,6 +454,24 @@ def test_block(block: Block, shell: Shell, workshop: tuple[Path, str]) -> None:
 def test_marked_block_is_a_command(block: Block) -> None:
     """Only what is executed can need something."""
     assert block.language in ("bash", "python")
+
+
+def test_notebook_has_commands_that_exist() -> None:
+    """It is for a GPU: its commands have the options they are given, and its Python is Python."""
+    cells = json.loads((ROOT / "docs/notebooks/sgpo_16gb.ipynb").read_text())["cells"]
+    checked = 0
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        lines = "".join(cell["source"]).replace("\\\n", " ").splitlines()
+        commands = [line.removeprefix("!") for line in lines if line.startswith("!trl-sgpo")]
+        for command in commands:
+            words = command.split()
+            check_options(words[1 : 3 if words[1] == "bank" else 2], command)
+        checked += len(commands)
+        compile("\n".join(line for line in lines if line[:1] not in ("!", "%")), "notebook", "exec")
+    assert checked == 6
 
 
 @pytest.mark.parametrize(
