@@ -164,7 +164,7 @@ def _advise_on_bfloat16(recipe: Recipe) -> None:
     used = recipe.training.bf16 or recipe.model.dtype == "bfloat16"
     if used and not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning(
-            "This CPU has no instructions for bfloat16, which takes about ten times longer on it than float32: add "
+            "This CPU has no instructions for bfloat16, which takes about seven times longer on it than float32: add "
             "`--dtype float32 --bf16 false`."
         )
 
