@@ -1,9 +1,10 @@
-"""Two processes with one transfer block each do what one process does with two."""
+"""Two processes with one transfer block each, DDP and FSDP2, do what one process does with two."""
 
 import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,33 +21,70 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(directory, *command):
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def run(directory, *command, **environment):
     directory.mkdir(parents=True)
     environment = {
         **os.environ,
+        **environment,
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": str(SCRIPT.parent),
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=directory, timeout=300
     )
+
+
+def load(done):
+    """What a run saved in its directory."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return torch.load(directory / "result.pt", weights_only=True)
+    return torch.load(Path(done.args[-3], "result.pt"), weights_only=True)
 
 
-@pytest.fixture(scope="module", params=["group", "batch"])
-def results(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    model = save_tiny_model(directory / "model")
-    one = run(directory / "one", str(SCRIPT), str(directory / "one"), model, request.param)
-    # Without `--multi_gpu`, `accelerate launch` starts one process on a CPU, whatever it is asked for
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port())]
-    two = run(directory / "two", *launch, str(SCRIPT), str(directory / "two"), model, request.param)
+def launch(directory, model, scale_rewards, **environment):
+    """Two ranks. Without `--multi_gpu`, `accelerate launch` starts one process on a CPU, whatever it is asked for."""
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), str(SCRIPT), str(directory), model, scale_rewards]
+    return run(directory, *command, **environment)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(model, tmp_path_factory):
+    """What one rank does, by `scale_rewards`."""
+    directory = tmp_path_factory.mktemp("one")
+    return cache(lambda scale: load(run(directory / scale, str(SCRIPT), str(directory / scale), model, scale)))
+
+
+@pytest.fixture(scope="module", params=["group", "batch", "fsdp2"])
+def results(request, model, one_rank, tmp_path_factory):
+    scale_rewards = "batch" if request.param == "batch" else "group"
+    environment = FSDP if request.param == "fsdp2" else {}
+    one = one_rank(scale_rewards)
+    two = load(launch(tmp_path_factory.mktemp("ranks") / "two", model, scale_rewards, **environment))
     assert (one["ranks"], two["ranks"]) == (1, 2)
     return one, two
+
+
+def test_sharded_checkpoints_are_refused(model, tmp_path):
+    """They would hold neither a model that others can load nor the bank."""
+    done = launch(tmp_path / "two", model, "group", **{**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"})
+    assert done.returncode == 1
+    assert "set `fsdp_state_dict_type: FULL_STATE_DICT`" in done.stderr
 
 
 def in_order(rows):
@@ -72,6 +110,13 @@ def test_gradients(results):
         torch.testing.assert_close(
             two[name], step, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_generation(results):
+    """The model writes the same, gathered layer by layer or whole."""
+    one, two = (result["written"] for result in results)
+    assert one == two
+    assert len(set(map(tuple, one))) == 4 and all(one)
 
 
 def test_bank(results):

@@ -136,6 +136,9 @@ class TestDocument:
         html = render(read_run(run))
         html.encode()
         assert len(Page(html).of("script")) == 1
+        assert not set(html) & set("\x00\x07\u202e")
+        for shown in {"\x00\x07": [r"\x00\x07"], "\u202e": [r"\u202e"]}.get(text, []):
+            assert shown in Page(html).text()
 
 
 class TestContent:

@@ -2,17 +2,20 @@
 Trains three steps with scripted generations and saves what each step computed.
 
 Usage: `python two_ranks.py OUT MODEL SCALE_REWARDS`, alone or under `torch.distributed.run`. Two ranks with one
-transfer block each have to do what one rank does with two.
+transfer block each have to do what one rank does with two. With ACCELERATE_USE_FSDP=true they share the weights, too.
 """
 
+import os
 import random
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, gather_object
 from models import evenness, hash_embedder, problems
+from torch.distributed.tensor import DTensor
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import StrategyBank
@@ -27,6 +30,25 @@ def scripted(trainer, prompt_ids, images, fields, num_generations):
         rng = random.Random(f"{ids} {seen[ids]}")
         answers.append([*(rng.randrange(3, 259) for _ in range(rng.randrange(4, 10))), 0])
     return answers, None
+
+
+def shard_on_cpus() -> None:
+    """Has accelerate use FSDP on CPUs, where it would take DDP without saying so. PyTorch can do it."""
+    prepare = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        prepare(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters, gathered from all ranks."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in parameters.items()}
 
 
 class Recording(SGPOTrainer):
@@ -52,7 +74,9 @@ class Recording(SGPOTrainer):
 
 
 def main(directory: Path, model: str, scale_rewards: str) -> None:
-    SGPOTrainer._generate_single_turn = scripted
+    generate, SGPOTrainer._generate_single_turn = SGPOTrainer._generate_single_turn, scripted
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        shard_on_cpus()
     ranks = torch.distributed.is_torchelastic_launched() + 1
     args = SGPOConfig(
         str(directory / "run"),
@@ -78,17 +102,19 @@ def main(directory: Path, model: str, scale_rewards: str) -> None:
     bank = StrategyBank(directory / "bank", hash_embedder) if args.process_index == 0 else None
     trainer = Recording(model=model, reward_funcs=evenness, args=args, train_dataset=problems(), strategy_bank=bank)
     trainer.rows = []
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    before = weights(trainer.model)
     trainer.train()
     rows = gather_object(trainer.rows)
+    after = weights(trainer.accelerator.unwrap_model(trainer.model_wrapped))
+    trainer.generation_config.do_sample = False
+    written, _ = generate(trainer, [[1, 40 + row, 70, 7 * row + 3] for row in range(4)], None, {}, 1)
     if bank is not None:
         torch.save(
             {
                 "ranks": trainer.accelerator.num_processes,
                 "rows": rows,
-                "steps": {
-                    name: parameter.detach() - before[name] for name, parameter in trainer.model.named_parameters()
-                },
+                "steps": {name: after[name] - before[name] for name in before},
+                "written": written,
                 "bank": {s.id: (s.successes, s.trials, s.lift, s.step) for s in bank.strategies()},
                 "logs": trainer.state.log_history,
                 "checkpoint": sorted(path.name for path in (directory / "run" / "checkpoint-3").iterdir()),

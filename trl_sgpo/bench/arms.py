@@ -272,6 +272,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": recipe.path,
         "model": recipe.model.model_name_or_path,
+        "dtype": recipe.model.dtype,
         "device": device,
         "threads": torch.get_num_threads(),
         "num_generations": args.num_generations,

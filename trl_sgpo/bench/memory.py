@@ -73,6 +73,7 @@ def _in_new_process(arm: str, arguments: list[str], equal_lengths: bool) -> dict
 
 def _send_peaks(arm: str, arguments: list[str], equal_lengths: bool, send: Any) -> None:
     trainer = build_trainer(arm, read_recipe(arguments, "trl-sgpo bench"), equal_lengths=equal_lengths)
+    print(f"{arm}: measuring the memory of a step", flush=True)
     trainer.train()  # the first step also makes what stays, such as the copy of adapted weights
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()

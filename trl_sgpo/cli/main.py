@@ -33,8 +33,10 @@ def usage() -> str:
         "usage: trl-sgpo COMMAND [options]\n\n"
         "Strategy-Guided Policy Optimization for TRL: train a model to write a strategy, execute it, and keep what\n"
         f"transfers.\n\ncommands:\n{lines}\n\n"
-        "`trl-sgpo COMMAND --help` lists a command's options. First run:\n"
-        "  trl-sgpo train --config recipes/quickstart.yaml"
+        "`trl-sgpo COMMAND --help` lists a command's options. First run, on a model and problems of\n"
+        "yours:\n"
+        "  trl-sgpo init\n"
+        "  trl-sgpo train --config recipe.yaml"
     )
 
 

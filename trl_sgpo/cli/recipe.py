@@ -169,7 +169,7 @@ def _check_file(argv: list[str]) -> str | None:
         return None
     position = argv.index("--config") + 1
     if position == len(argv):
-        raise ConfigError("`--config` needs the path of a recipe, such as recipes/quickstart.yaml.")
+        raise ConfigError("`--config` needs the path of a recipe: `trl-sgpo init` writes one.")
     path = argv[position]
     content = read_mapping(path)
     for name in content.get("env") or {}:

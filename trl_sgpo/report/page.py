@@ -33,6 +33,12 @@ from .run import RolledProblem, Run
 MAX_STRATEGIES = 500
 MAX_ANCESTORS = 20
 
+# Characters that would make text read as another: control characters, and those that turn its direction
+_DECEPTIVE = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
 # id, title, what it says, bounds, and the metric, name and colour of each line
 CHARTS: list[tuple[str, str, str, tuple[float, float] | None, list[tuple[str, str, int]]]] = [
     (
@@ -139,7 +145,9 @@ def render(run: Run, other: Run | None = None) -> str:
     """The report's HTML. The arguments are those of [`write_report`]."""
     package = files(__package__)
     style, script = (package.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_visible
+    )
     environment.filters |= {"number": number, "reward": _reward}
     template = environment.from_string(package.joinpath("template.html").read_text(encoding="utf-8"))
     bank = run.bank
@@ -175,6 +183,11 @@ def render(run: Run, other: Run | None = None) -> str:
         changes=_changes(run, other) if other is not None else None,
     )
     return html.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+
+
+def _visible(value: Any) -> Any:
+    """Characters that would deceive a reader, written as escapes."""
+    return value.translate(_DECEPTIVE) if isinstance(value, str) else value
 
 
 def _hash(text: str) -> str:
