@@ -13,7 +13,7 @@ from models import problems
 
 from trl_sgpo.bank import StrategyBank, problem_id
 from trl_sgpo.data.tasks import answer_reward, same_answer
-from trl_sgpo.errors import ConfigError
+from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.evaluation.chunks import ChunkLog
 from trl_sgpo.evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
 from trl_sgpo.evaluation.statistics import (
@@ -212,6 +212,16 @@ class TestChunkLog:
                 for key in "xyz":
                     log.run(key, 1, lambda key=key: {"rows": [key * 30]})
             assert path.read_bytes() == whole
+
+    @pytest.mark.parametrize("line", [b"\x00\n", b"[]\n", b"{}\n", b"\xff\n"])
+    def test_a_damaged_line_is_told(self, tmp_path, line):
+        with ChunkLog(tmp_path, {}, texts=1) as log:
+            log.run("x", 1, lambda: {"rows": []})
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(line + path.read_bytes())
+        with pytest.raises(DataError, match=r"is damaged .*`--overwrite`"):
+            ChunkLog(tmp_path, {}, texts=1)
+        assert path.read_bytes().startswith(line)
 
     def test_other_settings_are_refused(self, tmp_path):
         with ChunkLog(tmp_path, {"seed": 1, "form": "plain"}, texts=1) as log:

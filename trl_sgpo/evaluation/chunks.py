@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 
 ROWS = "rows.jsonl"
@@ -41,6 +41,7 @@ class ChunkLog:
 
     Raises:
         [`ConfigError`]: If the directory holds an evaluation with other settings.
+        [`DataError`]: If what it holds is damaged.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], texts: int, overwrite: bool = False):
@@ -126,5 +127,8 @@ def _read(path: Path) -> dict[str, Chunk]:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    chunks = [json.loads(line) for line in whole.splitlines()]
-    return {chunk["key"]: chunk for chunk in chunks}
+    try:
+        chunks = [json.loads(line) for line in whole.splitlines()]
+        return {chunk["key"]: chunk for chunk in chunks}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): move it away, or drop it with `--overwrite`.") from error
