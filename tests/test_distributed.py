@@ -47,15 +47,17 @@ def run(directory, *command, **environment):
 def load(done):
     """What a run saved in its directory."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return torch.load(Path(done.args[-3], "result.pt"), weights_only=True)
+    directory = done.args[done.args.index(str(SCRIPT)) + 1]
+    return torch.load(Path(directory, "result.pt"), weights_only=True)
 
 
-def launch(directory, model, scale_rewards, **environment):
+def launch(directory, model, scale_rewards, *checkpoint, **environment):
     """Two ranks. Without `--multi_gpu`, `accelerate launch` starts one process on a CPU, whatever it is asked for."""
     command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), str(SCRIPT), str(directory), model, scale_rewards]
-    return run(directory, *command, **environment)
+    command += ["--main_process_port", str(free_port())]
+    script = [str(SCRIPT), str(directory), model, scale_rewards, *checkpoint]
+    return run(directory, *command, *script, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,18 @@ def results(request, model, one_rank, tmp_path_factory):
     two = load(launch(tmp_path_factory.mktemp("ranks") / "two", model, scale_rewards, **environment))
     assert (one["ranks"], two["ranks"]) == (1, 2)
     return one, two
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_resuming_goes_on_as_if_nothing_had_happened(model, tmp_path, environment):
+    whole = load(launch(tmp_path / "whole", model, "group", ADAM="1", **environment))
+    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-2")
+    resumed = load(launch(tmp_path / "resumed", model, "group", checkpoint, ADAM="1", **environment))
+    for name, step in whole["steps"].items():
+        torch.testing.assert_close(resumed["steps"][name], step, rtol=1e-4, atol=1e-6)
+    assert max(step.abs().max() for step in whole["steps"].values()) > 1e-3
+    assert resumed["bank"] == whole["bank"] and resumed["written"] == whole["written"]
+    assert {row["step"] for row in resumed["rows"]} == {2}
 
 
 def test_sharded_checkpoints_are_refused(model, tmp_path):

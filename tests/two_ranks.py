@@ -1,8 +1,9 @@
 """
 Trains three steps with scripted generations and saves what each step computed.
 
-Usage: `python two_ranks.py OUT MODEL SCALE_REWARDS`, alone or under `torch.distributed.run`. Two ranks with one
-transfer block each have to do what one rank does with two. With ACCELERATE_USE_FSDP=true they share the weights, too.
+Usage: `python two_ranks.py OUT MODEL SCALE_REWARDS [CHECKPOINT]`, alone or under `torch.distributed.run`. Two ranks
+with one transfer block each have to do what one rank does with two. With ACCELERATE_USE_FSDP=true they share the
+weights, too.
 """
 
 import os
@@ -73,10 +74,11 @@ class Recording(SGPOTrainer):
         return output
 
 
-def main(directory: Path, model: str, scale_rewards: str) -> None:
+def main(directory: Path, model: str, scale_rewards: str, checkpoint: str | None = None) -> None:
     generate, SGPOTrainer._generate_single_turn = SGPOTrainer._generate_single_turn, scripted
     if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_cpus()
+    adam = "ADAM" in os.environ  # plain gradient descent has no state that a checkpoint could lose
     ranks = torch.distributed.is_torchelastic_launched() + 1
     args = SGPOConfig(
         str(directory / "run"),
@@ -86,14 +88,14 @@ def main(directory: Path, model: str, scale_rewards: str) -> None:
         max_completion_length=12,
         max_steps=3,
         logging_steps=1,
-        optim="sgd",
-        learning_rate=1.0,
+        optim="adamw_torch" if adam else "sgd",
+        learning_rate=1e-3 if adam else 1.0,
         max_grad_norm=0.0,
         lr_scheduler_type="constant",
         scale_rewards=scale_rewards,
         bank_min_lift=-1.0,
         save_strategy="steps",
-        save_steps=3,
+        save_steps=1,
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
@@ -103,7 +105,7 @@ def main(directory: Path, model: str, scale_rewards: str) -> None:
     trainer = Recording(model=model, reward_funcs=evenness, args=args, train_dataset=problems(), strategy_bank=bank)
     trainer.rows = []
     before = weights(trainer.model)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     rows = gather_object(trainer.rows)
     after = weights(trainer.accelerator.unwrap_model(trainer.model_wrapped))
     trainer.generation_config.do_sample = False
@@ -126,4 +128,4 @@ def main(directory: Path, model: str, scale_rewards: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

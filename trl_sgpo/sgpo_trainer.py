@@ -631,9 +631,9 @@ class SGPOTrainer(GRPOTrainer):
         path = self._rollouts_file(directory)
         if not path.exists():
             return
-        with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file:
+        with safe_open(path, framework="pt") as file:
             self._step = int(file.metadata()["step"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).to(self.accelerator.device) for key in file.keys()}  # noqa: SIM118
         if tensors:
             self._buffered_inputs = [{} for _ in range(self.args.steps_per_generation)]
             for name, tensor in tensors.items():
