@@ -1,7 +1,5 @@
 """Rows that share a prompt: the same log-probabilities, entropies and gradients as rows apart."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.rollout import generate
 from trl_sgpo.sgpo_trainer import problems_together
-from trl_sgpo.shared_prompts import rows_a_sequence, share_prompts, work
+from trl_sgpo.shared_prompts import is_cheaper, share_prompts
 
 
 token = st.integers(3, 250)
@@ -31,14 +29,11 @@ def padded(groups):
     return torch.tensor(ids), torch.tensor(mask), P
 
 
-most = st.integers(2, 5)
-
-
-@given(st.lists(group, min_size=1, max_size=4), most)
-def test_each_token_sees_its_row(groups, most):
+@given(st.lists(group, min_size=1, max_size=4))
+def test_each_token_sees_its_row(groups):
     """A token sees exactly the tokens that stand before it in its row, each at its own position."""
     ids, mask, width = padded(groups)
-    shared = share_prompts(ids, mask, width, most)
+    shared = share_prompts(ids, mask, width)
     prompts = [prompt for prompt, completions in groups for _ in completions]
     rows = [prompt + completion for prompt, completions in groups for completion in completions]
     for n, source in enumerate(shared.source.tolist()):
@@ -53,51 +48,38 @@ def test_each_token_sees_its_row(groups, most):
             assert column == width - len(prompts[row]) + position
 
 
-@given(st.lists(group, min_size=1, max_size=4), most)
-def test_labels_and_values_find_their_places(groups, most):
+@given(st.lists(group, min_size=1, max_size=4))
+def test_labels_and_values_find_their_places(groups):
     """Every completion token is predicted exactly once, and what is said of it returns to its place."""
     ids, mask, width = padded(groups)
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :width] = -100
-    shared = share_prompts(ids, mask, width, most)
+    shared = share_prompts(ids, mask, width)
     predicted = shared.next_labels(labels)
     back = shared.to_rows(torch.where(predicted == -100, 0, predicted))[:, :-1]
     assert torch.equal(back, torch.where(labels == -100, 0, labels)[:, 1:])
     assert (predicted != -100).sum() == (labels != -100).sum()
 
 
-@given(st.lists(group, min_size=1, max_size=4), most)
-def test_prompts_are_read_once(groups, most):
-    """Consecutive rows with one prompt make one sequence, or as few as may be, each with the prompt once."""
+@given(st.lists(group, min_size=1, max_size=4))
+def test_prompts_are_read_once(groups):
+    """Consecutive rows with one prompt make one sequence, which holds the prompt once and a token more a row."""
     ids, mask, width = padded(groups)
-    shared = share_prompts(ids, mask, width, most)
+    shared = share_prompts(ids, mask, width)
     merged: list[tuple[list[int], list[list[int]]]] = []
     for prompt, completions in groups:
         if merged and merged[-1][0] == prompt:
             merged[-1][1].extend(completions)
         else:
             merged.append((prompt, list(completions)))
-    parts = [(prompt, cs[first : first + most]) for prompt, cs in merged for first in range(0, len(cs), most)]
-    lengths = [len(prompt) - 1 + sum(1 + len(c) for c in completions) for prompt, completions in parts]
+    lengths = [len(prompt) - 1 + sum(1 + len(c) for c in completions) for prompt, completions in merged]
     assert (shared.source >= 0).sum(dim=1).tolist() == lengths
 
 
 def test_long_rows_with_short_prompts_are_cheaper_apart():
     prompt, completion = [5, 6], [7] * 200
-    assert rows_a_sequence(*padded([(prompt, [completion] * 8)]), hidden_size=16) == 1
-    assert rows_a_sequence(*padded([(completion, [prompt] * 8)]), hidden_size=16) == 8
-
-
-@given(st.lists(group, min_size=1, max_size=4), st.integers(1, 64))
-def test_no_other_number_of_rows_takes_less_work(groups, hidden_size):
-    ids, mask, width = padded(groups)
-    chosen = rows_a_sequence(ids, mask, width, hidden_size)
-    prompts = [prompt for prompt, completions in groups for _ in completions]
-    largest = max(len(list(rows)) for _, rows in itertools.groupby(prompts))
-    shapes = {n: share_prompts(ids, mask, width, n).input_ids.shape for n in range(2, largest + 1)}
-    taken = {n: work(*shape, hidden_size) for n, shape in shapes.items()}
-    taken[1] = work(*ids.shape, hidden_size)
-    assert taken[chosen] == min(taken.values())
+    assert not is_cheaper(share_prompts(*padded([(prompt, [completion] * 8)])), hidden_size=16)
+    assert is_cheaper(share_prompts(*padded([(completion, [prompt] * 8)])), hidden_size=16)
 
 
 def make_trainer(directory, architecture, attention=None, **settings):
@@ -138,9 +120,9 @@ def scored(trainer, share, groups=GROUPS):
 
 def test_same_scores_and_gradients_as_apart(trainer, monkeypatch):
     assert trainer.shares_prompts
+    monkeypatch.setattr("trl_sgpo.sgpo_trainer.is_cheaper", lambda shared, hidden_size: True)
     # Absolute positions of GPT-2 count padding where rows are apart, so each group is compared without any
-    for groups, most in itertools.product(([GROUPS[0]], [GROUPS[1]]), (2, 3)):
-        monkeypatch.setattr("trl_sgpo.sgpo_trainer.rows_a_sequence", lambda *args, most=most: most)
+    for groups in ([GROUPS[0]], [GROUPS[1]]):
         apart, together = scored(trainer, False, groups), scored(trainer, True, groups)
         torch.testing.assert_close(together[:2], apart[:2], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together[2], apart[2], rtol=1e-3, atol=1e-5)
@@ -225,7 +207,7 @@ APART, TOGETHER = [(5, 9)], [(2, 4 + 4 + 2 + 3)]
 
 def test_prompts_are_shared_where_attention_allows_it(tmp_path, monkeypatch):
     """A window counts only where rows are longer. A router loss counts tokens by row, so rows stay as they are."""
-    monkeypatch.setattr("trl_sgpo.sgpo_trainer.rows_a_sequence", lambda *args: 3)
+    monkeypatch.setattr("trl_sgpo.sgpo_trainer.is_cheaper", lambda shared, hidden_size: True)
     assert shapes_read(make_trainer(tmp_path, "llama")) == TOGETHER
     assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=8)) == TOGETHER
     assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=7)) == APART

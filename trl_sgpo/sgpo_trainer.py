@@ -58,7 +58,7 @@ from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
 from .sgpo_config import SGPOConfig
-from .shared_prompts import SharedPrompts, rows_a_sequence, share_prompts, within_window
+from .shared_prompts import SharedPrompts, is_cheaper, share_prompts, within_window
 from .trained import how_trained, keep_4bit_layout, keep_adapters_in_float32
 from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 
@@ -935,8 +935,8 @@ class _RowScorer:
         config = self.trainer.model.config.get_text_config()
         if not within_window(config, int(attention_mask.sum(dim=1).max())):
             return None
-        most = rows_a_sequence(input_ids, attention_mask, self.prompt_width, config.hidden_size)
-        return share_prompts(input_ids, attention_mask, self.prompt_width, most) if most > 1 else None
+        shared = share_prompts(input_ids, attention_mask, self.prompt_width)
+        return shared if is_cheaper(shared, config.hidden_size) else None
 
     def _for_attention(self, visible: torch.Tensor) -> torch.Tensor:
         if self.trainer.model.config.get_text_config()._attn_implementation != "eager":

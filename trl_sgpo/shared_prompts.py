@@ -66,9 +66,7 @@ class SharedPrompts:
         return rows.scatter(0, self.source[read], values[read]).view(self.shape)
 
 
-def share_prompts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int, most: int
-) -> SharedPrompts:
+def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int) -> SharedPrompts:
     """
     Lays out rows so that consecutive ones with the same prompt share it.
 
@@ -81,105 +79,53 @@ def share_prompts(
             1 for tokens, 0 for padding. Every row has a prompt token.
         prompt_width (`int`):
             Number of columns that hold prompts.
-        most (`int`):
-            Rows a sequence at most, see [`rows_a_sequence`].
 
     Returns:
         [`SharedPrompts`]
     """
-    width = input_ids.size(1)
-    prompt_lengths, completion_lengths = _lengths(attention_mask, prompt_width)
+    B, width = input_ids.shape
+    prompts = torch.cat([input_ids[:, :prompt_width], attention_mask[:, :prompt_width]], dim=1)
+    repeats = [False, *(prompts[1:] == prompts[:-1]).all(dim=1).tolist()]
+    prompt_lengths = attention_mask[:, :prompt_width].sum(dim=1).tolist()
+    completion_lengths = attention_mask[:, prompt_width:].sum(dim=1).tolist()
+
     sources: list[list[int]] = []  # of each sequence, for each token: its index in the flattened rows
     positions: list[list[int]] = []
     segments: list[list[int]] = []  # 0 for the prompt, then 1, 2, … for the completions
-    for rows in _sequences(input_ids, attention_mask, prompt_width, most):
-        prompt, last = prompt_lengths[rows[0]], prompt_width - 1
-        source = [rows[0] * width + column for column in range(prompt_width - prompt, last)]
-        position, segment = list(range(prompt - 1)), [0] * (prompt - 1)
-        for number, row in enumerate(rows, start=1):
-            length = 1 + completion_lengths[row]
-            source += range(row * width + last, row * width + last + length)
-            position += range(prompt - 1, prompt - 1 + length)
-            segment += [number] * length
-        sources.append(source)
-        positions.append(position)
-        segments.append(segment)
+    for row in range(B):
+        first, last = prompt_width - prompt_lengths[row], prompt_width - 1
+        if not repeats[row]:
+            sources.append([row * width + column for column in range(first, last)])
+            positions.append(list(range(prompt_lengths[row] - 1)))
+            segments.append([0] * (prompt_lengths[row] - 1))
+        length = 1 + completion_lengths[row]
+        sources[-1] += range(row * width + last, row * width + last + length)
+        positions[-1] += range(prompt_lengths[row] - 1, prompt_lengths[row] - 1 + length)
+        segments[-1] += [segments[-1][-1] + 1 if segments[-1] else 1] * length
 
     def padded(values: list[list[int]], padding: int) -> torch.Tensor:
         longest = max(map(len, values))
         return torch.tensor([row + [padding] * (longest - len(row)) for row in values], device=input_ids.device)
 
-    source_of, segment_of = padded(sources, -1), padded(segments, -1)
-    index = torch.arange(source_of.size(1), device=input_ids.device)
+    source, segment = padded(sources, -1), padded(segments, -1)
+    index = torch.arange(source.size(1), device=input_ids.device)
     before = index.unsqueeze(1) >= index
-    visible = (segment_of.unsqueeze(1) == 0) | (segment_of.unsqueeze(1) == segment_of.unsqueeze(2))
+    visible = (segment.unsqueeze(1) == 0) | (segment.unsqueeze(1) == segment.unsqueeze(2))
     return SharedPrompts(
-        input_ids=input_ids.flatten()[source_of.clamp(min=0)],
+        input_ids=input_ids.flatten()[source.clamp(min=0)],
         position_ids=padded(positions, 0),
         attention_mask=(before & visible).unsqueeze(1),
-        source=source_of,
-        shape=(len(input_ids), width),
+        source=source,
+        shape=(B, width),
     )
-
-
-def rows_a_sequence(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int, hidden_size: int) -> int:
-    """
-    How many rows of a prompt share a sequence with the least work. Long completions compare tokens with those of
-    others for nothing, so few of them, or none, are together.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(B, width)`), attention_mask (`torch.Tensor` of shape `(B, width)`):
-            The rows, as in [`share_prompts`].
-        prompt_width (`int`):
-            Number of columns that hold prompts.
-        hidden_size (`int`):
-            Width of the model.
-
-    Returns:
-        `int`: 1 if rows are best left as they are.
-    """
-    prompt_lengths, completion_lengths = _lengths(attention_mask, prompt_width)
-
-    def cost(most: int) -> int:
-        if most == 1:
-            return work(len(input_ids), input_ids.size(1), hidden_size)
-        sequences = _sequences(input_ids, attention_mask, prompt_width, most)
-        longest = max(
-            prompt_lengths[rows[0]] - 1 + sum(1 + completion_lengths[row] for row in rows) for rows in sequences
-        )
-        return work(len(sequences), longest, hidden_size)
-
-    largest = max(map(len, _sequences(input_ids, attention_mask, prompt_width, len(input_ids))))
-    return min(range(1, largest + 1), key=cost)
-
-
-def _lengths(attention_mask: torch.Tensor, prompt_width: int) -> tuple[list[int], list[int]]:
-    """Tokens of each row's prompt and completion."""
-    prompts, completions = attention_mask[:, :prompt_width], attention_mask[:, prompt_width:]
-    return prompts.sum(dim=1).tolist(), completions.sum(dim=1).tolist()
-
-
-def _sequences(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int, most: int) -> list[list[int]]:
-    """Rows of each sequence: consecutive ones with the same prompt, at most so many."""
-    prompts = torch.cat([input_ids[:, :prompt_width], attention_mask[:, :prompt_width]], dim=1)
-    same = [False, *(prompts[1:] == prompts[:-1]).all(dim=1).tolist()]
-    sequences: list[list[int]] = []
-    for row, repeated in enumerate(same):
-        if repeated and len(sequences[-1]) < most:
-            sequences[-1].append(row)
-        else:
-            sequences.append([row])
-    return sequences
 
 
 def work(sequences: int, length: int, hidden_size: int) -> int:
     """
-    What a decoder takes to train on a batch, in a unit of its own.
+    What a decoder takes to read a batch, in a unit of its own.
 
     A decoder layer takes about `24 * hidden_size**2` operations a token in its matrices and `4 * hidden_size` for each
-    token it is compared with. The latter count 2.5 times: a backward pass of attention is worth more than two forward
-    ones, that of frozen matrices one, and attention with a mask is slower than a matrix product. Measured with LoRA on
-    a CPU (`docs/design.md`).
+    token it is compared with.
 
     Args:
         sequences (`int`), length (`int`):
@@ -187,7 +133,21 @@ def work(sequences: int, length: int, hidden_size: int) -> int:
         hidden_size (`int`):
             Width of the model.
     """
-    return sequences * length * (12 * hidden_size + 5 * length)
+    return sequences * length * (6 * hidden_size + length)
+
+
+def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
+    """
+    Whether the layout takes less work than the rows as they are. Long rows without much of a prompt are cheaper apart.
+
+    Args:
+        shared ([`SharedPrompts`]):
+            The layout.
+        hidden_size (`int`):
+            Width of the model.
+    """
+    sequences, length = shared.input_ids.shape
+    return work(sequences, length, hidden_size) < work(*shared.shape, hidden_size)
 
 
 def within_window(config: PreTrainedConfig, length: int) -> bool:

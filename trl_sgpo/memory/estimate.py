@@ -150,12 +150,9 @@ def training_layout(rows: int, group: int, lengths: Lengths, share: bool, hidden
     shapes = []
     for first in range(0, group * rows, rows):  # micro-batches, until one starts with a problem again
         problems = [row // group for row in range(first, first + rows)]
-        counts = [problems.count(problem) for problem in set(problems)]
-        shared: list[tuple[int, int]] = [
-            (sum(-(-count // most) for count in counts), lengths.request - 1 + most * (1 + lengths.completion))
-            for most in range(2, max(counts) + 1)
-        ]
-        shapes.append(min([apart, *shared], key=lambda shape: work(shape[0], shape[1], hidden_size)))
+        most = max(map(problems.count, problems))
+        together = (len(set(problems)), lengths.request - 1 + most * (1 + lengths.completion))
+        shapes.append(together if work(*together, hidden_size) < work(*apart, hidden_size) else apart)
         if (first + rows) % group == 0:
             break
     return max(shapes, key=lambda shape: shape[0] * shape[1] + shape[0] * shape[1] ** 2 / (64 * hidden_size))
