@@ -409,7 +409,8 @@ def check_files(block: Block, shell: Shell) -> None:
     for line in block.text.splitlines():
         name, indent = shell.adapt(line).split()[0], len(line) - len(line.lstrip())
         if indent == 0:
-            root = next(top / name for top in (ROOT, Path(), Path("runs/quickstart")) if (top / name).is_dir())
+            tops = (Path(),) if name.startswith("runs/") else (ROOT, Path(), Path("runs/quickstart"))
+            root = next(top / name for top in tops if (top / name).is_dir())  # a checkout may hold runs of its own
         elif indent == 2:
             assert list(root.glob(name)), f"{root} has no {name}"
         for module in re.findall(r"\w+\.py\b", line):
