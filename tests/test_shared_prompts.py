@@ -8,9 +8,9 @@ from models import ARCHITECTURES, evenness, problems, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
-from trl_sgpo.rollout import generate
+from trl_sgpo.rollout import generate, requests_read_once
 from trl_sgpo.sgpo_trainer import problems_together
-from trl_sgpo.shared_prompts import is_cheaper, share_prompts
+from trl_sgpo.shared_prompts import share_prompts
 
 
 token = st.integers(3, 250)
@@ -29,26 +29,49 @@ def padded(groups):
     return torch.tensor(ids), torch.tensor(mask), P
 
 
-@given(st.lists(group, min_size=1, max_size=4))
-def test_each_token_sees_its_row(groups):
-    """A token sees exactly the tokens that stand before it in its row, each at its own position."""
+def merged(groups):
+    """Neighbouring groups with the same prompt, as one."""
+    together: list[tuple[list[int], list[list[int]]]] = []
+    for prompt, completions in groups:
+        if together and together[-1][0] == prompt:
+            together[-1][1].extend(completions)
+        else:
+            together.append((prompt, list(completions)))
+    return together
+
+
+repeating = (
+    st.lists(group, min_size=1, max_size=4).map(merged).filter(lambda groups: any(len(c) > 1 for _, c in groups))
+)
+
+
+@given(repeating)
+def test_each_token_attends_to_its_row(groups):
+    """Every row reads as its tokens in order, and attention gives what it gives on each row alone."""
     ids, mask, width = padded(groups)
     shared = share_prompts(ids, mask, width)
-    prompts = [prompt for prompt, completions in groups for _ in completions]
-    rows = [prompt + completion for prompt, completions in groups for completion in completions]
-    for n, source in enumerate(shared.source.tolist()):
-        for i, place in enumerate(source):
-            if place < 0:
-                continue
-            row, column = divmod(place, ids.size(1))
-            position = int(shared.position_ids[n, i])
-            seen = shared.attention_mask[n, 0, i].nonzero().flatten().tolist()
-            assert [int(shared.input_ids[n, j]) for j in seen] == rows[row][: position + 1]
-            assert [int(shared.position_ids[n, j]) for j in seen] == list(range(position + 1))
-            assert column == width - len(prompts[row]) + position
+    place = {source: index for index, source in enumerate(shared.source.tolist())}
+    T = len(place)
+    query, key, value = (torch.randn(1, heads, T, 8) for heads in (4, 2, 2))
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 2
+    found = shared.attend(layer, query, key, value)
+    row = 0
+    for prompt, completions in groups:
+        first = row
+        for completion in completions:
+            columns = range(width - len(prompt), width + len(completion))
+            places = [place[(first if c < width - 1 else row) * ids.size(1) + c] for c in columns]
+            assert shared.input_ids[0, places].tolist() == prompt + completion
+            assert shared.position_ids[0, places].tolist() == list(range(len(places)))
+            alone = torch.nn.functional.scaled_dot_product_attention(
+                *(x[:, :, places] for x in (query, key, value)), is_causal=True, enable_gqa=True
+            )
+            torch.testing.assert_close(found[:, places], alone.transpose(1, 2), rtol=1e-4, atol=1e-5)
+            row += 1
 
 
-@given(st.lists(group, min_size=1, max_size=4))
+@given(repeating)
 def test_labels_and_values_find_their_places(groups):
     """Every completion token is predicted exactly once, and what is said of it returns to its place."""
     ids, mask, width = padded(groups)
@@ -62,24 +85,16 @@ def test_labels_and_values_find_their_places(groups):
 
 
 @given(st.lists(group, min_size=1, max_size=4))
-def test_prompts_are_read_once(groups):
-    """Consecutive rows with one prompt make one sequence, which holds the prompt once and a token more a row."""
+def test_prompts_are_read_once_and_padding_never(groups):
     ids, mask, width = padded(groups)
     shared = share_prompts(ids, mask, width)
-    merged: list[tuple[list[int], list[list[int]]]] = []
-    for prompt, completions in groups:
-        if merged and merged[-1][0] == prompt:
-            merged[-1][1].extend(completions)
-        else:
-            merged.append((prompt, list(completions)))
-    lengths = [len(prompt) - 1 + sum(1 + len(c) for c in completions) for prompt, completions in merged]
-    assert (shared.source >= 0).sum(dim=1).tolist() == lengths
-
-
-def test_long_rows_with_short_prompts_are_cheaper_apart():
-    prompt, completion = [5, 6], [7] * 200
-    assert not is_cheaper(share_prompts(*padded([(prompt, [completion] * 8)])), hidden_size=16)
-    assert is_cheaper(share_prompts(*padded([(completion, [prompt] * 8)])), hidden_size=16)
+    problems = merged(groups)
+    if all(len(completions) == 1 for _, completions in problems):
+        assert shared is None
+    else:
+        tokens = sum(len(prompt) - 1 + sum(1 + len(c) for c in completions) for prompt, completions in problems)
+        assert shared.input_ids.shape == shared.position_ids.shape == (1, tokens)
+        assert shared.counts == [len(completions) for _, completions in problems]
 
 
 def make_trainer(directory, architecture, attention=None, **settings):
@@ -118,9 +133,11 @@ def scored(trainer, share, groups=GROUPS):
     return logps.detach(), entropies.detach(), [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
-def test_same_scores_and_gradients_as_apart(trainer, monkeypatch):
+def test_same_scores_and_gradients_as_apart(trainer):
+    if trainer.model.config._attn_implementation == "eager":
+        assert not trainer.shares_prompts  # and its generation is tested below
+        return
     assert trainer.shares_prompts
-    monkeypatch.setattr("trl_sgpo.sgpo_trainer.is_cheaper", lambda shared, hidden_size: True)
     # Absolute positions of GPT-2 count padding where rows are apart, so each group is compared without any
     for groups in ([GROUPS[0]], [GROUPS[1]]):
         apart, together = scored(trainer, False, groups), scored(trainer, True, groups)
@@ -132,22 +149,37 @@ def test_same_scores_and_gradients_as_apart(trainer, monkeypatch):
         torch.testing.assert_close(both[rows, : alone.size(1)], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6, 7, 8], [20, 21]], [[5], [20, 21]]])
+def test_same_scores_and_gradients_where_layers_are_computed_again(tmp_path):
+    trainer = make_trainer(tmp_path, "llama")
+    trainer.model.train()
+    kept = scored(trainer, True)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = scored(trainer, True)
+    assert trainer.model.is_gradient_checkpointing
+    torch.testing.assert_close(again, kept)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7, 8], [20, 21]], [[5, 6, 7, 8], [5, 6]], [[5], [20, 21]]])
 def test_same_generation_as_apart(trainer, prompts):
-    """Greedy completions are those of rows read apart; the requests are read once, unless one has nothing to share."""
+    """
+    Greedy completions of both phases are those of rows read apart. The requests are read once for both, unless one has
+    nothing to share.
+    """
     requests = [prompts[0], prompts[0], prompts[1], prompts[0]]
     contexts = [request + rest for request, rest in zip(requests, [[9], [], [30, 31, 32], [40, 41]], strict=True)]
     trainer.generation_config.do_sample = False
-    trainer.reads_requests_once = False
-    apart = generate(trainer, contexts, requests, 6, "test")
-    trainer.reads_requests_once = True
+    apart = [generate(trainer, phase, 6, "test") for phase in (prompts, contexts)]
     read = []
     embeddings = trainer.model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
-    together = generate(trainer, contexts, requests, 6, "test")
+    with requests_read_once(trainer, requests):
+        together = [generate(trainer, phase, 6, "test") for phase in (prompts, contexts)]
     handle.remove()
     assert together == apart
-    assert read[:2] == ([(2, 3), (4, 4)] if len(prompts[0]) > 1 else [(4, 5), (4, 1)])
+    if len(prompts[0]) > 1:
+        assert read[:2] == [(2, 3), (2, 1)] and (4, 4) in read and read.count((2, 3)) == 1
+    else:
+        assert read[:2] == [(2, 2), (2, 1)]
     assert "generate" not in vars(trainer.model)
 
 
@@ -163,7 +195,7 @@ def test_rows_that_ended_are_left_out(trainer):
         lambda module, args, output: read.append(args[0].numel())
     )
     try:
-        full = generate(trainer, contexts, requests, 12, "test")[0]
+        full = generate(trainer, contexts, 12, "test")[0]
         trainer.eos_token_ids = trainer.generation_config.eos_token_id = sorted(
             {*ends[0], *(full[row][len(full[row]) // 2] for row in (0, 3))}
         )
@@ -173,7 +205,8 @@ def test_rows_that_ended_are_left_out(trainer):
         found, tokens = [], []
         for trainer.leaves_out_ended_rows in (False, True):
             read.clear()
-            found.append(generate(trainer, contexts, requests, 12, "test")[0])
+            with requests_read_once(trainer, requests):
+                found.append(generate(trainer, contexts, 12, "test")[0])
             tokens.append(sum(read))
     finally:
         handle.remove()
@@ -187,9 +220,11 @@ def test_a_cache_of_a_kind_asked_for_is_left_to_generation(tmp_path):
     trainer = make_trainer(tmp_path, "llama")
     trainer.generation_config.do_sample = False
     prompts = [[5, 6, 7, 8], [5, 6, 7, 8]]
-    dynamic = generate(trainer, prompts, prompts, 6, "test")
+    with requests_read_once(trainer, prompts):
+        dynamic = generate(trainer, prompts, 6, "test")
     trainer.generation_config.cache_implementation = "static"
-    assert generate(trainer, prompts, prompts, 6, "test") == dynamic
+    with requests_read_once(trainer, prompts):
+        assert generate(trainer, prompts, 6, "test") == dynamic
 
 
 def shapes_read(trainer):
@@ -202,12 +237,11 @@ def shapes_read(trainer):
     return read
 
 
-APART, TOGETHER = [(5, 9)], [(2, 4 + 4 + 2 + 3)]
+APART, TOGETHER = [(5, 9)], [(1, 4 + 4 + 2 + 3 + 2 + 5 + 3)]
 
 
 def test_prompts_are_shared_where_attention_allows_it(tmp_path, monkeypatch):
     """A window counts only where rows are longer. A router loss counts tokens by row, so rows stay as they are."""
-    monkeypatch.setattr("trl_sgpo.sgpo_trainer.is_cheaper", lambda shared, hidden_size: True)
     assert shapes_read(make_trainer(tmp_path, "llama")) == TOGETHER
     assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=8)) == TOGETHER
     assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=7)) == APART

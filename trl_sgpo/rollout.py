@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from trl.data_utils import is_conversational
 
 from .prompts import (
@@ -26,6 +26,7 @@ from .prompts import (
     problem_text,
     strategy_prompt,
 )
+from .row_cache import row_cache
 from .shared_prompts import within_window
 from .transfer import BlockGeometry
 
@@ -158,9 +159,9 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
     )
     bridge_ids = tokenizer(bridge, add_special_tokens=False)["input_ids"]
 
-    with merged_adapters(trainer):
+    with merged_adapters(trainer), requests_read_once(trainer, request_ids):
         phase_one = [ids for ids in request_ids for _ in range(geometry.own)]
-        generated, logprobs = generate(trainer, phase_one, phase_one, args.max_strategy_length, "strategies")
+        generated, logprobs = generate(trainer, phase_one, args.max_strategy_length, "strategies")
         written = _read_strategies(generated, logprobs, trainer)
 
         # Row order is problem by problem, strategy by strategy: `transfer.outcome_matrix` relies on it
@@ -175,10 +176,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
             request_ids[position] + ids + _turn(ids, bridge_ids)
             for (position, _), (_, ids, _, _, _) in zip(plan, sources, strict=True)
         ]
-        begun_by = [request_ids[position] for position, _ in plan]
-        executions, execution_logprobs = generate(
-            trainer, contexts, begun_by, args.max_completion_length, "executions"
-        )
+        executions, execution_logprobs = generate(trainer, contexts, args.max_completion_length, "executions")
 
     executions = [ids or [tokenizer.eos_token_id] for ids in executions]
     texts = tokenizer.batch_decode(executions, skip_special_tokens=True)
@@ -239,7 +237,7 @@ def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
 
 
 def generate(
-    trainer: "SGPOTrainer", prompt_ids: list[list[int]], requests: list[list[int]], limit: int, phase: str
+    trainer: "SGPOTrainer", prompt_ids: list[list[int]], limit: int, phase: str
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """
     Continues each prompt with the trainer's sampling.
@@ -249,8 +247,6 @@ def generate(
             Trainer that generates.
         prompt_ids (`list[list[int]]`):
             Contexts.
-        requests (`list[list[int]]`):
-            The request that each of them begins with, which is read once for all.
         limit (`int`):
             Tokens of each completion.
         phase (`str`):
@@ -261,7 +257,6 @@ def generate(
     """
     with (
         max_new_tokens(trainer, limit),
-        _requests_read_once(trainer, requests),
         _contiguous_head_input(trainer),
         _progress(trainer, len(prompt_ids), limit, phase),
     ):
@@ -311,7 +306,7 @@ def _new_tokens(
     generate: Callable[..., torch.Tensor],
     ids: torch.Tensor,
     mask: torch.Tensor,
-    cache: DynamicCache,
+    cache: Cache,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """
@@ -343,11 +338,19 @@ def _new_tokens(
 
 
 @contextmanager
-def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> Iterator[None]:
+def requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]], times: int = 2) -> Iterator[None]:
     """
-    Reads the request of a problem once for all rows that begin with it, and continues from its keys and values.
+    Reads requests once for all that is generated within, and continues from their keys and values.
 
     Everything but a request's last token is read ahead: generation needs a token to start from.
+
+    Args:
+        trainer ([`SGPOTrainer`]):
+            Trainer that generates.
+        requests (`list[list[int]]`):
+            The requests. Whatever is generated has to begin with one of them.
+        times (`int`, *optional*, defaults to `2`):
+            How often something is generated from them. Their keys and values are let go after that.
     """
     if not trainer.reads_requests_once:
         yield
@@ -357,33 +360,41 @@ def _requests_read_once(trainer: "SGPOTrainer", requests: list[list[int]]) -> It
     if any(config.cache_implementation is not None for config in (trainer.generation_config, base.generation_config)):
         yield  # generation insists on making this kind of cache itself
         return
-    heads = list(dict.fromkeys(tuple(request[:-1]) for request in requests))
-    row_head = {head: index for index, head in enumerate(heads)}
+    heads = [list(head) for head in sorted({tuple(request[:-1]) for request in requests}, key=len, reverse=True)]
+    read: Cache | None = None
+    used = 0
     generate = model.generate
 
     def generate_after_heads(input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        nonlocal read, used
         device = input_ids.device
-        longest = len(max(heads, key=len)) + input_ids.size(1) + trainer.generation_config.max_new_tokens
-        if not all(heads) or not within_window(base.config, longest):
+        new_tokens = trainer.generation_config.max_new_tokens
+        if not all(heads) or not within_window(base.config, len(heads[0]) + input_ids.size(1) + new_tokens):
             return generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        rests = [
-            ids[mask.bool()].tolist()[len(request) - 1 :]
-            for ids, mask, request in zip(input_ids.cpu(), attention_mask.cpu(), requests, strict=True)
+        head_ids, head_mask = left_padded(heads, padding, device)
+        if read is None:
+            read = DynamicCache()
+            base.get_decoder()(
+                input_ids=head_ids,
+                attention_mask=head_mask,
+                position_ids=(head_mask.cumsum(dim=1) - 1).clamp(min=0),
+                past_key_values=read,
+                use_cache=True,
+            )
+        contexts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids.cpu(), attention_mask.cpu(), strict=True)]
+        begun_by = [
+            next(n for n, head in enumerate(heads) if ids[: len(head)] == head and len(ids) > len(head))
+            for ids in contexts
         ]
-        head_ids, head_mask = left_padded(list(map(list, heads)), padding, device)
+        rests = [ids[len(heads[n]) :] for ids, n in zip(contexts, begun_by, strict=True)]
         rest_ids, rest_mask = left_padded(rests, padding, device)
-        rows = torch.tensor([row_head[tuple(request[:-1])] for request in requests], device=device)
-        cache = DynamicCache(config=base.config.get_text_config())
-        base.get_decoder()(
-            input_ids=head_ids,
-            attention_mask=head_mask,
-            position_ids=(head_mask.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_select_indices(rows)
+        rows = torch.tensor(begun_by, device=device)
         ids = torch.cat([head_ids[rows], rest_ids], dim=1)
         mask = torch.cat([head_mask[rows], rest_mask], dim=1)
+        cache = row_cache(read, rows, ids.size(1), ids.size(1) + new_tokens)
+        used += 1
+        if used == times:
+            read = None
         new = _new_tokens(trainer, generate, ids, mask, cache, kwargs)
         return torch.cat([input_ids, new], dim=1)
 

@@ -59,9 +59,9 @@ class SGPOConfig(GRPOConfig):
             on quantized or sharded models and with vLLM.
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether the request of a problem is read once for all its rows, in a forward pass of training and in
-            generation with transformers. Has no effect with attention implementations other than `"sdpa"` and
-            `"eager"`, on models that are recurrent, slide their attention within a row or add a router loss, and, in
-            training, where rows are so long that it would cost more.
+            generation with transformers. Has no effect with attention implementations other than `"sdpa"` (in
+            generation, `"sdpa"` and `"eager"`), and on models that are recurrent, slide their attention within a row
+            or add a router loss.
         worst_case_step (`bool`, *optional*):
             Whether to take one step at its largest before the first real one, so that a run that does not fit into
             memory fails at once: the longest problems, both phases at full length. Nothing of it is kept. If `None`,

@@ -18,7 +18,6 @@
 In evaluation each row writes and executes its own strategy, and nothing is written to the bank.
 """
 
-import inspect
 import math
 import os
 from collections import Counter
@@ -58,7 +57,7 @@ from .prompts import problem_text
 from .rewards import coherence, distinct, leak
 from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
 from .sgpo_config import SGPOConfig
-from .shared_prompts import SharedPrompts, is_cheaper, share_prompts, within_window
+from .shared_prompts import SharedPrompts, share_prompts, within_window
 from .trained import how_trained, keep_4bit_layout, keep_adapters_in_float32
 from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 
@@ -197,8 +196,9 @@ class SGPOTrainer(GRPOTrainer):
         self.rollout_batch = RolloutBatch([], self.geometry)
         self.base_weights: list[torch.Tensor] | None = None
         self.merges_adapters = self._can_merge_adapters()
-        self.shares_prompts = self._can_share_prompts()
-        self.reads_requests_once = self.shares_prompts and not (
+        may_share = self._can_share_prompts()
+        self.shares_prompts = may_share and self.model.config.get_text_config()._attn_implementation == "sdpa"
+        self.reads_requests_once = may_share and not (
             self.use_vllm
             or self.use_transformers_continuous_batching
             or self.is_fsdp_enabled
@@ -243,16 +243,14 @@ class SGPOTrainer(GRPOTrainer):
         )
 
     def _can_share_prompts(self) -> bool:
-        """Whether the model takes a mask that hides completions from each other, and positions that start again."""
+        """Whether rows can be continued from another row's keys and values, and attention shown which belong to it."""
         config = self.model.config.get_text_config()
-        settings = vars(config)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return (
             self.args.share_prompts
             and config._attn_implementation in ("sdpa", "eager")
-            and "position_ids" in inspect.signature(base.forward).parameters
-            and set(settings.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
-            and not settings.get("alibi")
+            and base.is_backend_compatible()  # passes what it is called with on to attention
+            and set(vars(config).get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
             and not base._is_stateful
             and not self.aux_loss_enabled  # TRL reads the mask to count each row's tokens
         )
@@ -918,9 +916,10 @@ class _RowScorer:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         outputs = self.model(
             input_ids=shared.input_ids,
-            attention_mask=self._for_attention(shared.attention_mask),
+            attention_mask=shared.attention_mask,
             position_ids=shared.position_ids,
             shift_labels=shared.next_labels(labels),
+            shared_prompts=shared,
             **kwargs,
         )
         log_probs, entropy = outputs.log_probs, outputs.entropy
@@ -931,18 +930,10 @@ class _RowScorer:
         )
 
     def _shared(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SharedPrompts | None:
-        """The layout, unless rows are cheaper apart or attention would have to slide within a row."""
-        config = self.trainer.model.config.get_text_config()
-        if not within_window(config, int(attention_mask.sum(dim=1).max())):
+        """The layout, unless attention would have to slide within a row."""
+        if not within_window(self.trainer.model.config, int(attention_mask.sum(dim=1).max())):
             return None
-        shared = share_prompts(input_ids, attention_mask, self.prompt_width)
-        return shared if is_cheaper(shared, config.hidden_size) else None
-
-    def _for_attention(self, visible: torch.Tensor) -> torch.Tensor:
-        if self.trainer.model.config.get_text_config()._attn_implementation != "eager":
-            return visible
-        dtype = self.trainer.model.get_input_embeddings().weight.dtype  # eager attention adds the mask
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        return share_prompts(input_ids, attention_mask, self.prompt_width)
 
 
 def _without_padding(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,39 +1,56 @@
 """
-Rows of one problem side by side in one sequence, so that a forward pass reads their prompt once: pure functions.
+Rows of one problem side by side, so that a forward pass reads their prompt once and no padding.
 
-Rows that differ in their completions only become `prompt, completion 1, completion 2, …`, where each completion sees
-the prompt and itself. All of it is in the attention mask and the positions, so the model stays as it is.
+Rows that differ in their completions only become one sequence of prompts and completions. Each completion attends to
+its prompt and to itself, in attention of its own shape: little is computed that a mask would hide. All other layers
+look at one token at a time and take the sequence as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
     """
-    A batch of B rows laid out as N sequences.
+    A batch of B rows with N different prompts, laid out as one sequence of T tokens: the prompts, then the rows' own
+    tokens, without padding.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(N, L)`):
+        input_ids (`torch.Tensor` of shape `(1, T)`):
             Tokens.
-        position_ids (`torch.Tensor` of shape `(N, L)`):
+        position_ids (`torch.Tensor` of shape `(1, T)`):
             Position of each token in its row.
-        attention_mask (`torch.Tensor` of shape `(N, 1, L, L)`):
-            Whether a token (third dimension) sees another (fourth).
-        source (`torch.Tensor` of shape `(N, L)`):
-            Index of each token in the flattened rows, -1 for padding.
+        attention_mask (`torch.Tensor` of shape `(B, 1, R, P + R)`):
+            Which tokens of its prompt and of itself each token of a row sees.
+        prompts (`torch.Tensor` of shape `(N, P)`):
+            Place of each prompt's tokens in the sequence, padded on the right with any place.
+        rows (`torch.Tensor` of shape `(B, R)`):
+            Place of each row's own tokens, padded likewise.
+        counts (`list[int]`):
+            Rows of each prompt.
+        unpadded (`torch.Tensor` of shape `(T,)`):
+            Index of each token in the flattened `prompts` and `rows`, one after the other.
+        source (`torch.Tensor` of shape `(T,)`):
+            Index of each token in the flattened rows that were given.
         shape (`tuple[int, int]`):
-            Shape of the rows.
+            Shape of the rows that were given.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
+    prompts: torch.Tensor
+    rows: torch.Tensor
+    counts: list[int]
+    unpadded: torch.Tensor
     source: torch.Tensor
     shape: tuple[int, int]
+    _biases: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def next_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -44,33 +61,126 @@ class SharedPrompts:
                 Labels of the rows, -100 where there is none, as in all prompts.
 
         Returns:
-            `torch.Tensor` of shape `(N, L)`: The label of the token that follows in the row.
+            `torch.Tensor` of shape `(1, T)`: The label of the token that follows in the row.
         """
-        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        return following[self.source.clamp(min=0)].masked_fill(self.source < 0, -100)
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        return following.flatten()[self.source].unsqueeze(0)
 
     def to_rows(self, values: torch.Tensor) -> torch.Tensor:
         """
         Puts one value a token back where the token comes from.
 
         Args:
-            values (`torch.Tensor` of shape `(N, L)`):
+            values (`torch.Tensor` of shape `(1, T)`):
                 Values.
 
         Returns:
             `torch.Tensor` of shape `(B, width)`: 0 where no token was read, as in padding and in the prompts of all
             but the first row of a problem.
         """
-        read = self.source >= 0
         rows = values.new_zeros(self.shape[0] * self.shape[1])
-        return rows.scatter(0, self.source[read], values[read]).view(self.shape)
+        return rows.scatter(0, self.source, values[0]).view(self.shape)
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Attention of all tokens to what stands before them in their rows.
+
+        Args:
+            module (`torch.nn.Module`):
+                Attention layer.
+            query (`torch.Tensor` of shape `(1, heads, T, head_size)`), key, value:
+                Its states, with fewer heads for the latter two where they are grouped.
+            **kwargs:
+                Passed on to transformers' attention.
+
+        Returns:
+            `torch.Tensor` of shape `(1, T, heads, head_size)`
+        """
+        query_rows, key_rows, value_rows = (_gathered(states, self.rows) for states in (query, key, value))
+        outputs = []
+        if self.prompts.size(1) > 0:
+            query_prompts, key_prompts, value_prompts = (
+                _gathered(states, self.prompts) for states in (query, key, value)
+            )
+            causal = {**kwargs, "is_causal": True}
+            outputs.append(_plain_sdpa(module, query_prompts, key_prompts, value_prompts, None, **causal)[0])
+            key_rows = torch.cat([self._for_rows(key_prompts), key_rows], dim=2)
+            value_rows = torch.cat([self._for_rows(value_prompts), value_rows], dim=2)
+        bias = self._bias(query.size(1) // key.size(1), query.dtype)
+        outputs.append(_grouped_sdpa(query_rows, key_rows, value_rows, bias, **kwargs))
+        return torch.cat([output.flatten(0, 1) for output in outputs])[self.unpadded].unsqueeze(0)
+
+    def _bias(self, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as attention adds it, made once for all layers, which keep it for their backward passes."""
+        if (groups, dtype) not in self._biases:
+            bias = torch.zeros_like(self.attention_mask, dtype=dtype).masked_fill(~self.attention_mask, -torch.inf)
+            self._biases[groups, dtype] = bias.repeat(1, 1, groups, 1)
+        return self._biases[groups, dtype]
+
+    def _for_rows(self, states: torch.Tensor) -> torch.Tensor:
+        # Expanded, not indexed: the gradients of a prompt's rows are then added up in 32 bits, in a fixed order
+        return torch.cat([states[n].expand(count, *states[n].shape) for n, count in enumerate(self.counts)])
 
 
-def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int) -> SharedPrompts:
+def _gathered(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """States of shape `(1, heads, T, head_size)` at places of shape `(n, length)`: `(n, heads, length, head_size)`."""
+    return states[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+
+
+def _grouped_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """
+    Attention where the query heads of a group are more tokens of one head. transformers copies keys and values for
+    each of them instead, and the backward pass keeps the copies.
+    """
+    groups = bias.size(2) // query.size(2)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.unflatten(1, (-1, groups)).flatten(2, 3),
+        key,
+        value,
+        attn_mask=bias,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
+
+
+_plain_sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    shared_prompts: SharedPrompts | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa` attention, unless the model is called with `shared_prompts`."""
+    if shared_prompts is None:
+        return _plain_sdpa(module, query, key, value, attention_mask, **kwargs)
+    return shared_prompts.attend(module, query, key, value, **kwargs), None
+
+
+# In place of `sdpa`, and not under a name of its own, as transformers and TRL treat that name specially
+AttentionInterface.register("sdpa", _sdpa)
+
+
+def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int) -> SharedPrompts | None:
     """
     Lays out rows so that consecutive ones with the same prompt share it.
 
-    The last prompt token is repeated before each completion, because it predicts that completion's first token.
+    The last prompt token counts to each row's own tokens, because it predicts the first token of its completion.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, width)`):
@@ -81,73 +191,47 @@ def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_
             Number of columns that hold prompts.
 
     Returns:
-        [`SharedPrompts`]
+        [`SharedPrompts`] or `None`: `None` if no two consecutive rows have the same prompt.
     """
     B, width = input_ids.shape
+    device, last = input_ids.device, prompt_width - 1
     prompts = torch.cat([input_ids[:, :prompt_width], attention_mask[:, :prompt_width]], dim=1)
-    repeats = [False, *(prompts[1:] == prompts[:-1]).all(dim=1).tolist()]
-    prompt_lengths = attention_mask[:, :prompt_width].sum(dim=1).tolist()
-    completion_lengths = attention_mask[:, prompt_width:].sum(dim=1).tolist()
+    new = torch.ones(B, dtype=torch.bool, device=device)
+    new[1:] = (prompts[1:] != prompts[:-1]).any(dim=1)
+    if new.all():
+        return None
+    shown = attention_mask.bool()
+    in_prompts, in_rows = shown[:, :last] & new.unsqueeze(1), shown[:, last:]
+    index = torch.arange(B * width, device=device).view(B, width)
+    source = torch.cat([index[:, :last][in_prompts], index[:, last:][in_rows]])
+    positions = attention_mask.cumsum(dim=1) - 1
 
-    sources: list[list[int]] = []  # of each sequence, for each token: its index in the flattened rows
-    positions: list[list[int]] = []
-    segments: list[list[int]] = []  # 0 for the prompt, then 1, 2, … for the completions
-    for row in range(B):
-        first, last = prompt_width - prompt_lengths[row], prompt_width - 1
-        if not repeats[row]:
-            sources.append([row * width + column for column in range(first, last)])
-            positions.append(list(range(prompt_lengths[row] - 1)))
-            segments.append([0] * (prompt_lengths[row] - 1))
-        length = 1 + completion_lengths[row]
-        sources[-1] += range(row * width + last, row * width + last + length)
-        positions[-1] += range(prompt_lengths[row] - 1, prompt_lengths[row] - 1 + length)
-        segments[-1] += [segments[-1][-1] + 1 if segments[-1] else 1] * length
-
-    def padded(values: list[list[int]], padding: int) -> torch.Tensor:
-        longest = max(map(len, values))
-        return torch.tensor([row + [padding] * (longest - len(row)) for row in values], device=input_ids.device)
-
-    source, segment = padded(sources, -1), padded(segments, -1)
-    index = torch.arange(source.size(1), device=input_ids.device)
-    before = index.unsqueeze(1) >= index
-    visible = (segment.unsqueeze(1) == 0) | (segment.unsqueeze(1) == segment.unsqueeze(2))
+    prompt_lengths, row_lengths = in_prompts.sum(dim=1)[new], in_rows.sum(dim=1)
+    prompt_places, prompt_valid = _places(prompt_lengths, 0, len(source))
+    row_places, row_valid = _places(row_lengths, prompt_lengths.sum(), len(source))
+    problem = new.cumsum(dim=0) - 1
+    R = row_places.size(1)
+    itself = torch.ones(R, R, dtype=torch.bool, device=device).tril()
     return SharedPrompts(
-        input_ids=input_ids.flatten()[source.clamp(min=0)],
-        position_ids=padded(positions, 0),
-        attention_mask=(before & visible).unsqueeze(1),
+        input_ids=input_ids.flatten()[source].unsqueeze(0),
+        position_ids=positions.flatten()[source].unsqueeze(0),
+        attention_mask=torch.cat(
+            [prompt_valid[problem].unsqueeze(1).expand(-1, R, -1), itself.expand(B, -1, -1)], dim=2
+        ).unsqueeze(1),
+        prompts=prompt_places,
+        rows=row_places,
+        counts=problem.bincount().tolist(),
+        unpadded=torch.cat([prompt_valid.flatten(), row_valid.flatten()]).nonzero().squeeze(1),
         source=source,
         shape=(B, width),
     )
 
 
-def work(sequences: int, length: int, hidden_size: int) -> int:
-    """
-    What a decoder takes to read a batch, in a unit of its own.
-
-    A decoder layer takes about `24 * hidden_size**2` operations a token in its matrices and `4 * hidden_size` for each
-    token it is compared with.
-
-    Args:
-        sequences (`int`), length (`int`):
-            Shape of the batch.
-        hidden_size (`int`):
-            Width of the model.
-    """
-    return sequences * length * (6 * hidden_size + length)
-
-
-def is_cheaper(shared: SharedPrompts, hidden_size: int) -> bool:
-    """
-    Whether the layout takes less work than the rows as they are. Long rows without much of a prompt are cheaper apart.
-
-    Args:
-        shared ([`SharedPrompts`]):
-            The layout.
-        hidden_size (`int`):
-            Width of the model.
-    """
-    sequences, length = shared.input_ids.shape
-    return work(sequences, length, hidden_size) < work(*shared.shape, hidden_size)
+def _places(lengths: torch.Tensor, start: torch.Tensor | int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in a sequence of parts that follow each other, a part a row, and which of them are not padding."""
+    offset = torch.arange(int(lengths.max()), device=lengths.device)
+    places = start + (lengths.cumsum(dim=0) - lengths).unsqueeze(1) + offset
+    return places.clamp(max=end - 1), offset < lengths.unsqueeze(1)
 
 
 def within_window(config: PreTrainedConfig, length: int) -> bool:

@@ -19,7 +19,7 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.cli.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.memory.advice import cheapest_change, with_changes
 from trl_sgpo.memory.architectures import architectures, model_config
-from trl_sgpo.memory.estimate import Estimate, Estimator, Lengths, training_layout
+from trl_sgpo.memory.estimate import Estimate, Estimator, Lengths, rows_of_problems
 from trl_sgpo.memory.worst_case import longest_requests
 from trl_sgpo.prompts import chat_bridge
 
@@ -129,14 +129,14 @@ def test_architectures_have_their_published_number_of_parameters(name: str, para
     assert Estimator(config)(recipe, Lengths(32, 8, 8, 8)).parameters == parameters
 
 
-@given(rows=st.integers(1, 24), group=st.integers(2, 12), request=st.integers(1, 600), execution=st.integers(1, 600))
-def test_layout_holds_every_row_and_no_more_than_rows_apart(rows, group, request, execution) -> None:
-    lengths = Lengths(request, 10, 5, execution)
-    sequences, length = training_layout(rows, group, lengths, True, 64)
-    apart = training_layout(rows, group, lengths, False, 64)
-    assert apart == (rows, request + lengths.completion)
-    assert sequences * length >= rows * lengths.completion
-    assert sequences <= rows
+@given(rows=st.integers(1, 24), group=st.integers(1, 12))
+def test_rows_of_problems_are_those_of_a_micro_batch(rows, group) -> None:
+    """All rows of it, neighbours by problem, and no micro-batch of the run has more problems."""
+    counts = rows_of_problems(rows, group)
+    assert sum(counts) == rows and max(counts) <= group
+    assert all(count == group for count in counts[1:-1])
+    starts = range(0, rows * group, rows)
+    assert len(counts) == max((start + rows - 1) // group - start // group + 1 for start in starts)
 
 
 def test_change_is_the_first_that_fits_and_recipe_stays_as_it_is(tmp_path: Path) -> None:

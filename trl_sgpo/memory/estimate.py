@@ -12,7 +12,7 @@ from trl import get_peft_config
 
 from ..cli.recipe import Recipe
 from ..errors import ConfigError
-from ..shared_prompts import within_window, work
+from ..shared_prompts import within_window
 from .simulate import SimulatedModel, Weights
 
 
@@ -125,37 +125,27 @@ def _tokens(text: str) -> int:
     return len(text.split()) * 3 // 2
 
 
-def training_layout(rows: int, group: int, lengths: Lengths, share: bool, hidden_size: int) -> tuple[int, int]:
+def rows_of_problems(rows: int, group: int) -> tuple[int, ...]:
     """
-    Shape of the largest micro-batch as the model reads it: rows of a problem in one sequence where that is cheaper.
+    The micro-batch of most problems.
 
     Args:
         rows (`int`):
             `per_device_train_batch_size`.
         group (`int`):
             `num_generations`.
-        lengths ([`Lengths`]):
-            Lengths of a row.
-        share (`bool`):
-            Whether rows of a problem may share their prompt.
-        hidden_size (`int`):
-            Width of the model.
 
     Returns:
-        `tuple[int, int]`: Number of sequences and their length.
+        `tuple[int, ...]`: How many rows each of its problems has.
     """
-    apart = (rows, lengths.request + lengths.completion)
-    if not share:
-        return apart
-    shapes = []
+    most: tuple[int, ...] = ()
     for first in range(0, group * rows, rows):  # micro-batches, until one starts with a problem again
         problems = [row // group for row in range(first, first + rows)]
-        most = max(map(problems.count, problems))
-        together = (len(set(problems)), lengths.request - 1 + most * (1 + lengths.completion))
-        shapes.append(together if work(*together, hidden_size) < work(*apart, hidden_size) else apart)
+        counts = tuple(problems.count(problem) for problem in dict.fromkeys(problems))
+        most = max(most, counts, key=len)
         if (first + rows) % group == 0:
             break
-    return max(shapes, key=lambda shape: shape[0] * shape[1] + shape[0] * shape[1] ** 2 / (64 * hidden_size))
+    return most
 
 
 class _Architecture:
@@ -223,15 +213,15 @@ class Estimator:
         weights = Weights(**architecture.of_layers("weights"))
         share = shares_prompts(recipe, self.config)
         whole = lengths.request + lengths.completion
-        text = self.config.get_text_config()
 
         rows = args.per_device_train_batch_size
-        layout = training_layout(
-            rows, args.num_generations, lengths, share and within_window(self.config, whole), text.hidden_size
-        )
+        apart = not share or settings["attention"] != "sdpa" or not within_window(self.config, whole)
+        problems = (1,) * rows if apart else rows_of_problems(rows, args.num_generations)
         own = min(rows, -(-rows // args.num_generations) * args.own_strategies)  # others' strategies are not trained
         scored = own * lengths.strategy + rows * lengths.execution
-        training = architecture.of_layers("training", *layout, scored, args.gradient_checkpointing)
+        training = architecture.of_layers(
+            "training", problems, lengths.request, lengths.completion, scored, args.gradient_checkpointing
+        )
         written, executed = self._generation(architecture, recipe, lengths, share)
 
         states = optimizer_bytes(str(args.optim), weights)
@@ -285,15 +275,15 @@ class Estimator:
         problems = rows // args.num_generations
         sampling = _SAMPLING_BYTES + (_SORTING_BYTES if args.top_p < 1 else 0)
         phases = (
-            (problems * args.own_strategies, 0, lengths.strategy),
-            (rows, lengths.strategy + lengths.turn, lengths.execution),
+            (problems * args.own_strategies, 0, lengths.strategy, True),
+            (rows, lengths.strategy + lengths.turn, lengths.execution, False),
         )
         results = []
-        for count, more, new in phases:
+        for count, more, new, keep in phases:
             ahead = share and within_window(self.config, lengths.request + more + new)
             head, rest = (lengths.request - 1, more + 1) if ahead else (0, lengths.request + more)
             results.append(
-                architecture.of_layers("generation", count, problems if ahead else 0, head, rest, new, sampling)
+                architecture.of_layers("generation", count, problems if ahead else 0, head, rest, new, sampling, keep)
             )
         return results[0], results[1]
 

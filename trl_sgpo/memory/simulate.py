@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+from ..row_cache import row_cache
+from ..shared_prompts import SharedPrompts, share_prompts
 
 
 @dataclass(frozen=True)
@@ -209,13 +212,17 @@ class SimulatedModel:
             mergeable=mergeable,
         )
 
-    def training(self, sequences: int, length: int, scored: int, checkpointing: bool) -> dict[str, int]:
+    def training(
+        self, problems: tuple[int, ...], request: int, completion: int, scored: int, checkpointing: bool
+    ) -> dict[str, int]:
         """
         Bytes that one forward and backward pass takes on top of weights and gradients.
 
         Args:
-            sequences (`int`), length (`int`):
-                Shape of the input.
+            problems (`tuple[int, ...]`):
+                Rows of each problem. Those of a problem share its request.
+            request (`int`), completion (`int`):
+                Tokens of a row.
             scored (`int`):
                 Tokens that are projected onto the vocabulary.
             checkpointing (`bool`):
@@ -225,6 +232,8 @@ class SimulatedModel:
             `dict[str, int]`: The peaks of its moments.
         """
         adapted = self.model is not self.base
+        ids = torch.tensor([[n] * (request + completion) for n, rows in enumerate(problems) for _ in range(rows)])
+        shared = share_prompts(ids, torch.ones_like(ids), request)
         with self.mode:
             for weight in self.model.parameters():
                 weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
@@ -234,9 +243,12 @@ class SimulatedModel:
                 if adapted:
                     self.base.enable_input_require_grads()
             with _Live() as live:
-                ids = torch.zeros(sequences, length, dtype=torch.long)
                 with self._autocast():
-                    hidden = self._decoder(ids)
+                    hidden = (
+                        self._decoder(torch.zeros(ids.shape, dtype=ids.dtype))
+                        if shared is None
+                        else self._shared_decoder(shared)
+                    )
                     forward = live.moment()
                     log_probs = self._log_probs(hidden.flatten(0, 1)[:scored].clone())
                     del hidden
@@ -263,7 +275,14 @@ class SimulatedModel:
         )[0]
 
     def generation(
-        self, rows: int, heads: int, head_length: int, rest_length: int, new_tokens: int, logit_bytes: int
+        self,
+        rows: int,
+        heads: int,
+        head_length: int,
+        rest_length: int,
+        new_tokens: int,
+        logit_bytes: int,
+        keep_heads: bool,
     ) -> dict[str, int]:
         """
         Bytes that generating with `generate` takes on top of weights.
@@ -279,20 +298,25 @@ class SimulatedModel:
                 Tokens generated.
             logit_bytes (`int`):
                 Bytes that sampling takes for each row and word of the vocabulary.
+            keep_heads (`bool`):
+                Whether what was read ahead is used again afterwards.
 
         Returns:
             `dict[str, int]`: The peaks of its moments, and the `cache` of keys and values as it is in the end.
         """
         self.model.eval()
         with self.mode, torch.no_grad(), _Live() as live:
-            cache = DynamicCache(config=self.config.get_text_config())
+            cache: Cache = DynamicCache(config=self.config.get_text_config())
             moments = {}
             if heads:
-                ids = torch.zeros(heads, head_length, dtype=torch.long)
-                self._decoder(ids, cache)
+                read = DynamicCache()
+                self._decoder(torch.zeros(heads, head_length, dtype=torch.long), read)
                 moments["requests"] = live.moment()
-                cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+                length = head_length + rest_length
+                cache = row_cache(read, torch.zeros(rows, dtype=torch.long), length, length + new_tokens)
                 moments["copies"] = live.moment()
+                if not keep_heads:
+                    del read
             self._next_token(rows, rest_length, cache, logit_bytes)
             moments["contexts"] = live.moment()
             if new_tokens > 2:
@@ -304,20 +328,21 @@ class SimulatedModel:
             cached = sum(_nbytes(layer.keys) + _nbytes(layer.values) for layer in cache.layers)
         return {**moments, "cache": cached}
 
-    def _next_token(self, rows: int, length: int, cache: DynamicCache, logit_bytes: int) -> None:
+    def _next_token(self, rows: int, length: int, cache: Cache, logit_bytes: int) -> None:
         ids = torch.zeros(rows, length, dtype=torch.long)
         hidden = self._decoder(ids, cache)
         head = self.base.get_output_embeddings()
         logits = torch.nn.functional.linear(hidden[:, -1].contiguous(), head.weight, head.bias)
         torch.empty(rows * logits.size(1) * logit_bytes, dtype=torch.uint8)
 
-    def _decoder(self, ids: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
+    def _decoder(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         kinds = list(vars(self.config.get_text_config()).get("layer_types") or [""])
         rows, length = ids.shape
         eager = self.config.get_text_config()._attn_implementation == "eager"
+        layers = [] if cache is None else cache.layers
         masks = {}
         for kind in dict.fromkeys(kinds):
-            seen = length if cache is None else cache.layers[kinds.index(kind)].get_mask_sizes(length)[0]
+            seen = layers[kinds.index(kind)].get_mask_sizes(length)[0] if layers else length
             dtype = self.base.get_input_embeddings().weight.dtype if eager else torch.bool
             masks[kind] = torch.empty(rows, 1, length, seen, dtype=dtype)
         return self.base.get_decoder()(
@@ -326,6 +351,19 @@ class SimulatedModel:
             position_ids=torch.zeros_like(ids),
             past_key_values=cache,
             use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _shared_decoder(self, shared: SharedPrompts) -> torch.Tensor:
+        tensors = {name: value for name, value in vars(shared).items() if isinstance(value, torch.Tensor)}
+        shared = replace(
+            shared, **{name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items()}
+        )
+        return self.base.get_decoder()(
+            input_ids=shared.input_ids,
+            attention_mask=shared.attention_mask,
+            position_ids=shared.position_ids,
+            shared_prompts=shared,
+            use_cache=False,
         ).last_hidden_state
 
     @contextmanager

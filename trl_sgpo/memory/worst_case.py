@@ -17,7 +17,7 @@ import transformers
 
 from ..errors import ModelError
 from ..prompts import Prompt, problem_text, strategy_prompt
-from ..rollout import generate, merged_adapters
+from ..rollout import generate, merged_adapters, requests_read_once
 
 
 if TYPE_CHECKING:
@@ -114,12 +114,12 @@ def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], l
     )
     turn = tokenizer(args.execution_prompt, add_special_tokens=False)["input_ids"]
     turn = turn + turn[-1:] * 16  # the marks of a chat template
-    with merged_adapters(trainer), _never_ending(trainer):
+    with merged_adapters(trainer), requests_read_once(trainer, requests), _never_ending(trainer):
         own = [request for request in requests for _ in range(geometry.own)]
-        written = generate(trainer, own, own, args.max_strategy_length, "strategies at their longest")[0]
+        written = generate(trainer, own, args.max_strategy_length, "strategies at their longest")[0]
         begun = [request for request in requests for _ in range(geometry.executions)]
         contexts = [request + written[row % len(written)] + turn for row, request in enumerate(begun)]
-        executed = generate(trainer, contexts, begun, args.max_completion_length, "executions at their longest")[0]
+        executed = generate(trainer, contexts, args.max_completion_length, "executions at their longest")[0]
     return requests, written[0] + turn + executed[0]
 
 
