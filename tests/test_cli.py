@@ -116,6 +116,23 @@ class TestMessages:
         assert main(["train", "--config", str(recipe), "--accelerate_config", config]) == 2
         assert "ddp.yaml" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("states", ["  fsdp_state_dict_type: SHARDED_STATE_DICT\n", ""])
+    def test_sharded_checkpoints(
+        self,
+        recipe: Path,
+        states: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Before anything is launched. accelerate's default for FSDP2 is sharded, too."""
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+        shipped = (ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text()
+        config = tmp_path / "fsdp2.yaml"
+        config.write_text(shipped.replace("  fsdp_state_dict_type: FULL_STATE_DICT\n", states))
+        assert main(["train", "--config", str(recipe), "--accelerate_config", str(config)]) == 2
+        assert "`fsdp_state_dict_type: FULL_STATE_DICT`" in capsys.readouterr().err
+
     @pytest.mark.parametrize(("supported", "bf16"), [(False, "true"), (True, "true"), (False, "false")])
     def test_bfloat16_on_a_cpu_without_it(
         self,

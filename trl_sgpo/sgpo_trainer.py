@@ -73,7 +73,7 @@ _QUANTIZED_VLLM = (
     "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. Set "
     "`use_vllm` to false, or train without quantization."
 )
-_SHARDED_CHECKPOINTS = (
+SHARDED_CHECKPOINTS = (
     "With FSDP's sharded state dicts, checkpoints would hold neither a model that others can load nor the bank: set "
     "`fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration."
 )
@@ -219,7 +219,7 @@ class SGPOTrainer(GRPOTrainer):
         if args.use_vllm and "quantization_config" in vars(self.model.config):
             raise ConfigError(_QUANTIZED_VLLM)
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            raise ConfigError(_SHARDED_CHECKPOINTS)
+            raise ConfigError(SHARDED_CHECKPOINTS)
         if args.fp16 and "quantization_config" in vars(self.model.config):
             keep_adapters_in_float32(self.model)
         if self.accelerator.device.type == "cpu":

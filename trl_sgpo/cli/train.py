@@ -33,7 +33,7 @@ from ..model_card import REPORT_FILE
 from ..offline import require_model
 from ..prompts import problem_text
 from ..sgpo_config import SGPOConfig
-from ..sgpo_trainer import SGPOTrainer, with_classes
+from ..sgpo_trainer import SHARDED_CHECKPOINTS, SGPOTrainer, with_classes
 from .bank import _printable
 from .estimate import report
 from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
@@ -75,15 +75,22 @@ def _launch(recipe: Recipe) -> int:
 
 
 def _check_sharding(arguments: argparse.Namespace) -> None:
-    """On CPUs accelerate takes FSDP for DDP without saying so."""
-    sharded = arguments.use_fsdp
+    """On CPUs accelerate takes FSDP for DDP without saying so. Sharded checkpoints are refused before a warm start."""
+    sharded, settings = arguments.use_fsdp, vars(arguments)
     if arguments.config_file is not None:
-        sharded |= load_config_from_file(arguments.config_file).distributed_type == DistributedType.FSDP
-    if sharded and not torch.accelerator.is_available():
+        config = load_config_from_file(arguments.config_file)
+        sharded |= config.distributed_type == DistributedType.FSDP
+        settings = config.fsdp_config or {}
+    if not sharded:
+        return
+    if not torch.accelerator.is_available():
         raise ConfigError(
             "FSDP needs GPUs, and there are none: on CPUs, `--accelerate_config recipes/accelerate/ddp.yaml` or "
             "`--num_processes 2` trains with the whole model in every process."
         )
+    states = settings.get("fsdp_state_dict_type")  # accelerate's default depends on the version
+    if states != "FULL_STATE_DICT" and (states or int(settings.get("fsdp_version") or 1) == 2):
+        raise ConfigError(SHARDED_CHECKPOINTS)
 
 
 def train(recipe: Recipe) -> SGPOTrainer:
