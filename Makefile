@@ -23,7 +23,7 @@ quickstart: install
 	$(BIN)/trl-sgpo train --config recipes/quickstart.yaml $(QUICKSTART_DTYPE)
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

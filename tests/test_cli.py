@@ -290,6 +290,7 @@ class TestRuns:
         assert sorted(rows) == [("grpo", 0), ("grpo", 1), ("sgpo", 0), ("sgpo", 1)]
         counts = [row["generated_tokens"] for row in figures["rows"] if row["arm"] == "grpo"]
         assert all(8 <= count < 64 for count in counts)  # of 8 rows with at most 8 tokens
+        assert not (tmp_path / "run").exists()  # what steps leave is of no use
         assert "fraction_of_generate_throughput" in capsys.readouterr().out
 
     def test_bench_memory_compares_equal_lengths(

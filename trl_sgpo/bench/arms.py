@@ -1,7 +1,9 @@
 """What the benchmarks of training share: both trainers on one recipe, and what a step of either takes."""
 
+import atexit
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +73,7 @@ def build_trainer(
         "disable_tqdm": True,
         "logging_strategy": "no",
         "model_init_kwargs": model_init_kwargs(recipe) if model is None else None,
-        "output_dir": f"{args.output_dir}/bench_{arm}",
+        "output_dir": _scratch_directory(),
         "generation_batch_size": None,  # derived, as is the next
         "steps_per_generation": args.steps_per_generation,
     }
@@ -97,6 +99,13 @@ def build_trainer(
     if arm == "sgpo" and trainer.strategy_bank is not None:
         trainer.add_callback(_NewStrategies(trainer))
     return trainer
+
+
+def _scratch_directory() -> str:
+    """A directory that goes when the process does."""
+    directory = tempfile.mkdtemp(prefix="trl-sgpo-bench-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def _end_at_random(trainer: Any, probability: float) -> None:
@@ -126,7 +135,7 @@ def _filled_bank(args: SGPOConfig, dataset: Dataset) -> StrategyBank | None:
     """A bank of 32 strategies a class, so that retrieval is part of what is measured."""
     if not args.use_bank:
         return None
-    bank = StrategyBank(tempfile.mkdtemp(prefix="trl-sgpo-bench-"), embedding_model=args.embedding_model)
+    bank = StrategyBank(_scratch_directory(), embedding_model=args.embedding_model)
     for problem_class in sorted(set(dataset[CLASS_COLUMN])):
         bank.add(_strategies(problem_class, 0, 32))
     return bank
