@@ -1,15 +1,17 @@
 """`trl-sgpo compare` on a tiny model: every method runs, what is finished is kept, what failed is named."""
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from models import save_tiny_model
+
+from trl_sgpo.cli.main import main
 
 
 METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
@@ -56,24 +58,29 @@ def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
     return str(tmp_path / "compare.yaml")
 
 
-def _compare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trl_sgpo.cli.main", "compare", *arguments],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process; every run has one of its own. Exit status, output, errors."""
+    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(["compare", *arguments])
+        except SystemExit as ended:  # by the parser
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    return called
 
 
-def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(tmp_path: Path) -> None:
+def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(tmp_path: Path, compare: Any) -> None:
     arms: dict[str, Any] = {method: {"method": method} for method in METHODS}
     arms["rlhf"]["label_share"] = arms["prm"]["label_share"] = 0.5
     arms["prm"]["step_separator"] = " "
     config = _write(tmp_path, arms)
-    first = _compare("--config", config)
-    assert first.returncode == 0, first.stdout + first.stderr
+    status, out, err = compare("--config", config)
+    assert status == 0, out + err
     table = json.loads((tmp_path / "results" / "table.json").read_text())
     assert list(table["arms"]) == list(METHODS)
     for name, figures in table["arms"].items():
@@ -91,19 +98,19 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(tmp_path
     result = tmp_path / "runs" / "sgpo" / "seed-1" / "result.json"
     before = result.stat().st_mtime_ns
 
-    again = _compare("--config", config, "--arms", "base", "sgpo")
-    assert again.returncode == 0 and "2 runs, 2 of them finished" in again.stdout
+    status, out, _ = compare("--config", config, "--arms", "base", "sgpo")
+    assert status == 0 and "2 runs, 2 of them finished" in out
     assert result.stat().st_mtime_ns == before
 
-    other = _compare("--config", config, "--arms", "sgpo", "--coherence_weight", "0.3", "--table_only")
-    assert other.returncode == 2 and "No run" in other.stderr  # a result of other settings is not taken for it
+    status, _, err = compare("--config", config, "--arms", "sgpo", "--coherence_weight", "0.3", "--table_only")
+    assert status == 2 and "No run" in err  # a result of other settings is not taken for it
 
 
-def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path, compare: Any) -> None:
     config = _write(tmp_path, {"base": {}, "rlhf": {"label_share": 0.001}}, budget=300)
-    done = _compare("--config", config)
-    assert done.returncode == 1
-    assert "FAILED rlhf, seed 1" in done.stdout and "label_share" in done.stdout
+    status, out, _ = compare("--config", config)
+    assert status == 1
+    assert "FAILED rlhf, seed 1" in out and "label_share" in out
     assert list(json.loads((tmp_path / "results" / "table.json").read_text())["arms"]) == ["base"]
 
 
@@ -142,12 +149,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint_within_its_budget(tmp_path: Pa
     ],
 )
 def test_what_could_not_be_measured_is_refused_before_training(
-    tmp_path: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, changes: dict[str, Any], message: str, compare: Any
 ) -> None:
     config = Path(_write(tmp_path, {"base": {}}))
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | changes))
-    done = _compare("--config", str(config))
-    assert done.returncode == 2 and message in done.stderr
+    status, _, err = compare("--config", str(config))
+    assert status == 2 and message in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -158,7 +165,9 @@ def test_what_could_not_be_measured_is_refused_before_training(
         ({"sgpo": {"transfer_block_size": 3}}, "num_generations"),
     ],
 )
-def test_a_bad_arm_is_refused_before_anything_runs(tmp_path: Path, arms: dict[str, Any], message: str) -> None:
-    done = _compare("--config", _write(tmp_path, arms))
-    assert done.returncode == 2 and message in done.stderr
+def test_a_bad_arm_is_refused_before_anything_runs(
+    tmp_path: Path, arms: dict[str, Any], message: str, compare: Any
+) -> None:
+    status, _, err = compare("--config", _write(tmp_path, arms))
+    assert status == 2 and message in err
     assert not (tmp_path / "runs").exists()
