@@ -54,8 +54,8 @@ class SGPOConfig(GRPOConfig):
         execution_prompt (`str`, *optional*):
             The turn between strategy and execution. Defaults to the one in `trl_sgpo/prompts.py`.
         merge_adapters (`bool`, *optional*, defaults to `True`):
-            Whether to merge LoRA adapters into the base weights while generating, which transformers does several
-            times faster that way. The base weights are restored bit by bit from a copy in host memory. Has no effect
+            Whether to merge LoRA adapters into the base weights while generating, which then takes as long as without
+            adapters. The base weights are restored bit by bit from a copy in host memory. Has no effect
             on quantized or sharded models and with vLLM.
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether the request of a problem is read once for all its rows, in a forward pass of training and in
