@@ -157,6 +157,18 @@ def test_change_is_the_first_that_fits_and_recipe_stays_as_it_is(tmp_path: Path)
     assert recipe.training.per_device_train_batch_size == 4 and not recipe.training.gradient_checkpointing
 
 
+def test_what_a_recipe_has_already_is_not_proposed(tmp_path: Path) -> None:
+    tried: list[Recipe] = []
+
+    def too_large(changed: Recipe) -> Estimate:
+        tried.append(changed)
+        return Estimate({}, {"training": 2**40}, {}, 0, 0, Lengths(1, 1, 1, 1))
+
+    recipe = small_recipe("any", tmp_path, QLORA)
+    assert cheapest_change(recipe, 8, too_large) is None
+    assert tried and all(changed.training.optim is recipe.training.optim for changed in tried)
+
+
 def test_too_large_recipe_is_refused_before_weights_load(tmp_path, monkeypatch, capsys) -> None:
     def load(name: str) -> str:
         raise AssertionError("weights were looked for")

@@ -150,7 +150,10 @@ def _verdict(result: dict[str, Any]) -> str:
         return f"Fits into {vram:g} GB: {1 - result['peak'] / GIB / vram:.0%} stay free."
     start = f"Does not fit into {vram:g} GB with {HEADROOM:.0%} to spare."
     if result["change"] is None:
-        return f"{start} No change of batch, lengths or precision is enough: take a smaller model."
+        return (
+            f"{start} No change of batch, precision or `max_completion_length` is enough: set a smaller "
+            "`num_generations` or `max_problem_tokens`, or take a smaller model."
+        )
     return f"{start} It does with {in_words(result['change'])}: {_gb(result['peak_with_change'])} GB."
 
 

@@ -47,7 +47,7 @@ def _steps(recipe: Recipe) -> Iterator[dict[str, Any]]:
     args, model = recipe.training, recipe.model
     if not args.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
-    if "8bit" not in str(args.optim):
+    if "8bit" not in str(args.optim).casefold():
         yield {"optim": "paged_adamw_8bit"}
     rows, repeats = args.per_device_train_batch_size, args.gradient_accumulation_steps
     # `steps_per_generation` follows the accumulation unless it was set apart from it
