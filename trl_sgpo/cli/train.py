@@ -88,8 +88,8 @@ def _check_sharding(arguments: argparse.Namespace) -> None:
             "FSDP needs GPUs, and there are none: on CPUs, `--accelerate_config recipes/accelerate/ddp.yaml` or "
             "`--num_processes 2` trains with the whole model in every process."
         )
-    states = settings.get("fsdp_state_dict_type")  # accelerate's default depends on the version
-    if states != "FULL_STATE_DICT" and (states or int(settings.get("fsdp_version") or 1) == 2):
+    states = str(settings.get("fsdp_state_dict_type") or "").upper()
+    if states != "FULL_STATE_DICT" and (states or int(settings.get("fsdp_version") or 1) == 2):  # accelerate's default
         raise ConfigError(SHARDED_CHECKPOINTS)
 
 
