@@ -22,15 +22,16 @@ from trl_sgpo.bank.hub import pull_bank, push_bank
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.cli.bench import SUBJECTS
 from trl_sgpo.cli.main import COMMANDS
-from trl_sgpo.cli.recipe import SGPOScriptArguments
 from trl_sgpo.data.bootstrap import warmstart
 from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
-from trl_sgpo.inference import Decoding, TwoPhaseModel, TwoPhaseSettings
-from trl_sgpo.pipeline import Attempt, Solution
-from trl_sgpo.rollout import Problem
-from trl_sgpo.snippet import transformers_snippet
+from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
+from trl_sgpo.inference.pipeline import Attempt, Solution
+from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.method.problem import Problem
+from trl_sgpo.recipe import SGPOScriptArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from models import save_tiny_model
 
-from trl_sgpo.cli.recipe import read_recipe
+from trl_sgpo.recipe import read_recipe
 
 
 DIRECTORY = Path(__file__).parents[1] / "recipes" / "accelerate"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
-from trl_sgpo.advantages import (
+from trl_sgpo.method.advantages import (
     center_by_problem,
     execution_advantages,
     own_and_siblings,

@@ -20,11 +20,11 @@ from models import save_tiny_model
 
 from trl_sgpo.bank import StrategyBank
 from trl_sgpo.cli import bootstrap, warmstart
-from trl_sgpo.data.server import TOKEN_VARIABLE, ServerModel
 from trl_sgpo.data.synthetic import read_traces
 from trl_sgpo.errors import ConfigError, DataError, ModelError
-from trl_sgpo.inference import Decoding
-from trl_sgpo.rollout import Problem
+from trl_sgpo.inference.model import Decoding
+from trl_sgpo.inference.server import TOKEN_VARIABLE, ServerModel
+from trl_sgpo.method.problem import Problem
 
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from test_pipeline import PROBLEM, SETTINGS, fill_bank, save_model
 
 from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.cli.main import main
-from trl_sgpo.data.server import TOKEN_VARIABLE
+from trl_sgpo.inference.server import TOKEN_VARIABLE
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ class TestOneProblem:
 
     def test_votes(self, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         texts = iter(["#### 5", "none", "the answer is 5.0", "#### 6"])
-        execute = "trl_sgpo.inference.TwoPhaseModel.execute"
+        execute = "trl_sgpo.inference.model.TwoPhaseModel.execute"
         monkeypatch.setattr(execute, lambda self, problems, *_, **__: [next(texts) for _ in problems])
         assert solve("--model", run, PROBLEM, "--no_bank", "--n", "4", "--seed", "7") == 0
         assert capsys.readouterr().out.endswith("Answer\n5  (2 of 4 attempts)\nOthers: 6 (1), no answer (1)\n")
@@ -327,7 +327,7 @@ class TestMessages:
     def test_nothing_a_terminal_acts_on_is_printed(
         self, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        execute = "trl_sgpo.inference.TwoPhaseModel.execute"
+        execute = "trl_sgpo.inference.model.TwoPhaseModel.execute"
         monkeypatch.setattr(execute, lambda self, problems, *_, **__: ["\033[2J\a#### 5\033]0;x"] * len(problems))
         arguments = ["--model", run, PROBLEM, "--strategy", "Add.", "--n", "2"]
         assert solve(*arguments) == 0

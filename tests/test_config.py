@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from trl_sgpo.errors import ConfigError
-from trl_sgpo.prompts import EXECUTION_PROMPT, STEPS_PROMPT, STRATEGY_PROMPT
+from trl_sgpo.method.prompts import EXECUTION_PROMPT, STEPS_PROMPT, STRATEGY_PROMPT
 from trl_sgpo.sgpo_config import SGPOConfig
 
 

@@ -40,11 +40,11 @@ from trl_sgpo import StrategyBank
 from trl_sgpo.bank import Strategy
 from trl_sgpo.bench import memory
 from trl_sgpo.cli.main import main
-from trl_sgpo.cli.recipe import load_data, read_recipe
 from trl_sgpo.compare import run as compare_run
 from trl_sgpo.compare.config import read_comparison
-from trl_sgpo.data.server import ServerModel
 from trl_sgpo.data.tasks import load_problems
+from trl_sgpo.inference.server import ServerModel
+from trl_sgpo.recipe import load_data, read_recipe
 
 
 MODELS = (
@@ -200,7 +200,7 @@ def substitutes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         return sent[0]
 
     with pytest.MonkeyPatch.context() as change:
-        for module in ("trl_sgpo.bank.bank", "trl_sgpo.bank.embedder", "trl_sgpo.sgpo_trainer"):
+        for module in ("trl_sgpo.bank.bank", "trl_sgpo.bank.embedding", "trl_sgpo.sgpo_trainer"):
             change.setattr(f"{module}.load_embedder", lambda name: hash_embedder)
         change.setattr("trl_sgpo.cli.compare._run", compare_in_process)
         change.setattr("trl_sgpo.bench.memory._in_new_process", memory_in_process)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_sgpo.bank import Outcome, Strategy
-from trl_sgpo.evidence import outcomes, proposals
+from trl_sgpo.method.admission import outcomes, proposals
 
 
 def written(n):

@@ -20,8 +20,9 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ConfigError, ModelError
 from trl_sgpo.export.parity import compare, logits_on, probes
 from trl_sgpo.export.run import TOLERANCES, ExportPlan, export
-from trl_sgpo.inference import TwoPhaseModel, TwoPhaseSettings
-from trl_sgpo.trained import load_base
+from trl_sgpo.inference.loading import load_base
+from trl_sgpo.inference.model import TwoPhaseModel
+from trl_sgpo.inference.settings import TwoPhaseSettings
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

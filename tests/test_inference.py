@@ -7,8 +7,11 @@ from models import evenness, hash_embedder, problems, save_tiny_model
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
 from trl_sgpo.errors import ConfigError, ModelError
-from trl_sgpo.inference import Decoding, TwoPhaseModel, TwoPhaseSettings, as_problem, verify
-from trl_sgpo.transfer import BlockGeometry
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
+from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.inference.verifier import verify
+from trl_sgpo.method.problem import as_problem
+from trl_sgpo.method.transfer import BlockGeometry
 
 
 def _trainer(tmp_path: Path, chat: bool) -> SGPOTrainer:

@@ -1,9 +1,9 @@
 """The laboratory's model: its tokenizer loses nothing, its training data holds nothing back out."""
 
+from trl_sgpo.compare.lab.list_functions import NUMBER_WORDS, compositions, problems, strategy
+from trl_sgpo.compare.lab.model import lab_tokenizer, lab_traces
 from trl_sgpo.data.bootstrap import two_phase_examples
-from trl_sgpo.data.list_functions import NUMBER_WORDS, compositions, problems, strategy
 from trl_sgpo.data.worked import traces
-from trl_sgpo.lab import lab_tokenizer, lab_traces
 from trl_sgpo.sgpo_config import SGPOConfig
 
 

@@ -15,10 +15,12 @@ from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.bank import Strategy, problem_id
 from trl_sgpo.data.tasks import same_answer
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
-from trl_sgpo.inference import Decoding, TwoPhaseModel, TwoPhaseSettings, with_retrieved
-from trl_sgpo.pipeline import Attempt, _vote
-from trl_sgpo.rollout import Problem
-from trl_sgpo.snippet import transformers_snippet
+from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
+from trl_sgpo.inference.pipeline import Attempt, _vote
+from trl_sgpo.inference.retrieval import with_retrieved
+from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.method.problem import Problem
 
 
 PROBLEM = "What is 2 + 3?"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from models import tokenizer
 
 from trl_sgpo.errors import ConfigError
-from trl_sgpo.prompts import (
+from trl_sgpo.method.prompts import (
     EXECUTION_PROMPT,
     RETRIEVED_HEADER,
     STEPS_PROMPT,

@@ -23,8 +23,8 @@ from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank
 from trl_sgpo.bank.hub import push_bank
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ModelError
-from trl_sgpo.model_card import TrainingFacts
-from trl_sgpo.snippet import transformers_snippet
+from trl_sgpo.hub.model_card import TrainingFacts
+from trl_sgpo.hub.snippet import transformers_snippet
 
 
 REPO = "tester/model"
@@ -54,7 +54,7 @@ PUBLISHED = {
 @pytest.fixture(autouse=True)
 def embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl_sgpo.bank.bank.load_embedder", lambda name: hash_embedder)
-    monkeypatch.setattr("trl_sgpo.hub.PAUSES", (0.0,))
+    monkeypatch.setattr("trl_sgpo.hub.push.PAUSES", (0.0,))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.prompts import ParsedStrategy, parse_strategy
-from trl_sgpo.rewards import coherence, copied_literals, distinct, leak, literals, repetition
+from trl_sgpo.method.prompts import ParsedStrategy, parse_strategy
+from trl_sgpo.method.rewards import coherence, copied_literals, distinct, leak, literals, repetition
 
 
 properties = settings(max_examples=100, deadline=None, derandomize=True)

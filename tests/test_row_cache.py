@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from trl_sgpo.row_cache import ROOM, row_cache
+from trl_sgpo.speed.row_cache import ROOM, row_cache
 
 
 def states(rows, tokens):

@@ -8,9 +8,9 @@ from models import ARCHITECTURES, evenness, problems, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
-from trl_sgpo.rollout import generate, requests_read_once
 from trl_sgpo.sgpo_trainer import problems_together
-from trl_sgpo.shared_prompts import share_prompts
+from trl_sgpo.speed.generation import generate, requests_read_once
+from trl_sgpo.speed.shared_prompts import share_prompts
 
 
 token = st.integers(3, 250)

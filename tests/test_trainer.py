@@ -19,7 +19,7 @@ from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.bank import LEDGER
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError, ConfigError, DataError
-from trl_sgpo.rollout import merged_adapters
+from trl_sgpo.speed.generation import merged_adapters
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")

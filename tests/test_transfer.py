@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.transfer import BlockGeometry, TransferBlockSampler, block_order, outcome_matrix, rows_of
+from trl_sgpo.method.transfer import BlockGeometry, TransferBlockSampler, block_order, outcome_matrix, rows_of
 
 
 properties = settings(max_examples=60, deadline=None, derandomize=True)

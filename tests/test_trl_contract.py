@@ -12,8 +12,9 @@ from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import _use_triton
 
-from trl_sgpo.model_card import TrainingFacts
-from trl_sgpo.sgpo_trainer import _without_padding, score_trained_positions_only
+from trl_sgpo.hub.model_card import TrainingFacts
+from trl_sgpo.sgpo_trainer import _without_padding
+from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 
 
 LOSS_TYPES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
@@ -221,11 +222,11 @@ def test_scoring_trained_positions_only_changes_nothing_but_work(scored, monkeyp
             return original.apply(hidden_states, *args)
 
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
-    monkeypatch.setattr(trl.trainer.utils, "_use_triton", _use_triton)
     assert not _use_triton(torch.device("cpu"))
     loss, gradients = loss_and_gradients(trainer, output)
-    score_trained_positions_only()  # undone by `monkeypatch`, which keeps the value from before
-    same_loss, same_gradients = loss_and_gradients(trainer, output)
+    with project_labelled_tokens_only(torch.device("cpu")):
+        same_loss, same_gradients = loss_and_gradients(trainer, output)
+    assert trl.trainer.utils._use_triton is _use_triton
     assert projected[1] == output["completion_mask"].sum() < projected[0]
     torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(same_gradients, gradients, rtol=1e-4, atol=1e-6)

@@ -8,7 +8,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .bank import StrategyBank
-    from .pipeline import SGPOPipeline
+    from .inference.pipeline import SGPOPipeline
     from .sgpo_config import SGPOConfig
     from .sgpo_trainer import SGPOTrainer
 

@@ -10,7 +10,7 @@ import transformers
 from transformers import TrainerCallback
 
 from ._version import __version__
-from .memory.worst_case import take_worst_case_step
+from .vram.worst_case import take_worst_case_step
 
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class RunRecordCallback(TrainerCallback):
 class WorstCaseCallback(TrainerCallback):
     """
     Takes the largest step that a run can come to before the first real one, to see whether it fits into memory.
-    `peaks` is what [`~trl_sgpo.memory.worst_case.take_worst_case_step`] found.
+    `peaks` is what [`~trl_sgpo.vram.worst_case.take_worst_case_step`] found.
     """
 
     def __init__(self, trainer: "SGPOTrainer"):

@@ -5,7 +5,7 @@ import torch
 from trl import GRPOConfig
 
 from .errors import ConfigError
-from .prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
+from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 
 
 @dataclass
@@ -50,9 +50,9 @@ class SGPOConfig(GRPOConfig):
             `"text"` for free text, `"steps"` for numbered steps with placeholders in braces.
         strategy_prompt (`str`, *optional*):
             Template of the request for a strategy, with `{problem}` and, where retrieved strategies go,
-            `{strategies}`. If empty, the one for `strategy_format` in `trl_sgpo/prompts.py`.
+            `{strategies}`. If empty, the one for `strategy_format` in `trl_sgpo/method/prompts.py`.
         execution_prompt (`str`, *optional*):
-            The turn between strategy and execution. Defaults to the one in `trl_sgpo/prompts.py`.
+            The turn between strategy and execution. Defaults to the one in `trl_sgpo/method/prompts.py`.
         merge_adapters (`bool`, *optional*, defaults to `True`):
             Whether to merge LoRA adapters into the base weights while generating, which then takes as long as without
             adapters. The base weights are restored bit by bit from a copy in host memory. Has no effect

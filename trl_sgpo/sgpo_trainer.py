@@ -28,7 +28,6 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-import trl.trainer.utils
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
@@ -42,24 +41,26 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 
-from . import advantages as credit
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
 from .bank.audit import control_tokens
 from .bank.shared import SharedBank
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError, SGPOError
-from .evidence import outcomes, proposals
-from .hub import adapter_base, claim, start_push, write_metrics
-from .inference import TwoPhaseSettings
-from .model_card import CARD, TrainingFacts, make_card
-from .prompts import problem_text
-from .rewards import coherence, distinct, leak
-from .rollout import Problem, Rollout, RolloutBatch, two_phase_rollout
+from .hub.model_card import CARD, TrainingFacts, make_card
+from .hub.push import adapter_base, claim, start_push, write_metrics
+from .inference.loading import how_trained, keep_4bit_layout, keep_adapters_in_float32
+from .inference.settings import TwoPhaseSettings
+from .method import advantages as credit
+from .method.admission import outcomes, proposals
+from .method.problem import Problem
+from .method.prompts import problem_text
+from .method.rewards import coherence, distinct, leak
+from .method.rollout import Rollout, RolloutBatch, two_phase_rollout
+from .method.transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 from .sgpo_config import SGPOConfig
-from .shared_prompts import SharedPrompts, share_prompts, within_window
-from .trained import how_trained, keep_4bit_layout, keep_adapters_in_float32
-from .transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
+from .speed.lm_head import project_labelled_tokens_only
+from .speed.shared_prompts import SharedPrompts, share_prompts, within_window
 
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` warns at every start
@@ -224,7 +225,6 @@ class SGPOTrainer(GRPOTrainer):
             keep_adapters_in_float32(self.model)
         if self.accelerator.device.type == "cpu":
             keep_4bit_layout(self.model)
-            score_trained_positions_only()
 
     def _facts(self) -> TrainingFacts:
         name = get_config_model_id(self.model.config) or ""
@@ -469,7 +469,7 @@ class SGPOTrainer(GRPOTrainer):
         Args:
             rows (`list[dict]`):
                 Problems in block order, one class a block.
-            geometry ([`~trl_sgpo.transfer.BlockGeometry`]):
+            geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
                 Shape of the blocks.
             greedy (`bool`, *optional*, defaults to `True`):
                 Whether to decode greedily. If `False`, rollouts are sampled as in training, seeded with `args.seed`.
@@ -585,15 +585,17 @@ class SGPOTrainer(GRPOTrainer):
         inputs = _without_padding(inputs)
         self._trained_tokens = inputs["completion_mask"] * inputs["tool_mask"]
         try:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with project_labelled_tokens_only(self.accelerator.device):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self._trained_tokens = None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         scorer = _RowScorer(self, model, input_ids.size(1) - logits_to_keep)
-        return super()._get_per_token_logps_and_entropies(
-            scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+        with project_labelled_tokens_only(self.accelerator.device):
+            return super()._get_per_token_logps_and_entropies(
+                scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -947,11 +949,3 @@ def _without_padding(inputs: dict[str, Any]) -> dict[str, Any]:
         if key not in cut and isinstance(value, torch.Tensor) and value.dim() == 2 and value.size(1) == length:
             cut[key] = value[:, :stop]
     return {**inputs, **cut}
-
-
-def score_trained_positions_only() -> None:
-    """
-    Without Triton, TRL 1.16 projects prompts onto the vocabulary too, most of a training step on a CPU. The path that
-    leaves them out does not need Triton; it is avoided for devices that compile one program a shape.
-    """
-    trl.trainer.utils._use_triton = lambda device: device.type != "neuron"

@@ -26,9 +26,10 @@ from trl_sgpo.compare.prm import (
     training_example,
 )
 from trl_sgpo.errors import ConfigError, DataError, ModelError
-from trl_sgpo.inference import Decoding, TwoPhaseModel, TwoPhaseSettings
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
+from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.sgpo_config import SGPOConfig
-from trl_sgpo.sgpo_trainer import score_trained_positions_only
+from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 
 
 SAMPLING = Decoding(greedy=False)
@@ -197,7 +198,6 @@ def test_process_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path)
     mean = ProcessReward(directory, "\n", "mean")(prompts=[prompt] * 4, completions=completions)
     assert mean == pytest.approx([sum(steps) / 3 for steps in scored[:3]] + [0.0], abs=1e-5)
 
-    score_trained_positions_only()
     args = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 6, "max_steps": 1}
     trainer = GRPOTrainer(
         model=policy,
@@ -205,7 +205,8 @@ def test_process_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path)
         args=GRPOConfig(str(tmp_path / "grpo"), use_cpu=True, bf16=False, report_to="none", **args),
         train_dataset=problems(4, chat=chat),
     )
-    trainer.train()
+    with project_labelled_tokens_only(trainer.accelerator.device):
+        trainer.train()
     assert any("rewards/process_reward/mean" in entry for entry in trainer.state.log_history)
 
 

@@ -13,9 +13,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo.compare.rlhf import answer_ids, preference_pairs, split_by_problem, train_reward_model
 from trl_sgpo.errors import ConfigError, DataError
-from trl_sgpo.inference import Decoding, TwoPhaseModel, TwoPhaseSettings
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
+from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.sgpo_config import SGPOConfig
-from trl_sgpo.sgpo_trainer import score_trained_positions_only
+from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 
 
 SAMPLING = Decoding(greedy=False)
@@ -112,7 +113,6 @@ def test_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path):
     train_reward_model(policy, pairs, config(tmp_path), tmp_path / "reward", 1e-2, 3)
     assert Path(directory, "model.safetensors").stat().st_mtime_ns == written
 
-    score_trained_positions_only()
     args = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 6, "max_steps": 1}
     trainer = GRPOTrainer(
         model=policy,
@@ -136,5 +136,6 @@ def test_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path):
         ]
     assert rewards == pytest.approx(trained_on, abs=1e-5)
     assert rewards[0] > rewards[1]
-    trainer.train()
+    with project_labelled_tokens_only(trainer.accelerator.device):
+        trainer.train()
     assert any("rewards/reward/mean" in entry for entry in trainer.state.log_history)

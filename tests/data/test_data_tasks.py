@@ -33,7 +33,7 @@ def jsonl(path, rows):
 def test_light_import():
     heavy = "{'torch', 'datasets', 'transformers', 'reasoning_gym', 'sklearn', 'sentence_transformers'}"
     code = f"""
-import sys, trl_sgpo.offline, trl_sgpo.data.tasks, trl_sgpo.data.classes, trl_sgpo.data.worked
+import sys, trl_sgpo.inference.weights, trl_sgpo.data.tasks, trl_sgpo.data.classes, trl_sgpo.data.worked
 sys.exit(bool({heavy} & set(sys.modules)))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_sgpo.data.list_functions import (
+from trl_sgpo.compare.lab.list_functions import (
     LENGTH,
     OPERATIONS,
     PARTS,
@@ -21,7 +21,7 @@ from trl_sgpo.data.list_functions import (
 from trl_sgpo.data.tasks import answer_reward, final_answer, load_problems
 from trl_sgpo.data.worked import traces
 from trl_sgpo.errors import DataError
-from trl_sgpo.rewards import leak
+from trl_sgpo.method.rewards import leak
 
 
 digits = st.lists(st.integers(0, 9), min_size=LENGTH, max_size=LENGTH)

@@ -4,7 +4,7 @@ import huggingface_hub.constants
 import pytest
 
 from trl_sgpo.errors import ModelError
-from trl_sgpo.offline import local_weights, require_model
+from trl_sgpo.inference.weights import local_weights, require_model
 
 
 SMOL, MINILM = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"

@@ -29,8 +29,8 @@ from trl_sgpo.data.synthetic import (
 from trl_sgpo.data.tasks import answer_reward, final_answer
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError, DataError
-from trl_sgpo.inference import Decoding
-from trl_sgpo.prompts import parse_strategy
+from trl_sgpo.inference.model import Decoding
+from trl_sgpo.method.prompts import parse_strategy
 
 
 properties = settings(max_examples=100, deadline=None, derandomize=True)

@@ -25,7 +25,8 @@ from trl_sgpo.evaluation.statistics import (
     wilson_interval,
 )
 from trl_sgpo.evaluation.suites import LoadedSuite, Suite
-from trl_sgpo.inference import TwoPhaseModel, TwoPhaseSettings
+from trl_sgpo.inference.model import TwoPhaseModel
+from trl_sgpo.inference.settings import TwoPhaseSettings
 
 
 counts = st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n)))
@@ -103,7 +104,7 @@ class Solver:
         self.shown = []
 
     def write_strategies(self, given_problems, decoding):
-        from trl_sgpo.prompts import parse_strategy
+        from trl_sgpo.method.prompts import parse_strategy
 
         self.seeds.append(decoding.seed)
         self.shown += [[s.text for s in problem.retrieved] for problem in given_problems]

@@ -16,12 +16,12 @@ from trl import get_peft_config, get_quantization_config
 import trl_sgpo.cli.train
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.main import main
-from trl_sgpo.cli.recipe import Recipe, model_init_kwargs, read_recipe
-from trl_sgpo.memory.advice import cheapest_change, with_changes
-from trl_sgpo.memory.architectures import architectures, model_config
-from trl_sgpo.memory.estimate import Estimate, Estimator, Lengths, rows_of_problems
-from trl_sgpo.memory.worst_case import longest_requests
-from trl_sgpo.prompts import chat_bridge
+from trl_sgpo.method.prompts import chat_bridge
+from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
+from trl_sgpo.vram.advice import cheapest_change, with_changes
+from trl_sgpo.vram.architectures import architectures, model_config
+from trl_sgpo.vram.estimate import Estimate, Estimator, Lengths, rows_of_problems
+from trl_sgpo.vram.worst_case import longest_requests
 
 
 SIZES = {

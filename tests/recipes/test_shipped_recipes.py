@@ -11,14 +11,14 @@ from trl import get_peft_config, get_quantization_config
 
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.estimate import report
-from trl_sgpo.cli.recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 from trl_sgpo.cli.train import with_classes
 from trl_sgpo.compare.config import read_comparison
 from trl_sgpo.compare.run import arm_recipe
 from trl_sgpo.data.tasks import to_problems
 from trl_sgpo.evaluation.suites import Suite
-from trl_sgpo.memory.architectures import architectures
-from trl_sgpo.memory.estimate import GIB
+from trl_sgpo.recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
+from trl_sgpo.vram.architectures import architectures
+from trl_sgpo.vram.estimate import GIB
 
 
 ROOT = Path(__file__).parents[2]

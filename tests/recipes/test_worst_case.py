@@ -8,7 +8,7 @@ import torch
 from models import evenness, hash_embedder, problems, save_tiny_model
 from peft import LoraConfig
 
-import trl_sgpo.memory.worst_case
+import trl_sgpo.vram.worst_case
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
 from trl_sgpo.errors import ModelError
 
@@ -69,7 +69,7 @@ def test_activations_are_checkpointed_as_in_training(tmp_path: Path) -> None:
     for layer in layers:
         layer.input_layernorm.register_forward_pre_hook(lambda *args: runs.append(torch.is_grad_enabled()))
     counts = []
-    train = trl_sgpo.memory.worst_case._train_at_full_length
+    train = trl_sgpo.vram.worst_case._train_at_full_length
 
     def counted(*args: Any) -> None:
         runs.clear()
@@ -77,21 +77,21 @@ def test_activations_are_checkpointed_as_in_training(tmp_path: Path) -> None:
         counts.append(sum(runs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_sgpo.memory.worst_case, "_train_at_full_length", counted)
+        patch.setattr(trl_sgpo.vram.worst_case, "_train_at_full_length", counted)
         trainer.train()
     assert counts == [2 * len(layers)]  # once more in the backward pass
 
 
 def test_both_phases_are_generated_at_full_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, True)
-    generate, seen = trl_sgpo.memory.worst_case.generate, []
+    generate, seen = trl_sgpo.vram.worst_case.generate, []
 
     def spy(trainer: Any, contexts: list[list[int]], *args: Any) -> Any:
         result = generate(trainer, contexts, *args)
         seen.append((len(contexts), {len(ids) for ids in result[0]}))
         return result
 
-    monkeypatch.setattr(trl_sgpo.memory.worst_case, "generate", spy)
+    monkeypatch.setattr(trl_sgpo.vram.worst_case, "generate", spy)
     trainer.train()
     assert seen == [(4, {6}), (8, {10})]
 
@@ -107,7 +107,7 @@ def test_lack_of_memory_is_reported_with_what_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     trainer = make_trainer(tmp_path, True)
-    monkeypatch.setattr(trl_sgpo.memory.worst_case, what, fail)
+    monkeypatch.setattr(trl_sgpo.vram.worst_case, what, fail)
     with pytest.raises(ModelError, match=change) as raised:
         trainer.train()
     assert "Tried to allocate 2.00 GiB" in str(raised.value)
@@ -118,5 +118,5 @@ def test_it_is_left_out_on_a_cpu_unless_asked_for(tmp_path: Path, monkeypatch: p
     def fail(*args: Any) -> None:
         raise AssertionError("taken")
 
-    monkeypatch.setattr(trl_sgpo.memory.worst_case, "_generate_at_full_length", fail)
+    monkeypatch.setattr(trl_sgpo.vram.worst_case, "_generate_at_full_length", fail)
     make_trainer(tmp_path, None).train()

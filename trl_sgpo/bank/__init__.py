@@ -1,7 +1,7 @@
 """The strategy bank: strategies that proved themselves, kept on disk and found again by the problems they may help."""
 
 from .bank import StrategyBank
-from .embedder import load_embedder
+from .embedding import load_embedder
 from .strategy import Execution, Outcome, Retrieved, Strategy, problem_id
 
 

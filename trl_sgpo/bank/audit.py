@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from ..rewards import leak
+from ..method.rewards import leak
 from . import policy
 from .strategy import Strategy
 

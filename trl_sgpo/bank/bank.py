@@ -17,7 +17,7 @@ from . import policy
 from .audit import control_tokens
 from .background import BackgroundIndex
 from .contents import Contents
-from .embedder import Embedder, load_embedder
+from .embedding import Embedder, load_embedder
 from .index import Index, break_seal, seal
 from .ledger import SCHEMA_VERSION, Ledger, durable_replace
 from .lock import BankLock

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BankError
-from ..hub_errors import readable_errors
+from ..hub.errors import readable_errors
 from .bank import StrategyBank
 from .exchange import (
     FILES,
@@ -20,7 +20,7 @@ from .exchange import (
     read_exchange,
     write_export,
 )
-from .reading import BANK_DIRECTORY
+from .snapshot import BANK_DIRECTORY
 from .strategy import TRUST_STATES, Strategy
 
 

@@ -21,15 +21,23 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
-from ..cli.recipe import Recipe, load_data, load_rewards, model_init_kwargs
 from ..cli.train import without_long_problems
-from ..offline import require_model
-from ..rollout import contiguous_input
+from ..inference.weights import require_model
+from ..recipe import Recipe, load_data, load_rewards, model_init_kwargs
 from ..sgpo_config import SGPOConfig
-from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, score_trained_positions_only, with_classes
+from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, with_classes
+from ..speed.lm_head import contiguous_head_input, project_labelled_tokens_only
 
 
 ARMS = ("sgpo", "grpo")
+
+
+class _GRPOTrainer(GRPOTrainer):
+    """TRL's trainer with SGPO's remedies for the LM head on CPUs, which are given to all arms."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with project_labelled_tokens_only(self.accelerator.device), contiguous_head_input(self.model):
+            return super().train(*args, **kwargs)
 
 
 def build_trainer(
@@ -46,7 +54,7 @@ def build_trainer(
     Args:
         arm (`str`):
             `"sgpo"` or `"grpo"`.
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             What both train.
         end_probability (`float`, *optional*, defaults to `0.0`):
             Probability that a row ends at a token. By default all are generated to their limit.
@@ -90,10 +98,7 @@ def build_trainer(
     else:
         if equal_lengths:
             shared["max_completion_length"] = args.max_strategy_length + args.max_completion_length
-        trainer = GRPOTrainer(args=args.to_grpo(**shared), **common)
-        if trainer.accelerator.device.type == "cpu":  # SGPO's remedies for TRL on CPUs are given to both
-            score_trained_positions_only()
-            trainer.model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
+        trainer = _GRPOTrainer(args=args.to_grpo(**shared), **common)
     trainer.remove_callback(PrinterCallback)
     _end_at_random(trainer, end_probability)
     if arm == "sgpo" and trainer.strategy_bank is not None:

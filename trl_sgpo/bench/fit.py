@@ -14,11 +14,11 @@ from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from ..cli.estimate import report
-from ..cli.recipe import Recipe, model_init_kwargs, read_recipe
 from ..errors import ConfigError, SGPOError
-from ..memory.architectures import model_config
-from ..memory.estimate import CONTEXT, GIB
-from ..offline import require_model
+from ..inference.weights import require_model
+from ..recipe import Recipe, model_init_kwargs, read_recipe
+from ..vram.architectures import model_config
+from ..vram.estimate import CONTEXT, GIB
 from .arms import ARMS, build_trainer, measured_step, settings, write
 
 

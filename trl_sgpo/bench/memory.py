@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..cli.recipe import read_recipe
 from ..errors import ConfigError
+from ..recipe import read_recipe
 from .arms import ARMS, build_trainer, report, settings
 
 

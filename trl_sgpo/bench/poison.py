@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from ..bank import Strategy, StrategyBank, load_embedder, problem_id
 from ..bank.bank import DEFAULT_EMBEDDING_MODEL
-from ..bank.embedder import Embedder
+from ..bank.embedding import Embedder
 from ..bank.policy import wilson
-from ..evidence import outcomes, proposals
+from ..method.admission import outcomes, proposals
 
 
 Answer = Callable[[int, int], int]

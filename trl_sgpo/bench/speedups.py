@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.recipe import read_recipe
+from ..recipe import read_recipe
 from .arms import build_trainer, counted_step, measured_step, write
 from .throughput import add_step_options, check_step_options, step_settings
 

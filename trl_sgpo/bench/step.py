@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..cli.recipe import read_recipe
+from ..recipe import read_recipe
 from .arms import report
 from .memory import peaks
 from .throughput import add_step_options, step_figures, step_settings, take_turns

@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers import DynamicCache
 from trl.models import unwrap_model_for_generation
 
-from ..cli.recipe import Recipe, read_recipe
 from ..errors import ConfigError
-from ..rollout import contiguous_input, left_padded, max_new_tokens, merged_adapters
+from ..recipe import Recipe, read_recipe
+from ..speed.generation import left_padded, max_new_tokens, merged_adapters
+from ..speed.lm_head import contiguous_head_input
 from .arms import ARMS, Call, build_trainer, counted_step, measured_step, report, settings, synchronize
 
 
@@ -66,7 +67,7 @@ def take_turns(recipe: Recipe, options: argparse.Namespace, with_generate: bool)
     Takes steps of both trainers in turn, in changing order.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             What both train.
         options (`argparse.Namespace`):
             `steps` and `end_probability`.
@@ -99,8 +100,8 @@ def _plain_generate(trainer: Any, calls: list[Call]) -> dict[str, Any]:
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     padding, device, ends = trainer.processing_class.pad_token_id, trainer.accelerator.device, trainer.eos_token_ids
     tokens, seconds = 0, 0.0
-    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
     with (
+        contiguous_head_input(model),
         merged_adapters(trainer),
         unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),
         torch.no_grad(),
@@ -117,7 +118,6 @@ def _plain_generate(trainer: Any, calls: list[Call]) -> dict[str, Any]:
             ended = torch.isin(output[:, ids.size(1) :], torch.tensor(ends, device=device)).cumsum(dim=1)
             tokens += int((ended == 0).sum() + (ended == 1).any(dim=1).sum())
         traffic = bytes_read(model, calls)
-    hook.remove()
     return {
         "plain_seconds_generating": seconds,
         "plain_generated_tokens": tokens,

@@ -23,10 +23,10 @@ from ..bank.audit import audit as find_suspicious
 from ..bank.bank import INDEX, LEDGER, MANIFEST
 from ..bank.exchange import FILES, ImportReport, export_bank, import_bank
 from ..bank.ledger import Ledger
-from ..bank.reading import BANK_DIRECTORY, bank_directory
-from ..bank.reading import is_snapshot as _is_snapshot
-from ..bank.reading import reading as _reading
-from ..bank.reading import to_read as _to_read
+from ..bank.snapshot import BANK_DIRECTORY, bank_directory
+from ..bank.snapshot import is_snapshot as _is_snapshot
+from ..bank.snapshot import reading as _reading
+from ..bank.snapshot import to_read as _to_read
 from ..bank.strategy import TRUST_STATES
 from ..errors import BankError, ConfigError
 

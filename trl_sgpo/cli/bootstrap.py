@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError
 if TYPE_CHECKING:
     from ..data.bootstrap_run import Block, Plan, Row, Writer
     from ..data.synthetic import Summary, Tried
-    from .recipe import Recipe
+    from ..recipe import Recipe
 
 SOURCES = ("model", "teacher", "server", "worked")
 WRITERS = ("rule", "model", "teacher", "server")
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
     from filelock import FileLock, Timeout
 
-    from .recipe import read_recipe
+    from ..recipe import read_recipe
 
     recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap")
     output_dir = Path(options.output_dir)
@@ -119,7 +119,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     Runs what is left of the blocks and writes traces and bank.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             The recipe.
         options (`argparse.Namespace`):
             The command's own options.
@@ -133,8 +133,9 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     from ..bank.strategy import problem_id
     from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
     from ..data.synthetic import kept, summarize, to_traces, write_traces
-    from ..inference import Decoding, TwoPhaseSettings
-    from .recipe import load_data, load_rewards
+    from ..inference.model import Decoding
+    from ..inference.settings import TwoPhaseSettings
+    from ..recipe import load_data, load_rewards
 
     training = recipe.training
     verifier = load_rewards(recipe.script)[0]
@@ -194,10 +195,10 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
 
 def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
     """The class of each problem, and the blocks of problems to do."""
-    from ..bank.embedder import load_embedder
+    from ..bank.embedding import load_embedder
     from ..data.bootstrap_run import cut_blocks
     from ..data.classes import merge_small_classes, problem_classes
-    from ..prompts import problem_text
+    from ..method.prompts import problem_text
 
     training = recipe.training
 
@@ -239,7 +240,7 @@ def _doing(
     from functools import cache
 
     from ..data.bootstrap_run import Block, by_rule, by_writer, try_block, work_block
-    from ..offline import require_model
+    from ..inference.weights import require_model
 
     @cache
     def writer() -> "Writer":
@@ -275,9 +276,9 @@ def _doing(
 def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -> "Writer":
     from trl import get_quantization_config
 
-    from ..data.server import TOKEN_VARIABLE, ServerModel
-    from ..inference import TwoPhaseModel
-    from .recipe import model_init_kwargs
+    from ..inference.model import TwoPhaseModel
+    from ..inference.server import TOKEN_VARIABLE, ServerModel
+    from ..recipe import model_init_kwargs
 
     if options.by == "server":
         return ServerModel(

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..memory.advice import cheapest_change, in_words
-from ..memory.architectures import model_config
-from ..memory.estimate import GIB, HEADROOM, Estimate, Estimator, assumed_lengths
-from .recipe import Recipe, read_recipe
+from ..recipe import Recipe, read_recipe
+from ..vram.advice import cheapest_change, in_words
+from ..vram.architectures import model_config
+from ..vram.estimate import GIB, HEADROOM, Estimate, Estimator, assumed_lengths
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +61,7 @@ def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dic
     Estimates a recipe.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]), path (`str`):
+        recipe ([`~trl_sgpo.recipe.Recipe`]), path (`str`):
             The recipe and its file.
         vram_gb (`float`, *optional*):
             Memory that it has to fit into. If `None`, there is no verdict.
@@ -69,7 +69,7 @@ def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dic
             `"cuda"` or `"cpu"`.
 
     Returns:
-        `dict`: The [`~trl_sgpo.memory.estimate.Estimate`], the verdict and, if it does not fit, the change.
+        `dict`: The [`~trl_sgpo.vram.estimate.Estimate`], the verdict and, if it does not fit, the change.
     """
     name = recipe.model.model_name_or_path
     estimator, source = _estimator(name, recipe.model.model_revision, device)

@@ -17,7 +17,8 @@ from ..yaml_files import read_mapping, unknown_key
 if TYPE_CHECKING:
     from ..bank import StrategyBank
     from ..evaluation.report import ResultTable
-    from ..inference import TwoPhaseModel, Verifier
+    from ..inference.model import TwoPhaseModel
+    from ..inference.verifier import Verifier
 
 TWO_PHASE = (
     "strategy_prompt",
@@ -167,7 +168,7 @@ def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
     from ..data.tasks import answer_reward
-    from .recipe import SGPOScriptArguments, load_rewards
+    from ..recipe import SGPOScriptArguments, load_rewards
 
     verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
     for each in loaded:
@@ -290,8 +291,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
-    from ..inference import TwoPhaseModel, TwoPhaseSettings
-    from ..offline import require_model
+    from ..inference.model import TwoPhaseModel
+    from ..inference.settings import TwoPhaseSettings
+    from ..inference.weights import require_model
 
     given = {key: vars(options)[key] for key in TWO_PHASE if vars(options)[key] is not None}
     if "strategy_format" in given:

@@ -208,7 +208,7 @@ def _reward_path(text: str) -> Path:
 
 
 def _check_model(name: str) -> str:
-    from ..offline import require_model
+    from ..inference.weights import require_model
 
     require_model(name)
     return name

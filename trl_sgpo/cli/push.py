@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     if evaluation is not None and not (evaluation / "results.json").is_file():
         raise ConfigError(f"`--eval {evaluation}` holds no results.json: name the output folder of `trl-sgpo eval`.")
 
-    from ..hub import bank_of, claim, push_folder, stage, staging
-    from ..model_card import HUB_NAME, TrainingFacts
+    from ..hub.model_card import HUB_NAME, TrainingFacts
+    from ..hub.push import bank_of, claim, push_folder, stage, staging
 
     if not HUB_NAME.fullmatch(options.repo_id):
         raise ConfigError(f"{options.repo_id} is no name of a model on the Hub: name it as user/name.")

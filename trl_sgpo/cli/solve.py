@@ -15,8 +15,8 @@ from ..errors import BankError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from ..bank import Strategy
-    from ..inference import Decoding
-    from ..pipeline import SGPOPipeline, Solution
+    from ..inference.model import Decoding
+    from ..inference.pipeline import SGPOPipeline, Solution
 
 LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
 
@@ -182,8 +182,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(options: argparse.Namespace) -> "SGPOPipeline":
-    from ..data.server import TOKEN_VARIABLE
-    from ..pipeline import SGPOPipeline
+    from ..inference.pipeline import SGPOPipeline
+    from ..inference.server import TOKEN_VARIABLE
 
     bank = None if options.no_bank or options.strategy is not None else options.bank or "auto"
     try:
@@ -253,7 +253,7 @@ def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
 
 
 def _decoding(options: argparse.Namespace) -> "Decoding":
-    from ..inference import Decoding
+    from ..inference.model import Decoding
 
     greedy = options.temperature == 0
     return Decoding(greedy, 1.0 if greedy else options.temperature, options.top_p, options.seed)
@@ -410,7 +410,7 @@ def _solve_file(options: argparse.Namespace) -> int:
 
     from ..evaluation.statistics import derived_seed
     from ..evaluation.suites import load_suites, parse_suite
-    from ..prompts import problem_text
+    from ..method.prompts import problem_text
 
     output = Path(options.output)
     if output.suffix != ".jsonl":
@@ -453,7 +453,7 @@ def _solve_file(options: argparse.Namespace) -> int:
 
 def _made_by(pipeline: "SGPOPipeline", options: argparse.Namespace) -> str:
     """Identity of all that answers depend on, so that a file is not continued with something else."""
-    from ..inference import TwoPhaseModel
+    from ..inference.model import TwoPhaseModel
     from .eval import _digest, _weights_digest
 
     model, bank = pipeline.model, pipeline.bank

@@ -26,17 +26,17 @@ from ..data.synthetic import read_traces
 from ..data.worked import Trace, traces
 from ..errors import ConfigError, DataError, ModelError, SGPOError
 from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
-from ..hub import claim
-from ..memory.advice import in_words
-from ..memory.estimate import GIB
-from ..model_card import REPORT_FILE
-from ..offline import require_model
-from ..prompts import problem_text
+from ..hub.model_card import REPORT_FILE
+from ..hub.push import claim
+from ..inference.weights import require_model
+from ..method.prompts import problem_text
+from ..recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SHARDED_CHECKPOINTS, SGPOTrainer, with_classes
+from ..vram.advice import in_words
+from ..vram.estimate import GIB
 from .bank import _printable
 from .estimate import report
-from .recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -98,7 +98,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     Warm-starts, trains, saves and reports as the recipe says.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             The recipe.
 
     Returns:
@@ -211,7 +211,7 @@ def check_memory(recipe: Recipe) -> None:
     Refuses a recipe that is estimated to need more memory than it states or the GPU has, before weights are loaded.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             The recipe.
 
     Raises:

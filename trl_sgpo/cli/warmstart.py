@@ -1,8 +1,8 @@
 """`trl-sgpo warmstart`: only the supervised warm start of a recipe."""
 
 from ..errors import ConfigError
-from ..offline import require_model
-from .recipe import load_data, read_recipe
+from ..inference.weights import require_model
+from ..recipe import load_data, read_recipe
 from .train import warmstart_model
 
 

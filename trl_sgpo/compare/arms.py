@@ -16,12 +16,14 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
-from ..cli.recipe import Recipe, load_rewards, model_init_kwargs
 from ..data.bootstrap import two_phase_examples, warmstart
 from ..data.worked import traces
-from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings
+from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.settings import TwoPhaseSettings
+from ..recipe import Recipe, load_rewards, model_init_kwargs
 from ..sgpo_config import SGPOConfig
-from ..sgpo_trainer import SGPOTrainer, score_trained_positions_only
+from ..sgpo_trainer import SGPOTrainer
+from ..speed.lm_head import project_labelled_tokens_only
 from .budget import TokenBudget
 from .config import Arm
 from .prm import ProcessReward, step_labels, train_process_reward_model
@@ -40,7 +42,7 @@ class Task:
     Args:
         arm ([`Arm`]):
             The arm.
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             Recipe with the arm's overrides, seed and output directory.
         model (`str`):
             Directory of the warm-started model.
@@ -215,8 +217,6 @@ def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str
         quantization_config=get_quantization_config(task.recipe.model),
         peft_config=get_peft_config(task.recipe.model),
     )
-    if trainer.accelerator.device.type == "cpu":
-        score_trained_positions_only()  # SGPO's remedy for TRL on CPUs is given to all
     return _train(task, trainer, labelled, details)
 
 
@@ -259,7 +259,8 @@ def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> Trained:
 def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> Trained:
     trainer.remove_callback(PrinterCallback)
     budget = TokenBudget(task.budget, labelled, task.points, lambda: task.measure(trainer)).count_in(trainer)
-    trainer.train(resume_from_checkpoint=task.checkpoint)
+    with project_labelled_tokens_only(trainer.accelerator.device):  # SGPO's remedy for TRL on CPUs is given to all
+        trainer.train(resume_from_checkpoint=task.checkpoint)
     directory = Path(trainer.args.output_dir, "model")
     trainer.save_model(str(directory))
     return Trained(

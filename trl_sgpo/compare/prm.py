@@ -9,8 +9,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import DataError, ModelError
-from ..inference import Decoding, TwoPhaseModel, Verifier, verify
-from ..prompts import Prompt
+from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.verifier import Verifier, verify
+from ..method.prompts import Prompt
 from .rlhf import (
     check_sampling,
     fingerprint,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, DataError
-from ..inference import Decoding, TwoPhaseModel, Verifier, verify
+from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.verifier import Verifier, verify
 
 
 if TYPE_CHECKING:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import StrategyBank
-from ..cli.recipe import Recipe, load_data, load_rewards, read_recipe
 from ..cli.train import resume_point, warmstart_model
 from ..errors import DataError
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
 from ..evaluation.transfer_score import plan_transfer, transfer_report
-from ..inference import Decoding, TwoPhaseModel, TwoPhaseSettings, verify
-from ..offline import require_model
+from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.settings import TwoPhaseSettings
+from ..inference.verifier import verify
+from ..inference.weights import require_model
+from ..recipe import Recipe, load_data, load_rewards, read_recipe
 from ..sgpo_trainer import BANK_DIRECTORY, with_classes
 from .arms import Task, Trained, plain_settings, train_arm
 from .config import Arm, Comparison, read_comparison

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ModelError
-from ..prompts import chat_bridge, plain_bridge, problem_text, strategy_prompt
+from ..method.prompts import chat_bridge, plain_bridge, problem_text, strategy_prompt
 from .worked import Trace
 
 
@@ -152,8 +152,8 @@ def warmstart(
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from ..inference import TwoPhaseSettings
-    from ..sgpo_trainer import score_trained_positions_only
+    from ..inference.settings import TwoPhaseSettings
+    from ..speed.lm_head import project_labelled_tokens_only
 
     output_dir = Path(output_dir)
     if not traces:
@@ -201,9 +201,8 @@ def warmstart(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    if trainer.accelerator.device.type == "cpu":
-        score_trained_positions_only()
-    trainer.train()
+    with project_labelled_tokens_only(trainer.accelerator.device):
+        trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     merged = trained if full else trained.merge_and_unload()
     if trainer.accelerator.is_main_process:

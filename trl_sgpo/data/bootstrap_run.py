@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from ..bank.strategy import problem_id
 from ..errors import ConfigError, DataError
-from ..inference import Decoding, Verifier, verify
-from ..prompts import ParsedStrategy, Prompt, parse_strategy, problem_text
-from ..rollout import Problem
-from ..transfer import block_order
+from ..inference.model import Decoding
+from ..inference.verifier import Verifier, verify
+from ..method.problem import Problem
+from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, problem_text
+from ..method.transfer import block_order
 from .synthetic import Executed, Tried, find_flaw, strategy_from_annotations, worked_execution
 from .worked import worked_traces
 
@@ -32,7 +33,10 @@ Pair = tuple[ParsedStrategy, str]  # strategy and execution
 
 
 class Writer(Protocol):
-    """What writes and executes: [`~trl_sgpo.inference.TwoPhaseModel`] or [`~trl_sgpo.data.server.ServerModel`]."""
+    """
+    A model that writes strategies and executes them: [`~trl_sgpo.inference.model.TwoPhaseModel`] or
+    [`~trl_sgpo.inference.server.ServerModel`].
+    """
 
     generated_tokens: int
 
@@ -53,7 +57,7 @@ class Plan:
     How much is generated for a block.
 
     Args:
-        decoding ([`~trl_sgpo.inference.Decoding`]):
+        decoding ([`~trl_sgpo.inference.model.Decoding`]):
             How to decode. Its seed is that of the first block.
         num_strategies (`int`, *optional*, defaults to `4`):
             Strategies written for each problem.

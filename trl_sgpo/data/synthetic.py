@@ -15,8 +15,8 @@ from typing import Any
 
 from ..bank.audit import control_tokens
 from ..errors import DataError
-from ..prompts import ParsedStrategy
-from ..rewards import copied_literals, leak
+from ..method.prompts import ParsedStrategy
+from ..method.rewards import copied_literals, leak
 from .tasks import final_answer
 from .worked import Trace
 
@@ -87,7 +87,7 @@ def find_flaw(strategy: ParsedStrategy, problem: str, answer: str | None) -> str
     What is wrong with a strategy before it is executed.
 
     Args:
-        strategy ([`~trl_sgpo.prompts.ParsedStrategy`]):
+        strategy ([`~trl_sgpo.method.prompts.ParsedStrategy`]):
             The strategy.
         problem (`str`):
             Text of the problem it was written for.

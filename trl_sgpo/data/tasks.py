@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+from ..compare.lab import list_functions
 from ..errors import DataError
-from . import list_functions
 
 
 if TYPE_CHECKING:

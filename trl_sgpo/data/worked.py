@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..compare.lab import list_functions
 from ..errors import DataError
-from . import list_functions
 
 
 if TYPE_CHECKING:

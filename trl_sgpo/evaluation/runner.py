@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..bank.strategy import problem_id
 from ..data.tasks import final_answer, same_answer
-from ..inference import Decoding, TwoPhaseModel, Verifier, as_problem, verify, with_retrieved
+from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.retrieval import with_retrieved
+from ..inference.verifier import Verifier, verify
+from ..method.problem import as_problem
 from .chunks import Chunk, RunChunk, run_now
 from .statistics import (
     SOLVED,
@@ -70,7 +73,7 @@ def evaluate_suite(
     Evaluates a model on a suite.
 
     Args:
-        model ([`~trl_sgpo.inference.TwoPhaseModel`]):
+        model ([`~trl_sgpo.inference.model.TwoPhaseModel`]):
             The model.
         loaded ([`~trl_sgpo.evaluation.suites.LoadedSuite`]):
             The suite.

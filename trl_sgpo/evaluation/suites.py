@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from ..prompts import with_system_prompt
+from ..method.prompts import with_system_prompt
 
 
 KINDS = ("in_distribution", "out_of_distribution", "harder")

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..bank.strategy import problem_id
 from ..errors import DataError
-from ..inference import Decoding, TwoPhaseModel, Verifier, as_problem, verify, with_retrieved
-from ..transfer import BlockGeometry, block_order, outcome_matrix
+from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.retrieval import with_retrieved
+from ..inference.verifier import Verifier, verify
+from ..method.problem import as_problem
+from ..method.transfer import BlockGeometry, block_order, outcome_matrix
 from .chunks import Chunk, RunChunk, run_now
 from .statistics import Estimate, class_mean_estimate, derived_seed, wilson_interval
 
@@ -424,7 +427,7 @@ def transfer_report(
     Measures how well a model's strategies do on problems that they were not written for.
 
     Args:
-        model ([`~trl_sgpo.inference.TwoPhaseModel`]):
+        model ([`~trl_sgpo.inference.model.TwoPhaseModel`]):
             The model.
         rows (`Sequence[dict]`):
             Problems not trained on.
@@ -438,7 +441,7 @@ def transfer_report(
             Strategies of the same class, and of others, executed on each problem.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the draw, of sampling and of the intervals.
-        decoding ([`~trl_sgpo.inference.Decoding`], *optional*):
+        decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
             How to decode, greedily by default. Its seed is not used.
         bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
             If given, transfer and own are also measured with its trusted strategies in view.

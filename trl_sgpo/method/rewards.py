@@ -76,7 +76,7 @@ def coherence(strategy: ParsedStrategy, problem: str) -> float:
     Generality is 1 / (1 + literals of the instance used), and 0 for a malformed strategy.
 
     Args:
-        strategy ([`~trl_sgpo.prompts.ParsedStrategy`]):
+        strategy ([`~trl_sgpo.method.prompts.ParsedStrategy`]):
             The parsed strategy.
         problem (`str`):
             Text of the problem it was written for.

@@ -24,8 +24,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from ..row_cache import row_cache
-from ..shared_prompts import SharedPrompts, share_prompts
+from ..speed.row_cache import row_cache
+from ..speed.shared_prompts import SharedPrompts, share_prompts
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def load_embedder(name: str) -> Embedder:
     """
     from sentence_transformers import SentenceTransformer
 
-    from ..offline import local_weights
+    from ..inference.weights import local_weights
 
     weights = local_weights(name)
     try:

@@ -17,10 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .bank.exchange import FILES, MANIFEST, export_bank, published
-from .bank.reading import BANK_DIRECTORY, reading
-from .errors import ModelError
-from .hub_errors import may_pass, readable_errors
+from ..bank.exchange import FILES, MANIFEST, export_bank, published
+from ..bank.snapshot import BANK_DIRECTORY, reading
+from ..errors import ModelError
+from .errors import may_pass, readable_errors
 from .model_card import (
     CARD,
     FACTS_FILE,
@@ -35,7 +35,7 @@ from .model_card import (
 
 
 if TYPE_CHECKING:
-    from .bank import StrategyBank
+    from ..bank import StrategyBank
 
 SETTINGS_FILE = "sgpo.json"
 TRAINER_STATE = "trainer_state.json"
@@ -177,7 +177,7 @@ def stage(
             Name of the repository, for the card.
         bank ([`StrategyBank`], *optional*):
             The bank, of which an export is written.
-        facts ([`~trl_sgpo.model_card.TrainingFacts`], *optional*):
+        facts ([`~trl_sgpo.hub.model_card.TrainingFacts`], *optional*):
             What the card says of the training. If `None`, what the run saved. Without a licence there, model and
             strategies get that of the base model on the Hub, if it can be asked.
         evaluation (`Path`, *optional*):
@@ -373,7 +373,7 @@ def start_push(
             Title of the commit.
         bank ([`StrategyBank`], *optional*):
             The bank, of which an export is written.
-        facts ([`~trl_sgpo.model_card.TrainingFacts`]):
+        facts ([`~trl_sgpo.hub.model_card.TrainingFacts`]):
             What the card says of the training.
         checkpoint (`str`, *optional*):
             Folder in the repository for all of the checkpoint that `source` is, to resume from.
@@ -472,7 +472,7 @@ def pull_run(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    from .offline import local_weights
+    from ..inference.weights import local_weights
 
     if Path(name).is_dir() or not HUB_NAME.fullmatch(name) or local_weights(name) != name:
         if revision is not None:

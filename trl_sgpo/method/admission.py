@@ -2,9 +2,9 @@
 
 import torch
 
+from ..bank import Outcome, Strategy
+from ..bank.policy import admissible
 from . import advantages as credit
-from .bank import Outcome, Strategy
-from .bank.policy import admissible
 
 
 def proposals(

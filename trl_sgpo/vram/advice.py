@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..cli.recipe import Recipe
+from ..recipe import Recipe
 from .estimate import Estimate
 
 
@@ -16,7 +16,7 @@ def cheapest_change(
     Searches for the change that costs least: first what only costs time, then what trains less or shorter.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             A recipe that does not fit. It is not changed.
         vram_gb (`float`):
             Memory it has to fit into.
@@ -74,7 +74,7 @@ def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     Copies a recipe.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             The recipe. It is not changed.
         changes (`dict`):
             Keys of `SGPOConfig` and `ModelConfig` with new values.

@@ -1,7 +1,7 @@
 """Python code that uses a trained model with `transformers` alone, for model cards and documentation."""
 
-from .inference import TwoPhaseSettings
-from .prompts import RETRIEVED_HEADER, plain_bridge
+from ..inference.settings import TwoPhaseSettings
+from ..method.prompts import RETRIEVED_HEADER, plain_bridge
 
 
 _HEAD = '''\
@@ -73,7 +73,7 @@ def transformers_snippet(
     Args:
         name (`str`):
             Hub id or directory of the model or adapter.
-        settings ([`~trl_sgpo.inference.TwoPhaseSettings`]):
+        settings ([`~trl_sgpo.inference.settings.TwoPhaseSettings`]):
             Prompts and limits of the run.
         problem (`str`, *optional*):
             Problem in the example.

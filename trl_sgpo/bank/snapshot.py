@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from ..errors import BankError
 from .bank import INDEX, LEDGER, MANIFEST, StrategyBank
-from .embedder import Embedder
+from .embedding import Embedder
 from .exchange import FILES, MAX_ROWS, copy_export, import_bank
 
 

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.TwoPhaseModel`]."""
+"""A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.model.TwoPhaseModel`]."""
 
 import json
 import time
@@ -11,9 +11,10 @@ import httpx
 from tqdm.auto import tqdm
 
 from ..errors import ModelError
-from ..inference import Decoding, Stream, TwoPhaseSettings
-from ..prompts import ParsedStrategy, Prompt, parse_strategy, strategy_prompt
-from ..rollout import Problem
+from ..method.problem import Problem
+from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, strategy_prompt
+from .model import Decoding, Stream
+from .settings import TwoPhaseSettings
 
 
 TOKEN_VARIABLE = "TRL_SGPO_SERVER_TOKEN"
@@ -30,7 +31,7 @@ class ServerModel:
             Base address with its version, such as `http://127.0.0.1:8000/v1`.
         name (`str`):
             The model's name on the server.
-        settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
+        settings ([`~trl_sgpo.inference.settings.TwoPhaseSettings`], *optional*):
             Prompts and limits.
         token (`str`, *optional*):
             Sent as bearer token.

@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from ..errors import ModelError
-from ..prompts import Prompt, problem_text, strategy_prompt
-from ..rollout import generate, merged_adapters, requests_read_once
+from ..method.prompts import Prompt, problem_text, strategy_prompt
+from ..speed.generation import generate, merged_adapters, requests_read_once
 
 
 if TYPE_CHECKING:

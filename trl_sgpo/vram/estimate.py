@@ -10,9 +10,9 @@ from peft import LoraConfig
 from transformers import PreTrainedConfig
 from trl import get_peft_config
 
-from ..cli.recipe import Recipe
 from ..errors import ConfigError
-from ..shared_prompts import within_window
+from ..recipe import Recipe
+from ..speed.shared_prompts import within_window
 from .simulate import SimulatedModel, Weights
 
 
@@ -107,7 +107,7 @@ def assumed_lengths(recipe: Recipe) -> Lengths:
     Lengths of the longest row where neither the tokenizer nor the data are at hand.
 
     Args:
-        recipe ([`~trl_sgpo.cli.recipe.Recipe`]):
+        recipe ([`~trl_sgpo.recipe.Recipe`]):
             The recipe. Without `max_problem_tokens`, its longest problem is taken to have 256 tokens.
     """
     args = recipe.training
@@ -350,7 +350,7 @@ def optimizer_bytes(optimizer: str, weights: Weights) -> int:
     Args:
         optimizer (`str`):
             `optim` of the recipe.
-        weights ([`~trl_sgpo.memory.simulate.Weights`]):
+        weights ([`~trl_sgpo.vram.simulate.Weights`]):
             What is trained.
     """
     name = optimizer.rsplit(".", 1)[-1].casefold()

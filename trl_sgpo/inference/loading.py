@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from .errors import ModelError
-from .hub import adapter_base
-from .offline import require_model
+from ..errors import ModelError
+from ..hub.push import adapter_base
+from .weights import require_model
 
 
 ADAPTER_FILE = "adapter_config.json"

@@ -8,20 +8,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from .bank import Strategy, StrategyBank
-from .bank.bank import DEFAULT_EMBEDDING_MODEL
-from .bank.exchange import is_export
-from .bank.hub import pull_bank
-from .bank.reading import BANK_DIRECTORY, reading_copy, reading_export
-from .data.server import ServerModel
-from .data.tasks import final_answer, same_answer, same_answer_text
-from .errors import BankError, ConfigError, DataError, ModelError
-from .evaluation.statistics import derived_seed, majority_vote
-from .hub import pull_run
-from .inference import Decoding, TwoPhaseModel, TwoPhaseSettings, with_retrieved
-from .model_card import HUB_NAME
-from .prompts import ParsedStrategy, Prompt, with_system_prompt
-from .rollout import Problem
+from ..bank import Strategy, StrategyBank
+from ..bank.bank import DEFAULT_EMBEDDING_MODEL
+from ..bank.exchange import is_export
+from ..bank.hub import pull_bank
+from ..bank.snapshot import BANK_DIRECTORY, reading_copy, reading_export
+from ..data.tasks import final_answer, same_answer, same_answer_text
+from ..errors import BankError, ConfigError, DataError, ModelError
+from ..evaluation.statistics import derived_seed, majority_vote
+from ..hub.model_card import HUB_NAME
+from ..hub.push import pull_run
+from ..method.problem import Problem
+from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
+from .model import Decoding, TwoPhaseModel
+from .retrieval import with_retrieved
+from .server import ServerModel
+from .settings import TwoPhaseSettings
 
 
 Watch = Callable[[str, str], None]
@@ -58,7 +60,7 @@ class Solution:
     How a problem was solved.
 
     Args:
-        problem ([`~trl_sgpo.rollout.Problem`]):
+        problem ([`~trl_sgpo.method.problem.Problem`]):
             The problem. Its `retrieved` are the strategies of the bank that were shown.
         attempts (`tuple[Attempt, ...]`):
             All attempts.
@@ -112,7 +114,7 @@ class SGPOPipeline:
     which was written for the problem itself, and nothing is written to it.
 
     Args:
-        model ([`~trl_sgpo.inference.TwoPhaseModel`] or [`~trl_sgpo.data.server.ServerModel`]):
+        model ([`~trl_sgpo.inference.model.TwoPhaseModel`] or [`~trl_sgpo.inference.server.ServerModel`]):
             The model.
         bank ([`StrategyBank`], *optional*):
             Bank whose strategies are shown with problems.
@@ -167,7 +169,7 @@ class SGPOPipeline:
             run (`str`, *optional*):
                 Output folder of the training run, with its `sgpo.json` and bank, or Hub id of what was pushed of it.
                 If `None`, that of the model. Name it for a model that was merged or converted to another place.
-            settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
+            settings ([`~trl_sgpo.inference.settings.TwoPhaseSettings`], *optional*):
                 Prompts and limits. If `None`, those of the run.
             batch_size (`int`, *optional*, defaults to `32`):
                 Texts generated at a time.
@@ -225,14 +227,14 @@ class SGPOPipeline:
             run (`str`, *optional*):
                 Output folder of the training run, with its `sgpo.json` and bank, or Hub id of what was pushed of it.
                 If `None`, `name` where that is a directory, else the default prompts are used.
-            settings ([`~trl_sgpo.inference.TwoPhaseSettings`], *optional*):
+            settings ([`~trl_sgpo.inference.settings.TwoPhaseSettings`], *optional*):
                 Prompts and limits. If `None`, those of the run.
             revision (`str`, *optional*):
                 Branch, tag or commit of the run on the Hub. If `None`, the latest commit.
             trust_bank (`bool`, *optional*, defaults to `False`):
                 As in [`SGPOPipeline.from_pretrained`].
             **server_kwargs:
-                Passed on to [`~trl_sgpo.data.server.ServerModel`], such as `token` or `concurrency`.
+                Passed on to [`~trl_sgpo.inference.server.ServerModel`], such as `token` or `concurrency`.
 
         Raises:
             [`ModelError`]: There is no server, or it has several models and none is named.
@@ -312,7 +314,7 @@ class SGPOPipeline:
                 Executed as it is, on all of them, instead of one that the model writes.
             samples (`int`, *optional*, defaults to `1`):
                 Attempts at each problem, each with a strategy of its own. The answer that most agree on is chosen.
-            decoding ([`~trl_sgpo.inference.Decoding`], *optional*):
+            decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
                 How to decode. If `None`, greedily for one attempt and sampled for more.
             watch (`Callable[[str, str], None]`, *optional*):
                 Called with `"strategy"` or `"execution"` and a piece of text while it is generated, and with an empty

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import ModelError
-from ..offline import require_model
+from ..inference.weights import require_model
 
 
 def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, str]:
@@ -39,4 +39,4 @@ def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConf
 
 def architectures() -> dict[str, dict[str, Any]]:
     """What models of the recipes look like, by Hub id: the part of their configs that memory depends on."""
-    return json.loads(files("trl_sgpo.memory").joinpath("architectures.json").read_text())
+    return json.loads(files("trl_sgpo.vram").joinpath("architectures.json").read_text())

@@ -1,0 +1,89 @@
+"""`sgpo.json`: what a model's two phases look like."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..errors import ConfigError
+from ..method.prompts import (
+    EXECUTION_PROMPT,
+    Prompt,
+    check_strategy_prompt,
+    default_strategy_prompt,
+    system_prompt_of,
+)
+from ..sgpo_config import SGPOConfig
+
+
+SETTINGS_FILE = "sgpo.json"
+
+
+@dataclass(frozen=True)
+class TwoPhaseSettings:
+    """
+    What a model's two phases look like. Every run saves it beside its model, as `sgpo.json`.
+
+    Args:
+        strategy_prompt (`str`, *optional*):
+            Template of the request for a strategy. If empty, the one for `strategy_format`.
+        execution_prompt (`str`, *optional*):
+            The turn between strategy and execution.
+        strategy_format (`str`, *optional*, defaults to `"text"`):
+            `"text"` or `"steps"`.
+        max_strategy_length (`int`, *optional*, defaults to `128`):
+            Maximum number of tokens of a strategy.
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Maximum number of tokens of an execution, or of an answer without strategy.
+        num_retrieved (`int`, *optional*, defaults to `1`):
+            Strategies of a bank shown with each problem.
+        embedding_model (`str`, *optional*):
+            What that bank embeds with.
+        system_prompt (`str`, *optional*):
+            System message of the problems that the model was trained on, `None` if they had none.
+        trained_on (`dict`, *optional*):
+            Data type and quantization of the weights that an adapter was trained on. `None` if the model is whole.
+    """
+
+    strategy_prompt: str = ""
+    execution_prompt: str = EXECUTION_PROMPT
+    strategy_format: str = "text"
+    max_strategy_length: int = 128
+    max_completion_length: int = 256
+    num_retrieved: int = 1
+    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    system_prompt: str | None = None
+    trained_on: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.strategy_prompt:
+            object.__setattr__(self, "strategy_prompt", default_strategy_prompt(self.strategy_format))
+        check_strategy_prompt(self.strategy_prompt)
+
+    @classmethod
+    def from_config(cls, config: SGPOConfig, prompt: Prompt = "") -> "TwoPhaseSettings":
+        """Takes the settings of a training configuration, and the system message of one of its problems."""
+        names = [item.name for item in fields(cls) if item.name not in ("system_prompt", "trained_on")]
+        return cls(**{name: config.__dict__[name] for name in names}, system_prompt=system_prompt_of(prompt))
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory, SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "TwoPhaseSettings":
+        """Reads the settings of a trained model's directory or Hub repository; the defaults where it has none."""
+        path = Path(directory, SETTINGS_FILE)
+        if not Path(directory).is_dir():
+            try:
+                path = Path(hf_hub_download(str(directory), SETTINGS_FILE))
+            except EntryNotFoundError:
+                return cls()
+        if not path.is_file():
+            return cls()
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): delete it to use the default prompts.") from error

@@ -1,0 +1,40 @@
+"""A problem as rollouts see it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..bank import Strategy
+from .prompts import Prompt, problem_text
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    A problem as the rollout sees it.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The dataset's prompt.
+        problem_class (`str`):
+            Its class, `""` if unknown.
+        answer (`str` or `None`):
+            Its short answer, if the dataset has one.
+        retrieved (`tuple[Strategy, ...]`):
+            Strategies shown with it.
+    """
+
+    prompt: Prompt
+    problem_class: str = ""
+    answer: str | None = None
+    retrieved: tuple[Strategy, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return problem_text(self.prompt)
+
+
+def as_problem(row: dict[str, Any], class_column: str = "problem_class") -> Problem:
+    """Reads a dataset row as a problem. A class it lacks is `""`."""
+    name = row.get(class_column)
+    answer = row.get("solution")
+    return Problem(row["prompt"], "" if name is None else str(name), None if answer is None else str(answer))
