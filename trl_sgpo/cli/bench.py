@@ -6,7 +6,7 @@ from ..errors import ConfigError
 
 
 SUBJECTS = {
-    "step": "time and memory of a training step, SGPO against TRL's GRPOTrainer",
+    "step": "time and memory of a training step: SGPO and shared-prompt GRPO against TRL's GRPOTrainer",
     "throughput": "speed against GRPOTrainer, plain `generate` and the memory's bandwidth",
     "speedups": "what each part of SGPO that saves work is worth",
     "memory": "peak memory against GRPOTrainer at equal rows and total lengths",
