@@ -338,7 +338,7 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
     path = Path(trainer.args.output_dir) / "before.json"
     if checkpoint is not None and path.is_file():
         return {decoding: TransferScore(**score) for decoding, score in json.loads(path.read_text()).items()}
-    trainer.set_aside_old_bank()
+    trainer.bank_session.set_aside_old_bank()
     print(f"Measuring on up to {problems} unseen problems before training …")
     scores = _measure(trainer, unseen, problems)
     path.write_text(json.dumps(_to_json(scores)))
