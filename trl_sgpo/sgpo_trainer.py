@@ -43,6 +43,7 @@ from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
 from .bank.audit import control_tokens
+from .bank.files import BANK_DIRECTORY
 from .bank.shared import SharedBank
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import merge_small_classes, problem_classes
@@ -67,7 +68,6 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` warns a
 
 logger = transformers.utils.logging.get_logger(__name__)
 
-BANK_DIRECTORY = "strategy_bank"
 CLASS_COLUMN = "transfer_class"
 
 _QUANTIZED_VLLM = (

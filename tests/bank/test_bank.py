@@ -9,7 +9,7 @@ import pytest
 from bank_helpers import EVERYONE, hashed_words, make
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, problem_id
-from trl_sgpo.bank.bank import FINGERPRINT_TEXT
+from trl_sgpo.bank.embedding import FINGERPRINT_TEXT
 from trl_sgpo.errors import BankError
 
 

@@ -1,4 +1,4 @@
-"""What the bank holds, in memory, and how strategies are found in it."""
+"""The contents of a bank in memory, and the search for strategies in them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,9 +10,9 @@ from .strategy import Retrieved, Strategy
 from .vectors import ClassVectors, nearest
 
 
-EXACT = 10_000  # up to here, comparing with all embeddings is as fast as asking the index
+EXACT = 10_000  # strategies, up to which comparing with all embeddings is as fast as an index
 
-UNDECIDED = 0.75  # part of the trials that go to strategies that are not trusted yet
+UNDECIDED = 0.75  # share of bank rows for strategies that are not trusted yet
 
 Hits = list[tuple[str, float]]
 
@@ -80,7 +80,7 @@ class Contents:
         hidden: Sequence[set[str]],
         trust: Sequence[str],
         explore: int | None,
-        ask_index: Callable[[np.ndarray, int], list[Hits]] | None,
+        search_index: Callable[[np.ndarray, int], list[Hits]],
     ) -> list[list[Retrieved]]:
         """
         Strategies for problems. The arguments are those of [`StrategyBank.retrieve`], for problems given by their
@@ -96,7 +96,8 @@ class Contents:
         for scope, rows in together.items():
             parts = self._parts(scope, trust)
             eligible = sum(len(part) for _, part in parts)
-            for row, near in zip(rows, self._nearest(embeddings[rows], parts, trust, width, ask_index), strict=True):
+            all_near = self._nearest(embeddings[rows], parts, trust, width, search_index)
+            for row, near in zip(rows, all_near, strict=True):
                 best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
                 if len(best) < k and eligible > width:
                     (near,) = nearest(embeddings[row : row + 1], parts, eligible)
@@ -108,7 +109,7 @@ class Contents:
         return found
 
     def _parts(self, scope: str | None, trust: Sequence[str]) -> list[tuple[ClassVectors, np.ndarray]]:
-        """The classes to search, and the rows in each that may be found."""
+        """The classes to search, and the rows of each with one of the trust states."""
         if scope is None:
             classes = list(self.classes.values())
         else:
@@ -121,13 +122,13 @@ class Contents:
         parts: list[tuple[ClassVectors, np.ndarray]],
         trust: Sequence[str],
         n: int,
-        ask_index: Callable[[np.ndarray, int], list[Hits]] | None,
+        search_index: Callable[[np.ndarray, int], list[Hits]],
     ) -> list[Hits]:
         eligible = sum(len(rows) for _, rows in parts)
-        if eligible <= EXACT or ask_index is None:
+        if eligible <= EXACT:
             return nearest(embeddings, parts, n)
         classes = {id(vectors) for vectors, _ in parts}
-        fetched = ask_index(embeddings, 2 * n * -(-len(self.live) // eligible))
+        fetched = search_index(embeddings, 2 * n * -(-len(self.live) // eligible))
         found = [
             [
                 (key, similarity)

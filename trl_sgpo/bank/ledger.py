@@ -1,7 +1,6 @@
-"""The record of the bank: one SQLite file. All else is derived from it."""
+"""The record of the bank: one SQLite file, from which everything else is derived."""
 
 import json
-import os
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BankError
+from .files import durable_replace
 from .strategy import Execution, Strategy
 
 
@@ -60,18 +60,6 @@ _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "sol
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
 _INSERT = f"INSERT INTO strategies VALUES (NULL, {', '.join('?' * (len(_FIELDS) + 2))})"
 _UPDATE = f"UPDATE strategies SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE id = ?"
-
-
-def durable_replace(temporary: Path, target: Path) -> None:
-    """Move a file over another one so that a crash leaves either the old or the new content."""
-    for path, move in ((temporary, True), (target.parent, False)):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if move:
-            os.replace(temporary, target)
 
 
 def _blob(embedding: np.ndarray) -> bytes:

@@ -129,7 +129,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     Raises:
         [`DataError`]: The problems cannot be verified, or have no worked solutions that could be used.
     """
-    from ..bank.ledger import durable_replace
+    from ..bank.files import durable_replace
     from ..bank.strategy import problem_id
     from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
     from ..data.synthetic import kept, summarize, to_traces, write_traces

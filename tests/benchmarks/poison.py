@@ -1,8 +1,8 @@
 """
 Harmful strategies in the bank: how often do they reach an answer?
 
-The model is replaced by the worst one for the defence: it obeys any harmful strategy among those it is shown. All
-else is what training runs: admission, evidence, trust, retrieval and the embedding model.
+The model is replaced by the worst one for the defence: it obeys any harmful strategy among those it is shown.
+Admission, trust, retrieval and the embedding model are those of training.
 """
 
 import math
@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..bank import Strategy, StrategyBank, load_embedder, problem_id
-from ..bank.bank import DEFAULT_EMBEDDING_MODEL
-from ..bank.embedding import Embedder
-from ..bank.policy import wilson
-from ..method.admission import outcomes, proposals
+from trl_sgpo.bank import Strategy, StrategyBank, load_embedder, problem_id
+from trl_sgpo.bank.embedding import DEFAULT_EMBEDDING_MODEL, Embedder
+from trl_sgpo.bank.policy import wilson
+from trl_sgpo.method.admission import outcomes, proposals
 
 
 Answer = Callable[[int, int], int]
