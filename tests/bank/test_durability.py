@@ -354,7 +354,9 @@ def test_a_snapshot_is_restored_exactly(bank, tmp_path):
     assert bank.retrieve(problems, exclude=[set()] * 10) == found
     assert bank.add([make("later")])
     bank.snapshot(tmp_path / "checkpoint-1")
-    assert json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())["count"] == 11
+    manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
+    about = {"schema_version": 2, "count": 11, "embedding_model": "hashed_words", "dimension": 256}
+    assert manifest.pop("sha256") and manifest == about
     with StrategyBank(tmp_path / "other", hashed_words) as other:
         other.load_snapshot(tmp_path / "checkpoint-1")
         assert other.strategies() == bank.strategies()

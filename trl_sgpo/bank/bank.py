@@ -1,6 +1,5 @@
 """The strategy bank: the ledger as its record, contents in memory for the search, and the rules that change both."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from ..errors import BankError
-from . import policy
 from .changes import Changes, expect_storable
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder, EmbeddingModel
 from .export import read_export
@@ -18,9 +16,6 @@ from .files import LEDGER
 from .hub import pull_bank
 from .store import Store
 from .strategy import Execution, ImportReport, Outcome, Retrieved, Strategy, problem_id
-
-
-logger = logging.getLogger(__name__)
 
 
 class StrategyBank:
@@ -144,27 +139,12 @@ class StrategyBank:
     @property
     def dimension(self) -> int | None:
         """Dimension of the embeddings, `None` before the embedding model of an empty bank was used."""
-        if self._store.dimension is None and self._fingerprint is not None:
-            return len(self._fingerprint)
         return self._store.dimension
 
     def _check_embedding_model(self) -> None:
         """Embeds all strategies again if the model embeds differently from the one the bank was made with."""
-        if self._fingerprint is not None:
-            return
-        fingerprint = self._embedder.fingerprint()
-        if not self._store.is_embedded_by(self.embedding_model, fingerprint):
-            logger.warning(
-                "The bank in %s was made with %s, and %s embeds differently: embedding it anew.",
-                self.path,
-                self.made_with,
-                self.embedding_model,
-            )
-            strategies = self._store.contents.strategies
-            embeddings = self._embedder([strategy.text for strategy in strategies.values()])
-            by_id = dict(zip(strategies, embeddings, strict=True))
-            self._store.set_embeddings(self.embedding_model, fingerprint, by_id)
-        self._fingerprint = fingerprint
+        if self._fingerprint is None:
+            self._fingerprint = self._store.use_model(self._embedder)
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """
@@ -205,6 +185,7 @@ class StrategyBank:
     ) -> list[str]:
         """
         Store strategies, as `add` does, and outcomes, as `update` does, in one transaction: all of it or nothing.
+        Returns the ids of the strategies that are new in the bank.
 
         Args:
             strategies (`Iterable[Strategy]`):
@@ -213,9 +194,6 @@ class StrategyBank:
                 Outcomes, of these strategies or of those in the bank.
             shown (`Mapping[str, int]`, *optional*):
                 Strategy id → how often it was shown with a problem since the last call.
-
-        Returns:
-            `list[str]`: Ids of the strategies that are new in the bank.
 
         Raises:
             [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
@@ -367,10 +345,7 @@ class StrategyBank:
         The `n` most useful strategies that may be shown: trusted ones first, then candidates. Among equally useful
         ones, the one executed more often comes first.
         """
-        shown = [strategy for strategy in self.strategies() if strategy.trust != "quarantine"]
-        return sorted(
-            shown, key=lambda s: (s.trust != "trusted", -policy.utility(s.successes, s.trials), -s.trials, s.id)
-        )[:n]
+        return self._store.contents.best(n)
 
     def retrieve(
         self,
@@ -423,17 +398,8 @@ class StrategyBank:
         """
         `k` strategies of a class, or fewer if it has fewer, to execute as they are (bank rows). Three of four are not
         trusted yet, quarantined ones included, because their executions decide about their trust. Within either group
-        strategies are drawn by their success rates (Thompson sampling).
-
-        Args:
-            problem_class (`str`):
-                The class.
-            k (`int`):
-                Number of strategies.
-            seed (`int`):
-                Seed of the draw.
-            exclude (`set[str]`, *optional*):
-                Ids, by [`problem_id`], of problems whose strategies are left out.
+        strategies are drawn by their success rates (Thompson sampling), for a `seed` always the same. Strategies
+        written for problems in `exclude`, ids by [`problem_id`], are left out.
         """
         return self._store.contents.sample(problem_class, k, seed, exclude or set())
 

@@ -27,7 +27,7 @@ class Contents:
         embeddings (`Mapping[str, np.ndarray]`):
             Strategy id → embedding of norm 1 and shape `(d,)`, of those that are not retired.
         max_share (`float`):
-            Part of what training shows of a class that one strategy may make up while others are there.
+            Share of what training shows of a class that one strategy may make up while there are others.
     """
 
     def __init__(self, strategies: Iterable[Strategy], embeddings: Mapping[str, np.ndarray], max_share: float):
@@ -40,7 +40,7 @@ class Contents:
             self.put(strategy, embeddings.get(strategy.id))
 
     def put(self, strategy: Strategy, embedding: np.ndarray | None = None) -> None:
-        """Add a strategy, or replace what is known of it. A new one needs its embedding unless it is retired."""
+        """Add a strategy or replace a stored one. A new one needs its embedding unless it is retired."""
         key = strategy.id
         before = self.strategies.get(key)
         self._shown[strategy.problem_class] += strategy.shown - (before.shown if before else 0)
@@ -67,7 +67,7 @@ class Contents:
             return np.full(len(embeddings), -1.0)
         vectors = self.classes[problem_class]
         matrix = vectors.column("matrix")
-        # Of one row, as a step brings it to most classes, the product takes half the time this way
+        # einsum halves the time of products of one row, which most classes have in a step
         similarities = np.einsum("md,nd->mn", embeddings, matrix) if len(embeddings) == 1 else embeddings @ matrix.T
         similarities[:, vectors.with_trust(("quarantine",))] = -1
         return similarities.max(axis=1, initial=-1.0)
@@ -137,7 +137,7 @@ class Contents:
             ][:n]
             for hits in fetched
         ]
-        # The index knows neither class nor trust, so its nearest entries may be the wrong ones
+        # The index does not filter by class and trust, so too few of its nearest entries may be eligible
         if few := [row for row, hits in enumerate(found) if len(hits) < n]:
             for row, hits in zip(few, nearest(embeddings[few], parts, n), strict=True):
                 found[row] = hits
@@ -167,8 +167,15 @@ class Contents:
         found.sort(key=order)
         return [found[row] for row in policy.diversify([self.embedding(hit.strategy.id) for hit in found], k)]
 
+    def best(self, n: int) -> list[Strategy]:
+        """The most useful strategies, as [`StrategyBank.best`] returns them."""
+        shown = [self.strategies[key] for key in self.live if self.strategies[key].trust != "quarantine"]
+        return sorted(
+            shown, key=lambda s: (s.trust != "trusted", -policy.utility(s.successes, s.trials), -s.trials, s.id)
+        )[:n]
+
     def sample(self, problem_class: str, k: int, seed: int, hidden: set[str]) -> list[Strategy]:
-        """Strategies of a class to try. The arguments are those of [`StrategyBank.sample`]."""
+        """Strategies of a class to execute. The arguments are those of [`StrategyBank.sample`]."""
         vectors = self.classes.get(problem_class)
         members = [self.strategies[key] for key in sorted(vectors.ids)] if vectors else []
         members = [strategy for strategy in members if hidden.isdisjoint(strategy.source_problems)]

@@ -1,5 +1,6 @@
 """The files of a bank and their contents in memory, which change together."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import numpy as np
 from ..errors import BankError
 from .changes import Changes
 from .contents import Contents
-from .embedding import SAME_MODEL
+from .embedding import SAME_MODEL, EmbeddingModel
 from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, durable_replace
 from .index import BankIndex
 from .ledger import SCHEMA_VERSION, Ledger
 from .lock import BankLock
 from .manifest import copy_verified, write_manifest
+
+
+logger = logging.getLogger(__name__)
 
 
 class Store:
@@ -100,25 +104,36 @@ class Store:
             self.contents.put(strategy, changes.embeddings.get(key))
         self.index.change(index_changes)
 
-    def is_embedded_by(self, model: str, fingerprint: np.ndarray) -> bool:
+    def use_model(self, embed: EmbeddingModel) -> np.ndarray:
         """
-        Whether the embeddings, if there are any, are those of a model. Its fingerprint decides or, if the ledger has
-        none, its name and dimension.
+        Embed all strategies again if the model embeds differently from the one the bank was made with. Returns its
+        fingerprint.
         """
-        made_with = self.ledger.embedder
-        if not self.contents.strategies or made_with is None:
-            return True
-        name, stored = made_with
-        if len(stored) == 0:
-            return name == model and len(fingerprint) == self.dimension
-        return stored.shape == fingerprint.shape and bool(stored @ fingerprint >= SAME_MODEL)
+        fingerprint = embed.fingerprint()
+        strategies = self.contents.strategies
+        if strategies and (made_with := self.ledger.embedder) is not None:
+            model, stored = made_with
+            if not self._is_same_model(model, stored, embed.name, fingerprint):
+                logger.warning(
+                    "The bank in %s was made with %s, and %s embeds differently: embedding it anew.",
+                    self.path,
+                    model,
+                    embed.name,
+                )
+                embeddings = embed([strategy.text for strategy in strategies.values()])
+                self._remove_index()
+                self._remove_manifest()
+                self.ledger.set_embeddings(embed.name, fingerprint, dict(zip(strategies, embeddings, strict=True)))
+                self._load_contents()
+        if self.dimension is None:
+            self.dimension = len(fingerprint)
+        return fingerprint
 
-    def set_embeddings(self, model: str, fingerprint: np.ndarray, embeddings: dict[str, np.ndarray]) -> None:
-        """Replace the embeddings of all strategies by those of another model."""
-        self._remove_index()
-        self._remove_manifest()
-        self.ledger.set_embeddings(model, fingerprint, embeddings)
-        self._load_contents()
+    def _is_same_model(self, made_with: str, stored: np.ndarray, model: str, fingerprint: np.ndarray) -> bool:
+        """Compares fingerprints or, in a ledger of the first version, which has none, names and dimensions."""
+        if len(stored) == 0:
+            return made_with == model and len(fingerprint) == self.dimension
+        return stored.shape == fingerprint.shape and bool(stored @ fingerprint >= SAME_MODEL)
 
     def set_note(self, key: str, value: str) -> None:
         """Store a short text under a key."""

@@ -285,7 +285,7 @@ def audit(options: argparse.Namespace) -> int:
             [each.strategy_id, each.severity, each.kind, f"{each.detail}\n{texts.get(each.strategy_id, '')}".rstrip()]
             for each in found
         ]
-        print_table(["id", "severity", "kind", "what was found, and the text"], rows)
+        print_table(["id", "severity", "kind", "finding and text"], rows)
     print(f"errors: {counts['error']}, warnings: {counts['warning']}, strategies: {len(everything)}")
     return int(failed)
 
