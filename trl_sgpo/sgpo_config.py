@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .bank.embedding import DEFAULT_EMBEDDING_MODEL
+from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .errors import ConfigError
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 

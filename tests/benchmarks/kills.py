@@ -36,7 +36,7 @@ def _search(bank: StrategyBank) -> None:
 
 
 def _say(line: str) -> None:
-    os.write(1, f"{line}\n".encode())  # at once, because two threads speak
+    os.write(1, f"{line}\n".encode())  # unbuffered, so that the parent reads it before the kill
 
 
 def write(directory: Path) -> None:

@@ -300,7 +300,7 @@ def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
     if hidden := _hidden_characters(text):
         found["injected_instruction"] = f"hides something: {', '.join(hidden)}"
     if (header := _ROLE_HEADER.search(shown.casefold())) is not None:
-        found["injected_instruction"] = f"speaks as {header[0].strip()!r}"
+        found["injected_instruction"] = f"writes as {header[0].strip()!r}"
     if leak(shown, "", None):
         found["leak"] = "carries a final answer"
     for form in _normalised(text):

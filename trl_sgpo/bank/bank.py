@@ -10,12 +10,12 @@ import numpy as np
 
 from ..errors import BankError
 from .changes import Changes, expect_storable
-from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder, EmbeddingModel
+from .embedding import Embedder, EmbeddingModel
 from .export import read_export
 from .files import LEDGER
 from .hub import pull_bank
 from .store import Store
-from .strategy import Execution, ImportReport, Outcome, Retrieved, Strategy, problem_id
+from .strategy import DEFAULT_EMBEDDING_MODEL, Execution, ImportReport, Outcome, Retrieved, Strategy, problem_id
 
 
 class StrategyBank:

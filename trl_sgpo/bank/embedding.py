@@ -7,7 +7,6 @@ import numpy as np
 from ..errors import BankError, ModelError
 
 
-DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FINGERPRINT_TEXT = "List what is given, find what is asked, then check the result."
 SAME_MODEL = 0.999  # cosine similarity of two fingerprints from which on they are of the same model
 CACHED_TEXTS = 100_000

@@ -217,12 +217,12 @@ class BankIndex:
     def __init__(self, directory: Path, contents: Contents, ledger: Ledger):
         self._directory, self._contents, self._ledger = directory, contents, ledger
         self._index: Index | None = None
-        self._outdated: set[str] = set()  # ids that were added or removed since the last search
+        self._outdated: dict[str, None] = {}  # ids added or removed since the last search, in order
 
     def change(self, ids: Iterable[str]) -> None:
         """Note that strategies were added to the contents of the bank or removed from them."""
         if self._index is not None:
-            self._outdated.update(ids)
+            self._outdated.update(dict.fromkeys(ids))
 
     def query(self, embeddings: np.ndarray, n: int) -> list[list[tuple[str, float]]]:
         """Nearest entries, by [`Index.query`]."""

@@ -94,7 +94,7 @@ def _row(strategy: Strategy) -> tuple[dict[str, Any], str]:
 
 
 def _from_server(key: str, document: Any, metadata: Any) -> Strategy:
-    """The strategy of a row that a stranger may have written, or a `ValueError`."""
+    """The strategy of a row that a untrusted server sent, or a `ValueError`."""
     expect_keys(metadata, _METADATA, "the metadata")
     row = {**metadata, **_NO_COUNTS, "id": key[:16], "text": document, "executions": []}
     for name in _LISTS:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from ..errors import BankError
 
 
+DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # of strategies and problems
 TRUST_STATES = ("candidate", "trusted", "retired", "quarantine")
 
 

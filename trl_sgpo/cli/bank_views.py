@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bank import Strategy, StrategyBank, policy
+from ..bank import StrategyBank, policy
 from ..bank.audit import audit as find_suspicious
 from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
 from ..bank.ledger import Ledger
 from ..bank.manifest import is_snapshot, snapshot_damage
 from ..bank.snapshot import bank_directory, open_read_only, read_only_directory
 from ..bank.statistics import class_figures, transfer
-from ..bank.strategy import TRUST_STATES
+from ..bank.strategy import TRUST_STATES, Strategy
 from ..errors import BankError, ConfigError
 from .text import print_facts, print_json, print_table, printable, rate
 

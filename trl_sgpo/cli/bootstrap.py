@@ -322,7 +322,7 @@ def _put_into_bank(
     good: list["Tried"], recipe: "Recipe", options: argparse.Namespace, output_dir: Path, name: str
 ) -> int:
     """Adds strategies as candidates. Those that the bank has retired stay so."""
-    from ..bank import Strategy
+    from ..bank.strategy import Strategy
 
     strategies = [
         Strategy(

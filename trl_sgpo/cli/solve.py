@@ -14,7 +14,7 @@ from ..errors import BankError, ConfigError, DataError
 
 
 if TYPE_CHECKING:
-    from ..bank import Strategy
+    from ..bank.strategy import Strategy
     from ..inference.model import Decoding
     from ..inference.pipeline import SGPOPipeline, Solution
 

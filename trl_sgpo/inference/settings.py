@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..bank.embedding import DEFAULT_EMBEDDING_MODEL
+from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..errors import ConfigError
 from ..method.prompts import (
     EXECUTION_PROMPT,

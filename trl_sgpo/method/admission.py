@@ -2,8 +2,8 @@
 
 import torch
 
-from ..bank import Outcome, Strategy
 from ..bank.policy import admissible
+from ..bank.strategy import Outcome, Strategy
 from . import advantages as credit
 
 

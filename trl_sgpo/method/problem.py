@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..bank import Strategy
+from ..bank.strategy import Strategy
 from .prompts import Prompt, problem_text
 
 

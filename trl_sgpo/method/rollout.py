@@ -17,7 +17,7 @@ from .transfer import BlockGeometry
 
 
 if TYPE_CHECKING:
-    from ..bank import Strategy
+    from ..bank.strategy import Strategy
     from ..sgpo_trainer import SGPOTrainer
 
 
