@@ -1,9 +1,9 @@
 """
 Files of an earlier version: a checkpoint resumes and a bank opens.
 
-`fixtures/run_of_0_1_0.tar.xz` holds a tiny model and the output folder of three steps on it, with a checkpoint after the
-first, in the middle of a generation batch, and a bank that was closed with its index. `expected.json` has what the
-earlier version logged, and the bank in the end.
+`fixtures/run_of_0_1_0.tar.xz` holds a tiny model and the output folder of three steps on it: a checkpoint after the
+first step, in the middle of a generation batch, and a bank with its index. `expected.json` has what that version
+logged, and the content of the bank after the last step.
 """
 
 import json

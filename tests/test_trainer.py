@@ -727,7 +727,7 @@ def test_training_goes_on_without_the_server(make, monkeypatch, caplog):
 def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model, named):
     """The bank of `output_dir` starts empty and the old one is kept beside it; a bank named in the config stays."""
     Script(monkeypatch)
-    monkeypatch.setattr(trl_sgpo.bank.bank, "load_embedder", lambda name: hash_embedder)
+    monkeypatch.setattr(trl_sgpo.bank.embedding, "load_embedder", lambda name: hash_embedder)
     path = tmp_path / "out" / "strategy_bank"
     args = make(max_steps=1).args
     args.use_bank, args.bank_path = True, str(path) if named else None

@@ -16,8 +16,8 @@ from ..method.transfer import BlockGeometry
 from ..sgpo_config import SGPOConfig
 from .audit import control_tokens
 from .bank import StrategyBank
+from .files import BANK_DIRECTORY
 from .shared import SharedBank
-from .snapshot import BANK_DIRECTORY
 from .strategy import Outcome, Strategy, problem_id
 
 

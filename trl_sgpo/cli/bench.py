@@ -1,4 +1,4 @@
-"""`trl-sgpo bench`: what SGPO costs, and what its bank holds out against."""
+"""`trl-sgpo bench`: time and memory of SGPO."""
 
 from importlib import import_module
 
@@ -11,7 +11,6 @@ SUBJECTS = {
     "speedups": "what each part of SGPO that saves work is worth",
     "memory": "peak memory against GRPOTrainer at equal rows and total lengths",
     "fit": "what recipes take on this GPU, in memory and time, with random weights",
-    "bank": "the strategy bank: kills, retention, poison, size, malformed imports",
 }
 
 
