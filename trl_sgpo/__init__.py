@@ -16,14 +16,14 @@ __all__ = ["SGPOConfig", "SGPOPipeline", "SGPOTrainer", "StrategyBank", "__versi
 
 _MODULES = {
     "SGPOConfig": ".sgpo_config",
-    "SGPOPipeline": ".pipeline",
+    "SGPOPipeline": ".inference.pipeline",
     "SGPOTrainer": ".sgpo_trainer",
     "StrategyBank": ".bank",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # torch, trl and chromadb load on first use, so that importing the package (and `trl-sgpo --help`) stays quick
+    # torch, trl and chromadb are imported on first use: importing the package and `trl-sgpo --help` stay fast
     if name in _MODULES:
         return getattr(import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

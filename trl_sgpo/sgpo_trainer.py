@@ -48,8 +48,9 @@ from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, 
 from .data.classes import merge_small_classes, problem_classes
 from .errors import ConfigError, DataError, SGPOError
 from .hub.model_card import CARD, TrainingFacts, make_card
-from .hub.push import adapter_base, claim, start_push, write_metrics
-from .inference.loading import how_trained, keep_4bit_layout, keep_adapters_in_float32
+from .hub.publication import write_metrics
+from .hub.push import claim, start_push
+from .inference.loading import adapter_base, how_trained, keep_4bit_layout, keep_adapters_in_float32
 from .inference.settings import TwoPhaseSettings
 from .method import advantages as credit
 from .method.admission import outcomes, proposals

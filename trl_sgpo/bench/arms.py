@@ -21,9 +21,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
-from ..cli.train import without_long_problems
-from ..inference.weights import require_model
-from ..recipe import Recipe, load_data, load_rewards, model_init_kwargs
+from ..compare.lab.model import fetch_model
+from ..data.loading import load_data, load_rewards, without_long_problems
+from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, with_classes
 from ..speed.lm_head import contiguous_head_input, project_labelled_tokens_only
@@ -69,7 +69,7 @@ def build_trainer(
         [`SGPOTrainer`] or [`~trl.GRPOTrainer`]
     """
     args, script = recipe.training, recipe.script
-    name = tokenizer or require_model(recipe.model.model_name_or_path)
+    name = tokenizer or fetch_model(recipe.model.model_name_or_path)
     problems = without_long_problems(load_data(recipe)[script.dataset_train_split], script.max_problem_tokens, name)
     dataset = with_classes(problems, args)
     shared = {

@@ -132,10 +132,10 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     from ..bank.ledger import durable_replace
     from ..bank.strategy import problem_id
     from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
+    from ..data.loading import load_data, load_rewards
     from ..data.synthetic import kept, summarize, to_traces, write_traces
     from ..inference.model import Decoding
     from ..inference.settings import TwoPhaseSettings
-    from ..recipe import load_data, load_rewards
 
     training = recipe.training
     verifier = load_rewards(recipe.script)[0]
@@ -239,8 +239,8 @@ def _doing(
     """What does a block. The model is loaded when the first one needs it."""
     from functools import cache
 
+    from ..compare.lab.model import fetch_model
     from ..data.bootstrap_run import Block, by_rule, by_writer, try_block, work_block
-    from ..inference.weights import require_model
 
     @cache
     def writer() -> "Writer":
@@ -250,7 +250,7 @@ def _doing(
     def tokenizer() -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(require_model(recipe.model.model_name_or_path))
+        return AutoTokenizer.from_pretrained(fetch_model(recipe.model.model_name_or_path))
 
     def fits(strategy: str, execution: str) -> bool:
         lengths = [len(ids) for ids in tokenizer()([strategy, execution], add_special_tokens=False)["input_ids"]]
@@ -276,6 +276,7 @@ def _doing(
 def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -> "Writer":
     from trl import get_quantization_config
 
+    from ..compare.lab.model import prepare_model
     from ..inference.model import TwoPhaseModel
     from ..inference.server import TOKEN_VARIABLE, ServerModel
     from ..recipe import model_init_kwargs
@@ -294,8 +295,10 @@ def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -
         kwargs["quantization_config"] = quantization
     if options.by == "teacher":
         kwargs.pop("revision", None)  # that of the recipe's own model
+    name = options.teacher or recipe.model.model_name_or_path
+    prepare_model(name)
     return TwoPhaseModel.from_pretrained(
-        options.teacher or recipe.model.model_name_or_path,
+        name,
         settings,
         options.batch_size,
         "cpu" if recipe.training.use_cpu else None,

@@ -2,18 +2,18 @@
 
 import argparse
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..compare.lab.model import prepare_model
 from ..errors import ConfigError
-from ..recipe import Recipe, read_recipe
-from ..vram.advice import cheapest_change, in_words
-from ..vram.architectures import model_config
-from ..vram.estimate import GIB, HEADROOM, Estimate, Estimator, assumed_lengths
+from ..recipe import read_recipe
+from ..vram.advice import in_words
+from ..vram.check import estimate_recipe
+from ..vram.estimate import GIB, HEADROOM
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
     results = []
     for path in options.config:
         recipe = read_recipe(["--config", path, *overrides], "trl-sgpo estimate")
-        results.append(report(recipe, path, options.vram or recipe.script.vram_gb, options.device))
+        prepare_model(recipe.model.model_name_or_path)
+        results.append(estimate_recipe(recipe, path, options.vram or recipe.script.vram_gb, options.device))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(results, indent=2))
@@ -54,44 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", help="write the estimates to this JSON file")
     return parser
-
-
-def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dict[str, Any]:
-    """
-    Estimates a recipe.
-
-    Args:
-        recipe ([`~trl_sgpo.recipe.Recipe`]), path (`str`):
-            The recipe and its file.
-        vram_gb (`float`, *optional*):
-            Memory that it has to fit into. If `None`, there is no verdict.
-        device (`str`):
-            `"cuda"` or `"cpu"`.
-
-    Returns:
-        `dict`: The [`~trl_sgpo.vram.estimate.Estimate`], the verdict and, if it does not fit, the change.
-    """
-    name = recipe.model.model_name_or_path
-    estimator, source = _estimator(name, recipe.model.model_revision, device)
-
-    def estimate(changed: Recipe) -> Estimate:
-        return estimator(changed, assumed_lengths(changed))
-
-    found = estimate(recipe)
-    result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}
-    if vram_gb is not None:
-        result["fits"] = found.fits(vram_gb)
-        if not result["fits"] and (change := cheapest_change(recipe, vram_gb, estimate)) is not None:
-            result["change"], changed = change
-            result["peak_with_change"] = changed.peak
-    return {**result, **found.to_dict()}
-
-
-@cache
-def _estimator(name: str, revision: str, device: str) -> tuple[Estimator, str]:
-    """One for all recipes of a model, which keeps what it has simulated."""
-    config, source = model_config(name, revision)
-    return Estimator(config, device), source
 
 
 def _print_parts(console: Console, result: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """`trl-sgpo eval`: accuracy and strategy transfer of a model, on suites of problems."""
 
 import argparse
-import hashlib
 import importlib.util
 import json
 from contextlib import ExitStack
@@ -167,8 +166,9 @@ def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
+    from ..data.loading import load_rewards
     from ..data.tasks import answer_reward
-    from ..recipe import SGPOScriptArguments, load_rewards
+    from ..recipe import SGPOScriptArguments
 
     verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
     for each in loaded:
@@ -215,6 +215,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
 
     from ..evaluation.chunks import ChunkLog
+    from ..evaluation.digest import digest, weights_digest
     from ..evaluation.hub_results import write_hub_results
     from ..evaluation.report import tables, write_report
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
@@ -246,14 +247,14 @@ def evaluate(options: argparse.Namespace) -> int:
         bank = _open_bank(options, model, stack)
         settings = {
             "model": options.model,
-            "weights": _weights_digest(model),
+            "weights": weights_digest(model),
             "two_phase": asdict(model.settings),
             "dtype": options.dtype,
-            "suites": {each.suite.name: asdict(each.suite) | {"rows": _digest(each.rows)} for each in loaded},
+            "suites": {each.suite.name: asdict(each.suite) | {"rows": digest(each.rows)} for each in loaded},
             "protocol": asdict(protocol),
             "verifier": options.verifier,
-            "bank": None if bank is None else _digest([strategy.checksum for strategy in bank.strategies()]),
-            "transfer": {name: _digest(asdict(plan)) for name, plan in plans.items()},
+            "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),
+            "transfer": {name: digest(asdict(plan)) for name, plan in plans.items()},
         }
         texts = sum(suite_texts(len(each.rows), protocol) for each in loaded)
         texts += sum(plan.texts for plan in plans.values())
@@ -291,41 +292,28 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
+    from ..compare.lab.model import fetch_model
     from ..inference.model import TwoPhaseModel
     from ..inference.settings import TwoPhaseSettings
-    from ..inference.weights import require_model
 
     given = {key: vars(options)[key] for key in TWO_PHASE if vars(options)[key] is not None}
     if "strategy_format" in given:
         given.setdefault("strategy_prompt", "")  # the one for the format
-    settings = replace(TwoPhaseSettings.load(require_model(options.model)), **given)
+    settings = replace(TwoPhaseSettings.load(fetch_model(options.model)), **given)
     return TwoPhaseModel.from_pretrained(options.model, settings, options.batch_size, dtype=options.dtype)
 
 
 def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitStack) -> "StrategyBank | None":
-    from .bank import BANK_DIRECTORY, _reading
+    from ..bank.snapshot import BANK_DIRECTORY, reading
 
     beside = Path(options.model) / BANK_DIRECTORY
     if options.bank is None:
         if beside.is_dir():
             print(f"{beside} is not used: pass `--bank auto` to show its strategies.")
         return None
-    bank = stack.enter_context(_reading(str(beside.parent) if options.bank == "auto" else options.bank))
+    bank = stack.enter_context(reading(str(beside.parent) if options.bank == "auto" else options.bank))
     bank.embedding_model = bank.made_with or model.settings.embedding_model
     return bank
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _weights_digest(model: "TwoPhaseModel") -> str:
-    """Of the first values of every parameter, which training changes."""
-    digest = hashlib.sha256()
-    for name, parameter in model.model.named_parameters():
-        first = parameter.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return digest.hexdigest()
 
 
 def _print_tables(found: "list[ResultTable]") -> None:

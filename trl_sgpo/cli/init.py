@@ -208,9 +208,9 @@ def _reward_path(text: str) -> Path:
 
 
 def _check_model(name: str) -> str:
-    from ..inference.weights import require_model
+    from ..compare.lab.model import fetch_model
 
-    require_model(name)
+    fetch_model(name)
     return name
 
 

@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"`--eval {evaluation}` holds no results.json: name the output folder of `trl-sgpo eval`.")
 
     from ..hub.model_card import HUB_NAME, TrainingFacts
-    from ..hub.push import bank_of, claim, push_folder, stage, staging
+    from ..hub.publication import stage
+    from ..hub.push import bank_of, claim, push_folder, staging
 
     if not HUB_NAME.fullmatch(options.repo_id):
         raise ConfigError(f"{options.repo_id} is no name of a model on the Hub: name it as user/name.")

@@ -182,6 +182,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(options: argparse.Namespace) -> "SGPOPipeline":
+    from ..compare.lab.model import prepare_model
     from ..inference.pipeline import SGPOPipeline
     from ..inference.server import TOKEN_VARIABLE
 
@@ -201,6 +202,7 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 retries=2 if options.input is None else 5,
             )
         else:
+            prepare_model(options.model)
             pipeline = SGPOPipeline.from_pretrained(
                 options.model,
                 bank,
@@ -299,11 +301,11 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
 
 
 def _print_shown(retrieved: "Sequence[Strategy]") -> None:
-    from .bank import _rate
+    from .text import rate
 
     _heading("From the bank")
     lines = [
-        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {_rate(strategy)}\n"
+        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {rate(strategy)}\n"
         f"  {' '.join(strategy.text.split())}"
         for strategy in retrieved
     ]
@@ -352,9 +354,9 @@ def _heading(text: str) -> None:
 
 def _write(text: str) -> None:
     """Prints what a model or a bank says, with nothing in it that a terminal would act on."""
-    from .bank import _printable
+    from .text import printable
 
-    print(_printable(text), end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
 # Chat
@@ -453,12 +455,12 @@ def _solve_file(options: argparse.Namespace) -> int:
 
 def _made_by(pipeline: "SGPOPipeline", options: argparse.Namespace) -> str:
     """Identity of all that answers depend on, so that a file is not continued with something else."""
+    from ..evaluation.digest import digest, weights_digest
     from ..inference.model import TwoPhaseModel
-    from .eval import _digest, _weights_digest
 
     model, bank = pipeline.model, pipeline.bank
     depends_on = {
-        "model": _weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
+        "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
         "dtype": [options.dtype, options.load_in_4bit],
         "settings": asdict(model.settings),
         "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
@@ -466,7 +468,7 @@ def _made_by(pipeline: "SGPOPipeline", options: argparse.Namespace) -> str:
         "class": options.problem_class,
         "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
     }
-    return _digest(depends_on)[:16]
+    return digest(depends_on)[:16]
 
 
 def _finished(output: Path, made_by: str, problems: list[str], options: argparse.Namespace) -> int:

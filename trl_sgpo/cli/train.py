@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -16,27 +15,20 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from transformers import AutoTokenizer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
-from ..data.bootstrap import warmstart
-from ..data.synthetic import read_traces
-from ..data.worked import Trace, traces
-from ..errors import ConfigError, DataError, ModelError, SGPOError
+from ..compare.lab.model import fetch_model
+from ..data.loading import load_data, load_rewards, without_long_problems
+from ..data.warmstart import warmstart_model
+from ..errors import ConfigError, SGPOError
 from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
 from ..hub.model_card import REPORT_FILE
 from ..hub.push import claim
-from ..inference.weights import require_model
-from ..method.prompts import problem_text
-from ..recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
-from ..sgpo_config import SGPOConfig
+from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..sgpo_trainer import SHARDED_CHECKPOINTS, SGPOTrainer, with_classes
-from ..vram.advice import in_words
-from ..vram.estimate import GIB
-from .bank import _printable
-from .estimate import report
+from ..vram.check import check_memory
+from .text import printable
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -108,7 +100,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     rewards = load_rewards(script)
     check_memory(recipe)
     _advise_on_bfloat16(recipe)
-    model = require_model(recipe.model.model_name_or_path)
+    model = fetch_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
     if training.push_to_hub and training.process_index == 0:  # before the warm start, too
         name = training.hub_model_id or Path(training.output_dir).absolute().name
@@ -176,150 +168,6 @@ def _advise_on_bfloat16(recipe: Recipe) -> None:
         )
 
 
-def without_long_problems(dataset: Dataset, limit: int | None, model: str) -> Dataset:
-    """
-    Leaves out problems with more tokens than `limit`, and says how many.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Problems.
-        limit (`int`, *optional*):
-            Tokens of a problem's text. If `None`, all problems are kept.
-        model (`str`):
-            The model whose tokenizer counts.
-
-    Returns:
-        [`~datasets.Dataset`]
-
-    Raises:
-        [`DataError`]: If no problem is left.
-    """
-    if limit is None:
-        return dataset
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    lengths = [len(ids) for ids in tokenizer([problem_text(prompt) for prompt in dataset["prompt"]])["input_ids"]]
-    kept = [index for index, length in enumerate(lengths) if length <= limit]
-    if not kept:
-        raise DataError(f"All problems have more than {limit} tokens: set `max_problem_tokens` to {max(lengths)}.")
-    if len(kept) < len(dataset):
-        print(f"{len(dataset) - len(kept)} of {len(dataset)} problems have more than {limit} tokens and are left out.")
-    return dataset.select(kept)
-
-
-def check_memory(recipe: Recipe) -> None:
-    """
-    Refuses a recipe that is estimated to need more memory than it states or the GPU has, before weights are loaded.
-
-    Args:
-        recipe ([`~trl_sgpo.recipe.Recipe`]):
-            The recipe.
-
-    Raises:
-        [`ConfigError`]: It does not fit. Names the change that would make it fit.
-    """
-    script, limits = recipe.script, {}
-    if script.vram_gb is not None:
-        limits["`vram_gb` of the recipe"] = script.vram_gb
-    if torch.cuda.is_available():
-        limits["this GPU"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
-    if not script.check_memory or not limits or recipe.training.use_vllm:
-        return
-    where = min(limits, key=limits.__getitem__)
-    try:
-        result = report(recipe, recipe.path or "", limits[where], "cuda")
-    except ModelError:
-        return  # `require_model` says what is wrong
-    if result["peak"] <= limits[where] * GIB:
-        return
-    change = "train a smaller model" if result["change"] is None else f"add `{in_words(result['change'])}`"
-    raise ConfigError(
-        f"Training needs an estimated {result['peak'] / GIB:.1f} GB, more than {where} allows "
-        f"({limits[where]:.1f} GB): {change}. `trl-sgpo estimate` shows the parts; `--check_memory false` starts "
-        "anyway."
-    )
-
-
-def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
-    """
-    Fine-tunes the model on two-phase traces, of a file or worked ones, unless an earlier run of the recipe did.
-
-    Returns:
-        `str`: Directory of the fine-tuned model.
-    """
-    script, training = recipe.script, recipe.training
-    if script.warmstart_file is None:
-        chosen = _worked_traces(recipe, dataset)
-    else:
-        chosen = read_traces(script.warmstart_file)
-        random.Random(training.seed).shuffle(chosen)
-        chosen = chosen[: script.warmstart_traces or len(chosen)]
-    return warmstart(
-        model,
-        chosen,
-        training,
-        Path(training.output_dir) / "warmstart",
-        learning_rate=script.warmstart_learning_rate,
-        model_init_kwargs=model_init_kwargs(recipe),
-        batch_size=script.warmstart_batch_size,
-        plain_share=script.warmstart_plain_share,
-        full=not recipe.model.use_peft,
-    )
-
-
-def _worked_traces(recipe: Recipe, dataset: Dataset) -> list[Trace]:
-    wanted, seed = recipe.script.warmstart_traces, recipe.training.seed
-    repeats = -(-wanted // len(dataset)) + 1
-    worked = traces(dataset.shuffle(seed=seed), per_problem=repeats, seed=seed)
-    # Every problem's first trace, then every problem's second one
-    in_rounds = [worked[i] for start in range(repeats) for i in range(start, len(worked), repeats)]
-    return in_rounds[:wanted]
-
-
-def resume_point(training: SGPOConfig) -> str | None:
-    """
-    Finds the checkpoint to resume from.
-
-    Args:
-        training ([`SGPOConfig`]):
-            Its `resume_from_checkpoint` is a directory, or true for the last complete checkpoint in `output_dir`.
-
-    Returns:
-        `str` or `None`: A directory, or `None` to start anew.
-
-    Raises:
-        [`ConfigError`]: The directory named is no complete checkpoint.
-    """
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).casefold() in ("false", "no", "none", ""):
-        return None
-    if str(wanted).casefold() not in ("true", "yes"):
-        if not _is_complete(Path(wanted)):
-            raise ConfigError(
-                f"{wanted} is no complete checkpoint: set `resume_from_checkpoint` to true for the last complete one "
-                f"in {training.output_dir}."
-            )
-        return str(wanted)
-    found = sorted(
-        (int(path.name.rsplit("-", 1)[1]), str(path))
-        for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
-    )
-    if not found:
-        print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
-        return None
-    print(f"Resuming from {found[-1][1]}.")
-    return found[-1][1]
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """A checkpoint is complete once its trainer state, which is written last, can be read."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 Scores = dict[str, TransferScore]
 
 
@@ -374,7 +222,7 @@ def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Re
         console.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
         for strategy in bank.best(3):
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
-            console.print(f"  • {_printable(strategy.text)} ({tally})", highlight=False, markup=False)
+            console.print(f"  • {printable(strategy.text)} ({tally})", highlight=False, markup=False)
     output_dir, path = recipe.training.output_dir, recipe.path
     console.print(
         f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"

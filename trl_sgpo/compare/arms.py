@@ -17,10 +17,11 @@ from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..data.bootstrap import two_phase_examples, warmstart
+from ..data.loading import load_rewards
 from ..data.worked import traces
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
-from ..recipe import Recipe, load_rewards, model_init_kwargs
+from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
 from ..speed.lm_head import project_labelled_tokens_only

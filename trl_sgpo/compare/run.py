@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import StrategyBank
-from ..cli.train import resume_point, warmstart_model
+from ..data.loading import load_data, load_rewards
+from ..data.warmstart import warmstart_model
 from ..errors import DataError
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
@@ -20,11 +21,11 @@ from ..evaluation.transfer_score import plan_transfer, transfer_report
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
-from ..inference.weights import require_model
-from ..recipe import Recipe, load_data, load_rewards, read_recipe
+from ..recipe import Recipe, read_recipe, resume_point
 from ..sgpo_trainer import BANK_DIRECTORY, with_classes
 from .arms import Task, Trained, plain_settings, train_arm
 from .config import Arm, Comparison, read_comparison
+from .lab.model import fetch_model
 
 
 RESULT_FILE = "result.json"
@@ -93,7 +94,7 @@ def check(comparison: Comparison) -> None:
 def fetch_models(comparison: Comparison) -> None:
     """Gets, or makes, the models that arms start from, so that runs side by side do not."""
     for arm in comparison.arms:
-        require_model(arm_recipe(comparison, arm, comparison.seeds[0]).model.model_name_or_path)
+        fetch_model(arm_recipe(comparison, arm, comparison.seeds[0]).model.model_name_or_path)
 
 
 def _transfer_plan(comparison: Comparison) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _transfer_plan(comparison: Comparison) -> dict[str, Any]:
 def warm_start(comparison: Comparison, seed: int) -> str:
     """Warm-starts the recipe's model for all arms of a seed, unless that was done. Returns its directory."""
     recipe = arm_recipe(comparison, None, seed)
-    model = require_model(recipe.model.model_name_or_path)
+    model = fetch_model(recipe.model.model_name_or_path)
     if recipe.script.warmstart_traces < 1 and recipe.script.warmstart_file is None:
         return model
     return warmstart_model(recipe, model, load_data(recipe)[recipe.script.dataset_train_split])

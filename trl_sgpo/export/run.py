@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .._version import __version__
 from ..bank.exchange import export_bank, published
-from ..cli.bank import BANK_DIRECTORY, _reading
+from ..bank.snapshot import BANK_DIRECTORY, reading
+from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
 from ..inference.loading import base_of, is_adapter, load_base
 from ..inference.settings import TwoPhaseSettings
-from ..inference.weights import require_model
 from .parity import Parity, compare, logits_on, probes
 
 
@@ -118,7 +118,7 @@ def export(plan: ExportPlan) -> dict[str, Any]:
         unfinished.mkdir(parents=True)
         report = _write(plan, source, base, settings, tokenizer, unfinished)
         if Path(source, BANK_DIRECTORY).is_dir():
-            with _reading(source) as bank:
+            with reading(source) as bank:
                 export_bank(bank, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
         (unfinished / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         if plan.overwrite:
@@ -282,7 +282,7 @@ def _check_output(output: Path, plan: ExportPlan) -> None:
 
 
 def _local(name: str) -> str:
-    found = require_model(name)
+    found = fetch_model(name)
     return found if os.path.isdir(found) else snapshot_download(found)
 
 

@@ -15,8 +15,8 @@ import yaml
 from .._version import __version__
 from ..bank.exchange import MANIFEST, is_export, published
 from ..bank.snapshot import BANK_DIRECTORY
-from ..compare.lab.model import LAB_MODEL
 from ..errors import ConfigError
+from ..inference.weights import LAB_MODEL
 
 
 if TYPE_CHECKING:

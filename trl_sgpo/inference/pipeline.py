@@ -17,7 +17,7 @@ from ..data.tasks import final_answer, same_answer, same_answer_text
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed, majority_vote
 from ..hub.model_card import HUB_NAME
-from ..hub.push import pull_run
+from ..hub.pull import pull_run
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
 from .model import Decoding, TwoPhaseModel

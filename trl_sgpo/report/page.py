@@ -22,7 +22,7 @@ from markupsafe import Markup
 from .._version import __version__
 from ..bank import Strategy, policy
 from ..bank.strategy import TRUST_STATES
-from ..cli.bank import transfer
+from ..bank.transfer import transfer
 from ..evaluation.chunks import write_text
 from ..evaluation.report import ResultTable, tables
 from ..evaluation.statistics import wilson_interval
