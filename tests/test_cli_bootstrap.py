@@ -20,7 +20,7 @@ from models import save_tiny_model
 
 from trl_sgpo.bank import StrategyBank
 from trl_sgpo.cli import bootstrap, warmstart
-from trl_sgpo.data.synthetic import read_traces
+from trl_sgpo.data.trace_files import read_traces
 from trl_sgpo.errors import ConfigError, DataError, ModelError
 from trl_sgpo.inference.model import Decoding
 from trl_sgpo.inference.server import TOKEN_VARIABLE, ServerModel

@@ -1,9 +1,18 @@
-"""The laboratory's model: its tokenizer loses nothing, its training data holds nothing back out."""
+"""The laboratory's model: who builds it, its tokenizer, its training data."""
 
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from trl_sgpo import SGPOPipeline
+from trl_sgpo.compare.lab import model as lab
 from trl_sgpo.compare.lab.list_functions import NUMBER_WORDS, compositions, problems, strategy
 from trl_sgpo.compare.lab.model import lab_tokenizer, lab_traces
 from trl_sgpo.data.bootstrap import two_phase_examples
 from trl_sgpo.data.worked import traces
+from trl_sgpo.errors import ModelError
+from trl_sgpo.inference.weights import local_weights, require_model
 from trl_sgpo.sgpo_config import SGPOConfig
 
 
@@ -46,3 +55,26 @@ def test_a_given_strategy_is_not_trained_and_plain_answers_are_as_frequent_as_as
     for example, trace in zip(examples, made, strict=True):
         trained = tokenizer.decode([token for token in example["labels"] if token != -100], skip_special_tokens=True)
         assert trained.startswith(trace.execution if trace.given else trace.strategy)
+
+
+def test_commands_build_the_model_once_and_the_lookup_of_weights_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    built: list[Path] = []
+
+    def build(directory: Path) -> None:
+        directory.mkdir(parents=True)
+        built.append(directory)
+
+    monkeypatch.setattr(lab, "build_lab_model", build)
+    assert local_weights("trl-sgpo/lab") == "trl-sgpo/lab"
+    for look_up in (require_model, SGPOPipeline.from_pretrained):
+        with pytest.raises(ModelError, match="`trl-sgpo solve --model trl-sgpo/lab"):
+            look_up("trl-sgpo/lab")
+    assert built == []
+    assert lab.fetch_model("trl-sgpo/lab") == lab.fetch_model("trl-sgpo/lab") == str(built[0])
+    assert require_model("trl-sgpo/lab") == local_weights("trl-sgpo/lab") == str(built[0])
+    assert len(built) == 1
+    with pytest.raises(ModelError, match="no such directory"):
+        lab.fetch_model("./no/such/directory")

@@ -11,8 +11,8 @@ from trl import get_peft_config, get_quantization_config
 
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.train import with_classes
+from trl_sgpo.compare.arm_run import arm_recipe
 from trl_sgpo.compare.config import read_comparison
-from trl_sgpo.compare.run import arm_recipe
 from trl_sgpo.data.loading import load_data, load_rewards
 from trl_sgpo.data.tasks import to_problems
 from trl_sgpo.evaluation.suites import Suite

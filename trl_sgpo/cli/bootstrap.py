@@ -13,8 +13,8 @@ from ..errors import ConfigError, DataError
 
 
 if TYPE_CHECKING:
+    from ..data.acceptance import Summary, Tried
     from ..data.bootstrap_run import Block, Plan, Row, Writer
-    from ..data.synthetic import Summary, Tried
     from ..recipe import Recipe
 
 SOURCES = ("model", "teacher", "server", "worked")
@@ -131,9 +131,10 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     """
     from ..bank.ledger import durable_replace
     from ..bank.strategy import problem_id
+    from ..data.acceptance import kept, summarize, to_traces
     from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
     from ..data.loading import load_data, load_rewards
-    from ..data.synthetic import kept, summarize, to_traces, write_traces
+    from ..data.trace_files import write_traces
     from ..inference.model import Decoding
     from ..inference.settings import TwoPhaseSettings
 

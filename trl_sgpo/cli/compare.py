@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     if overrides:
         changes["overrides"] = _as_mapping(overrides)
 
+    from ..compare.arm_run import check, fetch_models, finished
     from ..compare.config import read_comparison
-    from ..compare.run import check, fetch_models, finished
     from ..compare.table import summary, write
 
     comparison = read_comparison(options.config, changes)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     failed: list[str] = []
     if missing and not options.table_only:
         fetch_models(comparison)
-        base = [sys.executable, "-m", "trl_sgpo.compare.run", options.config, json.dumps(changes)]
+        base = [sys.executable, "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
     found = {
         arm.name: [result for seed in comparison.seeds if (result := finished(comparison, arm, seed)) is not None]

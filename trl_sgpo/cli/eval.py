@@ -15,7 +15,7 @@ from ..yaml_files import read_mapping, unknown_key
 
 if TYPE_CHECKING:
     from ..bank import StrategyBank
-    from ..evaluation.report import ResultTable
+    from ..evaluation.tables import ResultTable
     from ..inference.model import TwoPhaseModel
     from ..inference.verifier import Verifier
 
@@ -217,9 +217,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from ..evaluation.chunks import ChunkLog
     from ..evaluation.digest import digest, weights_digest
     from ..evaluation.hub_results import write_hub_results
-    from ..evaluation.report import tables, write_report
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
-    from ..evaluation.transfer_score import measure_plan, plan_transfer
+    from ..evaluation.tables import tables, write_results
+    from ..evaluation.transfer_plan import plan_transfer
+    from ..evaluation.transfer_score import measure_plan
 
     loaded = load_suites(suites, options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
@@ -281,7 +282,7 @@ def evaluate(options: argparse.Namespace) -> int:
     results["kinds"] = summarise_kinds(results["suites"])
     setup = f"{'strategy, then execution' if options.form == 'two_phase' else 'plain answer'}, greedy, zero-shot"
     setup += ", with a strategy bank" if shown is not None else ""
-    written = write_report(output, results, not options.no_plots)
+    written = write_results(output, results, not options.no_plots)
     written += write_hub_results(output, Path(options.model).name, suites, results["suites"], setup)
     _print_tables(tables(results))
     for each in loaded:

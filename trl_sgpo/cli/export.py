@@ -8,7 +8,7 @@ def main(argv: list[str]) -> int:
     """Exports a trained model."""
     options = _parser().parse_args(argv)
 
-    from ..export.run import REPORT_FILE, ExportPlan, export
+    from ..export.export import REPORT_FILE, ExportPlan, export
 
     report = export(ExportPlan(**vars(options)))
     _print(report)

@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"`--problems` must be at least 0, got {options.problems}.")
 
     from ..report.page import write_report
-    from ..report.run import read_run
+    from ..report.records import read_run
 
     run = read_run(options.run, options.eval, options.problems)
     other = None if options.other is None else read_run(options.other, problems=0)

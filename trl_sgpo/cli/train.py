@@ -22,7 +22,8 @@ from ..compare.lab.model import fetch_model
 from ..data.loading import load_data, load_rewards, without_long_problems
 from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, SGPOError
-from ..evaluation.transfer_score import TransferScore, measure_transfer, wilson_interval
+from ..evaluation.block_transfer import TransferScore, measure_transfer
+from ..evaluation.statistics import wilson_interval
 from ..hub.model_card import REPORT_FILE
 from ..hub.push import claim
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point

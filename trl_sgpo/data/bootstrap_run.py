@@ -20,7 +20,8 @@ from ..inference.verifier import Verifier, verify
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, problem_text
 from ..method.transfer import block_order
-from .synthetic import Executed, Tried, find_flaw, strategy_from_annotations, worked_execution
+from .acceptance import Executed, Tried, find_flaw
+from .annotations import strategy_from_annotations, worked_execution
 from .worked import worked_traces
 
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..recipe import Recipe, model_init_kwargs
 from .bootstrap import warmstart
-from .synthetic import read_traces
+from .trace_files import read_traces
 from .worked import Trace, traces
 
 

@@ -24,10 +24,10 @@ from ..bank import Strategy, policy
 from ..bank.strategy import TRUST_STATES
 from ..bank.transfer import transfer
 from ..evaluation.chunks import write_text
-from ..evaluation.report import ResultTable, tables
 from ..evaluation.statistics import wilson_interval
+from ..evaluation.tables import ResultTable, tables
 from .charts import Chart, Points, bank_map, class_colours, line_chart, number
-from .run import RolledProblem, Run
+from .records import RolledProblem, Run
 
 
 MAX_STRATEGIES = 500
@@ -130,11 +130,11 @@ def write_report(run: Run, output: Path, other: Run | None = None) -> None:
     Writes the report.
 
     Args:
-        run ([`~trl_sgpo.report.run.Run`]):
+        run ([`~trl_sgpo.report.records.Run`]):
             The run.
         output (`Path`):
             HTML file.
-        other ([`~trl_sgpo.report.run.Run`], *optional*):
+        other ([`~trl_sgpo.report.records.Run`], *optional*):
             A run to compare it with.
     """
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def _cell(figures: dict[str, Any] | None, signed: bool = False) -> str:
     return f"{figures['value']:{sign}.3f} [{figures['low']:{sign}.3f}, {figures['high']:{sign}.3f}]"
 
 
-def write_report(directory: Path, results: dict[str, Any], plots: bool) -> list[Path]:
+def write_results(directory: Path, results: dict[str, Any], plots: bool) -> list[Path]:
     """
     Writes `results.json`, `results.md` and, if wanted, pictures.
 

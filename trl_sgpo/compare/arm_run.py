@@ -17,15 +17,16 @@ from ..data.warmstart import warmstart_model
 from ..errors import DataError
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
-from ..evaluation.transfer_score import plan_transfer, transfer_report
+from ..evaluation.transfer_plan import plan_transfer
+from ..evaluation.transfer_score import transfer_report
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
 from ..recipe import Recipe, read_recipe, resume_point
 from ..sgpo_trainer import BANK_DIRECTORY, with_classes
-from .arms import Task, Trained, plain_settings, train_arm
 from .config import Arm, Comparison, read_comparison
 from .lab.model import fetch_model
+from .methods import Task, Trained, plain_settings, train_arm
 
 
 RESULT_FILE = "result.json"
