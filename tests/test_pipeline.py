@@ -17,9 +17,9 @@ from trl_sgpo.data.tasks import same_answer
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 from trl_sgpo.hub.snippet import transformers_snippet
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
-from trl_sgpo.inference.pipeline import Attempt, _vote
 from trl_sgpo.inference.retrieval import with_retrieved
 from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.inference.solution import Attempt, _vote
 from trl_sgpo.method.problem import Problem
 
 

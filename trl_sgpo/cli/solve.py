@@ -16,7 +16,8 @@ from ..errors import BankError, ConfigError, DataError
 if TYPE_CHECKING:
     from ..bank import Strategy
     from ..inference.model import Decoding
-    from ..inference.pipeline import SGPOPipeline, Solution
+    from ..inference.pipeline import SGPOPipeline
+    from ..inference.solution import Solution
 
 LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
 
@@ -408,88 +409,41 @@ def _set(options: argparse.Namespace, command: str, value: str) -> str:
 
 
 def _solve_file(options: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
-    from ..evaluation.statistics import derived_seed
+    from ..evaluation.digest import digest, weights_digest
     from ..evaluation.suites import load_suites, parse_suite
-    from ..method.prompts import problem_text
+    from ..inference.model import TwoPhaseModel
+    from ..inference.solve_file import check_output, check_problems, solve_file
 
-    output = Path(options.output)
-    if output.suffix != ".jsonl":
-        raise ConfigError(f"`--output {output}` is written as JSON lines: give it the ending .jsonl.")
-    if output.resolve() == Path(options.input).resolve():
-        raise ConfigError("`--output` must be another file than `--input`.")
+    output = check_output(options.output, options.input)
     try:
         (loaded,) = load_suites([parse_suite(f"input={options.input}")])
     except DataError as error:
         raise DataError(str(error).replace("The suite input", "`--input`")) from error
     prompts = [row["prompt"] for row in loaded.rows]
-    empty = [number for number, prompt in enumerate(prompts, 1) if not problem_text(prompt).strip()]
-    if empty:
-        raise DataError(f"Problem {empty[0]} in {options.input} is empty: remove it, or write what is to be solved.")
+    check_problems(prompts, options.input)
     classes = [options.problem_class or row.get("problem_class") for row in loaded.rows]
     with _open(options) as pipeline:
-        made_by = _made_by(pipeline, options)
-        done = 0 if options.overwrite else _finished(output, made_by, [problem_text(p) for p in prompts], options)
-        answered = 0
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            output.open("a" if done else "w", encoding="utf-8") as file,
-            tqdm(total=len(prompts), initial=done, desc="solving", unit="problem", dynamic_ncols=True) as bar,
-        ):
-            for start in range(done, len(prompts), options.batch_size):
-                part = slice(start, start + options.batch_size)
-                decoding = replace(_decoding(options), seed=derived_seed(options.seed, "file", start))
-                prepared = pipeline.prepare(prompts[part], classes[part])
-                for index, solution in enumerate(
-                    pipeline.solve(prepared, options.strategy, options.n, decoding), start
-                ):
-                    file.write(json.dumps({"index": index, **solution.to_dict(), "made_by": made_by}) + "\n")
-                    answered += solution.answer is not None
-                file.flush()
-                os.fsync(file.fileno())
-                bar.update(len(prepared))
-        print(f"{len(prompts)} problems in {output}; {answered} of {len(prompts) - done} solved now have an answer.")
-    return 0
-
-
-def _made_by(pipeline: "SGPOPipeline", options: argparse.Namespace) -> str:
-    """Identity of all that answers depend on, so that a file is not continued with something else."""
-    from ..evaluation.digest import digest, weights_digest
-    from ..inference.model import TwoPhaseModel
-
-    model, bank = pipeline.model, pipeline.bank
-    depends_on = {
-        "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
-        "dtype": [options.dtype, options.load_in_4bit],
-        "settings": asdict(model.settings),
-        "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
-        "strategy": options.strategy,
-        "class": options.problem_class,
-        "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
-    }
-    return digest(depends_on)[:16]
-
-
-def _finished(output: Path, made_by: str, problems: list[str], options: argparse.Namespace) -> int:
-    """Problems that are solved already. What is left of an unfinished batch is cut off the file."""
-    if not output.exists():
-        return 0
-    content = output.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    try:
-        found = [json.loads(line) for line in lines]
-        same = all(entry["made_by"] == made_by for entry in found)
-        same = same and [entry["problem"] for entry in found] == problems[: len(found)]
-    except (ValueError, LookupError, TypeError):
-        same = False
-    torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])
-    if not same or torn:
-        raise ConfigError(
-            f"{output} holds something else, or answers to other problems, of another model or with other options: "
-            "choose another `--output`, or drop what is there with `--overwrite`."
+        model, bank = pipeline.model, pipeline.bank
+        depends_on = {
+            "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
+            "dtype": [options.dtype, options.load_in_4bit],
+            "settings": asdict(model.settings),
+            "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
+            "strategy": options.strategy,
+            "class": options.problem_class,
+            "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
+        }
+        answered, solved = solve_file(
+            pipeline,
+            prompts,
+            classes,
+            output,
+            digest(depends_on)[:16],
+            options.strategy,
+            options.n,
+            _decoding(options),
+            options.batch_size,
+            options.overwrite,
         )
-    done = len(lines) if len(lines) == len(problems) else len(lines) // options.batch_size * options.batch_size
-    with output.open("r+b") as file:
-        file.truncate(sum(map(len, lines[:done])))
-    return done
+    print(f"{len(prompts)} problems in {output}; {answered} of {solved} solved now have an answer.")
+    return 0
