@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DataError
 from ..evaluation.suites import NAMED, LoadedSuite, load_suites, parse_suite
 from ..yaml_files import read_mapping, unknown_key
+from .options import check_at_least
 
 
 if TYPE_CHECKING:
@@ -123,21 +124,19 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"Name what to evaluate on: `--suites` with {', '.join(NAMED)} or NAME=PATH[@SPLIT].")
     if options.model is None and not options.check_verifier:
         raise ConfigError("Name what to evaluate: `--model` with a directory or Hub id.")
-    for name, least in (
-        ("samples", 0),
-        ("batch_size", 1),
-        ("transfer_classes", 1),
-        ("transfer_problems", 1),
-        ("transfers", 1),
-        ("pairs_per_cell", 1),
-        ("limit", 1),
-        ("max_strategy_length", 1),
-        ("max_completion_length", 1),
-        ("num_retrieved", 0),
-    ):
-        value = vars(options)[name]
-        if value is not None and value < least:
-            raise ConfigError(f"`--{name}` must be at least {least}, got {value}.")
+    check_at_least(
+        options,
+        samples=0,
+        batch_size=1,
+        transfer_classes=1,
+        transfer_problems=1,
+        transfers=1,
+        pairs_per_cell=1,
+        limit=1,
+        max_strategy_length=1,
+        max_completion_length=1,
+        num_retrieved=0,
+    )
     if options.temperature <= 0 or not 0 < options.top_p <= 1:
         raise ConfigError(
             f"`--temperature` must be above 0 and `--top_p` above 0 and at most 1, got {options.temperature} and "

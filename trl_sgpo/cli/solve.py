@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BankError, ConfigError, DataError
+from .options import check_at_least
 
 
 if TYPE_CHECKING:
@@ -142,17 +143,9 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(
             "Name what solves the problem: `--model` with a run's folder, a model's directory or Hub id."
         )
-    for name, least in (
-        ("n", 1),
-        ("batch_size", 1),
-        ("concurrency", 1),
-        ("max_strategy_length", 1),
-        ("max_completion_length", 1),
-        ("num_retrieved", 0),
-    ):
-        value = vars(options)[name]
-        if value is not None and value < least:
-            raise ConfigError(f"`--{name}` must be at least {least}, got {value}.")
+    check_at_least(
+        options, n=1, batch_size=1, concurrency=1, max_strategy_length=1, max_completion_length=1, num_retrieved=0
+    )
     if options.temperature is None:
         options.temperature = 0.0 if options.n == 1 else 1.0
     if options.temperature < 0 or not 0 < options.top_p <= 1:

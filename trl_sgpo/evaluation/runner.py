@@ -113,9 +113,7 @@ def _attempt(
 ) -> Chunk:
     """All attempts at the problems of a chunk. The first one of each is greedy."""
     before = model.generated_tokens
-    problems = [as_problem(row, class_column) for row in rows]
-    if bank is not None:
-        problems = with_retrieved(problems, bank, model.settings.num_retrieved)
+    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
     results: list[dict[str, Any]] = [
         {
             "problem": problem_id(problem.prompt),

@@ -276,9 +276,7 @@ def _write(
     bank: "StrategyBank | None",
 ) -> Chunk:
     before = model.generated_tokens
-    problems = [as_problem(row, class_column) for row in rows]
-    if bank is not None:
-        problems = with_retrieved(problems, bank, model.settings.num_retrieved)
+    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
     strategies = model.write_strategies(problems, decoding)
     return {
         "strategies": [
@@ -299,9 +297,7 @@ def _execute(
     bank: "StrategyBank | None",
 ) -> Chunk:
     before = model.generated_tokens
-    problems = [as_problem(row, class_column) for row in rows]
-    if bank is not None:
-        problems = with_retrieved(problems, bank, model.settings.num_retrieved)
+    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
     if strategies is None:
         texts = model.answer([problem.prompt for problem in problems], decoding)
     else:

@@ -213,9 +213,7 @@ class SGPOPipeline:
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
             found.append(problem)
-        if self.bank is None or not retrieve:
-            return found
-        return with_retrieved(found, self.bank, self.model.settings.num_retrieved)
+        return with_retrieved(found, self.bank if retrieve else None, self.model.settings.num_retrieved)
 
     def solve(
         self,
