@@ -116,7 +116,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -> None:
     """
-    Runs what is left of the blocks and writes traces and bank.
+    Runs the unfinished blocks and writes traces and bank.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
@@ -127,7 +127,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
             Where the record and the traces go.
 
     Raises:
-        [`DataError`]: The problems cannot be verified, or have no worked solutions that could be used.
+        [`DataError`]: The problems cannot be verified, or have no usable worked solutions.
     """
     from ..bank.ledger import durable_replace
     from ..bank.strategy import problem_id
@@ -171,7 +171,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
         "verifier": f"{verifier.__module__}.{verifier.__qualname__}",
         "problems": hashlib.sha256(json.dumps([data, classes]).encode()).hexdigest()[:16],
     }
-    _meet_embedder(recipe, options, output_dir)
+    _check_embedder(recipe, options, output_dir)
     do = _doing(recipe, options, settings, plan, rows, classes, verifier)
     done = run_blocks(output_dir / RECORD, depends_on, blocks, do)
     tried = [one for block in done for one in block.tried]
@@ -195,7 +195,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
 
 
 def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
-    """The class of each problem, and the blocks of problems to do."""
+    """The class of each problem, and the blocks."""
     from ..bank.embedding import load_embedder
     from ..data.bootstrap_run import cut_blocks
     from ..data.classes import merge_small_classes, problem_classes
@@ -220,7 +220,7 @@ def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tupl
         raise DataError(str(error).replace("--transfer_block_size", "--block_size")) from error
     answers = [str(answer) for answer in dataset["solution"]] if "solution" in dataset.column_names else None
     blocks = cut_blocks(classes, answers, size, training.seed)
-    if options.source == "worked":  # no siblings are needed, so these are only as large as is kept at a time
+    if options.source == "worked":  # worked solutions need no siblings: a block is the unit that is recorded
         order = [index for block in blocks for index in block]
         blocks = [order[start : start + options.block_size] for start in range(0, len(order), options.block_size)]
     if options.max_problems is not None:
@@ -237,7 +237,7 @@ def _doing(
     classes: list[str],
     verifier: Callable[..., list[float | None]],
 ) -> Callable[[list[int], int], "Block"]:
-    """What does a block. The model is loaded when the first one needs it."""
+    """The function that runs a block. The model is loaded by the first block that needs it."""
     from functools import cache
 
     from ..compare.lab.model import fetch_model
@@ -295,7 +295,7 @@ def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -
     if (quantization := get_quantization_config(recipe.model)) is not None:
         kwargs["quantization_config"] = quantization
     if options.by == "teacher":
-        kwargs.pop("revision", None)  # that of the recipe's own model
+        kwargs.pop("revision", None)  # the revision is that of the recipe's model
     name = options.teacher or recipe.model.model_name_or_path
     prepare_model(name)
     return TwoPhaseModel.from_pretrained(
@@ -316,8 +316,8 @@ def _open_bank(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) 
     )
 
 
-def _meet_embedder(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -> None:
-    """Finds out before hours of generation whether the bank can be written in the end."""
+def _check_embedder(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -> None:
+    """Opens the bank and embeds a text, so that errors are raised before hours of generation."""
     with _open_bank(recipe, options, output_dir) as bank:
         bank.embed(["What is asked?"])
 
@@ -325,7 +325,7 @@ def _meet_embedder(recipe: "Recipe", options: argparse.Namespace, output_dir: Pa
 def _put_into_bank(
     good: list["Tried"], recipe: "Recipe", options: argparse.Namespace, output_dir: Path, name: str
 ) -> int:
-    """Adds strategies as candidates. Those that the bank has retired stay so."""
+    """Adds strategies as candidates. Strategies that the bank has retired are not added again."""
     from ..bank import Strategy
 
     strategies = [

@@ -1,4 +1,4 @@
-"""`trl-sgpo compare`: arms × seeds at an equal budget, run or gone on with, and their table."""
+"""`trl-sgpo compare`: runs or resumes arms × seeds at an equal budget, and writes their table."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    """Runs what is not finished yet and writes the table. Exit status 1 if a run failed."""
+    """Runs the arms that are not finished and writes the table. Exit status 1 if a run failed."""
     options, overrides = _parser().parse_known_args(argv)
     changes: dict[str, Any] = {
         key: options.__dict__[key]
@@ -87,7 +87,7 @@ def _as_mapping(arguments: list[str]) -> dict[str, Any]:
 
 
 def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, processes: int) -> list[str]:
-    """Warm-starts each seed, then runs its arms, `processes` at a time. Returns the names of what failed."""
+    """Warm-starts each seed, then runs its arms, `processes` at a time. Returns the names of failed runs."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if processes > 1:
         environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}

@@ -1,4 +1,4 @@
-"""`trl-sgpo estimate`: how much memory recipes need, by part, before anything is downloaded."""
+"""`trl-sgpo estimate`: estimates the memory that recipes need, by part, before anything is downloaded."""
 
 import argparse
 import json

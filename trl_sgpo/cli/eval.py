@@ -108,14 +108,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def read_options(argv: list[str]) -> argparse.Namespace:
     """
-    Reads the command line and the file it names with `--config`, over which it wins.
+    Reads the command line and its `--config` file. The command line overrides the file.
 
     Args:
         argv (`list[str]`):
             The command line.
 
     Raises:
-        [`ConfigError`]: A file that cannot be read, an unknown key, or a value that cannot be.
+        [`ConfigError`]: A file that cannot be read, an unknown key or an invalid value.
     """
     parser = _parser()
     path = parser.parse_known_args(argv)[0].config
@@ -298,7 +298,7 @@ def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
 
     given = {key: vars(options)[key] for key in TWO_PHASE if vars(options)[key] is not None}
     if "strategy_format" in given:
-        given.setdefault("strategy_prompt", "")  # the one for the format
+        given.setdefault("strategy_prompt", "")  # the default one of the format
     settings = replace(TwoPhaseSettings.load(fetch_model(options.model)), **given)
     return TwoPhaseModel.from_pretrained(options.model, settings, options.batch_size, dtype=options.dtype)
 

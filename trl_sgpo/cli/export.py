@@ -1,4 +1,4 @@
-"""`trl-sgpo export`: a trained model as one that stands alone, for transformers or llama.cpp."""
+"""`trl-sgpo export`: exports a trained model for transformers or llama.cpp."""
 
 import argparse
 from typing import Any

@@ -56,7 +56,7 @@ def reward(completions, prompts, **kwargs):
 
 @dataclass(frozen=True)
 class Size:
-    """Settings that fit a GPU's memory, for the models that are trained on such a one."""
+    """Settings for a GPU's memory and the models that are usually trained on it."""
 
     vram: float
     micro_batch: int
@@ -73,12 +73,12 @@ SIZES = (
     Size(24, micro_batch=8, rows=64, strategy=192, execution=768),
     Size(40, micro_batch=16, rows=64, strategy=256, execution=1024),
 )
-FULL_SHARE = 0.3  # of the memory, that weights in 16 bits may take before they are quantized
-QUANTIZED_SHARE = 0.6  # of the memory, that quantized weights may take
+FULL_SHARE = 0.3  # share of the memory for weights in 16 bits; larger weights are quantized
+QUANTIZED_SHARE = 0.6  # share of the memory for quantized weights
 
 
 def main(argv: list[str]) -> int:
-    """Asks what is not given, and writes."""
+    """Asks for missing options and writes the files."""
     options = _parser().parse_args(argv)
     recipe = Path(options.output)
     rewards = None if options.reward_file is None else Path(options.reward_file)
@@ -168,7 +168,7 @@ def _get(
     check: Callable[[str], _T],
     always: float | None = None,
 ) -> _T:
-    """What was given, or what is answered to the question, once it passes the check."""
+    """The given option, or the answer to the question, once it passes the check."""
     if given is not None:
         return check(given)
     if not _asking():

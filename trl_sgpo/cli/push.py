@@ -1,4 +1,4 @@
-"""`trl-sgpo push`: a finished run on the Hugging Face Hub."""
+"""`trl-sgpo push`: publishes a run on the Hugging Face Hub."""
 
 import argparse
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Pushes what is asked for. Returns the exit status."""
+    """Pushes a run. Returns the exit status."""
     options = _parser().parse_args(argv)
     run = Path(options.run)
     evaluation = None if options.eval is None else Path(options.eval)

@@ -1,4 +1,4 @@
-"""`trl-sgpo report`: a run as one HTML file."""
+"""`trl-sgpo report`: writes a run as one HTML file."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`trl-sgpo solve`: a trained model and its strategy bank at work, on one problem, a file, or as they come."""
+"""`trl-sgpo solve`: solves one problem, a file of them, or those entered in a terminal, with a strategy bank."""
 
 import argparse
 import importlib.util
@@ -280,7 +280,7 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Namespace) -> None:
-    """Solves a problem and prints what is shown to the model and what it writes, while it does."""
+    """Solves a problem and prints retrieved strategies and generated text as it is generated."""
     prepared = pipeline.prepare([problem], [options.problem_class], retrieve=options.strategy is None)
     if prepared[0].retrieved:
         _print_shown(prepared[0].retrieved)
@@ -347,7 +347,7 @@ def _heading(text: str) -> None:
 
 
 def _write(text: str) -> None:
-    """Prints what a model or a bank says, with nothing in it that a terminal would act on."""
+    """Prints untrusted text of a model or a bank, without control characters."""
     from .text import printable
 
     print(printable(text), end="", flush=True)
@@ -384,7 +384,7 @@ def _chat(pipeline: "SGPOPipeline", options: argparse.Namespace) -> int:
 
 
 def _set(options: argparse.Namespace, command: str, value: str) -> str:
-    """Changes an option as a command of the chat says, and says what holds now."""
+    """Changes an option by a command of the chat. Returns a message with the new value."""
     if command == "/strategy":
         options.strategy = value or None
         return "This strategy is executed from now on." if value else "The model writes strategies."

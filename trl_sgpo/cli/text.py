@@ -4,7 +4,7 @@ from ..bank import Strategy
 
 
 def printable(text: str) -> str:
-    """The text with everything that a terminal would act on, or not show, spelled out."""
+    """Text with control characters and other unprintable ones written as escapes."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

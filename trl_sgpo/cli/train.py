@@ -38,7 +38,7 @@ _LAUNCHED = "TRL_SGPO_LAUNCHED"
 
 
 def main(argv: list[str]) -> int:
-    """Trains as the recipe says, through `accelerate launch` where it is asked for or several GPUs are visible."""
+    """Trains a recipe, through `accelerate launch` if the recipe sets its options or several GPUs are visible."""
     recipe = read_recipe(argv, "trl-sgpo train")
     if _LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
         return _launch(recipe)
@@ -55,7 +55,7 @@ def _launch(recipe: Recipe) -> int:
     _check_sharding(arguments)
     os.environ[_LAUNCHED] = "1"
     if not torch.accelerator.is_available() and (arguments.num_processes or 1) > 1:
-        # Processes on a CPU are started as those on GPUs are; otherwise a single one is, whatever is asked for
+        # Without these, accelerate starts a single process on a CPU
         arguments.multi_gpu, arguments.cpu = True, False
         os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
@@ -68,7 +68,7 @@ def _launch(recipe: Recipe) -> int:
 
 
 def _check_sharding(arguments: argparse.Namespace) -> None:
-    """On CPUs accelerate takes FSDP for DDP without saying so. Sharded checkpoints are refused before a warm start."""
+    """Refuses FSDP on CPUs, where accelerate silently uses DDP, and sharded checkpoints."""
     sharded, settings = arguments.use_fsdp, vars(arguments)
     if arguments.config_file is not None:
         config = load_config_from_file(arguments.config_file)
@@ -88,7 +88,7 @@ def _check_sharding(arguments: argparse.Namespace) -> None:
 
 def train(recipe: Recipe) -> SGPOTrainer:
     """
-    Warm-starts, trains, saves and reports as the recipe says.
+    Runs a recipe: warm start, training, saving, measurements before and after, push.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
@@ -103,10 +103,10 @@ def train(recipe: Recipe) -> SGPOTrainer:
     _advise_on_bfloat16(recipe)
     model = fetch_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
-    if training.push_to_hub and training.process_index == 0:  # before the warm start, too
+    if training.push_to_hub and training.process_index == 0:  # raises errors before the warm start
         name = training.hub_model_id or Path(training.output_dir).absolute().name
         claim(name, training.hub_token, training.hub_private_repo)
-    # Before the warm start, so that a dataset that cannot work says so at once
+    # Before the warm start, so that errors of the dataset are raised at once
     train_dataset = with_classes(
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
     )
@@ -134,7 +134,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     unseen = data[script.dataset_test_split] if reports else None
     before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
     if trainer.accelerator.is_main_process:
-        Path(training.output_dir, REPORT_FILE).unlink(missing_ok=True)  # of an earlier run
+        Path(training.output_dir, REPORT_FILE).unlink(missing_ok=True)  # written by an earlier run
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training.output_dir, _internal_call=True)  # pushed below, with the report
     trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
@@ -153,7 +153,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
             failure = error
     if trainer.strategy_bank is not None:
         trainer.strategy_bank.close()
-    trainer.accelerator.wait_for_everyone()  # a process that ends while another still saves can abort
+    trainer.accelerator.wait_for_everyone()  # a process that exits while another still saves can abort it
     trainer.end()
     if failure is not None:
         raise failure
@@ -195,7 +195,7 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
 
 
 def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
-    """Prints accuracy and transfer before and after training, strategies from the bank, and what to run next."""
+    """Prints accuracy and transfer before and after training, the best strategies, and commands to run next."""
     from rich.console import Console
     from rich.table import Table
 

@@ -23,7 +23,7 @@ class Executed:
         text (`str`):
             The execution.
         outcome (`float` or `None`):
-            Its outcome in [0, 1], `None` where the verifier cannot tell.
+            Its outcome in [0, 1], `None` without a verdict of the verifier.
         baseline (`float`, *optional*):
             Mean outcome of answers to the problem without a strategy, `None` if not measured.
         sibling (`bool`, *optional*, defaults to `False`):
@@ -40,7 +40,7 @@ class Executed:
 @dataclass(frozen=True)
 class Tried:
     """
-    A strategy that was written, and what came of it.
+    A strategy that was written, with its executions.
 
     Args:
         strategy (`str`):
@@ -72,7 +72,7 @@ class Tried:
 
 def find_flaw(strategy: ParsedStrategy, problem: str, answer: str | None) -> str | None:
     """
-    What is wrong with a strategy before it is executed.
+    Finds the reason not to execute a strategy.
 
     Args:
         strategy ([`~trl_sgpo.method.prompts.ParsedStrategy`]):
@@ -116,7 +116,7 @@ def lift(tried: Tried) -> float | None:
 
 def rejection(tried: Tried, min_lift: float | None) -> str | None:
     """
-    Why a strategy is not kept.
+    Finds the reason not to keep a strategy.
 
     Args:
         tried ([`Tried`]):
@@ -141,9 +141,8 @@ def rejection(tried: Tried, min_lift: float | None) -> str | None:
 
 def pool(tried: Iterable[Tried]) -> list[Tried]:
     """
-    Joins strategies of one class and one text, up to white space and case, so that they are judged by all their
-    executions: one that was written for two problems, for each without sight of the other, was tried on siblings by
-    both. Those with a flaw stay as they are.
+    Joins strategies of the same class and text, up to white space and case, with all their executions: the same
+    strategy may have been written for several problems. Strategies with a flaw are not joined.
     """
     pooled: dict[tuple[str, str], Tried] = {}
     flawed = []
@@ -164,7 +163,7 @@ def _identity(one: Tried) -> tuple[str, str]:
 
 
 def kept(tried: Iterable[Tried], min_lift: float | None) -> list[Tried]:
-    """The strategies that are kept, pooled."""
+    """Pools strategies and drops those with a reason for rejection."""
     return [one for one in pool(tried) if rejection(one, min_lift) is None]
 
 
@@ -172,7 +171,7 @@ def to_traces(
     strategies: Iterable[Tried], prompts: Mapping[str, list[dict[str, str]]], answers: Mapping[str, str | None]
 ) -> list[Trace]:
     """
-    Right executions of strategies, without those on problems whose answer the strategy contains.
+    Makes traces of right executions, except on problems whose answer the strategy contains.
 
     Args:
         strategies (`Iterable[Tried]`):
@@ -198,7 +197,7 @@ def to_traces(
 @dataclass(frozen=True)
 class Summary:
     """
-    What a bootstrap came to.
+    Counts of a bootstrap.
 
     Args:
         problems (`int`):
@@ -234,7 +233,7 @@ class Summary:
 
 def summarize(tried: Sequence[Tried], problems: int, tokens: int, min_lift: float | None) -> Summary:
     """
-    Counts what became of strategies.
+    Counts strategies by what they were rejected for or kept.
 
     Args:
         tried (`Sequence[Tried]`):

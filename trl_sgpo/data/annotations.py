@@ -34,7 +34,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 
 def worked_execution(worked: str, answer: str | None) -> str | None:
     r"""
-    Brings a worked solution to the form of an execution.
+    Converts a worked solution to the form of an execution.
 
     Args:
         worked (`str`):
@@ -56,18 +56,18 @@ def worked_execution(worked: str, answer: str | None) -> str | None:
 
 def strategy_from_annotations(worked: str, problem: str) -> str | None:
     """
-    Puts the calculations of an annotated solution in words, without a number of the instance.
+    Describes the calculations of an annotated solution in words, without numbers of the instance.
 
     Args:
         worked (`str`):
             A worked solution with calculator annotations, like those of GSM8K: `<<48/2=24>>`.
         problem (`str`):
-            Text of the problem, which tells numbers that are given from those that are implied (half, a week).
+            Text of the problem, to distinguish numbers that it gives from those that it implies (half, a week).
 
     Returns:
         `str` or `None`: The strategy. `None` if there are no annotations or more than ten, a calculation is not
-        annotated, wrong, not of sums, differences, products and quotients or has a number from nowhere, or the last
-        result is not the answer.
+        annotated, is wrong, has other operations than + - * / or a number of unknown origin, or the last result is
+        not the answer.
     """
     annotations = _ANNOTATION.findall(worked)
     if not 1 <= len(annotations) <= len(_ORDINALS) or len(annotations) != worked.count("<<"):

@@ -1,4 +1,4 @@
-"""Problems: where they come from, what their answer is, and the reward that checks an answer."""
+"""Problems: loading them, reading final answers, and the reward function that checks an answer."""
 
 import json
 import logging
@@ -160,7 +160,7 @@ def to_problems(dataset: "Dataset") -> "Dataset":
 
 def final_answer(text: str) -> str | None:
     r"""
-    Reads the final answer out of a solution.
+    Extracts the final answer of a solution.
 
     Args:
         text (`str`):
@@ -216,7 +216,7 @@ def answer_reward(
         `list[float | None]`: `None` where the solution is `None`.
 
     Raises:
-        `DataError`: If the package that can tell whether an answer is right is not installed.
+        `DataError`: If the package that checks the answer is not installed.
     """
     rewards: list[float | None] = []
     for completion, gold, raw in zip(completions, solution, entry or [None] * len(solution), strict=True):
@@ -239,14 +239,14 @@ def same_answer(first: str, second: str) -> bool:
             Another one.
 
     Raises:
-        `DataError`: If the package that can tell is not installed.
+        `DataError`: If math-verify is needed and not installed.
     """
     return _is_right(first, second, None)
 
 
 def same_answer_text(first: str, second: str) -> bool:
     """
-    Whether two final answers are the same text or number, without asking what is mathematically equal.
+    Whether two final answers are the same text or number, without checking mathematical equality.
 
     Args:
         first (`str`):
@@ -267,10 +267,10 @@ def _is_right(answer: str, gold: str, entry: str | None) -> bool:
     if entry is not None:
         parsed = json.loads(entry)
         if parsed["metadata"]["source_dataset"] == list_functions.FAMILY:
-            return False  # the one right answer was compared with above
+            return False  # its only right answer was compared above
         try:
             return _scorer(parsed["metadata"]["source_dataset"])(answer, parsed) >= 0.99
-        except (ArithmeticError, LookupError, TypeError, ValueError):  # how some families meet a malformed answer
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # raised by some families for malformed answers
             return False
     if number is not None and gold_number is not None:
         return False
@@ -308,7 +308,7 @@ def _scorer(family: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:
-    """What `datasets.load_dataset` takes as `path` and `data_files`. The split may be a slice, like `train[:100]`."""
+    """Arguments `path` and `data_files` of `datasets.load_dataset`. The split may be a slice, like `train[:100]`."""
     base = split.partition("[")[0]
     if path.startswith((GYM, LISTS)):
         return "parquet", {base: materialise(path, base)}

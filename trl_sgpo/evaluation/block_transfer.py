@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TransferScore:
     """
-    How well a model's strategies do.
+    Accuracy and transfer of a model's strategies.
 
     Args:
         accuracy (`float`):
@@ -40,7 +40,7 @@ class TransferScore:
 
 def select_blocks(dataset: "Dataset", class_column: str, size: int, limit: int, seed: int) -> list[int]:
     """
-    Draws blocks of unseen problems, as evenly from all classes as they allow.
+    Draws blocks of unseen problems, spread over the classes as evenly as possible.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -68,7 +68,7 @@ def select_blocks(dataset: "Dataset", class_column: str, size: int, limit: int, 
     seen: set[int] = set()
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        if seen.isdisjoint(block):  # the filled-up last block of a class would count some problems twice
+        if seen.isdisjoint(block):  # the last block of a class may be padded with problems of earlier blocks
             queues[classes[block[0]]].append(block)
             seen.update(block)
     chosen: list[int] = []
@@ -93,7 +93,7 @@ def measure_transfer(
         num_problems (`int`):
             How many to measure.
         greedy (`bool`, *optional*, defaults to `True`):
-            Whether to decode greedily. If `False`, as in training, which is what training optimises.
+            Whether to decode greedily. If `False`, executions are sampled as in training.
 
     Returns:
         [`TransferScore`]

@@ -22,7 +22,7 @@ class PlannedExecution:
 
     Args:
         condition (`str`):
-            What it is for: one of `CONDITIONS` and `WITH_BANK`, or `"matrix"`.
+            Its condition: one of `CONDITIONS` and `WITH_BANK`, or `"matrix"`.
         writer (`int` or `None`):
             Row that the strategy is written for, `None` where there is none.
         problem (`int`):
@@ -37,19 +37,19 @@ class PlannedExecution:
 @dataclass(frozen=True)
 class TransferPlan:
     """
-    What a transfer report measures.
+    The executions of a transfer report.
 
     Args:
         classes (`list[str]`):
             The classes.
         left_out (`list[str]`):
-            Classes that are not measured: too small, or more than wanted.
+            Classes that are not measured: too small, or more than `max_classes`.
         written_on (`dict[str, list[int]]`):
             A_c, rows of each class that the strategies to transfer are written on.
         unseen (`dict[str, list[int]]`):
             B_c, rows of each class that they are executed on.
         executions (`list[PlannedExecution]`):
-            What is executed.
+            The executions.
     """
 
     classes: list[str]
@@ -59,7 +59,7 @@ class TransferPlan:
     executions: list[PlannedExecution]
 
     def writers(self, with_bank: bool) -> list[int]:
-        """Rows that strategies are written for, with or without those of the bank in view."""
+        """Rows that strategies are written for, with or without strategies of the bank in the request."""
         return sorted(
             {e.writer for e in self.executions if e.writer is not None and (e.condition in WITH_BANK) == with_bank}
         )
@@ -83,8 +83,8 @@ def plan_transfer(
     """
     Draws the problems and the pairs of strategy and problem for a transfer report.
 
-    Strategies of problems that have the same answer as the one they are executed on are left out where there are
-    others, so that an answer written into a strategy does not help.
+    Strategies written for a problem with the same answer are not executed on a problem if there are others, so that an
+    answer within a strategy does not count as transfer.
 
     Args:
         rows (`Sequence[dict]`):
@@ -101,9 +101,9 @@ def plan_transfer(
         max_classes (`int`, *optional*):
             Number of classes, the largest ones.
         pairs_per_cell (`int`, *optional*, defaults to `8`):
-            Pairs that each cell of the transfer matrix rests on, as far as there are so many.
+            Pairs for each cell of the transfer matrix; fewer if there are not enough.
         bank (`bool`, *optional*, defaults to `False`):
-            Whether to measure with strategies of a bank in view too.
+            Whether to measure with strategies of a bank in the request as well.
 
     Returns:
         [`TransferPlan`]

@@ -34,7 +34,7 @@ DIFFERENCES = (
 @dataclass(frozen=True)
 class TransferReport:
     """
-    Strategy transfer score of a model, and what to compare it with.
+    Strategy transfer score of a model and the conditions to compare it with.
 
     Args:
         classes (`list[str]`):
@@ -42,16 +42,16 @@ class TransferReport:
         left_out (`list[str]`):
             Classes not measured.
         executions (`list[dict]`):
-            Every verified execution: `condition`, `problem` and `class` that it is of, `written_for` and
+            Every verified execution: its `condition`, `problem` and `class`, the `written_for` and
             `written_class` of its strategy, and its `outcome`. Intervals are computed from these.
         seed (`int`):
             Seed of the intervals' resampling.
         unverified (`int`):
-            Executions that the verifier could not tell about.
+            Executions without a verdict of the verifier.
         strategies (`int`):
             Strategies written.
         flawed_strategies (`int`):
-            Those that are empty, cut off or not of the format.
+            Strategies that are empty, truncated or malformed.
         generated_tokens (`int`):
             Tokens generated.
     """
@@ -83,7 +83,7 @@ class TransferReport:
         return self._over_classes(self.outcomes(condition))
 
     def difference(self, first: str, second: str) -> Estimate | None:
-        """Mean over classes of what the first condition has over the second on the same problems."""
+        """Mean over classes of the difference between two conditions on the same problems."""
         ours, theirs = self.outcomes(first), self.outcomes(second)
         return self._over_classes({problem: ours[problem] - theirs[problem] for problem in ours if problem in theirs})
 
@@ -93,7 +93,7 @@ class TransferReport:
 
     @property
     def relative(self) -> float | None:
-        """Transfer as a part of what strategies achieve on the problem they are written for."""
+        """Transfer divided by the outcome on the problem that the strategy was written for."""
         transfer, own = self.estimate("transfer"), self.estimate("own")
         return transfer.value / own.value if transfer is not None and own is not None and own.value > 0 else None
 
@@ -155,7 +155,7 @@ def transfer_report(
     pairs_per_cell: int = 8,
 ) -> TransferReport:
     """
-    Measures how well a model's strategies do on problems that they were not written for.
+    Measures a model's strategies on problems that they were not written for.
 
     Args:
         model ([`~trl_sgpo.inference.model.TwoPhaseModel`]):
@@ -167,7 +167,7 @@ def transfer_report(
         verifier (`Callable`):
             Reward function that checks executions.
         problems_per_class (`int`, *optional*, defaults to `16`):
-            Problems of each class that strategies are written on, and as many that they are executed on.
+            Problems of each class to write strategies for, and the same number to execute them on.
         transfers (`int`, *optional*, defaults to `2`):
             Strategies of the same class, and of others, executed on each problem.
         seed (`int`, *optional*, defaults to `42`):
@@ -175,11 +175,11 @@ def transfer_report(
         decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
             How to decode, greedily by default. Its seed is not used.
         bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
-            If given, transfer and own are also measured with its trusted strategies in view.
+            If given, `transfer` and `own` are also measured with its trusted strategies in the request.
         max_classes (`int`, *optional*):
             Number of classes, the largest ones.
         pairs_per_cell (`int`, *optional*, defaults to `8`):
-            Pairs that each cell of the transfer matrix rests on.
+            Pairs for each cell of the transfer matrix.
 
     Returns:
         [`TransferReport`]
@@ -204,7 +204,7 @@ def measure_plan(
     name: str = "",
 ) -> TransferReport:
     """
-    Carries out a plan of [`plan_transfer`] in chunks, see [`transfer_report`].
+    Runs a plan of [`~trl_sgpo.evaluation.transfer_plan.plan_transfer`] in chunks, see [`transfer_report`].
 
     Args:
         run (`Callable`, *optional*):
@@ -212,7 +212,7 @@ def measure_plan(
         chunk_size (`int`, *optional*, defaults to `32`):
             Texts a chunk.
         name (`str`, *optional*):
-            What the chunks' names begin with.
+            Prefix of the chunks' names.
 
     Returns:
         [`TransferReport`]

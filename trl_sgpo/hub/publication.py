@@ -48,7 +48,7 @@ TOKENIZER = (
 MODEL_FILES = (*WEIGHTS, *CONFIGS, *TOKENIZER, SETTINGS_FILE)
 BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (MANIFEST, *FILES.values()))
 
-# What resuming needs: the state that transformers writes, the rollouts still to be trained on, the bank's snapshot
+# Needed to resume: the state that transformers writes, the rollouts not yet trained on, the bank's snapshot
 CHECKPOINT_FILES = (
     *MODEL_FILES,
     FACTS_FILE,
@@ -64,7 +64,7 @@ CHECKPOINT_FILES = (
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...], link: bool) -> None:
-    """Copies files, or links those of a checkpoint, which are never written again but may be deleted."""
+    """Copies files, or hard-links those of a checkpoint: they may be deleted but are never changed."""
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def _publish_settings(directory: Path) -> None:
     if path.is_file():
         settings = json.loads(path.read_text())
         text = json.dumps(settings | {"embedding_model": published(settings["embedding_model"])}, indent=2)
-        path.unlink()  # it may be a link to the checkpoint's
+        path.unlink()  # it may be a hard link to the checkpoint's file
         path.write_text(text)
 
 
@@ -185,7 +185,7 @@ def _write_metrics(source: Path, target: Path) -> None:
 
 
 def write_metrics(directory: Path, step: int, epoch: float | None, log: list[dict[str, Any]]) -> None:
-    """Writes what was logged during training as `metrics.json`."""
+    """Writes the training log as `metrics.json`."""
     (directory / METRICS_FILE).write_text(json.dumps({"step": step, "epoch": epoch, "log": log}, indent=1))
 
 
@@ -206,14 +206,14 @@ def stage_checkpoint(source: Path, target: Path, name: str) -> None:
     if base is not None and Path(base).is_dir():
         config = target / name / ADAPTER_FILE
         content = json.loads(config.read_text()) | {"base_model_name_or_path": Path(base).name}
-        config.unlink()  # it may be a link to the checkpoint's
+        config.unlink()  # it may be a hard link to the checkpoint's file
         config.write_text(json.dumps(content, indent=2))
         if Path(base).resolve().parent == source.resolve().parent:
             _copy(Path(base), target / Path(base).name, (*MODEL_FILES, "warmstart.sha256"), link=True)
 
 
 def base_license(base_model: str) -> dict[str, str]:
-    """Licence metadata of a model on the Hub, or nothing if it has none or cannot be asked."""
+    """Licence metadata of a model on the Hub, empty if it has none or the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 

@@ -16,13 +16,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def pull_run(name: str, revision: str | None = None) -> Path | None:
     """
-    Downloads a model that was pushed by `trl_sgpo`, with the export of its bank, at one commit, into the Hub's cache.
+    Downloads a model that `trl_sgpo` pushed and the export of its bank, at one commit, to the Hugging Face cache.
 
     Only safetensors, configurations, tokenizer files and the export are downloaded, no code and no pickles.
 
     Args:
         name (`str`):
-            A Hub id, or anything else.
+            A Hub id or a directory.
         revision (`str`, *optional*):
             Branch, tag or commit. If `None`, the latest commit.
 
@@ -45,7 +45,7 @@ def pull_run(name: str, revision: str | None = None) -> Path | None:
             sha = Path(hf_hub_download(name, SETTINGS_FILE, revision=revision)).parent.name
         except (EntryNotFoundError, RepositoryNotFoundError) as error:
             if revision is None:
-                return None  # another model, or one that is found to be missing when it is loaded
+                return None  # not pushed by trl_sgpo, or missing: then loading it raises an error
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 raise ModelError(
                     f"{name} has no {SETTINGS_FILE} at {revision}: `--revision` is for models that `trl-sgpo` pushed."

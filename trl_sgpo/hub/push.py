@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..bank import StrategyBank
 
 
-# A push replaces these at the top of a repository, also where an earlier one, or TRL's trainer, left others of them
+# A push deletes files of these names that it does not write: those of an earlier push, or of TRL's trainer
 _REPLACED = (
     *MODEL_FILES,
     FACTS_FILE,
@@ -40,12 +40,12 @@ _REPLACED = (
     "adapter_model.bin",
 )
 _pusher = ThreadPoolExecutor(1, "trl-sgpo-push")
-PAUSES = (10.0, 60.0)  # seconds before a push that failed for a passing reason is tried again
+PAUSES = (10.0, 60.0)  # seconds before a push is retried after a temporary failure
 
 
 def claim(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
     """
-    Makes sure that a push can succeed, before any long work: the token may write, and the repository exists.
+    Checks that the token may write and creates the repository, so that errors are raised before any long work.
 
     Args:
         repo_id (`str`):
@@ -53,13 +53,13 @@ def claim(repo_id: str, token: str | None = None, private: bool | None = None) -
         token (`str`, *optional*):
             Access token. If `None`, the one that `hf auth login` stored.
         private (`bool`, *optional*):
-            Whether it must be private.
+            Whether the repository must be private.
 
     Returns:
         `str`: The full name.
 
     Raises:
-        [`ModelError`]: If it cannot.
+        [`ModelError`]: The push would fail.
     """
     from huggingface_hub import HfApi
 
@@ -81,11 +81,11 @@ def push_folder(
     folder: Path, repo_id: str, message: str, token: str | None = None, revision: str | None = None
 ) -> str:
     """
-    Makes a repository's published files those of a folder, in one commit. Other files in it stay.
+    Replaces a repository's published files by those of a folder, in one commit. Other files in it stay.
 
     Args:
         folder (`Path`):
-            What [`stage`] wrote.
+            Folder that [`~trl_sgpo.hub.publication.stage`] wrote.
         repo_id (`str`):
             Name of the model.
         message (`str`):
@@ -93,14 +93,14 @@ def push_folder(
         token (`str`, *optional*):
             Access token. If `None`, the one that `hf auth login` stored.
         revision (`str`, *optional*):
-            Branch, which is made if it does not exist. If `None`, the main one.
+            Branch, created if it does not exist. If `None`, the main one.
 
     Returns:
         `str`: The commit, 40 hexadecimal digits.
 
     Raises:
-        [`ModelError`]: If the push fails, also a minute later if that could help. The repository then has all of it
-        or nothing.
+        [`ModelError`]: If the push fails, after retries if the failure may be temporary. The commit is then
+        there as a whole or not at all.
     """
     for pause in (*PAUSES, None):
         try:
@@ -124,7 +124,7 @@ def start_push(
     revision: str | None = None,
 ) -> Future[str]:
     """
-    Stages what is published of a run, so that training may go on, and pushes it in a thread, one after the other.
+    Writes the published files of a run to a temporary folder and pushes them in a thread, while training continues.
 
     Args:
         source (`Path`):
@@ -134,11 +134,11 @@ def start_push(
         message (`str`):
             Title of the commit.
         bank ([`StrategyBank`], *optional*):
-            The bank, of which an export is written.
+            The bank to export.
         facts ([`~trl_sgpo.hub.model_card.TrainingFacts`]):
-            What the card says of the training.
+            Facts of the training for the card.
         checkpoint (`str`, *optional*):
-            Folder in the repository for all of the checkpoint that `source` is, to resume from.
+            Folder in the repository for the whole checkpoint `source`, to resume from.
         token (`str`, *optional*):
             Access token. If `None`, the one that `hf auth login` stored.
         revision (`str`, *optional*):
@@ -192,9 +192,9 @@ def _is_replaced(name: str) -> bool:
 
 @contextmanager
 def staging(run: str | Path) -> Iterator[Path]:
-    """A directory on the disk of a run or of its checkpoint, which has room for it. It is deleted in the end."""
+    """A temporary directory on the same disk as the run, so that files can be hard-linked."""
     run = Path(run).resolve()
-    checkpoint = re.fullmatch(r"checkpoint-\d+", run.name)  # which may be deleted meanwhile
+    checkpoint = re.fullmatch(r"checkpoint-\d+", run.name)  # a checkpoint may be deleted while it is pushed
     with TemporaryDirectory(prefix=".hub-", dir=run.parent if checkpoint else run) as directory:
         yield Path(directory)
 
@@ -207,6 +207,3 @@ def bank_of(run: Path) -> Iterator["StrategyBank | None"]:
         return
     with reading(run) as bank:
         yield bank
-
-
-# Pulling

@@ -119,8 +119,8 @@ def load_base(name: str, trained_on: dict[str, Any] | None, **model_kwargs: Any)
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:
     """
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward without
-    gradients, which generation is. Gradients are wrong from then on, and logits no longer those of training.
+    Turns off the repacking of 4-bit weights in bitsandbytes 0.50. On CPUs with AVX512-BF16 it takes place in the first
+    forward pass without gradients, such as generation. Gradients are wrong afterwards, and logits change.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -129,8 +129,8 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
 
 def keep_adapters_in_float32(model: torch.nn.Module) -> None:
     """
-    TRL 1.16 casts the adapters of quantized models to bfloat16. Training in float16 scales gradients, which PyTorch
-    refuses for anything but float32.
+    Casts trained weights to float32. TRL 1.16 casts the adapters of quantized models to bfloat16, but PyTorch scales
+    gradients, as training in float16 needs, in float32 only.
     """
     for weight in model.parameters():
         if weight.requires_grad:

@@ -31,8 +31,8 @@ Watch = Callable[[str, str], None]
 
 class SGPOPipeline:
     """
-    Solves problems in two phases, with strategies of a bank. Of the bank only trusted strategies are shown, none of
-    which was written for the problem itself, and nothing is written to it.
+    Solves problems in two phases, with strategies of a bank. Only trusted strategies that were not written for the
+    problem itself are retrieved, and the bank is not changed.
 
     Args:
         model ([`~trl_sgpo.inference.model.TwoPhaseModel`] or [`~trl_sgpo.inference.server.ServerModel`]):
@@ -74,11 +74,11 @@ class SGPOPipeline:
         **model_kwargs: Any,
     ) -> "SGPOPipeline":
         """
-        Loads a model, or an adapter with the model it belongs to, and the bank of its run.
+        Loads a model, or an adapter with its base model, and the bank of its run.
 
-        Of a model that `trl_sgpo` pushed to the Hub, model and bank are pulled at one commit. The strategies that are
-        trusted there are shown: they are from the author of the weights. Strategies of anyone else are not, without
-        `trust_bank`.
+        A model that `trl_sgpo` pushed to the Hub and its bank are pulled at one commit. Strategies that its author
+        trusted are retrieved, because the weights are from the same author. Those of other authors are retrieved only
+        with `trust_bank`.
 
         Args:
             name (`str`):
@@ -182,7 +182,7 @@ class SGPOPipeline:
             return pipeline
 
     def _keeping(self, opened: ExitStack) -> "SGPOPipeline":
-        """Takes over what has to be closed."""
+        """Moves open resources to this pipeline, which closes them."""
         self._opened = opened.pop_all()
         return self
 
@@ -190,7 +190,7 @@ class SGPOPipeline:
         self, problems: Sequence[Prompt], classes: Sequence[str | None] | None = None, retrieve: bool = True
     ) -> list[Problem]:
         """
-        Adds to problems the run's system message and the strategies that the bank has for them.
+        Adds the run's system message and retrieved strategies to problems.
 
         Args:
             problems (`Sequence[str | list[dict]]`):
@@ -198,7 +198,7 @@ class SGPOPipeline:
             classes (`Sequence[str | None]`, *optional*):
                 Class of each problem, to which retrieved strategies must belong. `None` is any.
             retrieve (`bool`, *optional*, defaults to `True`):
-                Whether to ask the bank.
+                Whether to retrieve strategies from the bank.
 
         Returns:
             `list[Problem]`: In the order of the problems.
@@ -224,13 +224,13 @@ class SGPOPipeline:
         watch: Watch | None = None,
     ) -> list[Solution]:
         """
-        Solves problems that were prepared.
+        Solves prepared problems.
 
         Args:
             problems (`Sequence[Problem]`):
-                What [`SGPOPipeline.prepare`] gave.
+                Result of [`SGPOPipeline.prepare`].
             strategy (`str`, *optional*):
-                Executed as it is, on all of them, instead of one that the model writes.
+                A strategy to execute on all problems, instead of those that the model writes.
             samples (`int`, *optional*, defaults to `1`):
                 Attempts at each problem, each with a strategy of its own. The answer that most agree on is chosen.
             decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
@@ -277,7 +277,7 @@ class SGPOPipeline:
     ) -> Solution:
         """
         Prepares and solves one problem. The arguments are those of [`SGPOPipeline.prepare`] and
-        [`SGPOPipeline.solve`]. With a `strategy` the bank is not asked.
+        [`SGPOPipeline.solve`]. With a `strategy`, none is retrieved from the bank.
         """
         prepared = self.prepare([problem], [problem_class], retrieve=strategy is None)
         return self.solve(prepared, strategy, samples, decoding, watch)[0]
@@ -302,7 +302,7 @@ def _open_bank(
         if run is None or not (Path(run) / BANK_DIRECTORY).is_dir():
             return None
         bank = Path(run) / BANK_DIRECTORY
-        trust_bank = True  # it comes with the model
+        trust_bank = True  # it was pushed with the model
     elif not Path(bank).is_dir() and HUB_NAME.fullmatch(str(bank)):
         _require_trust(trust_bank, bank)
         with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
@@ -326,7 +326,7 @@ def _require_trust(trust_bank: bool, bank: str | Path) -> None:
 
 
 def _embedding_model(run: str | None) -> str:
-    """What a run's bank embeds with, if that can be had here: an export has no embeddings."""
+    """The run's embedding model if it is a Hub id, else the default one: an export has no embeddings."""
     name = TwoPhaseSettings.load(run).embedding_model if run is not None and Path(run).is_dir() else ""
     return name if HUB_NAME.fullmatch(name) else DEFAULT_EMBEDDING_MODEL
 
@@ -338,7 +338,7 @@ def _settings(run: str | None) -> TwoPhaseSettings | None:
 
 
 def _check_directory(name: str) -> None:
-    """Names a checkpoint where a run's folder holds no model yet."""
+    """Raises an error that names the last checkpoint if a run's folder holds no model."""
     directory = Path(name)
     if not directory.is_dir() or any((directory / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
         return
@@ -351,7 +351,7 @@ def _check_directory(name: str) -> None:
 
 
 def _phase(watch: Watch | None, phase: str) -> Callable[[str], None] | None:
-    """Announces a phase, and gives what hands on its text."""
+    """Announces a phase and returns the callback for its text."""
     if watch is None:
         return None
     watch(phase, "")

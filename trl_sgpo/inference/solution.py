@@ -1,4 +1,4 @@
-"""How a problem was solved: attempts, and the vote on their answers."""
+"""The solution of a problem: attempts, and the majority vote on their answers."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Attempt:
         answer (`str` or `None`):
             Final answer in the execution, see [`~trl_sgpo.data.tasks.final_answer`].
         flaw (`str`, *optional*):
-            What is wrong with the strategy's form, such as `"truncated"`.
+            Flaw of the strategy's form, such as `"truncated"`.
     """
 
     strategy: str
@@ -39,11 +39,11 @@ class Attempt:
 @dataclass(frozen=True)
 class Solution:
     """
-    How a problem was solved.
+    The solution of a problem.
 
     Args:
         problem ([`~trl_sgpo.method.problem.Problem`]):
-            The problem. Its `retrieved` are the strategies of the bank that were shown.
+            The problem, with the strategies `retrieved` from the bank.
         attempts (`tuple[Attempt, ...]`):
             All attempts.
         chosen (`int`):
@@ -74,7 +74,7 @@ class Solution:
         return self.problem.retrieved
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON. Votes and all attempts are only there if there was more than one."""
+        """As JSON, with votes and all attempts if there are several."""
         found = {
             "problem": self.problem.text,
             "problem_class": self.problem.problem_class,
@@ -92,7 +92,7 @@ class Solution:
 
 def vote(problem: Problem, attempts: Sequence[Attempt]) -> Solution:
     """Chooses the answer that most attempts agree on."""
-    # Without math-verify, answers are the same if they are the same text or number
+    # Without math-verify, answers are compared as text and as numbers
     same = same_answer if importlib.util.find_spec("math_verify") else same_answer_text
     left = [attempt.answer for attempt in attempts]
     unanswered = left.count(None)

