@@ -8,12 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..compare.lab.model import prepare_model
 from ..errors import ConfigError
-from ..recipe import read_recipe
-from ..vram.advice import in_words
-from ..vram.check import estimate_recipe
-from ..vram.estimate import GIB, HEADROOM
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +16,10 @@ def main(argv: list[str]) -> int:
     options, overrides = _parser().parse_known_args(argv)
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
+
+    from ..compare.lab.model import prepare_model
+    from ..recipe import read_recipe
+    from ..vram.check import estimate_recipe
 
     results = []
     for path in options.config:
@@ -106,6 +105,9 @@ def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
 
 
 def _verdict(result: dict[str, Any]) -> str:
+    from ..vram.advice import in_words
+    from ..vram.estimate import GIB, HEADROOM
+
     vram = result["vram_gb"]
     if vram is None:
         return "Pass `--vram` for a verdict."
@@ -121,4 +123,6 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def _gb(size: int) -> str:
+    from ..vram.estimate import GIB
+
     return f"{size / GIB:.2f}"
