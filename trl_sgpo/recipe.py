@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -239,7 +240,7 @@ def resume_point(training: SGPOConfig) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     """Whether the trainer state, which is written last, can be read."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return False
     return True

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bank.snapshot import BANK_DIRECTORY
 from ..errors import ConfigError, DataError
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("model", "teacher", "server", "worked")
 WRITERS = ("rule", "model", "teacher", "server")
-RECORD, TRACES, BANK, LOCK = "bootstrap.jsonl", "traces.jsonl", "strategy_bank", "bootstrap.lock"
+RECORD, TRACES, LOCK = "bootstrap.jsonl", "traces.jsonl", "bootstrap.lock"
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
     output_dir = Path(options.output_dir)
     if options.bank is None and output_dir.resolve() == Path(str(recipe.training.output_dir)).resolve():
         raise ConfigError(
-            f"{output_dir} is where the recipe trains, which empties {output_dir / BANK}: name another `--output_dir`."
+            f"{output_dir} is where the recipe trains, which empties {output_dir / BANK_DIRECTORY}: name another "
+            "`--output_dir`."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="names problems, verifier, model, prompts")
-    parser.add_argument("--output_dir", required=True, help=f"for {RECORD}, {TRACES} and {BANK}/")
+    parser.add_argument("--output_dir", required=True, help=f"for {RECORD}, {TRACES} and {BANK_DIRECTORY}/")
     parser.add_argument(
         "--source",
         choices=SOURCES,
@@ -89,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_positive, default=32, help="texts generated at a time (32)")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests to the server at a time (8)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer of it (600)")
-    parser.add_argument("--bank", metavar="DIR", help=f"bank the strategies become candidates of (OUTPUT_DIR/{BANK})")
+    parser.add_argument(
+        "--bank", metavar="DIR", help=f"bank the strategies become candidates of (OUTPUT_DIR/{BANK_DIRECTORY})"
+    )
     return parser
 
 
@@ -312,7 +316,9 @@ def _open_bank(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) 
 
     training = recipe.training
     return StrategyBank(
-        options.bank or output_dir / BANK, training.embedding_model, capacity_per_class=training.bank_capacity
+        options.bank or output_dir / BANK_DIRECTORY,
+        training.embedding_model,
+        capacity_per_class=training.bank_capacity,
     )
 
 
@@ -366,9 +372,10 @@ def _print(summary: "Summary", traces: int, added: int, options: argparse.Namesp
     if traces == 0:
         console.print("No strategy was kept: lower --min_lift, or use a stronger --teacher or --server.")
         return
+    bank = options.bank or output_dir / BANK_DIRECTORY
     console.print(
         f"Next:\n  warm start  trl-sgpo warmstart --config {options.config} --traces {output_dir / TRACES}\n"
-        f"  use bank    trl-sgpo train --config {options.config} --bank_path {options.bank or output_dir / BANK}",
+        f"  use bank    trl-sgpo train --config {options.config} --bank_path {bank}",
         highlight=False,
         markup=False,
         soft_wrap=True,

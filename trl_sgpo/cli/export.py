@@ -8,11 +8,11 @@ def main(argv: list[str]) -> int:
     """Exports a trained model."""
     options = _parser().parse_args(argv)
 
-    from ..export.export import REPORT_FILE, ExportPlan, export
+    from ..export.export import EXPORT_FILE, ExportPlan, export
 
     report = export(ExportPlan(**vars(options)))
     _print(report)
-    print(f"Exported to {options.output_dir}; these figures are in its {REPORT_FILE}.")
+    print(f"Exported to {options.output_dir}; these figures are in its {EXPORT_FILE}.")
     return 0
 
 

@@ -142,7 +142,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         after = _measure(trainer, unseen, script.report_problems)
         scores = {"before": _to_json(before), "after": _to_json(after)}
         Path(training.output_dir, REPORT_FILE).write_text(json.dumps(scores, indent=2))
-        print_report(trainer, before, after, recipe)
+        print_results(trainer, before, after, recipe)
     trainer.create_model_card()
     failure: SGPOError | None = None
     if training.push_to_hub:
@@ -194,7 +194,7 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
     return scores
 
 
-def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
+def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
     """Prints accuracy and transfer before and after training, the best strategies, and commands to run next."""
     from rich.console import Console
     from rich.table import Table

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import StrategyBank
+from ..bank.snapshot import BANK_DIRECTORY
 from ..data.loading import load_data, load_rewards
 from ..data.warmstart import warmstart_model
 from ..errors import DataError
@@ -23,7 +24,7 @@ from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
 from ..recipe import Recipe, read_recipe, resume_point
-from ..sgpo_trainer import BANK_DIRECTORY, with_classes
+from ..sgpo_trainer import with_classes
 from .config import Arm, Comparison, read_comparison
 from .lab.model import fetch_model
 from .methods import Task, TrainedArm, plain_settings, train_arm

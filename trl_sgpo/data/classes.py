@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..method.prompts import problem_text
 
 
 if TYPE_CHECKING:
@@ -56,21 +57,13 @@ def problem_classes(
         from sklearn.cluster import KMeans
 
         prompts = dataset.select(missing)["prompt"]
-        embeddings = embed([prompt_text(prompt) for prompt in prompts])
+        embeddings = embed([problem_text(prompt) for prompt in prompts])
         kmeans = KMeans(min(num_clusters, len(missing)), n_init=4, random_state=seed).fit(embeddings)
         for row, label in zip(missing, kmeans.labels_, strict=True):
             classes[row] = f"cluster-{label}"
         sizes = Counter(classes[row] for row in missing)
         logger.info("Clustered problems: " + ", ".join(f"{name} {size}" for name, size in sorted(sizes.items())))
     return [str(name) for name in classes]
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """Returns the problem in a prompt: the text itself, or that of the last user message."""
-    if isinstance(prompt, str):
-        return prompt
-    content = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)
 
 
 def merge_small_classes(

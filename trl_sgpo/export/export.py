@@ -27,7 +27,7 @@ from ..inference.settings import TwoPhaseSettings
 from .parity import Parity, compare, logits_on, probes
 
 
-REPORT_FILE = "export.json"
+EXPORT_FILE = "export.json"
 STRATEGIES_DIRECTORY = "strategies"
 # Largest error of the logits, by data type of the weights (docs/export.md)
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}
@@ -120,7 +120,7 @@ def export(plan: ExportPlan) -> dict[str, Any]:
         if Path(source, BANK_DIRECTORY).is_dir():
             with reading(source) as bank:
                 export_bank(bank, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
-        (unfinished / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        (unfinished / EXPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         if plan.overwrite:
             shutil.rmtree(output, ignore_errors=True)
         os.replace(unfinished, output)
@@ -275,7 +275,7 @@ def _check_output(output: Path, plan: ExportPlan) -> None:
         return
     if not plan.overwrite:
         raise ConfigError(f"{output} exists: name another `--output_dir`, or pass `--overwrite` to replace an export.")
-    if not (output / REPORT_FILE).is_file():
+    if not (output / EXPORT_FILE).is_file():
         raise ConfigError(f"{output} is no export, so it is not overwritten: name another `--output_dir`.")
     if output.resolve() == Path(plan.model).resolve():
         raise ConfigError("`--output_dir` is the model itself: name another directory.")

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..bank.exchange import FILES, MANIFEST, export_bank, published
 from ..bank.snapshot import BANK_DIRECTORY
 from ..errors import ModelError
@@ -31,7 +33,6 @@ from .model_card import (
 if TYPE_CHECKING:
     from ..bank import StrategyBank
 
-TRAINER_STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 CONFIGS = ("config.json", "generation_config.json", ADAPTER_FILE)
 TOKENIZER = (
@@ -52,7 +53,7 @@ BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (MANIFEST, *FILES.valu
 CHECKPOINT_FILES = (
     *MODEL_FILES,
     FACTS_FILE,
-    TRAINER_STATE,
+    TRAINER_STATE_NAME,
     "optimizer.pt",
     "scheduler.pt",
     "scaler.pt",
@@ -177,8 +178,8 @@ def _publish_settings(directory: Path) -> None:
 
 
 def _write_metrics(source: Path, target: Path) -> None:
-    if (source / TRAINER_STATE).is_file():
-        state = json.loads((source / TRAINER_STATE).read_text())
+    if (source / TRAINER_STATE_NAME).is_file():
+        state = json.loads((source / TRAINER_STATE_NAME).read_text())
         write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
     elif (source / METRICS_FILE).is_file():
         shutil.copyfile(source / METRICS_FILE, target / METRICS_FILE)

@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..bank.snapshot import BANK_DIRECTORY, reading
 from ..errors import ModelError
 from .errors import may_pass, readable_errors
@@ -20,7 +22,7 @@ from .model_card import (
     RESULTS_DIRECTORY,
     TrainingFacts,
 )
-from .publication import MODEL_FILES, TRAINER_STATE, stage, stage_checkpoint
+from .publication import MODEL_FILES, stage, stage_checkpoint
 
 
 if TYPE_CHECKING:
@@ -149,7 +151,14 @@ def start_push(
     """
     with ExitStack() as opened:
         folder = opened.enter_context(staging(source))
-        stage(source, folder, repo_id, bank, facts, link=checkpoint is not None or (source / TRAINER_STATE).is_file())
+        stage(
+            source,
+            folder,
+            repo_id,
+            bank,
+            facts,
+            link=checkpoint is not None or (source / TRAINER_STATE_NAME).is_file(),
+        )
         if checkpoint is not None:
             stage_checkpoint(source, folder, checkpoint)
         kept = opened.pop_all()
