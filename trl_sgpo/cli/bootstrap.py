@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         choices=SOURCES,
         default="model",
-        help="who writes and executes: the recipe's model, a stronger local one, a server; or worked solutions in the "
-        "data, which are the executions and need no lift (model)",
+        help="what writes and executes: the recipe's model, a stronger local one, a server; or worked solutions in "
+        "the data, which are the executions and need no lift (model)",
     )
     parser.add_argument("--teacher", metavar="NAME", help="directory or Hub id of a stronger model")
     parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server, like http://127.0.0.1:8000/v1")
@@ -75,24 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--writer",
         choices=WRITERS,
-        help="with --source worked, who puts a solution's strategy in words: a rule for calculator annotations and "
+        help="with --source worked, what writes a solution's strategy: a rule for calculator annotations and "
         "covered reasoning-gym families, or a model that is shown the solution (rule)",
     )
     parser.add_argument("--num_strategies", type=_positive, default=4, metavar="N", help="for each problem (4)")
     parser.add_argument(
-        "--block_size", type=_positive, default=4, metavar="K", help="problems that execute each other's (4)"
+        "--block_size",
+        type=_positive,
+        default=4,
+        metavar="K",
+        help="problems that execute each other's strategies (4)",
     )
     parser.add_argument(
         "--num_answers", type=_positive, default=4, metavar="N", help="without strategy, for each problem (4)"
     )
-    parser.add_argument("--answer_prompt", metavar="TEXT", help="what such an answer is asked for with")
-    parser.add_argument("--min_lift", type=float, default=0.1, help="lift that must be exceeded (0.1)")
-    parser.add_argument("--max_problems", type=_positive, metavar="N", help="stop after about as many (all)")
+    parser.add_argument("--answer_prompt", metavar="TEXT", help="added to a problem to be answered without strategy")
+    parser.add_argument("--min_lift", type=float, default=0.1, help="smallest lift that is not kept (0.1)")
+    parser.add_argument("--max_problems", type=_positive, metavar="N", help="stop after about N problems (all)")
     parser.add_argument("--batch_size", type=_positive, default=32, help="texts generated at a time (32)")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests to the server at a time (8)")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer of it (600)")
     parser.add_argument(
-        "--bank", metavar="DIR", help=f"bank the strategies become candidates of (OUTPUT_DIR/{BANK_DIRECTORY})"
+        "--timeout", type=float, default=600.0, help="seconds to wait for an answer of the server (600)"
+    )
+    parser.add_argument(
+        "--bank", metavar="DIR", help=f"bank to add the strategies to, as candidates (OUTPUT_DIR/{BANK_DIRECTORY})"
     )
     return parser
 

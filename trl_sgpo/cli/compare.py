@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="trl-sgpo compare",
         description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
         "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "
-        "Runs that are finished are kept; call it again to go on.",
+        "Finished runs are kept; the same command resumes.",
         epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
     )
     parser.add_argument("--config", required=True, help="comparison, such as recipes/lab/compare.yaml")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, help="runs at a time, instead of the file's")
     parser.add_argument("--output_dir", help="where runs are kept, instead of the file's")
     parser.add_argument("--results", help="path without suffix for the table, instead of the file's")
-    parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is finished")
+    parser.add_argument("--table_only", action="store_true", help="run nothing, only write the table of finished runs")
     return parser
 
 
@@ -80,7 +80,7 @@ def _as_mapping(arguments: list[str]) -> dict[str, Any]:
             key, equals, value = argument.removeprefix("--").partition("=")
             mapping[key] = value if equals else []
         elif key is None:
-            raise ConfigError(f"What is {argument!r}? Overrides are written as `--key value`.")
+            raise ConfigError(f"Unknown argument {argument!r}: write overrides as `--key value`.")
         else:
             mapping[key].append(argument)
     return {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in mapping.items()}

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="what it is to run on; on a CPU, tensors are counted",
+        help="device to train on; for a CPU, only tensors are counted",
     )
     parser.add_argument("--output", help="write the estimates to this JSON file")
     return parser

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Measure a model on suites of problems: accuracy, and with --transfer how well its strategies do "
         "on problems they were not written for. Finished chunks are kept in the output directory: the same command "
-        "goes on where it was stopped.",
+        "resumes.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with these options; the command line wins")
     parser.add_argument("--model", metavar="DIR_OR_ID", help="directory or Hub id of a model or adapter")
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "are of that kind",
     )
     parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
-    parser.add_argument("--overwrite", action="store_true", help="drop the evaluation that is in the output directory")
+    parser.add_argument("--overwrite", action="store_true", help="delete the evaluation in the output directory")
     parser.add_argument(
         "--data_dir", metavar="DIR", help="read gsm8k, gsm_plus and math500 from DIR/NAME/test.jsonl, not the Hub"
     )
@@ -71,13 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled attempts (1.0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="of sampled attempts (1.0)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of all that is random (42)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all random draws (42)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="problems a chunk (32)")
     parser.add_argument("--dtype", default="auto", help="of the weights (auto)")
     parser.add_argument(
         "--verifier", default="answer_reward", help="reward function, by name or dotted path (answer_reward)"
     )
-    parser.add_argument("--bank", metavar="DIR", help="show its trusted strategies; auto: the one beside the model")
+    parser.add_argument(
+        "--bank", metavar="DIR", help="bank whose trusted strategies are shown; auto: the one beside the model"
+    )
     transfer = parser.add_argument_group("transfer")
     transfer.add_argument(
         "--transfer", nargs="*", metavar="NAME", help="measure strategy transfer on these suites (all suites)"
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     transfer.add_argument("--transfers", type=int, default=2, metavar="N", help="strategies tried on a problem (2)")
     transfer.add_argument("--pairs_per_cell", type=int, default=8, metavar="N", help="of the transfer matrix (8)")
-    phases = parser.add_argument_group("the two phases", "What is not given is read from the model's sgpo.json.")
+    phases = parser.add_argument_group("the two phases", "Defaults are read from the model's sgpo.json.")
     phases.add_argument("--system_prompt", metavar="TEXT", help="system message put before prompts that have none")
     phases.add_argument("--strategy_prompt", metavar="TEXT", help="request for a strategy, with {problem}")
     phases.add_argument("--execution_prompt", metavar="TEXT", help="request to execute it")
@@ -121,9 +123,11 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     path = parser.parse_known_args(argv)[0].config
     options = parser.parse_args([*_from_file(path, parser), *argv] if path else argv)
     if not options.suites:
-        raise ConfigError(f"Name what to evaluate on: `--suites` with {', '.join(NAMED)} or NAME=PATH[@SPLIT].")
+        raise ConfigError(
+            f"Name the problems to evaluate on: `--suites` with {', '.join(NAMED)} or NAME=PATH[@SPLIT]."
+        )
     if options.model is None and not options.check_verifier:
-        raise ConfigError("Name what to evaluate: `--model` with a directory or Hub id.")
+        raise ConfigError("Name the model to evaluate: `--model` with a directory or Hub id.")
     check_at_least(
         options,
         samples=0,

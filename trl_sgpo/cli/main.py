@@ -15,14 +15,14 @@ COMMANDS = {
     "warmstart": "fine-tune a model on two-phase traces, so that there is something to reinforce",
     "bootstrap": "write strategies and two-phase traces without human labels, for a warm start and a bank",
     "eval": "measure a model: suites in and out of distribution, strategy transfer score",
-    "export": "write a trained model as one that stands alone, for transformers or llama.cpp, checked by its logits",
+    "export": "export a trained model for transformers or llama.cpp, checked by its logits",
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
     "estimate": "estimate how much memory recipes need, and what makes them fit, before anything is downloaded",
     "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
-    "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",
+    "solve": "solve problems with a trained model and its strategy bank: one, a file, or in a terminal",
     "report": "write a run as one HTML file: curves, transfer, strategies, rollouts, settings",
     "push": "publish a run on the Hugging Face Hub: model, bank, metrics and card in one commit",
-    "bank": "look into, check and share a strategy bank",
+    "bank": "inspect, check and share a strategy bank",
 }
 
 

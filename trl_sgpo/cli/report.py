@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIRECTORY",
         action="append",
         default=[],
-        help="output folder of `trl-sgpo eval`; may be repeated. Those in RUN are found by themselves",
+        help="output folder of `trl-sgpo eval`; may be repeated. Those in RUN are found automatically",
     )
     parser.add_argument(
         "--problems",

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
 
 CHAT_HELP = """\
-Write a problem, and it is solved. Each one is new: nothing is remembered of those before.
-  /strategy TEXT   execute this strategy from now on; /strategy alone lets the model write again
-  /class NAME      show strategies of this class only; /class alone shows those of any
-  /n N             N sampled attempts, and the answer that most agree on
+Write a problem to solve it. Problems are independent: earlier ones are not remembered.
+  /strategy TEXT   execute this strategy from now on; /strategy alone: the model writes it again
+  /class NAME      show strategies of this class only; /class alone: of any class
+  /n N             N sampled attempts, and the majority's answer
   /help            this text
-  /quit            the end, as Ctrl-D"""
+  /quit            quit, as Ctrl-D does"""
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         return _solve(options)
     except KeyboardInterrupt:
-        kept = f" What is finished is in {options.output}: the same command goes on." if options.output else ""
+        kept = f" Finished answers are in {options.output}: the same command resumes." if options.output else ""
         print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
 
@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--output",
         metavar="FILE",
-        help=".jsonl file for the answers, a line for each problem; the same command goes on where it was stopped",
+        help=".jsonl file for the answers, a line for each problem; the same command resumes",
     )
-    files.add_argument("--overwrite", action="store_true", help="begin anew and drop what is in --output")
+    files.add_argument("--overwrite", action="store_true", help="delete --output and start again")
     bank = parser.add_argument_group("strategies")
     bank.add_argument(
         "--bank",
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "problem_class in --input)",
     )  # fmt: skip
     bank.add_argument("--num_retrieved", type=int, metavar="N", help="strategies of the bank shown (as trained)")
-    bank.add_argument("--strategy", metavar="TEXT", help="execute this one; the bank is not asked")
+    bank.add_argument("--strategy", metavar="TEXT", help="execute this strategy; none is retrieved")
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--n", type=int, default=1, metavar="N", help="attempts, each with its own strategy, and a vote on their "
@@ -140,9 +140,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     """
     options = _parser().parse_args(argv)
     if options.model is None and options.server is None:
-        raise ConfigError(
-            "Name what solves the problem: `--model` with a run's folder, a model's directory or Hub id."
-        )
+        raise ConfigError("Name the model: `--model` with a run's folder, a model's directory or Hub id.")
     check_at_least(
         options, n=1, batch_size=1, concurrency=1, max_strategy_length=1, max_completion_length=1, num_retrieved=0
     )
