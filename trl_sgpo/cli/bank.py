@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..bank import Strategy, StrategyBank, policy
+from ..bank import Execution, Strategy, StrategyBank, policy
 from ..bank.audit import audit as find_suspicious
 from ..bank.bank import INDEX, LEDGER, MANIFEST
 from ..bank.exchange import FILES, ImportReport, export_bank, import_bank
@@ -28,7 +28,6 @@ from ..bank.snapshot import is_snapshot as _is_snapshot
 from ..bank.snapshot import reading as _reading
 from ..bank.snapshot import to_read as _to_read
 from ..bank.strategy import TRUST_STATES
-from ..bank.transfer import transfer
 from ..errors import BankError, ConfigError
 
 
@@ -291,6 +290,39 @@ def _find(strategies: Sequence[Strategy], prefix: str) -> Strategy:
         ids = ", ".join(strategy.id for strategy in found[:3])
         raise BankError(f"{len(found)} ids start with {prefix!r} ({ids}{', …' * (len(found) > 3)}): give more digits.")
     return found[0]
+
+
+def transfer(pairs: Iterable[tuple[Strategy, Execution]], by: Callable[[Strategy, Execution], Any]) -> dict[Any, Any]:
+    """
+    What strategies achieved on problems they were not written for, where a problem counts once a strategy.
+
+    Args:
+        pairs (`Iterable[tuple[Strategy, Execution]]`):
+            Executions, each with its strategy.
+        by (`Callable[[Strategy, Execution], Any]`):
+            What the groups are.
+
+    Returns:
+        `dict`: Group → `problems`, `rate`, `baseline`, `lift` and its bounds `lift_low` and `lift_high`.
+    """
+    groups: dict[Any, list[Execution]] = defaultdict(list)
+    for strategy, execution in pairs:
+        if execution.problem not in strategy.source_problems:
+            groups[by(strategy, execution)].append(execution)
+    figures = {}
+    for group, executions in sorted(groups.items()):
+        rate = fmean(execution.successes / execution.trials for execution in executions)
+        baseline = fmean(execution.baseline / execution.trials for execution in executions)
+        low, high = policy.wilson(rate * len(executions), len(executions))
+        figures[group] = {
+            "problems": len(executions),
+            "rate": rate,
+            "baseline": baseline,
+            "lift": rate - baseline,
+            "lift_low": low - baseline,
+            "lift_high": high - baseline,
+        }
+    return figures
 
 
 def _figures(group: dict[str, Any]) -> list[str]:

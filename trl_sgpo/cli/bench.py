@@ -1,4 +1,4 @@
-"""`trl-sgpo bench`: benchmarks of SGPO and of its bank."""
+"""`trl-sgpo bench`: what SGPO costs, and what its bank holds out against."""
 
 from importlib import import_module
 

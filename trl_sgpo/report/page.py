@@ -21,8 +21,8 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..bank import Strategy, policy
+from ..bank.statistics import transfer
 from ..bank.strategy import TRUST_STATES
-from ..bank.transfer import transfer
 from ..evaluation.chunks import write_text
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import ResultTable, tables

@@ -1,24 +1,23 @@
-"""Success rates and lift of strategies on problems they were not written for."""
+"""Figures of a bank by class, and of transfer between classes (pure functions)."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
 from . import policy
-from .strategy import Execution, Strategy
+from .strategy import TRUST_STATES, Execution, Strategy
 
 
 def transfer(pairs: Iterable[tuple[Strategy, Execution]], by: Callable[[Strategy, Execution], Any]) -> dict[Any, Any]:
     """
-    Success rate and lift of strategies on problems they were not written for. Every pair of strategy and problem
-    counts once.
+    Success rates of strategies on problems they were not written for. A problem counts once for each strategy.
 
     Args:
         pairs (`Iterable[tuple[Strategy, Execution]]`):
             Executions, each with its strategy.
         by (`Callable[[Strategy, Execution], Any]`):
-            Key of the group that an execution belongs to.
+            Group of an execution.
 
     Returns:
         `dict`: Group → `problems`, `rate`, `baseline`, `lift` and its bounds `lift_low` and `lift_high`.
@@ -41,3 +40,22 @@ def transfer(pairs: Iterable[tuple[Strategy, Execution]], by: Callable[[Strategy
             "lift_high": high - baseline,
         }
     return figures
+
+
+def class_figures(name: str, members: Sequence[Strategy]) -> dict[str, Any]:
+    """Counts and means over the strategies of a class."""
+    counts = Counter(strategy.trust for strategy in members)
+    live = [strategy for strategy in members if strategy.trust != "retired"]
+    utilities = [policy.utility(strategy.successes, strategy.trials) for strategy in live]
+    tried = [strategy.lift for strategy in live if strategy.problems]
+    shown = sum(strategy.shown for strategy in members)
+    top = max(members, key=lambda strategy: strategy.shown)
+    return {
+        "problem_class": name,
+        **{state: counts[state] for state in TRUST_STATES},
+        "mean_utility": fmean(utilities) if utilities else None,
+        "mean_lift": fmean(tried) if tried else None,
+        "shown": shown,
+        "most_shown": top.id if shown else None,
+        "most_shown_share": top.shown / shown if shown else None,
+    }
