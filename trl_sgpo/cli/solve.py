@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         return _solve(options)
     except KeyboardInterrupt:
-        kept = f" Finished answers are in {options.output}: the same command resumes." if options.output else ""
+        kept = f" Finished answers are in {options.output}: the same command goes on." if options.output else ""
         print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
 
