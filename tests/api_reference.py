@@ -28,8 +28,8 @@ from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
 from trl_sgpo.hub.snippet import transformers_snippet
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
-from trl_sgpo.inference.pipeline import Attempt, Solution
 from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.inference.solution import Attempt, Solution
 from trl_sgpo.method.problem import Problem
 from trl_sgpo.recipe import SGPOScriptArguments
 
