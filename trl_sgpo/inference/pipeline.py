@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from ..bank import StrategyBank
-from ..bank.embedding import DEFAULT_EMBEDDING_MODEL
 from ..bank.export import is_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import open_copy, open_export
+from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..data.tasks import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
