@@ -16,7 +16,7 @@ __all__ = ["SGPOConfig", "SGPOPipeline", "SGPOTrainer", "StrategyBank", "__versi
 
 _MODULES = {
     "SGPOConfig": ".sgpo_config",
-    "SGPOPipeline": ".pipeline",
+    "SGPOPipeline": ".inference.pipeline",
     "SGPOTrainer": ".sgpo_trainer",
     "StrategyBank": ".bank",
 }

@@ -38,7 +38,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, nanstd, split_tensor_dict
 
 from .bank import Outcome, Strategy, StrategyBank, load_embedder, problem_id
@@ -50,13 +49,16 @@ from .errors import ConfigError, DataError, SGPOError
 from .hub.model_card import CARD, TrainingFacts, make_card
 from .hub.push import adapter_base, claim, start_push, write_metrics
 from .inference.loading import how_trained, keep_4bit_layout, keep_adapters_in_float32
+from .inference.retrieval import with_retrieved
 from .inference.settings import TwoPhaseSettings
+from .inference.verifier import as_completions
 from .method import advantages as credit
 from .method.admission import outcomes, proposals
-from .method.problem import Problem
+from .method.conversation import Conversation
+from .method.problem import Problem, as_problem
 from .method.prompts import problem_text
 from .method.rewards import coherence, distinct, leak
-from .method.rollout import Rollout, RolloutBatch, two_phase_rollout
+from .method.rollout import Rollout, RolloutBatch, stop_at, two_phase_rollout
 from .method.transfer import BlockGeometry, TransferBlockSampler, outcome_matrix, rows_of
 from .sgpo_config import SGPOConfig
 from .speed.lm_head import project_labelled_tokens_only
@@ -134,6 +136,7 @@ class SGPOTrainer(GRPOTrainer):
     _paper: ClassVar[dict[str, str]] = {}
 
     args: SGPOConfig
+    conversation: Conversation
     _buffered_inputs: list[dict[str, Any]]
     push_in_progress: PushInProgress | None
 
@@ -179,6 +182,7 @@ class SGPOTrainer(GRPOTrainer):
         if strategy_bank is not None and args.bank_server is not None:
             self.shared_bank = SharedBank(strategy_bank, args.bank_server)
         train_dataset = with_classes(train_dataset, args, strategy_bank)
+        self.rollout_batch = RolloutBatch([], self.geometry)
 
         super().__init__(
             model=model,
@@ -190,11 +194,12 @@ class SGPOTrainer(GRPOTrainer):
             callbacks=callbacks,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            rollout_func=two_phase_rollout,
+            rollout_func=lambda prompts, trainer: two_phase_rollout(self.rollout_batch, self, self.conversation),
             **kwargs,
         )
+        self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
+        stop_at(self, self.conversation.stop_ids)
         self.facts = self._facts()  # what the model card says; whoever knows more may replace it
-        self.rollout_batch = RolloutBatch([], self.geometry)
         self.base_weights: list[torch.Tensor] | None = None
         self.merges_adapters = self._can_merge_adapters()
         may_share = self._can_share_prompts()
@@ -290,7 +295,7 @@ class SGPOTrainer(GRPOTrainer):
         """Problems of the local batch with the strategies retrieved for them, by rank 0 for all ranks."""
         geometry = self.geometry if self.model.training else BlockGeometry(problems=1, own=1)
         class_column = CLASS_COLUMN if self.model.training else self.args.class_column or "problem_class"
-        problems = [self._problem(row, class_column) for row in inputs[:: geometry.executions]]
+        problems = [as_problem(row, class_column, self.args.answer_column) for row in inputs[:: geometry.executions]]
         if not self.args.use_bank:
             return RolloutBatch(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
         everyone = gather_object(problems)
@@ -307,14 +312,6 @@ class SGPOTrainer(GRPOTrainer):
             ]
         return broadcast_object_list(plans)[self.accelerator.process_index]
 
-    def _problem(self, row: dict[str, Any], class_column: str) -> Problem:
-        problem_class, answer = row.get(class_column), row.get(self.args.answer_column)
-        return Problem(
-            row["prompt"],
-            problem_class="" if problem_class is None else str(problem_class),
-            answer=None if answer is None else str(answer),
-        )
-
     def _read_bank(self, problems: list[Problem], geometry: BlockGeometry) -> RolloutBatch:
         """
         Adds to the problems what the bank has for them. Nothing written for a problem is shown to it, and candidates
@@ -323,20 +320,14 @@ class SGPOTrainer(GRPOTrainer):
         bank, args = self.strategy_bank, self.args
         assert bank is not None
         training = self.model.training
-        if args.num_retrieved > 0:
-            retrieved = bank.retrieve(
-                [problem.text for problem in problems],
-                k=args.num_retrieved,
-                classes=[problem.problem_class or None for problem in problems],
-                exclude=[{problem_id(problem.prompt)} for problem in problems],
-                cross_class=args.bank_cross_class,
-                trust=("trusted", "candidate") if training else ("trusted",),
-                explore=_seed(args.seed, self.state.global_step) if training else None,
-            )
-            problems = [
-                replace(problem, retrieved=tuple(found.strategy for found in row))
-                for problem, row in zip(problems, retrieved, strict=True)
-            ]
+        problems = with_retrieved(
+            problems,
+            bank,
+            args.num_retrieved,
+            cross_class=args.bank_cross_class,
+            trust=("trusted", "candidate") if training else ("trusted",),
+            explore=_seed(args.seed, self.state.global_step) if training else None,
+        )
         blocks = _in_blocks(problems, geometry.problems)
         tried = [
             bank.sample(
@@ -365,9 +356,7 @@ class SGPOTrainer(GRPOTrainer):
 
     def _verify(self, inputs: list[dict[str, Any]], prompts: list[Any], rollouts: list[Rollout]) -> torch.Tensor:
         """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
-        executions: list[Any] = [rollout.execution for rollout in rollouts]
-        if is_conversational({"prompt": prompts[0]}):
-            executions = [[{"role": "assistant", "content": execution}] for execution in executions]
+        executions = as_completions(prompts[0], [rollout.execution for rollout in rollouts])
         return super()._calculate_rewards(inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts])
 
     def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
@@ -477,7 +466,8 @@ class SGPOTrainer(GRPOTrainer):
         Returns:
             `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
         """
-        problems = [self._problem(row, self.args.class_column or "problem_class") for row in rows]
+        class_column = self.args.class_column or "problem_class"
+        problems = [as_problem(row, class_column, self.args.answer_column) for row in rows]
         training, sampling = self.model.training, self.generation_config.do_sample
         logs, metrics = dict(self._pending_extra_logs), dict(self._pending_metrics)
         self.model.eval()
@@ -491,7 +481,7 @@ class SGPOTrainer(GRPOTrainer):
             prompts = [row["prompt"] for row in repeated]
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed)
-                rollouts = two_phase_rollout(prompts, self)["rollout"]
+                rollouts = two_phase_rollout(self.rollout_batch, self, self.conversation)["rollout"]
             rewards = self._verify(repeated, prompts, rollouts)
         finally:
             self.model.train(training)
@@ -600,6 +590,7 @@ class SGPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
+        settings = replace(settings, turn_end=self.conversation.end_token)
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(output_dir or self.args.output_dir)
