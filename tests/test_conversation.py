@@ -499,7 +499,7 @@ class TestReasoning:
         "Round up, then take away.",
         "Hope.",
     )
-    BEST = {WRITTEN[0], WRITTEN[4]}  # of each block
+    BEST = (WRITTEN[0], WRITTEN[4])  # of each block
 
     def train(self, trainer: SGPOTrainer, monkeypatch: pytest.MonkeyPatch, written: list[str]) -> list[Any]:
         """Trains one step in which every other strategy leads to right executions. Returns what was generated from."""
@@ -522,13 +522,15 @@ class TestReasoning:
         trainer = self.trainer(tmp_path)
         written = [f"{reasoning}{text}<|im_end|>" for text in self.WRITTEN]
         seen = self.train(trainer, monkeypatch, written)
-        assert {strategy.text for strategy in trainer.strategy_bank.strategies()} == self.BEST
+        assert {strategy.text for strategy in trainer.strategy_bank.strategies()} == set(self.BEST)
         logged = trainer.state.log_history[0]
         assert logged["sgpo/malformed"] == 0
         lengths = [len(plain_ids(trainer.processing_class, text)) for text in written]
         assert logged["sgpo/strategy_length"] == sum(lengths) / 8
         for index, context in enumerate(seen[1]):
-            assert f"{written[index % 4]}\n<|im_start|>user" in trainer.processing_class.decode(context)
+            assert f"{written[index // 8 * 4 + index % 4]}\n<|im_start|>user" in trainer.processing_class.decode(
+                context
+            )
 
     @pytest.mark.parametrize(
         ("written", "flaw", "truncated"),
@@ -549,7 +551,7 @@ class TestReasoning:
     def test_reasoning_that_the_prompt_opens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trainer = self.trainer(tmp_path, CASES["qwen3.5"])
         self.train(trainer, monkeypatch, [f"It is a sum.\n</think>\n\n{text}<|im_end|>" for text in self.WRITTEN])
-        assert {strategy.text for strategy in trainer.strategy_bank.strategies()} == self.BEST
+        assert {strategy.text for strategy in trainer.strategy_bank.strategies()} == set(self.BEST)
         parsed = trainer.conversation.parse(plain_ids(trainer.processing_class, "It is a sum"), truncated=True)
         assert (parsed.text, parsed.flaw) == ("", "truncated")
 
