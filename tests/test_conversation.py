@@ -14,11 +14,12 @@ import trl
 from models import CHAT_TEMPLATE, evenness, hash_embedder, problems, tokenizer
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
+from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank
 from trl_sgpo.bank import Strategy
 from trl_sgpo.data.bootstrap import two_phase_examples, warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError
+from trl_sgpo.evaluation.runner import Protocol, _attempt
 from trl_sgpo.export.parity import _PROBES, probes
 from trl_sgpo.hub.snippet import transformers_snippet
 from trl_sgpo.inference.model import TwoPhaseModel
@@ -441,14 +442,25 @@ class TestEndOfTurn:
     def test_without_one_in_the_template_is_eos(self) -> None:
         tok = tokenizer()
         tok.chat_template = (
-            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+            "{{ '<|im_end|>' if m['role'] == 'user' }}{{ '\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
         )
         conversation = Conversation(tok, "{problem}", "Go.")
         prompt = [{"role": "user", "content": PROBLEM}]
         reply = conversation.reply(prompt, "Add.")
         assert tok.decode(reply) == "Add.<|im_end|>"
-        assert tok.decode(conversation.turn(prompt).after(reply)) == "\nuser: Go.\nassistant:"
+        assert tok.decode(conversation.turn(prompt).after(reply)) == "\nuser: Go.<|im_end|>\nassistant:"
+
+    def test_what_the_template_writes_before_it_is_left_out(self) -> None:
+        """As generations do, which end right after their text."""
+        tok = tokenizer()
+        tok.chat_template = CHAT_TEMPLATE.replace("'<|im_end|>", "' <|im_end|>")
+        conversation = Conversation(tok, "{problem}", "Go.")
+        prompt = [{"role": "user", "content": PROBLEM}]
+        reply = conversation.reply(prompt, "Add.")
+        assert tok.decode(reply) == "Add.<|im_end|>"
+        assert tok.decode(conversation.turn(prompt).after(reply)).startswith("\n<|im_start|>user\nGo. <|im_end|>")
 
     def test_of_text_prompts_is_eos(self) -> None:
         case = CASES["turn end is not EOS"]
@@ -541,7 +553,9 @@ class TestReasoning:
         self, written: str, flaw: str, truncated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         trainer = self.trainer(tmp_path)
-        parsed = trainer.conversation.parse(plain_ids(trainer.processing_class, written), truncated > 0)
+        parsed = trainer.conversation.parse(
+            self.CASE.prompt(PROBLEM), plain_ids(trainer.processing_class, written), truncated > 0
+        )
         assert (parsed.text, parsed.flaw, parsed.as_written) == ("", flaw, "<think>\nWhat adds up")
         self.train(trainer, monkeypatch, [written])
         logged = trainer.state.log_history[0]
@@ -552,16 +566,52 @@ class TestReasoning:
         trainer = self.trainer(tmp_path, CASES["qwen3.5"])
         self.train(trainer, monkeypatch, [f"It is a sum.\n</think>\n\n{text}<|im_end|>" for text in self.WRITTEN])
         assert {strategy.text for strategy in trainer.strategy_bank.strategies()} == set(self.BEST)
-        parsed = trainer.conversation.parse(plain_ids(trainer.processing_class, "It is a sum"), truncated=True)
+        parsed = trainer.conversation.parse(
+            self.CASE.prompt(PROBLEM), plain_ids(trainer.processing_class, "It is a sum"), truncated=True
+        )
         assert (parsed.text, parsed.flaw) == ("", "truncated")
 
-    def test_own_strategies_are_executed_as_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_text_prompts_open_no_reasoning(self) -> None:
+        case = CASES["qwen3.5"]
+        tok = case.tokenizer()
+        conversation = settings_of(case).conversation(tok)
+        parsed = conversation.parse(PROBLEM, plain_ids(tok, "Add both."))
+        assert (parsed.text, parsed.flaw) == ("Add both.", None)
+        assert conversation.content(PROBLEM, "Add both.") == plain_ids(tok, "Add both.")
+
+    @pytest.mark.parametrize("name", ["qwen3", "qwen3.5"])
+    @pytest.mark.parametrize("user", ["solve", "eval"])
+    def test_strategies_are_executed_as_sampled_outside_training(
+        self, user: str, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = CASES[name]
+        tok, seen = case.tokenizer(), []
+        model = TwoPhaseModel(tiny_model(tok), tok, settings_of(case))
+        sampled = plain_ids(tok, f"{self.REASONING.removeprefix(case.opening)}Add both.")
+
+        def generate(contexts: Any, *rest: Any) -> Any:
+            seen.extend(contexts)
+            return [(sampled, True)] * len(contexts)
+
+        monkeypatch.setattr(model, "_generate", generate)
+        problem = Problem(case.prompt(PROBLEM))
+        if user == "solve":
+            (solution,) = SGPOPipeline(model).solve([problem])
+            assert solution.strategy == "Add both."
+        else:
+            rows = [{"prompt": problem.prompt, "solution": "3"}]
+            chunk = _attempt(model, "problem_class", rows, evenness, Protocol(samples=0), None, "")
+            assert chunk["results"][0]["attempts"][0]["strategy"] == "Add both."
+        request, end = expected(case, tok, "")[0], tok.convert_tokens_to_ids(case.end)
+        assert seen == [request, [*request, *sampled, end, *expected(case, tok, "")[2]]]
+
+    def test_own_strategies_are_executed_as_written(self) -> None:
         """Outside training too: what is parsed is written again with its reasoning."""
         tok = self.CASE.tokenizer()
         conversation = settings_of(self.CASE).conversation(tok)
         prompt = self.CASE.prompt(PROBLEM)
         sampled = plain_ids(tok, f"{self.REASONING}Add both.<|im_end|>")
-        parsed = conversation.parse(sampled)
+        parsed = conversation.parse(prompt, sampled)
         assert (parsed.text, parsed.reasoning) == ("Add both.", self.REASONING)
         assert conversation.execution_request(prompt, [], parsed.as_written) == conversation.execution_request(
             prompt, [], sampled

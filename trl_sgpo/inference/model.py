@@ -169,7 +169,10 @@ class TwoPhaseModel:
         requests = [conversation.request(problem.prompt, problem.shown) for problem in problems]
         limit = self.settings.max_strategy_length
         written = self._generate(requests, limit, decoding or Decoding(), progress, stream)
-        return [conversation.parse(ids, truncated=not ended and len(ids) > 0) for ids, ended in written]
+        return [
+            conversation.parse(problem.prompt, ids, truncated=not ended and len(ids) > 0)
+            for problem, (ids, ended) in zip(problems, written, strict=True)
+        ]
 
     def execute(
         self,

@@ -63,7 +63,7 @@ class Turn:
         end (`int`):
             Token that ends the assistant's turn.
         bridge (`list[int]`):
-            What follows the content of a strategy, up to the start of the execution. Contains `end` where the chat
+            What follows the content of a strategy, up to the start of the execution. Starts with `end` where the chat
             template writes it.
     """
 
@@ -71,10 +71,8 @@ class Turn:
     bridge: list[int]
 
     def after(self, strategy: Sequence[int]) -> list[int]:
-        """Returns the tokens that follow a strategy: the bridge, without `end` where the strategy ends with it."""
-        if strategy and strategy[-1] == self.end and self.end in self.bridge:
-            return self.bridge[self.bridge.index(self.end) + 1 :]
-        return self.bridge
+        """Returns the tokens that follow a strategy: the bridge, without the token that the strategy ends with."""
+        return self.bridge[1:] if strategy and strategy[-1] == self.bridge[0] else self.bridge
 
 
 @dataclass(frozen=True)
@@ -157,10 +155,10 @@ class Conversation:
         ids = self.reply(prompt, strategy) if isinstance(strategy, str) else list(strategy)
         return [*self.request(prompt, shown), *ids, *self.turn(prompt).after(ids)]
 
-    def parse(self, ids: Sequence[int], truncated: bool = False) -> ParsedStrategy:
-        """Reads the strategy in generated tokens. `truncated` says that they were cut off by length."""
+    def parse(self, prompt: Prompt, ids: Sequence[int], truncated: bool = False) -> ParsedStrategy:
+        """Reads the strategy that was generated for a problem. `truncated` says that it was cut off by length."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        opened = self._has_template and self._opens_reasoning
+        opened = self._is_chat(prompt) and self._opens_reasoning
         return parse_strategy(text, self.strategy_format, truncated, opened)
 
     @property
@@ -207,18 +205,31 @@ class Conversation:
                 "The chat template does not show earlier assistant turns, so an execution could not see its "
                 "strategy. Give the tokenizer a template that does, or use plain-text prompts."
             )
-        return Turn(self._chat_end, self._ids(text.partition(_MARK)[2]))
+        bridge = self._ids(text.partition(_MARK)[2])
+        before = self._before_end
+        return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
 
     @cached_property
     def _chat_end(self) -> int:
-        """The first special token that the template writes after the last assistant turn."""
         if self.turn_end is not None and self.turn_end in self.tokenizer.get_added_vocab():
             return self.tokenizer.convert_tokens_to_ids(self.turn_end)
+        return next(filter(self._is_special, self._after_reply), self._eos)
+
+    @property
+    def _before_end(self) -> list[int]:
+        """What the template writes between an assistant's text and the end of the turn, such as a space."""
+        ids = self._after_reply
+        return ids[: ids.index(self._chat_end)] if self._chat_end in ids else []
+
+    @cached_property
+    def _after_reply(self) -> list[int]:
+        """What the template writes after the text of the last assistant turn."""
         messages = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": _MARK}]
-        text = self._rendered(messages, add_generation_prompt=False)
+        return self._ids(self._rendered(messages, add_generation_prompt=False).partition(_MARK)[2])
+
+    def _is_special(self, token: int) -> bool:
         added = self.tokenizer.added_tokens_decoder
-        after = self._ids(text.partition(_MARK)[2])
-        return next((token for token in after if token in added and added[token].special), self._eos)
+        return token in added and added[token].special
 
     @cached_property
     def _opens_reasoning(self) -> bool:

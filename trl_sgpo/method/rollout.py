@@ -103,7 +103,7 @@ def two_phase_rollout(batch: RolloutBatch, trainer: "SGPOTrainer", conversation:
     with merged_adapters(trainer), requests_read_once(trainer, requests):
         own = [request for request in requests for _ in range(geometry.own)]
         generated, logprobs = generate(trainer, own, args.max_strategy_length, "strategies")
-        written = _read_strategies(generated, logprobs, trainer.eos_token_ids, conversation)
+        written = _read_strategies(batch, generated, logprobs, trainer.eos_token_ids, conversation)
 
         plan = _plan(len(batch.problems), geometry)
         sources = [_source(batch, written, *entry, conversation) for entry in plan]
@@ -158,6 +158,7 @@ def stop_at(trainer: "SGPOTrainer", token_ids: list[int]) -> None:
 
 
 def _read_strategies(
+    batch: RolloutBatch,
     generated: list[list[int]],
     logprobs: list[list[float]] | None,
     eos_token_ids: list[int],
@@ -166,7 +167,8 @@ def _read_strategies(
     written = []
     for index, ids in enumerate(generated):
         truncated = len(ids) > 0 and ids[-1] not in eos_token_ids
-        parsed = conversation.parse(ids, truncated)
+        problem = batch.problems[index // batch.geometry.own]
+        parsed = conversation.parse(problem.prompt, ids, truncated)
         written.append(_Source("own", ids, parsed, None if logprobs is None else logprobs[index]))
     return written
 
