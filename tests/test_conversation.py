@@ -651,14 +651,20 @@ def self_prompt(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_chat_templates_are_applied_in_one_file() -> None:
-    """`apply_chat_template` is named in `method/conversation.py` only (code written for model cards is text)."""
+def apply_chat_templates(package: Path) -> set[str]:
+    """Files of a package that name `apply_chat_template`. Code written for model cards is text and does not count."""
     found = set()
-    for path in PACKAGE.rglob("*.py"):
+    for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
             names += [node.attr] if isinstance(node, ast.Attribute) else []
-            names += [node.id] if isinstance(node, ast.Name) else []
-            if any("apply_chat_template" in name for name in names):
-                found.add(path.relative_to(PACKAGE).as_posix())
-    assert found == {"method/conversation.py"}
+            if "apply_chat_template" in names:
+                found.add(path.relative_to(package).as_posix())
+    return found
+
+
+def test_chat_templates_are_applied_in_one_file(tmp_path: Path) -> None:
+    assert apply_chat_templates(PACKAGE) == {"method/conversation.py"}
+    (tmp_path / "planted.py").write_text("from trl.data_utils import apply_chat_template as render\n")
+    (tmp_path / "other.py").write_text("ids = tokenizer.apply_chat_template(messages)\n")
+    assert apply_chat_templates(tmp_path) == {"planted.py", "other.py"}

@@ -164,16 +164,8 @@ def train_reward_model(
     from trl import RewardConfig, RewardTrainer
 
     template_kwargs = config.chat_template_kwargs
-    made_of = fingerprint(
-        [
-            policy_dir,
-            pairs.to_list(),
-            learning_rate,
-            epochs,
-            config.seed,
-            *([template_kwargs] if template_kwargs else []),
-        ]
-    )
+    parts = [policy_dir, pairs.to_list(), learning_rate, epochs, config.seed]
+    made_of = fingerprint([*parts, template_kwargs] if template_kwargs else parts)
     if is_made_of(output_dir, made_of):
         return str(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)

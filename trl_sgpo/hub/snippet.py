@@ -17,15 +17,15 @@ EXECUTE = {execute!r}
 SHOWN = {header!r}
 TURN_END = {turn_end}
 stops = model.generation_config.eos_token_id
-stops = {{tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}} - {{None}}
-stops.add(tokenizer.convert_tokens_to_ids(TURN_END))
+stops = [stops] if isinstance(stops, int) else list(stops or [])
+stops += tokenizer.convert_tokens_to_ids([tokenizer.eos_token, TURN_END])
 
 
 def say(ids, limit):
     ids = ids.to(model.device)
     mask = ids.new_ones(ids.shape)
     output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops)
+        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=stops
     )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
