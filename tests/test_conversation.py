@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,7 @@ CASES = {
 }
 PROBLEM = "Kind 0: what is 1 + 2?"
 STRATEGIES = ["Add both.", "1. Take {a}.\n2. Add {b} - \\frac{1}{2} – done"]
+EXECUTED = ("right<|im_end|>", "wrong<|im_end|>")
 EXECUTION = "1 + 2 = 3.\n#### 3"
 
 
@@ -368,7 +370,7 @@ class TestTraining:
     def test_requests_of_the_worst_case(self, case: Case, tmp_path: Path) -> None:
         trainer = make_trainer(case, tmp_path)
         prompts = list(trainer.train_dataset["prompt"])
-        args = replace_config(trainer.args, use_bank=False)
+        args = SimpleNamespace(use_bank=False, num_retrieved=1, max_strategy_length=8)
         longest = longest_requests(prompts, 1, trainer.conversation, args)
         assert longest == [max((trainer.conversation.request(prompt) for prompt in prompts), key=len)]
 
@@ -400,15 +402,6 @@ class TestTraining:
         request, turn = expected(case, tok, "")[0], plain_ids(tok, case.turn)
         assert seen[1] == [request + stopped + turn, request + cut + turn]
         assert [rollout.strategy.flaw for rollout in rows["rollout"]] == [None, "truncated"]
-
-
-def replace_config(args: SGPOConfig, **changes: Any) -> Any:
-    import copy
-
-    changed = copy.copy(args)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
 
 
 def test_export_probes(case: Case) -> None:
@@ -618,19 +611,16 @@ class TestReasoning:
         )
 
 
-EXECUTED = ("right<|im_end|>", "wrong<|im_end|>")
-
-
 class TestWarmStart:
     def test_is_made_anew_for_other_template_arguments(self, tmp_path: Path) -> None:
         """A warm start that was made before they were part of its digest is kept where there are none."""
         model = tiny_model(tokenizer())
         model.save_pretrained(tmp_path / "model")
         tokenizer().save_pretrained(tmp_path / "model")
-        traces = [Trace(self_prompt("What is 1 + 2?"), "Add.", "#### 3", "sums")]
+        traces = [Trace([{"role": "user", "content": PROBLEM}], "Add.", "#### 3", "sums")]
 
         def made(**kwargs: Any) -> str:
-            config = SGPOConfig(str(tmp_path / "run"), bf16=False, disable_tqdm=True, **SMALL_BATCH, **kwargs)
+            config = SGPOConfig(str(tmp_path / "run"), bf16=False, disable_tqdm=True, num_generations=4, **kwargs)
             warmstart(str(tmp_path / "model"), traces, config, tmp_path / "warm")
             return (tmp_path / "warm" / "warmstart.sha256").read_text()
 
@@ -642,13 +632,6 @@ class TestWarmStart:
         assert made(chat_template_kwargs=NO_THINKING) != first
         saved = TwoPhaseSettings.load(tmp_path / "warm")
         assert (saved.chat_template_kwargs, saved.turn_end) == (NO_THINKING, "<|im_end|>")
-
-
-SMALL_BATCH = {"num_generations": 4, "per_device_train_batch_size": 8}
-
-
-def self_prompt(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def apply_chat_templates(package: Path) -> set[str]:
