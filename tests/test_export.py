@@ -122,6 +122,17 @@ def test_gguf(tmp_path: Path, architecture: str, file_type: str) -> None:
     assert stored == {file_type}
 
 
+def test_gguf_names_the_end_of_a_turn_that_is_not_eos(tmp_path: Path) -> None:
+    run = save_adapter(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer.eos_token = "<|pad|>"
+    tokenizer.save_pretrained(run)
+    export(ExportPlan(run, str(tmp_path / "out"), gguf="f32"))
+    fields = GGUFReader(tmp_path / "out" / "run-f32.gguf").fields
+    found = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")]
+    assert tokenizer.convert_ids_to_tokens(found) == ["<|pad|>", "<|im_end|>"]
+
+
 def test_gguf_with_scaled_positions(tmp_path: Path) -> None:
     """The factors in the file turn unscaled frequencies into those of the model."""
     rope = {

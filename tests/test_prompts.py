@@ -3,15 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tokenizer
 
 from trl_sgpo.errors import ConfigError
 from trl_sgpo.method.prompts import (
-    EXECUTION_PROMPT,
     RETRIEVED_HEADER,
     STEPS_PROMPT,
     STRATEGY_PROMPT,
-    chat_bridge,
     check_strategy_prompt,
     default_strategy_prompt,
     parse_strategy,
@@ -133,6 +130,23 @@ class TestParsing:
     def test_steps_in_free_text_are_read_too(self):
         assert parse_strategy("If adding:\n1. Add.\n2. Stop.").steps == ("Add.", "Stop.")
 
+    @pytest.mark.parametrize(
+        "reasoning", ["<think>\nSo {x}?\n</think>\n\n", "So\n</think>", "<think></think> </think>\n"]
+    )
+    def test_reasoning_is_cut_off(self, reasoning):
+        parsed = parse_strategy(f" {reasoning}1. Add {{a}}.\n2. Stop. ", "steps")
+        assert (parsed.text, parsed.flaw) == ("1. Add {a}.\n2. Stop.", None)
+        assert (parsed.steps, parsed.placeholders) == (("Add {a}.", "Stop."), ("a",))
+        assert (parsed.reasoning, parsed.as_written) == (reasoning, reasoning + parsed.text)
+
+    @pytest.mark.parametrize(("truncated", "flaw"), [(True, "truncated"), (False, "empty")])
+    @pytest.mark.parametrize(
+        ("text", "opened"), [("<think> Add", False), ("Add", True), ("<think>a</think>", False), ("a</think>", True)]
+    )
+    def test_reasoning_without_a_strategy(self, text, opened, truncated, flaw):
+        parsed = parse_strategy(text, truncated=truncated, reasoning_opened=opened)
+        assert (parsed.text, parsed.flaw, parsed.as_written) == ("", flaw, text)
+
     @given(st.text(max_size=80), st.sampled_from(["text", "steps"]), st.booleans())
     @properties
     def test_nothing_is_refused(self, text, strategy_format, truncated):
@@ -185,39 +199,5 @@ class TestStrategyPrompt:
         assert built == strategy_request(STRATEGY_PROMPT, "What is {x}?", []) + "\n\nStrategy:"
 
 
-class TestBridges:
-    def test_chat(self):
-        bridge = chat_bridge(tokenizer(), EXECUTION_PROMPT)
-        assert bridge.startswith("<|im_end|>")
-        assert bridge.endswith("<|im_start|>assistant\n")
-        assert bridge == f"<|im_end|>\n<|im_start|>user\n{EXECUTION_PROMPT}<|im_end|>\n<|im_start|>assistant\n"
-
-    def test_first_token_ends_the_turn(self):
-        tok = tokenizer()
-        ids = tok(chat_bridge(tok, "Go {on}."), add_special_tokens=False)["input_ids"]
-        assert ids[0] == tok.eos_token_id
-        assert tok.decode(ids) == chat_bridge(tok, "Go {on}.")
-
-    def test_template_arguments_are_passed_on(self):
-        tok = tokenizer()
-        tok.chat_template += "{% if add_generation_prompt and brief %}<brief>{% endif %}"
-        assert chat_bridge(tok, "Go.", brief=True).endswith("assistant\n<brief>")
-        assert "<brief>" not in chat_bridge(tok, "Go.", brief=False)
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda template: "{% set messages = messages[-1:] %}" + template,
-            lambda template: template.replace("message['content']", "message['content'][:4]"),
-            lambda template: template + "{{ messages[1]['content'] }}",
-        ],
-        ids=["dropped", "changed", "shown twice"],
-    )
-    def test_template_that_does_not_keep_assistant_turns(self, change):
-        tok = tokenizer()
-        tok.chat_template = change(tok.chat_template)
-        with pytest.raises(ConfigError, match="does not show earlier assistant turns"):
-            chat_bridge(tok, EXECUTION_PROMPT)
-
-    def test_plain(self):
-        assert plain_bridge("Apply {it}.") == "\n\nApply {it}.\n\nExecution:"
+def test_plain_bridge():
+    assert plain_bridge("Apply {it}.") == "\n\nApply {it}.\n\nExecution:"

@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from ._version import __version__
 from .bank.session import BankSession
 from .data.classes import CLASS_COLUMN
+from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
 from .speed.trainer import SharedPromptGRPOTrainer
 from .vram.worst_case import take_worst_case_step
@@ -83,8 +84,8 @@ class WorstCaseCallback(TrainerCallback):
     `peaks` is what [`~trl_sgpo.vram.worst_case.take_worst_case_step`] found.
     """
 
-    def __init__(self, trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry):
-        self.trainer, self.geometry = trainer, geometry
+    def __init__(self, trainer: SharedPromptGRPOTrainer, conversation: Conversation, geometry: BlockGeometry):
+        self.trainer, self.conversation, self.geometry = trainer, conversation, geometry
         self.peaks: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -93,7 +94,7 @@ class WorstCaseCallback(TrainerCallback):
         if wanted is None:
             wanted = trainer.accelerator.device.type != "cpu"
         if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            take_worst_case_step(trainer, self.geometry, self.peaks)
+            take_worst_case_step(trainer, self.conversation, self.geometry, self.peaks)
 
 
 class AdviceCallback(TrainerCallback):

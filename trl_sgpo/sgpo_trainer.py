@@ -148,12 +148,14 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             raise ConfigError(QUANTIZED_VLLM)
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise ConfigError(SHARDED_CHECKPOINTS)
+        self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
+        self.stop_at(self.conversation.stop_ids)
         self.facts = self.training_facts()
         # TRL calls the hooks for rollouts and rewards without a place for these two, so they are handed over here
         self._batch = RolloutBatch([], self.geometry)
         self._credit: Credit | None = None
         self.run_record = RunRecordCallback(self)
-        self.worst_case = WorstCaseCallback(self, self.geometry)
+        self.worst_case = WorstCaseCallback(self, self.conversation, self.geometry)
         self.add_callback(StrategyBankCallback(self.bank_session, self._log_metric))
         self.add_callback(self.run_record)
         self.add_callback(self.worst_case)
@@ -211,7 +213,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         return broadcast_object_list(plans)[self.accelerator.process_index]
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        return two_phase_rollout(self._batch, self)
+        return two_phase_rollout(self._batch, self, self.conversation)
 
     # 3. Rewards
 
@@ -314,7 +316,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         with measuring(self, greedy):
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed)
-                rollouts = two_phase_rollout(batch, self)["rollout"]
+                rollouts = two_phase_rollout(batch, self, self.conversation)["rollout"]
             rewards = self._reward_executions(repeated, [row["prompt"] for row in repeated], rollouts)
         return rollouts, rewards[:, 0]
 
@@ -324,6 +326,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
         settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
+        settings = replace(settings, turn_end=self.conversation.end_token)
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(directory)

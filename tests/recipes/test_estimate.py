@@ -16,7 +16,6 @@ from trl import get_peft_config, get_quantization_config
 import trl_sgpo.cli.train
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.main import main
-from trl_sgpo.method.prompts import chat_bridge
 from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.vram.advice import cheapest_change, with_changes
 from trl_sgpo.vram.architectures import architectures, model_config
@@ -96,10 +95,9 @@ def test_estimate_is_what_training_on_a_cpu_allocates(architecture: str, options
     trainer.generation_config.suppress_tokens = trainer.eos_token_ids  # full length
     measured = trained_peak(trainer)
     request = longest_requests(  # the bank is empty, so none is shown
-        problems()["prompt"], 1, lambda prompts: trainer._tokenize_prompts(prompts)[0], _without_bank(recipe), True
+        problems()["prompt"], 1, trainer.conversation, _without_bank(recipe)
     )[0]
-    tokenizer = trainer.processing_class
-    turn = len(tokenizer(chat_bridge(tokenizer, recipe.training.execution_prompt))["input_ids"])
+    turn = len(trainer.conversation.turn(problems()["prompt"][0]).bridge)
     estimate = Estimator(AutoConfig.from_pretrained(model), "cpu")(recipe, Lengths(len(request), 16, turn, 48))
     print(f"{architecture}: measured {measured}, estimated {estimate.peak} ({estimate.moment})")
     assert estimate.peak == pytest.approx(measured, rel=0.15), (estimate.parts, estimate.moments)

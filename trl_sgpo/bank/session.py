@@ -4,9 +4,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..inference.retrieval import with_retrieved
 from ..method.admission import outcomes, proposals
 from ..method.credit import Credit
 from ..method.problem import Problem
@@ -111,20 +112,14 @@ class BankSession:
         bank, args = self.bank, self.args
         if bank is None:
             return RolloutBatch.without_bank(problems, geometry)
-        if args.num_retrieved > 0:
-            retrieved = bank.retrieve(
-                [problem.text for problem in problems],
-                k=args.num_retrieved,
-                classes=[problem.problem_class or None for problem in problems],
-                exclude=[{problem_id(problem.prompt)} for problem in problems],
-                cross_class=args.bank_cross_class,
-                trust=("trusted", "candidate") if training else ("trusted",),
-                explore=_seed(args.seed, step) if training else None,
-            )
-            problems = [
-                replace(problem, retrieved=tuple(found.strategy for found in row))
-                for problem, row in zip(problems, retrieved, strict=True)
-            ]
+        problems = with_retrieved(
+            problems,
+            bank,
+            args.num_retrieved,
+            args.bank_cross_class,
+            trust=("trusted", "candidate") if training else ("trusted",),
+            explore=_seed(args.seed, step) if training else None,
+        )
         drawn = [
             bank.sample(
                 block[0].problem_class,

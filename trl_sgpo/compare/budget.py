@@ -6,6 +6,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..speed.trainer import SharedPromptGRPOTrainer
+
 
 class TokenBudget(TrainerCallback, ExportableState):
     """
@@ -35,7 +37,8 @@ class TokenBudget(TrainerCallback, ExportableState):
 
     def count_in(self, trainer: Any) -> "TokenBudget":
         """Counts the tokens generated in training and registers this callback, which ends training."""
-        generate = trainer._generate_single_turn
+        name = "generate" if isinstance(trainer, SharedPromptGRPOTrainer) else "_generate_single_turn"
+        generate = trainer.__getattribute__(name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             result = generate(*args, **kwargs)
@@ -43,7 +46,7 @@ class TokenBudget(TrainerCallback, ExportableState):
                 self.spent += sum(len(ids) for ids in result[0])
             return result
 
-        trainer._generate_single_turn = counted
+        setattr(trainer, name, counted)
         trainer.add_callback(self)
         return self
 

@@ -10,7 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import DataError, ModelError
 from ..inference.model import Decoding, TwoPhaseModel
+from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import Verifier, verify
+from ..method.conversation import prompt_ids
 from ..method.prompts import Prompt
 from .rlhf import (
     check_sampling,
@@ -53,13 +55,6 @@ def split_steps(text: str, separator: str) -> list[str]:
     if len(steps) > 1 and not steps[0].replace(separator, "").strip():
         steps[:2] = [steps[0] + steps[1]]
     return steps if text else []
-
-
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Tokenises a prompt as the policy's rollouts do."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 
 def solution_ids(tokenizer: Any, steps: list[str]) -> tuple[list[int], list[int]]:
@@ -244,7 +239,9 @@ def train_process_reward_model(
     from transformers import AutoModelForTokenClassification, AutoTokenizer, Trainer, TrainingArguments
     from trl.trainer.utils import disable_dropout_in_model
 
-    made_of = fingerprint([policy_dir, dataset.to_list(), learning_rate, epochs, config.seed])
+    template_kwargs = config.chat_template_kwargs
+    parts = [policy_dir, dataset.to_list(), learning_rate, epochs, config.seed]
+    made_of = fingerprint([*parts, template_kwargs] if template_kwargs else parts)
     if is_made_of(output_dir, made_of):
         return str(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
@@ -264,7 +261,9 @@ def train_process_reward_model(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(str(unfinished), **training_settings(config, learning_rate, epochs)),
-        train_dataset=Dataset.from_list([training_example(tokenizer, **row) for row in trained]),
+        train_dataset=Dataset.from_list(
+            [training_example(tokenizer, **row, chat_template_kwargs=template_kwargs) for row in trained]
+        ),
         data_collator=lambda examples: _collate(examples, tokenizer.pad_token_id),
         compute_loss_func=step_loss,
     )
@@ -272,20 +271,28 @@ def train_process_reward_model(
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
         solutions = [(row["prompt"], row["completions"]) for row in held_out]
-        scores = torch.tensor([p for steps in step_probabilities(model, tokenizer, solutions) for p in steps])
+        probabilities = step_probabilities(model, tokenizer, solutions, chat_template_kwargs=template_kwargs)
+        scores = torch.tensor([p for steps in probabilities for p in steps])
         labels = torch.tensor([label for row in held_out for label in row["labels"]])
         accuracy = ((scores >= 0.5) == (labels >= 0.5)).float().mean().item() if held_out else None
         figures = {"steps": len(labels), "accuracy": accuracy, "auc": concordance(scores, labels)}
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        TwoPhaseSettings.from_config(config).save(unfinished)
         finish_directory(unfinished, output_dir, made_of, figures)
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)
 
 
-def training_example(tokenizer: Any, prompt: Prompt, completions: list[str], labels: list[float]) -> dict[str, Any]:
+def training_example(
+    tokenizer: Any,
+    prompt: Prompt,
+    completions: list[str],
+    labels: list[float],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Tokens of a prompt and its solution, and labels that are -100 but at the last token of each step."""
-    before = prompt_ids(tokenizer, prompt)
+    before = prompt_ids(tokenizer, prompt, chat_template_kwargs)
     ids, counts = solution_ids(tokenizer, completions)
     marked = [-100.0] * (len(before) + len(ids))
     for count, label in zip(counts, labels, strict=True):
@@ -338,7 +345,11 @@ def _collate(examples: list[dict[str, Any]], padding: int) -> dict[str, torch.Te
 
 @torch.inference_mode()
 def step_probabilities(
-    model: Any, tokenizer: Any, solutions: list[tuple[Prompt, list[str]]], batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    solutions: list[tuple[Prompt, list[str]]],
+    batch_size: int = 32,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[list[float]]:
     """
     The probability of a right answer after each step.
@@ -352,6 +363,8 @@ def step_probabilities(
             Prompts and the steps of a solution.
         batch_size (`int`, *optional*, defaults to `32`):
             Solutions scored at a time.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the chat template.
 
     Returns:
         `list[list[float]]`: A probability for each step.
@@ -361,7 +374,7 @@ def step_probabilities(
     for start in range(0, len(solutions), batch_size):
         examples, ends = [], []
         for prompt, steps in solutions[start : start + batch_size]:
-            before = prompt_ids(tokenizer, prompt)
+            before = prompt_ids(tokenizer, prompt, chat_template_kwargs)
             ids, counts = solution_ids(tokenizer, steps)
             examples.append({"input_ids": before + ids})
             ends.append([len(before) + count - 1 for count in counts])
@@ -403,6 +416,7 @@ class ProcessReward:
             self.tokenizer = AutoTokenizer.from_pretrained(directory)
         except OSError as error:
             raise ModelError(f"The process reward model {directory} cannot be loaded: {error}") from error
+        self.chat_template_kwargs = TwoPhaseSettings.load(directory).chat_template_kwargs
         if torch.accelerator.is_available():
             self.model = self.model.to(torch.accelerator.current_accelerator())
 
@@ -423,7 +437,7 @@ class ProcessReward:
         """
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         solutions = [(p, split_steps(text, self.separator)) for p, text in zip(prompts, texts, strict=True)]
-        scored = step_probabilities(self.model, self.tokenizer, solutions, self.batch_size)
+        scored = step_probabilities(self.model, self.tokenizer, solutions, self.batch_size, self.chat_template_kwargs)
         if self.aggregation == "mean":
             return [sum(steps) / max(len(steps), 1) for steps in scored]
         return [min(steps, default=0.0) for steps in scored]

@@ -14,6 +14,7 @@ import torch
 from ..errors import ConfigError, DataError
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.verifier import Verifier, verify
+from ..method.conversation import rendered
 
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def _pair(prompt: Any, chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": messages[0], "rejected": messages[1]}
 
 
-def answer_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
+def answer_ids(
+    tokenizer: Any, prompt: Any, completion: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
     """
     Tokenises an answered prompt as [`~trl.GRPOTrainer`] does for a reward model.
 
@@ -121,7 +124,7 @@ def answer_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
     if isinstance(prompt, str):
         text = prompt + completion
     else:
-        text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+        text = rendered(tokenizer, prompt + completion, chat_template_kwargs)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -160,13 +163,18 @@ def train_reward_model(
     from transformers import AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    made_of = fingerprint([policy_dir, pairs.to_list(), learning_rate, epochs, config.seed])
+    template_kwargs = config.chat_template_kwargs
+    parts = [policy_dir, pairs.to_list(), learning_rate, epochs, config.seed]
+    made_of = fingerprint([*parts, template_kwargs] if template_kwargs else parts)
     if is_made_of(output_dir, made_of):
         return str(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     trained, held_out = (
         [
-            {key: answer_ids(tokenizer, row["prompt"], row[key[:-4]]) for key in ("chosen_ids", "rejected_ids")}
+            {
+                key: answer_ids(tokenizer, row["prompt"], row[key[:-4]], template_kwargs)
+                for key in ("chosen_ids", "rejected_ids")
+            }
             for row in part
         ]
         for part in split_by_problem(pairs.to_list(), config.seed)

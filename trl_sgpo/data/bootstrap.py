@@ -5,12 +5,13 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ModelError
-from ..method.prompts import chat_bridge, plain_bridge, problem_text, strategy_prompt
+from ..inference.settings import TwoPhaseSettings
+from ..method.conversation import Conversation
 from .worked import Trace
 
 
@@ -43,7 +44,7 @@ def two_phase_examples(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         config ([`SGPOConfig`]):
-            Its prompts are used.
+            Its prompts and `chat_template_kwargs` are used.
         seed (`int`):
             Seed of the quotations.
         plain_share (`float`, *optional*, defaults to `0.0`):
@@ -53,34 +54,26 @@ def two_phase_examples(
         `list[dict]`: With `input_ids` and `labels` (-100 where not trained).
     """
     rng = random.Random(seed)
-    chat = tokenizer.chat_template is not None
+    conversation = TwoPhaseSettings.from_config(config).conversation(tokenizer)
     by_class: dict[str, list[str]] = {}
     for trace in traces:
         by_class.setdefault(trace.problem_class, []).append(trace.strategy)
     examples = []
     for trace in traces:
         if plain_share > 0 and not trace.given and rng.random() < plain_share:
-            examples.append(plain_example(trace, tokenizer))
+            examples.append(plain_example(trace, conversation))
             continue
         shown = []
         if config.use_bank and config.num_retrieved > 0 and rng.random() < 0.5:
             shown = [(trace.problem_class, rng.choice(by_class[trace.problem_class]))]
-        request = strategy_prompt(trace.prompt, config.strategy_prompt, shown, chat)
-        if isinstance(request, str):
-            bridge = plain_bridge(config.execution_prompt)
-            request_ids = tokenizer(request)["input_ids"]
-        else:
-            bridge = chat_bridge(tokenizer, config.execution_prompt)
-            request_ids = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=False)
-        bridge_ids = tokenizer(bridge, add_special_tokens=False)["input_ids"]
-        end = [tokenizer.eos_token_id]
-        strategy = tokenizer(trace.strategy, add_special_tokens=False)["input_ids"] + end
-        execution = tokenizer(trace.execution, add_special_tokens=False)["input_ids"] + end
-        turn = bridge_ids[1:] if bridge_ids[0] == end[0] else bridge_ids
+        request = conversation.request(trace.prompt, shown)
+        strategy = conversation.reply(trace.prompt, trace.strategy)
+        turn = conversation.turn(trace.prompt).after(strategy)
+        execution = conversation.reply(trace.prompt, trace.execution)
         examples.append(
             {
-                "input_ids": request_ids + strategy + turn + execution,
-                "labels": [-100] * len(request_ids)
+                "input_ids": request + strategy + turn + execution,
+                "labels": [-100] * len(request)
                 + ([-100] * len(strategy) if trace.given else strategy)
                 + [-100] * len(turn)
                 + execution,
@@ -89,14 +82,11 @@ def two_phase_examples(
     return examples
 
 
-def plain_example(trace: Trace, tokenizer: Any) -> dict[str, Any]:
+def plain_example(trace: Trace, conversation: Conversation) -> dict[str, Any]:
     """Writes a trace as one completion of its problem: strategy, empty line, execution."""
-    if tokenizer.chat_template is None:
-        prompt_ids = tokenizer("\n\n".join(problem_text([message]) for message in trace.prompt))["input_ids"]
-    else:
-        prompt_ids = tokenizer.apply_chat_template(trace.prompt, add_generation_prompt=True, return_dict=False)
-    answer = tokenizer(plain_answer(trace), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": prompt_ids + answer, "labels": [-100] * len(prompt_ids) + answer}
+    request = conversation.plain_request(trace.prompt)
+    answer = conversation.reply(trace.prompt, plain_answer(trace))
+    return {"input_ids": request + answer, "labels": [-100] * len(request) + answer}
 
 
 def plain_answer(trace: Trace) -> str:
@@ -152,22 +142,28 @@ def warmstart(
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from ..inference.settings import TwoPhaseSettings
     from ..speed.lm_head import project_labelled_tokens_only
 
     output_dir = Path(output_dir)
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
-    settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
-    settings += [batch_size, plain_share, full]
-    made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
-    if _made_of(output_dir) == made_of:
-        return str(output_dir)
-    print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
+    prompts = TwoPhaseSettings.from_config(config, traces[0].prompt)
+    prompts = replace(prompts, turn_end=prompts.conversation(tokenizer).end_token)
+    settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
+    settings += [batch_size, plain_share, full]
+    # Added only where they matter, so that warm starts made without them are kept
+    if config.chat_template_kwargs:
+        settings.append(config.chat_template_kwargs)
+    if prompts.turn_end != tokenizer.eos_token:
+        settings.append(prompts.turn_end)
+    made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
+    if _made_of(output_dir) == made_of:
+        return str(output_dir)
+    print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
     unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -208,7 +204,7 @@ def warmstart(
     if trainer.accelerator.is_main_process:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        TwoPhaseSettings.from_config(config, traces[0].prompt).save(unfinished)
+        prompts.save(unfinished)
         (unfinished / _MADE_OF).write_text(made_of)
         shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(unfinished, output_dir)

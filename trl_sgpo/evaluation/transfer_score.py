@@ -280,7 +280,7 @@ def _write(
     strategies = model.write_strategies(problems, decoding)
     return {
         "strategies": [
-            {"problem": problem_id(problem.prompt), "text": strategy.text, "flaw": strategy.flaw}
+            {"problem": problem_id(problem.prompt), "text": strategy.as_written, "flaw": strategy.flaw}
             for problem, strategy in zip(problems, strategies, strict=True)
         ],
         "tokens": model.generated_tokens - before,

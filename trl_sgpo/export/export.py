@@ -177,7 +177,8 @@ def _write(
 
         name = f"{Path(plan.model).name}-{plan.gguf}.gguf"
         print(f"Writing {name} …", flush=True)
-        write_gguf(model, tokenizer, directory, directory / name, plan.gguf)
+        turn_end = settings.conversation(tokenizer).end_token
+        write_gguf(model, tokenizer, directory, directory / name, plan.gguf, turn_end)
         forms.append((name, _GGUF_TOLERANCES[plan.gguf]))
     config = model.config
     if plan.merge:

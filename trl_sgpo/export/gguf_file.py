@@ -106,7 +106,9 @@ def split_name(tokenizer: Any) -> str:
     )
 
 
-def write_gguf(model: PreTrainedModel, tokenizer: Any, tokenizer_directory: Path, path: Path, file_type: str) -> None:
+def write_gguf(
+    model: PreTrainedModel, tokenizer: Any, tokenizer_directory: Path, path: Path, file_type: str, turn_end: str
+) -> None:
     """
     Writes a model and its tokenizer as one file.
 
@@ -121,6 +123,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, tokenizer_directory: Path
             The file.
         file_type (`str`):
             `"f32"`, `"f16"`, `"bf16"` or `"q8_0"`, of matrices; what is small is kept in float32.
+        turn_end (`str`):
+            Token that ends an assistant's turn, at which programs stop to generate.
 
     Raises:
         [`ModelError`]: A tensor of which GGUF does not know the name.
@@ -135,6 +139,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, tokenizer_directory: Path
     writer.add_quantization_version(2)
     _write_sizes(writer, config)
     _write_tokenizer(writer, tokenizer, tokenizer_directory, config.vocab_size)
+    if turn_end != tokenizer.eos_token:
+        writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(turn_end))
     names = get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = {}
     for name, tensor in _tensors(model):

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..inference.settings import TwoPhaseSettings
-from ..method.prompts import chat_bridge, plain_bridge, strategy_prompt
 
 
 # Problem, strategy, execution: what a model reads and writes in both phases
@@ -74,20 +73,12 @@ def probes(tokenizer: Any, settings: TwoPhaseSettings) -> list[list[int]]:
     Returns:
         `list[list[int]]`: Tokens of each.
     """
-    chat = tokenizer.chat_template is not None
+    conversation = settings.conversation(tokenizer)
     sequences = []
     for problem, strategy, execution in _PROBES:
-        prompt: Any = [{"role": "user", "content": problem}] if chat else problem
-        request = strategy_prompt(prompt, settings.strategy_prompt, [], chat)
-        if isinstance(request, str):
-            ids, bridge = tokenizer(request)["input_ids"], plain_bridge(settings.execution_prompt)
-        else:
-            ids = tokenizer.apply_chat_template(request, add_generation_prompt=True, return_dict=False)
-            bridge = chat_bridge(tokenizer, settings.execution_prompt)
-        rest = (strategy, tokenizer.eos_token, bridge.removeprefix(tokenizer.eos_token), execution)
-        sequences.append(
-            ids + [token for text in rest for token in tokenizer(text, add_special_tokens=False).input_ids]
-        )
+        prompt: Any = problem if tokenizer.chat_template is None else [{"role": "user", "content": problem}]
+        context = conversation.execution_request(prompt, [], strategy)
+        sequences.append([*context, *conversation.content(prompt, execution)])
     return sequences
 
 

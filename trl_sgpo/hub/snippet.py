@@ -1,10 +1,11 @@
 """Python code that uses a trained model with `transformers` alone, for model cards and documentation."""
 
 from ..inference.settings import TwoPhaseSettings
-from ..method.prompts import RETRIEVED_HEADER, plain_bridge
+from ..method.prompts import REASONING_END, RETRIEVED_HEADER, plain_bridge
 
 
 _HEAD = '''\
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {name!r}
@@ -14,12 +15,18 @@ model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="aut
 ASK = {ask!r}
 EXECUTE = {execute!r}
 SHOWN = {header!r}
+TURN_END = {turn_end}
+stops = model.generation_config.eos_token_id
+stops = [stops] if isinstance(stops, int) else list(stops or [])
+stops += tokenizer.convert_tokens_to_ids([tokenizer.eos_token, TURN_END])
 
 
 def say(ids, limit):
     ids = ids.to(model.device)
     mask = ids.new_ones(ids.shape)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=False)
+    output = model.generate(
+        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=stops
+    )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -30,18 +37,23 @@ def request(problem, shown):
     head, tail = ASK.split("{{problem}}")
     return head.replace("{{strategies}}", quoted) + problem + tail.replace("{{strategies}}", quoted)
 
+
+def execute(asked, strategy, turn):
+    rest = strategy + TURN_END + turn.split(TURN_END, 1)[-1]
+    ids = tokenizer(rest, add_special_tokens=False, return_tensors="pt").input_ids
+    return say(torch.cat([asked, ids], dim=1), {execution_limit})
+
 '''
 
 _CHAT = """
 def solve(problem, shown=()):
     messages = [{system}{{"role": "user", "content": request(problem, shown)}}]
-    options = {{"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}}
-    strategy = say(tokenizer.apply_chat_template(messages, **options), {strategy_limit})
-    messages += [
-        {{"role": "assistant", "content": strategy}},
-        {{"role": "user", "content": EXECUTE}},
-    ]
-    return strategy, say(tokenizer.apply_chat_template(messages, **options), {execution_limit})
+    options = {{"add_generation_prompt": True{template_kwargs}}}
+    asked = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False, **options)
+    strategy = say(asked, {strategy_limit})
+    messages += [{{"role": "assistant", "content": "@strategy@"}}, {{"role": "user", "content": EXECUTE}}]
+    turn = tokenizer.apply_chat_template(messages, tokenize=False, **options).split("@strategy@")[-1]
+    return {shown_strategy}, execute(asked, strategy, turn)
 
 """
 
@@ -49,9 +61,7 @@ _TEXT = """
 def solve(problem, shown=()):
     asked = tokenizer({system}request(problem, shown) + "\\n\\nStrategy:", return_tensors="pt").input_ids
     strategy = say(asked, {strategy_limit})
-    rest = [strategy + tokenizer.eos_token, EXECUTE]
-    parts = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in rest]
-    return strategy, say(torch.cat([asked, *parts], dim=1), {execution_limit})
+    return {shown_strategy}, execute(asked, strategy, EXECUTE)
 
 """
 
@@ -92,7 +102,8 @@ def transformers_snippet(
     ask, quoted = settings.strategy_prompt, 'SHOWN + "".join(lines) + "\\n"'
     if "{strategies}" not in ask:  # they come after the problem then
         ask, quoted = ask.replace("{problem}", "{problem}{strategies}"), '"\\n\\n" + SHOWN + "".join(lines).rstrip()'
-    code = (_HEAD + (_CHAT if chat else _TEXT) + _TAIL).format(
+    kwargs = settings.chat_template_kwargs or {}
+    return (_HEAD + (_CHAT if chat else _TEXT) + _TAIL).format(
         name=name,
         ask=ask,
         execute=settings.execution_prompt if chat else plain_bridge(settings.execution_prompt),
@@ -102,5 +113,7 @@ def transformers_snippet(
         strategy_limit=settings.max_strategy_length,
         execution_limit=settings.max_completion_length,
         problem=problem,
+        turn_end="tokenizer.eos_token" if settings.turn_end is None else repr(settings.turn_end),
+        template_kwargs="".join(f", {name!r}: {value!r}" for name, value in kwargs.items()),
+        shown_strategy=f"strategy.split({REASONING_END!r})[-1].strip()",
     )
-    return code if chat else f"import torch\n{code}"

@@ -7,18 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
-from trl.data_utils import is_conversational
 
 from ..errors import ModelError
-from ..method.prompts import (
-    ParsedStrategy,
-    Prompt,
-    chat_bridge,
-    parse_strategy,
-    plain_bridge,
-    problem_text,
-    strategy_prompt,
-)
+from ..method.conversation import Conversation
+from ..method.prompts import ParsedStrategy, Prompt
+from ..speed.generation import left_padded
 from .loading import base_of, is_adapter, load_base
 from .settings import TwoPhaseSettings
 from .weights import require_model
@@ -95,6 +88,11 @@ class TwoPhaseModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 
+    @property
+    def conversation(self) -> Conversation:
+        """The conversation of the settings, in the model's tokens."""
+        return self.settings.conversation(self.tokenizer)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -167,12 +165,13 @@ class TwoPhaseModel:
         Returns:
             `list[ParsedStrategy]`: In the order of the problems.
         """
-        requests = [self._request_ids(problem) for problem in problems]
+        conversation = self.conversation
+        requests = [conversation.request(problem.prompt, problem.shown) for problem in problems]
         limit = self.settings.max_strategy_length
         written = self._generate(requests, limit, decoding or Decoding(), progress, stream)
         return [
-            parse_strategy(self._decode(ids), self.settings.strategy_format, not ended and len(ids) > 0)
-            for ids, ended in written
+            conversation.parse(problem.prompt, ids, truncated=not ended and len(ids) > 0)
+            for problem, (ids, ended) in zip(problems, written, strict=True)
         ]
 
     def execute(
@@ -190,7 +189,7 @@ class TwoPhaseModel:
             problems (`Sequence[Problem]`):
                 Problems with the strategies retrieved for them.
             strategies (`Sequence[str]`):
-                A strategy for each, which may be empty.
+                A strategy for each, which may be empty or begin with a reasoning part.
             decoding ([`Decoding`], *optional*):
                 How to decode, greedily by default.
             progress (`str`, *optional*):
@@ -201,11 +200,11 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Executions.
         """
-        contexts = []
-        for problem, strategy in zip(problems, strategies, strict=True):
-            ids = [*self._ids(strategy), self.tokenizer.eos_token_id]
-            bridge = self._bridge_ids(problem.prompt)
-            contexts.append(self._request_ids(problem) + ids + (bridge[1:] if bridge[0] == ids[-1] else bridge))
+        conversation = self.conversation
+        contexts = [
+            conversation.execution_request(problem.prompt, problem.shown, strategy)
+            for problem, strategy in zip(problems, strategies, strict=True)
+        ]
         return self._complete(contexts, decoding, progress, stream)
 
     def answer(
@@ -225,7 +224,7 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Completions.
         """
-        return self._complete([self._prompt_ids(self._as_text(prompt)) for prompt in prompts], decoding, progress)
+        return self._complete(list(map(self.conversation.plain_request, prompts)), decoding, progress)
 
     def continue_from(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], decoding: Decoding | None = None
@@ -244,8 +243,8 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Whole completions, from the prefix on, with the whitespace that surrounds them.
         """
-        pairs = list(zip(prompts, prefixes, strict=True))
-        contexts = [self._prompt_ids(self._as_text(prompt)) + list(prefix) for prompt, prefix in pairs]
+        plain_request = self.conversation.plain_request
+        contexts = [[*plain_request(prompt), *prefix] for prompt, prefix in zip(prompts, prefixes, strict=True)]
         generated = self._generate(contexts, self.settings.max_completion_length, decoding or Decoding(), None)
         return [self._decode([*prefix, *ids]) for prefix, (ids, _) in zip(prefixes, generated, strict=True)]
 
@@ -259,29 +258,6 @@ class TwoPhaseModel:
         limit = self.settings.max_completion_length
         generated = self._generate(contexts, limit, decoding or Decoding(), progress, stream)
         return [self._decode(ids).strip() for ids, _ in generated]
-
-    def _as_text(self, prompt: Prompt) -> Prompt:
-        if isinstance(prompt, str) or self.tokenizer.chat_template is not None:
-            return prompt
-        return "\n\n".join(problem_text([message]) for message in prompt)
-
-    def _request_ids(self, problem: "Problem") -> list[int]:
-        shown = [(strategy.problem_class, strategy.text) for strategy in problem.retrieved]
-        chat = self.tokenizer.chat_template is not None
-        return self._prompt_ids(strategy_prompt(problem.prompt, self.settings.strategy_prompt, shown, chat))
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-
-    def _bridge_ids(self, prompt: Prompt) -> list[int]:
-        chat = is_conversational({"prompt": prompt}) and self.tokenizer.chat_template is not None
-        execution_prompt = self.settings.execution_prompt
-        return self._ids(chat_bridge(self.tokenizer, execution_prompt) if chat else plain_bridge(execution_prompt))
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -298,7 +274,7 @@ class TwoPhaseModel:
         """Tokens generated after each prompt, without the end token, and whether there was one."""
         own = self.model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        ends = sorted({token for token in (*ends, self.tokenizer.eos_token_id) if token is not None})
+        ends = sorted({token for token in (*ends, *self.conversation.stop_ids) if token is not None})
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=limit,
@@ -328,10 +304,7 @@ class TwoPhaseModel:
     def _generate_batch(
         self, prompts: list[list[int]], config: GenerationConfig, stream: Stream | None
     ) -> list[list[int]]:
-        longest, padding = max(map(len, prompts)), self.tokenizer.pad_token_id
-        device = self.model.device
-        ids = torch.tensor([[padding] * (longest - len(row)) + row for row in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
+        ids, mask = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         streamer = None if stream is None else _Streamer(self.tokenizer, stream)
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-        return output[:, longest:].tolist()
+        return output[:, ids.size(1) :].tolist()

@@ -1,4 +1,4 @@
-"""Retrieval of strategies for problems outside training."""
+"""Retrieval of strategies for problems, in training and outside it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,18 +7,31 @@ from ..bank import StrategyBank, problem_id
 from ..method.problem import Problem
 
 
-def with_retrieved(problems: Sequence[Problem], bank: StrategyBank | None, num_retrieved: int) -> list[Problem]:
+def with_retrieved(
+    problems: Sequence[Problem],
+    bank: StrategyBank | None,
+    num_retrieved: int,
+    cross_class: bool = False,
+    trust: Sequence[str] = ("trusted",),
+    explore: int | None = None,
+) -> list[Problem]:
     """
-    Retrieves strategies from a bank for each problem, as evaluation during training does: trusted strategies of
-    the problem's class that were not written for the problem itself. The bank is not changed.
+    Adds to problems the strategies that a bank retrieves for them, none of which was written for the problem itself.
+    The bank is not written.
 
     Args:
         problems (`Sequence[Problem]`):
-            The problems.
+            The problems. Strategies are retrieved from the class of each, from any class where it has none.
         bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
             The bank. If `None`, nothing is retrieved.
         num_retrieved (`int`):
             Number of strategies a problem.
+        cross_class (`bool`, *optional*, defaults to `False`):
+            Whether strategies of other classes are retrieved too.
+        trust (`Sequence[str]`, *optional*, defaults to `("trusted",)`):
+            Trust states of the strategies.
+        explore (`int`, *optional*):
+            Seed with which training explores, see [`~trl_sgpo.bank.StrategyBank.retrieve`].
 
     Returns:
         `list[Problem]`: In the order of the problems.
@@ -30,6 +43,9 @@ def with_retrieved(problems: Sequence[Problem], bank: StrategyBank | None, num_r
         k=num_retrieved,
         classes=[problem.problem_class or None for problem in problems],
         exclude=[{problem_id(problem.prompt)} for problem in problems],
+        cross_class=cross_class,
+        trust=trust,
+        explore=explore,
     )
     return [
         replace(problem, retrieved=tuple(found.strategy for found in row))

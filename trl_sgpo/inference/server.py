@@ -11,6 +11,7 @@ import httpx
 from tqdm.auto import tqdm
 
 from ..errors import ModelError
+from ..method.conversation import execution_messages
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, strategy_prompt
 from .model import Decoding, Stream
@@ -117,11 +118,7 @@ class ServerModel:
     ) -> list[str]:
         """Executes a strategy on each problem."""
         requests = [
-            [
-                *self._request(problem),
-                {"role": "assistant", "content": strategy},
-                {"role": "user", "content": self.settings.execution_prompt},
-            ]
+            execution_messages(self._request(problem), strategy, self.settings.execution_prompt)
             for problem, strategy in zip(problems, strategies, strict=True)
         ]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress, stream)
@@ -136,8 +133,7 @@ class ServerModel:
         return [text.strip() for text, _ in completed]
 
     def _request(self, problem: Problem) -> list[dict[str, Any]]:
-        shown = [(strategy.problem_class, strategy.text) for strategy in problem.retrieved]
-        return _messages(strategy_prompt(problem.prompt, self.settings.strategy_prompt, shown, chat=True))
+        return _messages(strategy_prompt(problem.prompt, self.settings.strategy_prompt, problem.shown, chat=True))
 
     def _complete(
         self,
@@ -152,6 +148,8 @@ class ServerModel:
         common: dict[str, Any] = {"model": self.name, "max_tokens": limit, "temperature": 0.0}
         if not decoding.greedy:
             common |= {"temperature": decoding.temperature, "top_p": decoding.top_p}
+        if self.settings.chat_template_kwargs:
+            common["chat_template_kwargs"] = self.settings.chat_template_kwargs
         bodies = [
             {**common, "messages": messages, "seed": decoding.seed + position}
             for position, messages in enumerate(requests)

@@ -3,13 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..errors import ConfigError
+from ..method.conversation import Conversation
 from ..method.prompts import (
     EXECUTION_PROMPT,
     Prompt,
@@ -17,7 +18,10 @@ from ..method.prompts import (
     default_strategy_prompt,
     system_prompt_of,
 )
-from ..sgpo_config import SGPOConfig
+
+
+if TYPE_CHECKING:
+    from ..sgpo_config import SGPOConfig
 
 
 SETTINGS_FILE = "sgpo.json"
@@ -47,6 +51,10 @@ class TwoPhaseSettings:
             System message of the problems that the model was trained on, `None` if they had none.
         trained_on (`dict`, *optional*):
             Data type and quantization of the weights that an adapter was trained on. `None` if the model is whole.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the chat template, such as `{"enable_thinking": False}`.
+        turn_end (`str`, *optional*):
+            Token that ends an assistant's turn. If `None`, it is read off the chat template.
     """
 
     strategy_prompt: str = ""
@@ -58,6 +66,8 @@ class TwoPhaseSettings:
     embedding_model: str = DEFAULT_EMBEDDING_MODEL
     system_prompt: str | None = None
     trained_on: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    turn_end: str | None = None
 
     def __post_init__(self) -> None:
         if not self.strategy_prompt:
@@ -65,10 +75,22 @@ class TwoPhaseSettings:
         check_strategy_prompt(self.strategy_prompt)
 
     @classmethod
-    def from_config(cls, config: SGPOConfig, prompt: Prompt = "") -> "TwoPhaseSettings":
+    def from_config(cls, config: "SGPOConfig", prompt: Prompt = "") -> "TwoPhaseSettings":
         """Takes the settings of a training configuration, and the system message of one of its problems."""
-        names = [item.name for item in fields(cls) if item.name not in ("system_prompt", "trained_on")]
+        of_the_model = ("system_prompt", "trained_on", "turn_end")
+        names = [item.name for item in fields(cls) if item.name not in of_the_model]
         return cls(**{name: config.__dict__[name] for name in names}, system_prompt=system_prompt_of(prompt))
+
+    def conversation(self, tokenizer: Any) -> Conversation:
+        """Returns the conversation of these settings, in the tokens of a tokenizer."""
+        return Conversation(
+            tokenizer,
+            self.strategy_prompt,
+            self.execution_prompt,
+            self.strategy_format,
+            self.chat_template_kwargs,
+            self.turn_end,
+        )
 
     def save(self, directory: str | Path) -> None:
         Path(directory, SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2))

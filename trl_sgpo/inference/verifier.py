@@ -5,8 +5,17 @@ from typing import Any
 
 from trl.data_utils import is_conversational
 
+from ..method.prompts import Prompt
+
 
 Verifier = Callable[..., list[float | None]]
+
+
+def as_completions(prompt: Prompt, texts: Sequence[str]) -> list[Any]:
+    """Returns texts in the form in which TRL hands completions of such a prompt to reward functions."""
+    if is_conversational({"prompt": prompt}):
+        return [[{"role": "assistant", "content": text}] for text in texts]
+    return list(texts)
 
 
 def verify(verifier: Verifier, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
@@ -28,8 +37,6 @@ def verify(verifier: Verifier, rows: Sequence[dict[str, Any]], texts: Sequence[s
         return []
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
-    completions: list[Any] = list(texts)
-    if is_conversational({"prompt": prompts[0]}):
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    completions = as_completions(prompts[0], texts)
     outcomes = verifier(prompts=prompts, completions=completions, completion_ids=[[]] * len(rows), **columns)
     return [float("nan") if outcome is None else min(max(float(outcome), 0.0), 1.0) for outcome in outcomes]

@@ -32,8 +32,13 @@ class Problem:
     def text(self) -> str:
         return problem_text(self.prompt)
 
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """Class and text of the retrieved strategies."""
+        return [(strategy.problem_class, strategy.text) for strategy in self.retrieved]
+
 
 def as_problem(row: dict[str, Any], class_column: str = "problem_class", answer_column: str = "solution") -> Problem:
-    """Reads a dataset row as a problem. A class that it lacks is `""`, an answer `None`."""
+    """Reads a dataset row as a problem. A class it lacks is `""`, an answer it lacks is `None`."""
     name, answer = row.get(class_column), row.get(answer_column)
     return Problem(row["prompt"], "" if name is None else str(name), None if answer is None else str(answer))

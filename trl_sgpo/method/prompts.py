@@ -20,6 +20,7 @@ STEPS_PROMPT = (
     "this problem and do not give its answer."
 )
 EXECUTION_PROMPT = "Now apply this strategy to the problem, step by step, and finish with the final answer."
+REASONING_START, REASONING_END = "<think>", "</think>"
 RETRIEVED_HEADER = "Strategies that worked on similar problems, quoted (adapt, combine or improve them):\n"
 
 _STEP = re.compile(r"^\s*(?:step\s*)?\d+\s*[.):]\s+(\S.*)$", re.IGNORECASE)
@@ -40,40 +41,74 @@ class ParsedStrategy:
             Names in braces, without the braces.
         flaw (`str` or `None`):
             Why it is malformed, `None` when it is well formed.
+        reasoning (`str`):
+            The reasoning part before the strategy, up to its end mark and the white space after it.
     """
 
     text: str
     steps: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()
     flaw: str | None = None
+    reasoning: str = ""
+
+    @property
+    def as_written(self) -> str:
+        """Reasoning and strategy: what the model wrote, which its execution reads."""
+        return self.reasoning + self.text
 
 
-def parse_strategy(text: str, strategy_format: str = "text", truncated: bool = False) -> ParsedStrategy:
+def split_reasoning(text: str, opened: bool = False) -> tuple[str, str]:
+    """
+    Splits a generated text after its reasoning part.
+
+    Args:
+        text (`str`):
+            What the model wrote.
+        opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt ends within a reasoning part, as some chat templates have it.
+
+    Returns:
+        `tuple[str, str]`: The reasoning with its end mark and the white space after it, and the rest. If the
+        reasoning never ends, the rest is empty.
+    """
+    reasoning, mark, rest = text.rpartition(REASONING_END)
+    if mark:
+        content = rest.lstrip()
+        return reasoning + mark + rest[: len(rest) - len(content)], content
+    return (text, "") if opened or text.lstrip().startswith(REASONING_START) else ("", text)
+
+
+def parse_strategy(
+    text: str, strategy_format: str = "text", truncated: bool = False, reasoning_opened: bool = False
+) -> ParsedStrategy:
     """
     Reads a strategy; a bad one is described, never refused.
 
     Args:
         text (`str`):
-            What the model wrote in the strategy phase.
+            What the model wrote in the strategy phase. A reasoning part at its start is cut off.
         strategy_format (`str`, *optional*, defaults to `"text"`):
             `"text"` accepts any non-empty text, `"steps"` wants at least two numbered lines and nothing else.
         truncated (`bool`, *optional*, defaults to `False`):
             Whether the phase ended by length.
+        reasoning_opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt ends within a reasoning part.
 
     Returns:
         [`ParsedStrategy`]
     """
-    text = text.strip()
-    placeholders = tuple(match[1:-1].strip() for match in _PLACEHOLDER.findall(text))
+    reasoning, text = split_reasoning(text.strip(), reasoning_opened)
     if not text:
-        return ParsedStrategy(text, flaw="empty")
+        return ParsedStrategy(text, flaw="truncated" if truncated and reasoning else "empty", reasoning=reasoning)
+    placeholders = tuple(match[1:-1].strip() for match in _PLACEHOLDER.findall(text))
     lines = [line for line in text.splitlines() if line.strip()]
     steps = tuple(match.group(1).strip() for line in lines if (match := _STEP.match(line)))
+    flaw = None
     if truncated:
-        return ParsedStrategy(text, steps, placeholders, flaw="truncated")
-    if strategy_format == "steps" and (len(steps) < 2 or len(steps) != len(lines)):
-        return ParsedStrategy(text, steps, placeholders, flaw="not numbered steps")
-    return ParsedStrategy(text, steps, placeholders)
+        flaw = "truncated"
+    elif strategy_format == "steps" and (len(steps) < 2 or len(steps) != len(lines)):
+        flaw = "not numbered steps"
+    return ParsedStrategy(text, steps, placeholders, flaw, reasoning)
 
 
 def default_strategy_prompt(strategy_format: str) -> str:
@@ -127,6 +162,13 @@ def problem_text(prompt: Prompt) -> str:
     return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
+def as_text(prompt: Prompt) -> str:
+    """Returns a prompt as text for a model without a chat template: its messages, an empty line between them."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(problem_text([message]) for message in prompt)
+
+
 def system_prompt_of(prompt: Prompt) -> str | None:
     """Returns the system message of a prompt, `None` if it has none."""
     if isinstance(prompt, str) or not prompt or prompt[0]["role"] != "system":
@@ -164,44 +206,9 @@ def strategy_prompt(prompt: Prompt, template: str, retrieved: Sequence[tuple[str
     messages = [*prompt[:-1], {"role": prompt[-1]["role"], "content": request}]
     if chat:
         return messages
-    return "\n\n".join(problem_text([message]) for message in messages) + "\n\nStrategy:"
+    return f"{as_text(messages)}\n\nStrategy:"
 
 
 def plain_bridge(execution_prompt: str) -> str:
     """The text between a strategy and its execution for prompts that are not conversations."""
     return f"\n\n{execution_prompt}\n\nExecution:"
-
-
-def chat_bridge(tokenizer: Any, execution_prompt: str, **chat_template_kwargs: Any) -> str:
-    """
-    The text a chat template puts between the end of a strategy and the start of its execution: end of the assistant
-    turn, the request to execute, start of the next assistant turn.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer with a chat template.
-        execution_prompt (`str`):
-            The user turn between the phases.
-        **chat_template_kwargs:
-            Passed on to the template.
-
-    Raises:
-        [`ConfigError`]: The template changes or drops what the assistant said before.
-    """
-    mark = "\u2021strategy\u2021"
-    text = tokenizer.apply_chat_template(
-        [
-            {"role": "user", "content": "problem"},
-            {"role": "assistant", "content": mark},
-            {"role": "user", "content": execution_prompt},
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-        **chat_template_kwargs,
-    )
-    if text.count(mark) != 1:
-        raise ConfigError(
-            "The chat template does not show earlier assistant turns, so an execution could not see its strategy. "
-            "Give the tokenizer a template that does, or use plain-text prompts."
-        )
-    return text.split(mark)[1]

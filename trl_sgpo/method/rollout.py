@@ -1,22 +1,20 @@
 """
-Two-phase generation through TRL's own: strategies first, then every strategy of a block on every problem of the block.
+Two-phase generation: strategies first, then every strategy of a block on every problem of the block.
 
-What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollout_func` hook, `_tokenize_prompts`,
-`_generate_single_turn`, `generation_config.max_new_tokens` and `vllm_generation.max_completion_length`.
+What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollout_func` hook.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-from trl.data_utils import is_conversational
 
 from ..bank.strategy import Strategy
 from ..speed.trainer import SharedPromptGRPOTrainer
+from .conversation import Conversation
 from .problem import Problem
-from .prompts import ParsedStrategy, chat_bridge, parse_strategy, plain_bridge, strategy_prompt
+from .prompts import ParsedStrategy, parse_strategy
 from .transfer import BlockGeometry
 
 
@@ -92,12 +90,14 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A strategy as generated: its tokens (end token included), their log-probabilities and its parsed text."""
+class _Source:
+    """A strategy as a row has it. Own and borrowed ones have the tokens and log-probabilities of their generation."""
 
+    kind: str
     ids: list[int]
-    logprobs: list[float] | None
     parsed: ParsedStrategy
+    logprobs: list[float] | None = None
+    strategy_id: str | None = None
 
 
 def written_strategies(rollouts: Sequence[Rollout]) -> list[ParsedStrategy]:
@@ -105,9 +105,11 @@ def written_strategies(rollouts: Sequence[Rollout]) -> list[ParsedStrategy]:
     return [rollout.strategy for rollout in rollouts if rollout.source == "own"]
 
 
-def two_phase_rollout(batch: RolloutBatch, trainer: SharedPromptGRPOTrainer) -> dict[str, Any]:
+def two_phase_rollout(
+    batch: RolloutBatch, trainer: SharedPromptGRPOTrainer, conversation: Conversation
+) -> dict[str, Any]:
     """
-    Writes the strategies of a batch, executes them and returns one row for each execution.
+    Writes the strategies of a batch, executes them and returns one row each, as a TRL `rollout_func` does.
 
     A row is the request, then strategy + turn + execution. `env_mask` leaves out the turn and, unless the strategy is
     the problem's own, the strategy, so that no token is trained twice. Counting a borrowed strategy to the prompt
@@ -115,94 +117,87 @@ def two_phase_rollout(batch: RolloutBatch, trainer: SharedPromptGRPOTrainer) -> 
 
     Args:
         batch ([`RolloutBatch`]):
-            Problems and strategies of the bank.
+            Problems and bank strategies.
         trainer ([`~trl_sgpo.speed.trainer.SharedPromptGRPOTrainer`]):
             Trainer that generates.
+        conversation ([`~trl_sgpo.method.conversation.Conversation`]):
+            Builds the tokens.
 
     Returns:
         `dict` with `prompt_ids`, `completion_ids`, `logprobs`, `env_mask` and `rollout`, one entry a row.
     """
-    geometry = batch.geometry
-    tokenizer = trainer.processing_class
-    chat = tokenizer.chat_template is not None
-    args = trainer.args
+    args, geometry = trainer.args, batch.geometry
+    turn = conversation.turn(batch.problems[0].prompt)
+    requests = [conversation.request(problem.prompt, problem.shown) for problem in batch.problems]
+    with trainer.fast_generation(requests, calls=2):
+        own = [request for request in requests for _ in range(geometry.own)]
+        generated, logprobs = trainer.generate(own, args.max_strategy_length, "strategies")
+        written = _read_strategies(batch, generated, logprobs, trainer.eos_token_ids, conversation)
 
-    requests = [
-        strategy_prompt(
-            problem.prompt,
-            args.strategy_prompt,
-            [(strategy.problem_class, strategy.text) for strategy in problem.retrieved],
-            chat,
-        )
-        for problem in batch.problems
-    ]
-    request_ids = trainer._tokenize_prompts(requests)[0]
-    is_chat = is_conversational({"prompt": requests[0]})
-    bridge = (
-        chat_bridge(tokenizer, args.execution_prompt, **trainer.chat_template_kwargs)
-        if is_chat
-        else plain_bridge(args.execution_prompt)
-    )
-    bridge_ids = tokenizer(bridge, add_special_tokens=False)["input_ids"]
-
-    with trainer.fast_generation(request_ids, calls=2):
-        phase_one = [ids for ids in request_ids for _ in range(geometry.own)]
-        generated, logprobs = trainer.generate(phase_one, args.max_strategy_length, "strategies")
-        written = _read_strategies(generated, logprobs, trainer)
-
-        # Row order is problem by problem, strategy by strategy: `transfer.outcome_matrix` relies on it
-        plan = [
-            (position, strategy)
-            for block in range(len(batch.problems) // geometry.problems)
-            for position in range(block * geometry.problems, (block + 1) * geometry.problems)
-            for strategy in range(geometry.executions)
-        ]
-        sources = [_strategy_for(batch, written, position, strategy, tokenizer) for position, strategy in plan]
+        plan = _plan(len(batch.problems), geometry)
+        sources = [_source(batch, written, *entry, conversation) for entry in plan]
+        turns = [turn.after(source.ids) for source in sources]
         contexts = [
-            request_ids[position] + ids + _turn(ids, bridge_ids)
-            for (position, _), (_, ids, _, _, _) in zip(plan, sources, strict=True)
+            requests[position] + source.ids + between
+            for (position, _), source, between in zip(plan, sources, turns, strict=True)
         ]
-        executions, execution_logprobs = trainer.generate(contexts, args.max_completion_length, "executions")
+        executions, logprobs = trainer.generate(contexts, args.max_completion_length, "executions")
 
-    executions = [ids or [tokenizer.eos_token_id] for ids in executions]
-    texts = tokenizer.batch_decode(executions, skip_special_tokens=True)
-    rows: dict[str, list[Any]] = {
-        key: [] for key in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "rollout")
+    executions = [ids or [turn.end] for ids in executions]
+    texts = conversation.tokenizer.batch_decode(executions, skip_special_tokens=True)
+    rows = list(zip(sources, turns, executions, strict=True))
+    return {
+        "prompt_ids": [requests[position] for position, _ in plan],
+        "completion_ids": [source.ids + between + execution for source, between, execution in rows],
+        "logprobs": None
+        if logprobs is None
+        else [_row_logprobs(*row, sampled) for row, sampled in zip(rows, logprobs, strict=True)],
+        "env_mask": [
+            [int(source.kind == "own")] * len(source.ids) + [0] * len(between) + [1] * len(execution)
+            for source, between, execution in rows
+        ],
+        "rollout": [
+            Rollout(
+                source.kind,
+                source.parsed,
+                text.strip(),
+                execution,
+                len(source.ids) if source.kind == "own" else 0,
+                source.strategy_id,
+            )
+            for (source, _, execution), text in zip(rows, texts, strict=True)
+        ],
     }
-    for row, ((position, _), (source, ids, strategy_logprobs, parsed, strategy_id)) in enumerate(
-        zip(plan, sources, strict=True)
-    ):
-        execution, turn = executions[row], _turn(ids, bridge_ids)
-        trained = source == "own"
-        rows["prompt_ids"].append(request_ids[position])
-        rows["completion_ids"].append(ids + turn + execution)
-        rows["env_mask"].append([int(trained)] * len(ids) + [0] * len(turn) + [1] * len(execution))
-        if execution_logprobs is not None:
-            before = strategy_logprobs if trained and strategy_logprobs else [0.0] * len(ids)
-            after = execution_logprobs[row] or [0.0] * len(execution)
-            rows["logprobs"].append([*before, *[0.0] * len(turn), *after])
-        rows["rollout"].append(
-            Rollout(source, parsed, texts[row].strip(), execution, len(ids) if trained else 0, strategy_id)
-        )
-    return {**rows, "logprobs": None if execution_logprobs is None else rows["logprobs"]}
 
 
 def _read_strategies(
-    generated: list[list[int]], logprobs: list[list[float]] | None, trainer: SharedPromptGRPOTrainer
-) -> list[_Written]:
-    texts = trainer.processing_class.batch_decode(generated, skip_special_tokens=True)
+    batch: RolloutBatch,
+    generated: list[list[int]],
+    logprobs: list[list[float]] | None,
+    eos_token_ids: list[int],
+    conversation: Conversation,
+) -> list[_Source]:
     written = []
-    for index, (ids, text) in enumerate(zip(generated, texts, strict=True)):
-        truncated = not ids or ids[-1] not in trainer.eos_token_ids
-        parsed = parse_strategy(text, trainer.args.strategy_format, truncated and len(ids) > 0)
-        written.append(_Written(ids, None if logprobs is None else logprobs[index], parsed))
+    for index, ids in enumerate(generated):
+        truncated = len(ids) > 0 and ids[-1] not in eos_token_ids
+        problem = batch.problems[index // batch.geometry.own]
+        parsed = conversation.parse(problem.prompt, ids, truncated)
+        written.append(_Source("own", ids, parsed, None if logprobs is None else logprobs[index]))
     return written
 
 
-def _strategy_for(
-    batch: RolloutBatch, written: list[_Written], position: int, strategy: int, tokenizer: Any
-) -> tuple[str, list[int], list[float] | None, ParsedStrategy, str | None]:
-    """Returns source, tokens, log-probabilities, text and bank id of a block's strategy, as seen by one problem."""
+def _plan(problems: int, geometry: BlockGeometry) -> list[tuple[int, int]]:
+    """
+    Problem and strategy of each row. The order is problem by problem, strategy by strategy:
+    `transfer.outcome_matrix` relies on it.
+    """
+    return [(position, strategy) for position in range(problems) for strategy in range(geometry.executions)]
+
+
+def _source(
+    batch: RolloutBatch, written: list[_Source], position: int, strategy: int, conversation: Conversation
+) -> _Source:
+    """A strategy of a block, as one of its problems sees it."""
     geometry = batch.geometry
     block, local = divmod(position, geometry.problems)
     writer = geometry.writer(strategy)
@@ -210,13 +205,17 @@ def _strategy_for(
         slot = strategy - geometry.written
         if slot < len(batch.bank[block]):
             entry = batch.bank[block][slot]
-            ids = [*tokenizer(entry.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            return "bank", ids, None, parse_strategy(entry.text), entry.id
+            ids = conversation.reply(batch.problems[position].prompt, entry.text)
+            return _Source("bank", ids, parse_strategy(entry.text), strategy_id=entry.id)
         strategy = slot % geometry.written
-    text = written[block * geometry.written + strategy]
-    return "own" if writer == local else "borrowed", text.ids, text.logprobs, text.parsed, None
+    own = written[block * geometry.written + strategy]
+    return own if writer == local else replace(own, kind="borrowed")
 
 
-def _turn(strategy_ids: list[int], bridge_ids: list[int]) -> list[int]:
-    """The bridge without its first token where the strategy already ended with it."""
-    return bridge_ids[1:] if strategy_ids and strategy_ids[-1] == bridge_ids[0] else bridge_ids
+def _row_logprobs(
+    source: _Source, between: list[int], execution: list[int], sampled: list[float] | None
+) -> list[float]:
+    """Log-probabilities of a row's trained tokens, 0 for the others."""
+    own = source.logprobs if source.kind == "own" else None
+    before = own or [0.0] * len(source.ids)
+    return [*before, *[0.0] * len(between), *(sampled or [0.0] * len(execution))]

@@ -254,6 +254,21 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             limit = self.max_completion_length if self.use_vllm else self.generation_config.max_new_tokens
             return self.generate(prompt_ids, limit, num_generations=num_generations)
 
+    def stop_at(self, token_ids: list[int]) -> None:
+        """Ends generations, also those of the model that is saved, at these tokens too."""
+        missing = [token for token in token_ids if token not in self.eos_token_ids]
+        if not missing:
+            return
+        self.eos_token_ids = [*self.eos_token_ids, *missing]
+        self.model.generation_config.eos_token_id = self.eos_token_ids
+        if self.use_vllm:
+            kwargs = self.vllm_generation.generation_kwargs
+            stops = [*kwargs.get("stop_token_ids", []), *missing]
+            self.vllm_generation.generation_kwargs = {**kwargs, "stop_token_ids": stops}
+        else:
+            self.generation_config.eos_token_id = self.eos_token_ids
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
     @contextmanager
     def _limited(self, max_new_tokens: int) -> Iterator[None]:
         if not self.use_vllm:

@@ -1,7 +1,7 @@
 """
 One step at its largest, before the first real one, so that a run that will not fit says so in the first minute.
 
-What this file relies on in TRL 1.16: `_tokenize_prompts` and `_get_per_token_logps_and_entropies`.
+What this file relies on in TRL 1.16: `_get_per_token_logps_and_entropies`.
 """
 
 import gc
@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from ..errors import ModelError
-from ..method.prompts import Prompt, problem_text, strategy_prompt
+from ..method.conversation import Conversation
+from ..method.prompts import Prompt, problem_text
 from ..method.transfer import BlockGeometry
 from ..speed.shared_prompts import packed_attention
 from ..speed.trainer import SharedPromptGRPOTrainer
@@ -26,7 +27,7 @@ logger = transformers.utils.logging.get_logger(__name__)
 _CANDIDATES = 16  # longest problems by characters, of which the longest by tokens are taken
 
 
-def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any, chat: bool) -> list[list[int]]:
+def longest_requests(prompts: list[Prompt], count: int, conversation: Conversation, args: Any) -> list[list[int]]:
     """
     Requests for a strategy at their longest.
 
@@ -35,20 +36,17 @@ def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any
             Problems.
         count (`int`):
             Number of requests wanted, of different problems where there are as many.
-        tokenize (`Callable`):
-            Turns prompts into lists of token ids.
+        conversation ([`~trl_sgpo.method.conversation.Conversation`]):
+            Builds the tokens.
         args ([`SGPOConfig`]):
-            Says how a strategy is asked for and how many are shown.
-        chat (`bool`):
-            Whether the tokenizer has a chat template.
+            Says how many strategies are shown and how long they may be.
 
     Returns:
         `list[list[int]]`: Token ids, longest first.
     """
     longest = sorted(prompts, key=lambda prompt: len(problem_text(prompt)), reverse=True)[: max(count, _CANDIDATES)]
     shown = [("", "step " * args.max_strategy_length)] * (args.num_retrieved if args.use_bank else 0)
-    requests = tokenize([strategy_prompt(prompt, args.strategy_prompt, shown, chat) for prompt in longest])
-    requests = sorted(requests, key=len, reverse=True)
+    requests = sorted((conversation.request(prompt, shown) for prompt in longest), key=len, reverse=True)
     return [requests[index % len(requests)] for index in range(count)]
 
 
@@ -60,6 +58,8 @@ def take_worst_case_step(trainer: SharedPromptGRPOTrainer, geometry: BlockGeomet
     Args:
         trainer ([`SGPOTrainer`]):
             Trainer that is about to start.
+        conversation ([`~trl_sgpo.method.conversation.Conversation`]):
+            Builds the tokens of its prompts.
         geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
             Shape of its transfer blocks.
         peaks (`dict[str, int]`):
@@ -86,7 +86,7 @@ def take_worst_case_step(trainer: SharedPromptGRPOTrainer, geometry: BlockGeomet
             _allocate_optimizer(trainer)
             note_peak()
             doing = "generating"
-            requests, completion = _generate_at_full_length(trainer, geometry)
+            requests, completion = _generate_at_full_length(trainer, conversation, geometry)
             note_peak()
             doing = "training"
             _train_at_full_length(trainer, geometry, requests[0], completion)
@@ -101,21 +101,15 @@ def take_worst_case_step(trainer: SharedPromptGRPOTrainer, geometry: BlockGeomet
 
 
 def _generate_at_full_length(
-    trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry
+    trainer: SharedPromptGRPOTrainer, conversation: Conversation, geometry: BlockGeometry
 ) -> tuple[list[list[int]], list[int]]:
     """Returns the requests, longest first, and a completion."""
-    args, tokenizer = trainer.args, trainer.processing_class
+    args = trainer.args
     rows = args.per_device_train_batch_size * args.steps_per_generation
     problems = rows // geometry.executions
-    requests = longest_requests(
-        trainer.train_dataset["prompt"],
-        problems,
-        lambda prompts: trainer._tokenize_prompts(prompts)[0],
-        args,
-        tokenizer.chat_template is not None,
-    )
-    turn = tokenizer(args.execution_prompt, add_special_tokens=False)["input_ids"]
-    turn = turn + turn[-1:] * 16  # the marks of a chat template
+    prompts = trainer.train_dataset["prompt"]
+    requests = longest_requests(prompts, problems, conversation, args)
+    turn = conversation.turn(prompts[0]).bridge
     with trainer.fast_generation(requests, calls=2), _never_ending(trainer):
         own = [request for request in requests for _ in range(geometry.own)]
         written = trainer.generate(own, args.max_strategy_length, "strategies at their longest")[0]

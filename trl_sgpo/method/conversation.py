@@ -1,0 +1,238 @@
+"""
+The conversation of both phases as tokens: request, strategy, turn, execution.
+
+The only file that applies a chat template. Training, warm start, evaluation, solving, export checks and the code in
+model cards build their tokens here, so that a model is used with the tokens it was trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import ConfigError
+from .prompts import (
+    REASONING_END,
+    REASONING_START,
+    ParsedStrategy,
+    Prompt,
+    as_text,
+    parse_strategy,
+    plain_bridge,
+    strategy_prompt,
+)
+
+
+Messages = list[dict[str, Any]]
+
+_MARK = "\u2021strategy\u2021"  # stands in for a content, to find what a template writes around it
+
+
+def execution_messages(request: Messages, strategy: str, execution_prompt: str) -> Messages:
+    """Returns the messages that ask for the execution of a strategy: request, strategy, execution prompt."""
+    return [*request, {"role": "assistant", "content": strategy}, {"role": "user", "content": execution_prompt}]
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+    """Returns the tokens of a text, or of a conversation up to the start of the assistant's next turn."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {})
+    )
+
+
+def rendered(
+    tokenizer: Any,
+    messages: Messages,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Returns a conversation as the text that the chat template makes of it."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=False, **(chat_template_kwargs or {})
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """
+    The tokens between a strategy and its execution.
+
+    Args:
+        end (`int`):
+            Token that ends the assistant's turn.
+        bridge (`list[int]`):
+            What follows the content of a strategy, up to the start of the execution. Starts with `end` where the chat
+            template writes it.
+    """
+
+    end: int
+    bridge: list[int]
+
+    def after(self, strategy: Sequence[int]) -> list[int]:
+        """Returns the tokens that follow a strategy: the bridge, without the token that the strategy ends with."""
+        return self.bridge[1:] if strategy and strategy[-1] == self.bridge[0] else self.bridge
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """
+    Builds the tokens of both phases.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        strategy_prompt (`str`):
+            Template of the request for a strategy.
+        execution_prompt (`str`):
+            The user turn between strategy and execution.
+        strategy_format (`str`, *optional*, defaults to `"text"`):
+            `"text"` or `"steps"`.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the chat template.
+        turn_end (`str`, *optional*):
+            Token that ends the assistant's turn. If `None`, or unknown to the tokenizer, it is read off the chat
+            template; without one it is the tokenizer's EOS token.
+    """
+
+    tokenizer: Any
+    strategy_prompt: str
+    execution_prompt: str
+    strategy_format: str = "text"
+    chat_template_kwargs: dict[str, Any] | None = None
+    turn_end: str | None = None
+
+    def request(self, prompt: Prompt, shown: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """
+        Returns the tokens that ask for a strategy.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                The problem.
+            shown (`Sequence[tuple[str, str]]`, *optional*):
+                Class and text of the retrieved strategies.
+        """
+        return self._prompt_ids(strategy_prompt(prompt, self.strategy_prompt, shown, self._has_template))
+
+    def plain_request(self, prompt: Prompt) -> list[int]:
+        """Returns the tokens of the problem alone, to be answered without a strategy."""
+        return self._prompt_ids(prompt if self._has_template else as_text(prompt))
+
+    def content(self, prompt: Prompt, text: str) -> list[int]:
+        """Returns the tokens of a strategy, execution or answer given as text, without the end of the turn."""
+        if self._is_chat(prompt) and self._opens_reasoning and REASONING_END not in text:
+            text = f"\n{REASONING_END}\n\n{text}"
+        return self._ids(text)
+
+    def reply(self, prompt: Prompt, text: str) -> list[int]:
+        """Returns the tokens of an assistant's turn given as text, with its end."""
+        return [*self.content(prompt, text), self.turn(prompt).end]
+
+    def turn(self, prompt: Prompt) -> Turn:
+        """
+        Returns the turn between strategy and execution of a problem.
+
+        Raises:
+            [`ConfigError`]: The chat template changes or drops what the assistant said before.
+        """
+        return self._chat_turn if self._is_chat(prompt) else self._plain_turn
+
+    def execution_request(
+        self, prompt: Prompt, shown: Sequence[tuple[str, str]], strategy: str | Sequence[int]
+    ) -> list[int]:
+        """
+        Returns the tokens that ask for an execution.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                The problem.
+            shown (`Sequence[tuple[str, str]]`):
+                Class and text of the retrieved strategies.
+            strategy (`str` or `Sequence[int]`):
+                Text of the strategy, or its tokens as they were generated.
+        """
+        ids = self.reply(prompt, strategy) if isinstance(strategy, str) else list(strategy)
+        return [*self.request(prompt, shown), *ids, *self.turn(prompt).after(ids)]
+
+    def parse(self, prompt: Prompt, ids: Sequence[int], truncated: bool = False) -> ParsedStrategy:
+        """Reads the strategy that was generated for a problem. `truncated` says that it was cut off by length."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        opened = self._is_chat(prompt) and self._opens_reasoning
+        return parse_strategy(text, self.strategy_format, truncated, opened)
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends an assistant's turn."""
+        return self.tokenizer.convert_ids_to_tokens(self._chat_end if self._has_template else self._eos)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a generation: the end of the turn and the tokenizer's EOS token."""
+        ends = [self._eos, self._chat_end] if self._has_template else [self._eos]
+        return [token for token in dict.fromkeys(ends) if token is not None]
+
+    @property
+    def _has_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def _is_chat(self, prompt: Prompt) -> bool:
+        return self._has_template and not isinstance(prompt, str)
+
+    @property
+    def _eos(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt, self.chat_template_kwargs)
+
+    def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
+        return rendered(self.tokenizer, messages, self.chat_template_kwargs, add_generation_prompt)
+
+    @cached_property
+    def _plain_turn(self) -> Turn:
+        return Turn(self._eos, self._ids(plain_bridge(self.execution_prompt)))
+
+    @cached_property
+    def _chat_turn(self) -> Turn:
+        messages = execution_messages([{"role": "user", "content": "problem"}], _MARK, self.execution_prompt)
+        text = self._rendered(messages, add_generation_prompt=True)
+        if text.count(_MARK) != 1:
+            raise ConfigError(
+                "The chat template does not show earlier assistant turns, so an execution could not see its "
+                "strategy. Give the tokenizer a template that does, or use plain-text prompts."
+            )
+        bridge = self._ids(text.partition(_MARK)[2])
+        before = self._before_end
+        return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
+
+    @cached_property
+    def _chat_end(self) -> int:
+        if self.turn_end is not None and self.turn_end in self.tokenizer.get_added_vocab():
+            return self.tokenizer.convert_tokens_to_ids(self.turn_end)
+        return next(filter(self._is_special, self._after_reply), self._eos)
+
+    @property
+    def _before_end(self) -> list[int]:
+        """What the template writes between an assistant's text and the end of the turn, such as a space."""
+        ids = self._after_reply
+        return ids[: ids.index(self._chat_end)] if self._chat_end in ids else []
+
+    @cached_property
+    def _after_reply(self) -> list[int]:
+        """What the template writes after the text of the last assistant turn."""
+        messages = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": _MARK}]
+        return self._ids(self._rendered(messages, add_generation_prompt=False).partition(_MARK)[2])
+
+    def _is_special(self, token: int) -> bool:
+        added = self.tokenizer.added_tokens_decoder
+        return token in added and added[token].special
+
+    @cached_property
+    def _opens_reasoning(self) -> bool:
+        """Whether the template starts the assistant's turn within a reasoning part."""
+        text = self._rendered([{"role": "user", "content": _MARK}], add_generation_prompt=True).rpartition(_MARK)[2]
+        return text.rfind(REASONING_START) > text.rfind(REASONING_END)
