@@ -32,24 +32,23 @@ from peft import PeftConfig, PeftModel
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from .bank import StrategyBank
 from .bank.session import BankSession, in_blocks
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import CLASS_COLUMN, with_classes
-from .errors import ConfigError
 from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
 from .inference.settings import TwoPhaseSettings
+from .inference.verifier import as_completions
 from .method.advantages import token_advantages
 from .method.buffer import load_rollouts, rollouts_file, save_rollouts
 from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
 from .method.metrics import phase_columns, phase_metrics
 from .method.problem import as_problem
-from .method.requirements import QUANTIZED_VLLM, SHARDED_CHECKPOINTS, check_arguments
+from .method.requirements import check_arguments, check_model
 from .method.rollout import Rollout, RolloutBatch, rollout_func_accepted, two_phase_rollout
 from .method.transfer import BlockGeometry, TransferBlockSampler
 from .sgpo_config import SGPOConfig
@@ -144,10 +143,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
                 merge_adapters=args.merge_adapters,
                 **kwargs,
             )
-        if args.use_vllm and "quantization_config" in vars(self.model.config):
-            raise ConfigError(QUANTIZED_VLLM)
-        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            raise ConfigError(SHARDED_CHECKPOINTS)
+        check_model(self)
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
         self.facts = self.training_facts()
@@ -156,10 +152,9 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self._credit: Credit | None = None
         self.run_record = RunRecordCallback(self)
         self.worst_case = WorstCaseCallback(self, self.conversation, self.geometry)
-        self.add_callback(StrategyBankCallback(self.bank_session, self._log_metric))
-        self.add_callback(self.run_record)
-        self.add_callback(self.worst_case)
-        self.add_callback(AdviceCallback())
+        bank_callback = StrategyBankCallback(self.bank_session, self._log_metric)
+        for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback()):
+            self.add_callback(callback)
 
     @property
     def strategy_bank(self) -> StrategyBank | None:
@@ -238,9 +233,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: list[Any], rollouts: list[Rollout]
     ) -> torch.Tensor:
         """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
-        executions: list[Any] = [rollout.execution for rollout in rollouts]
-        if is_conversational({"prompt": prompts[0]}):
-            executions = [[{"role": "assistant", "content": execution}] for execution in executions]
+        executions = as_completions(prompts[0], [rollout.execution for rollout in rollouts])
         return super()._calculate_rewards(inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts])
 
     # 4. Credit

@@ -4,6 +4,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
+from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
@@ -49,6 +50,20 @@ def check_arguments(
         _check_dataset(dataset)
     if reward_funcs is None:
         raise ConfigError("SGPO needs at least one reward function: pass `reward_funcs`. The first is the verifier.")
+
+
+def check_model(trainer: GRPOTrainer) -> None:
+    """
+    Checks the model that a trainer has loaded, and how it is sharded.
+
+    Raises:
+        [`ConfigError`]: Quantized weights with vLLM, or FSDP with sharded state dicts.
+    """
+    if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
+        raise ConfigError(QUANTIZED_VLLM)
+    fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+        raise ConfigError(SHARDED_CHECKPOINTS)
 
 
 def _check_dataset(dataset: Dataset) -> None:

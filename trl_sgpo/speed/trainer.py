@@ -79,6 +79,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     _buffered_inputs: list[dict[str, Any]]
     aux_loss_enabled: bool
+    eos_token_ids: list[int]
 
     def __init__(self, *args: Any, share_prompts: bool = True, merge_adapters: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -50,7 +50,9 @@ def longest_requests(prompts: list[Prompt], count: int, conversation: Conversati
     return [requests[index % len(requests)] for index in range(count)]
 
 
-def take_worst_case_step(trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry, peaks: dict[str, int]) -> None:
+def take_worst_case_step(
+    trainer: SharedPromptGRPOTrainer, conversation: Conversation, geometry: BlockGeometry, peaks: dict[str, int]
+) -> None:
     """
     Lets the optimizer allocate its states, generates both phases at full length from the longest problems, and goes
     forward and backward once. Weights, optimizer, random state, bank and metrics are as before.
