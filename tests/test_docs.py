@@ -201,7 +201,7 @@ def substitutes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         return sent[0]
 
     with pytest.MonkeyPatch.context() as change:
-        for module in ("trl_sgpo.bank.bank", "trl_sgpo.bank.embedding", "trl_sgpo.sgpo_trainer"):
+        for module in ("trl_sgpo.bank.embedding", "trl_sgpo.sgpo_trainer"):
             change.setattr(f"{module}.load_embedder", lambda name: hash_embedder)
         change.setattr("trl_sgpo.cli.compare._run", compare_in_process)
         change.setattr("trl_sgpo.bench.memory._in_new_process", memory_in_process)

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import GRPOTrainer
 
-import trl_sgpo.bank.bank
+import trl_sgpo.bank.embedding
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
-from trl_sgpo.bank.bank import LEDGER
+from trl_sgpo.bank.files import LEDGER
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError, ConfigError, DataError
 
