@@ -321,7 +321,7 @@ def script(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> list[list[list[int
         answer = next(phases)
         return [list(answer[index % len(answer)]) for index in range(len(ids))], None
 
-    monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", generate)
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", generate)
     return seen
 
 
