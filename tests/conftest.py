@@ -24,7 +24,7 @@ if not IS_WORKER:
         os.environ[name] = os.path.join(os.environ["TRL_SGPO_TESTS"], name)
     for name in ("HF_ASSETS_CACHE", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE"):
         os.environ.pop(name, None)  # they would count more than HF_HOME
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and files run beside each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more
     os.environ.setdefault("CI", "1")  # TRL sends no telemetry from a run that says so
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Of processes that tests start in other directories

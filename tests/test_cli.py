@@ -234,7 +234,11 @@ class TestRuns:
         assert "Correctness and transfer" in page and "own strategy" in page and "use_bank: false" in page
 
     @pytest.mark.parametrize(
-        "launch", [["--num_processes", "2", "--cpu"], ["--accelerate_config", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]]
+        "launch",
+        [
+            ["--num_processes", "2", "--cpu"],
+            ["--accelerate_config", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")],
+        ],
     )
     def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path, launch: list[str]) -> None:
         done = run("train", "--config", str(recipe), "--max_steps", "1", *launch)

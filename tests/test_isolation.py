@@ -25,8 +25,8 @@ def test_every_test_has_a_working_directory_and_a_home_of_its_own(tmp_path: Path
     assert Path.cwd() == tmp_path
     home = Path(os.environ["HF_HOME"])
     assert home != HOME and home.is_dir()
-    assert huggingface_hub.constants.HF_HOME == str(home)
-    assert huggingface_hub.constants.HF_HUB_CACHE == str(home / "hub")
+    assert str(home) == huggingface_hub.constants.HF_HOME
+    assert str(home / "hub") == huggingface_hub.constants.HF_HUB_CACHE
     assert Path(datasets.config.HF_DATASETS_CACHE) == home / "datasets"
     code = "import datasets.config as d, huggingface_hub.constants as h; print(h.HF_HUB_CACHE, d.HF_DATASETS_CACHE)"
     told = subprocess.check_output([sys.executable, "-c", code], text=True)
@@ -53,7 +53,7 @@ def test_what_a_test_changes_is_restored(tmp_path: Path) -> None:
         logging.root.setLevel(1)
         logging.getLogger("transformers").setLevel(1)
         torch.set_num_threads(torch.get_num_threads() + 1)
-        random.random(), np.random.rand(), torch.rand(1)  # noqa: B018
+        random.random(), np.random.rand(), torch.rand(1)
         assert [a == b for a, b in zip(before, state(), strict=True)] == [False] * 7
         raise RuntimeError
     assert state() == before
