@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Pinned for repeatable figures. For the newest build: make install TORCH=torch
 TORCH ?= torch==2.13.0
 
-.PHONY: install quickstart test lint reference
+.PHONY: install quickstart test lint reference bench-bank
 
 install: $(VENV)/.installed
 
@@ -32,3 +32,7 @@ lint: install
 
 reference: install
 	$(BIN)/python -m tests.api_reference
+
+# For example: make bench-bank ARGS="--sections scale --output runs/bench_bank.json"
+bench-bank: install
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.bank $(ARGS)

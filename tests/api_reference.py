@@ -17,8 +17,8 @@ from typing import Any
 import trl_sgpo.bank
 from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank, errors
 from trl_sgpo.bank import Execution, Outcome, Retrieved, Strategy, load_embedder, problem_id
-from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank
-from trl_sgpo.bank.hub import pull_bank, push_bank
+from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank, push_bank
+from trl_sgpo.bank.hub import pull_bank
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.cli.bench import SUBJECTS
 from trl_sgpo.cli.main import COMMANDS

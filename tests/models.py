@@ -25,6 +25,8 @@ _SMALL: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 1024,
 }
+ROWS_APART = ("doge", "mixtral", "nemotron")
+"""Architectures whose rows cannot be packed: attention of their own, or a router loss."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _SMALL,
     "qwen2": _SMALL,
@@ -36,6 +38,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {**_SMALL, "no_rope_layers": [1, 0]},
     "gemma3_text": {**_SMALL, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": _SMALL,
+    "nemotron": _SMALL,
+    "doge": _SMALL,
     "mixtral": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

@@ -4,9 +4,7 @@ import json
 
 import pytest
 from bank_helpers import hashed_words
-
-from trl_sgpo.bench import fuzz, kills, poison, retention, scale
-from trl_sgpo.cli.main import main
+from benchmarks import bank, fuzz, index, kills, poison, retention, scale
 
 
 def test_nothing_is_lost_when_the_writer_is_killed(tmp_path):
@@ -66,6 +64,13 @@ def test_scale_has_a_figure_for_each_size(tmp_path):
         assert set(found[name]) == {"1000"} and found[name]["1000"] > 0
 
 
+def test_the_index_is_measured_beside_exact_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "STEPS", 2)
+    found = index.measure([100], tmp_path)
+    assert set(found["step_p50_ms"]) == {"100 index", "100 exact"} and found["import_chromadb_ms"] > 0
+    assert [(tmp_path / f"100-{name}" / "chroma").exists() for name in ("index", "exact")] == [True, False]
+
+
 def test_malformed_imports_change_nothing(tmp_path):
     found = fuzz.measure(150, tmp_path)
     assert found["partial_imports"] == 0
@@ -76,9 +81,7 @@ def test_sections_are_kept_side_by_side(tmp_path, capsys):
     output = tmp_path / "bench" / "bank.json"
     output.parent.mkdir()
     output.write_text(json.dumps({"kills": 7, "partial_imports": 99}))
-    assert main(["bench", "bank", "--sections", "fuzz", "--inputs", "10", "--output", str(output)]) == 0
+    bank.main(["--sections", "fuzz", "--inputs", "10", "--output", str(output)])
     found = json.loads(output.read_text())
     assert found["kills"] == 7 and found["partial_imports"] == 0 and found["malformed_imports"] == 10
     assert "Strategy bank: fuzz" in capsys.readouterr().out
-    assert main(["bench", "nothing"]) == 2
-    assert main(["bench", "--help"]) == 0

@@ -26,7 +26,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory to start from, in which modules can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr("trl_sgpo.bank.bank.load_embedder", lambda name: hash_embedder)
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hash_embedder)
     monkeypatch.setenv("TRL_SGPO_LAUNCHED", "1")
     importlib.invalidate_caches()
     return tmp_path

@@ -32,7 +32,7 @@ ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content":
 
 @pytest.fixture(autouse=True)
 def embedder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_sgpo.bank.bank.load_embedder", lambda name: hash_embedder)
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hash_embedder)
 
 
 def save_model(directory: Path, chat: bool = True) -> str:

@@ -20,7 +20,7 @@ from test_pipeline import PROBLEM, SETTINGS, fill_bank, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank
-from trl_sgpo.bank.hub import push_bank
+from trl_sgpo.bank.exchange import push_bank
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ModelError
 from trl_sgpo.hub.model_card import TrainingFacts
@@ -53,7 +53,7 @@ PUBLISHED = {
 
 @pytest.fixture(autouse=True)
 def embedder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_sgpo.bank.bank.load_embedder", lambda name: hash_embedder)
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hash_embedder)
     monkeypatch.setattr("trl_sgpo.hub.push.PAUSES", (0.0,))
 
 

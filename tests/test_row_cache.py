@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from trl_sgpo.speed.row_cache import ROOM, row_cache
+from trl_sgpo.speed.row_cache import BLOCK, row_cache
 
 
 def states(rows, tokens):
@@ -18,7 +18,7 @@ def held(cache):
 
 @given(
     rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),
-    steps=st.lists(st.integers(1, ROOM + 8) | st.just("select"), max_size=5),
+    steps=st.lists(st.integers(1, BLOCK + 8) | st.just("select"), max_size=5),
 )
 def test_same_as_a_cache_that_is_copied_for_every_token(rows, steps):
     """Whatever is added and whichever rows are left out, and the beginnings stay what they were."""
@@ -52,10 +52,10 @@ def test_same_as_a_cache_that_is_copied_for_every_token(rows, steps):
 def test_memory_is_taken_for_several_tokens_and_never_for_more_than_the_limit():
     heads = DynamicCache()
     heads.update(*states(1, 5), 0)
-    cache = row_cache(heads, torch.tensor([0, 0]), length=5, limit=10 + ROOM)
+    cache = row_cache(heads, torch.tensor([0, 0]), length=5, limit=10 + BLOCK)
     places, lengths = set(), set()
-    for _ in range(5 + ROOM):
+    for _ in range(5 + BLOCK):
         keys, _ = cache.update(*states(2, 1), 0)
         places.add(keys.data_ptr())
         lengths.add(keys.untyped_storage().nbytes() // (2 * 2 * 4 * 4))
-    assert len(places) == 2 and lengths == {6 + ROOM, 10 + ROOM}
+    assert len(places) == 2 and lengths == {6 + BLOCK, 10 + BLOCK}

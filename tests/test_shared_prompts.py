@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, evenness, problems, save_tiny_model
+from models import ARCHITECTURES, ROWS_APART, evenness, problems, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
-from trl_sgpo.sgpo_trainer import problems_together
-from trl_sgpo.speed.generation import generate, requests_read_once
-from trl_sgpo.speed.shared_prompts import share_prompts
+from trl_sgpo.speed.scoring import RowScorer, problems_together
+from trl_sgpo.speed.shared_prompts import packed_attention, share_prompts
 
 
 token = st.integers(3, 250)
@@ -112,7 +111,7 @@ def make_trainer(directory, architecture, attention=None, **settings):
     return SGPOTrainer(model, evenness, args, problems())
 
 
-@pytest.fixture(scope="module", params=[*sorted(ARCHITECTURES.keys() - {"mixtral"}), "llama-eager"])
+@pytest.fixture(scope="module", params=[*sorted(ARCHITECTURES.keys() - {*ROWS_APART}), "llama-eager"])
 def trainer(request, tmp_path_factory):
     architecture, _, attention = request.param.partition("-")
     return make_trainer(tmp_path_factory.mktemp(request.param), architecture, attention or None)
@@ -125,11 +124,12 @@ def scored(trainer, share, groups=GROUPS):
     ids, mask, width = padded(groups)
     trainer.shares_prompts = share
     trainer.model.zero_grad()
-    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, ids, mask, ids.size(1) - width, compute_entropy=True
-    )
-    weights = torch.arange(logps.numel()).view_as(logps).cos()
-    (logps * weights).sum().backward()
+    with packed_attention():
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, ids.size(1) - width, compute_entropy=True
+        )
+        weights = torch.arange(logps.numel()).view_as(logps).cos()
+        (logps * weights).sum().backward()
     return logps.detach(), entropies.detach(), [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
@@ -175,12 +175,12 @@ def test_same_generation_as_apart(trainer, prompts, rest):
     requests = [prompts[0], prompts[0], prompts[1], prompts[0]]
     contexts = [request + rest for request, rest in zip(requests, [[9], [], [30, 31, 32], [40, 41]], strict=True)]
     trainer.generation_config.do_sample = False
-    apart = [generate(trainer, phase, 6, "test") for phase in (prompts, contexts)]
+    apart = [trainer.generate(phase, 6) for phase in (prompts, contexts)]
     read = []
     embeddings = trainer.model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
-    with requests_read_once(trainer, requests):
-        together = [generate(trainer, phase, 6, "test") for phase in (prompts, contexts)]
+    with trainer.fast_generation(requests, calls=2):
+        together = [trainer.generate(phase, 6) for phase in (prompts, contexts)]
     handle.remove()
     assert together == apart
     prefills = [shape for shape in read if shape[1] > 1]
@@ -200,7 +200,7 @@ def test_rows_that_ended_are_left_out(trainer):
         lambda module, args, output: read.append(args[0].numel())
     )
     try:
-        full = generate(trainer, contexts, 12, "test")[0]
+        full = trainer.generate(contexts, 12)[0]
         trainer.eos_token_ids = trainer.generation_config.eos_token_id = sorted(
             {*ends[0], *(full[row][len(full[row]) // 2] for row in (0, 3))}
         )
@@ -208,10 +208,10 @@ def test_rows_that_ended_are_left_out(trainer):
             row[: 1 + min((i for i, t in enumerate(row) if t in trainer.eos_token_ids), default=12)] for row in full
         ]
         found, tokens = [], []
-        for trainer.leaves_out_ended_rows in (False, True):
+        for trainer.drops_finished_rows in (False, True):
             read.clear()
-            with requests_read_once(trainer, requests):
-                found.append(generate(trainer, contexts, 12, "test")[0])
+            with trainer.fast_generation(requests):
+                found.append(trainer.generate(contexts, 12)[0])
             tokens.append(sum(read))
     finally:
         handle.remove()
@@ -225,11 +225,11 @@ def test_a_cache_of_a_kind_asked_for_is_left_to_generation(tmp_path):
     trainer = make_trainer(tmp_path, "llama")
     trainer.generation_config.do_sample = False
     prompts = [[5, 6, 7, 8], [5, 6, 7, 8]]
-    with requests_read_once(trainer, prompts):
-        dynamic = generate(trainer, prompts, 6, "test")
+    with trainer.fast_generation(prompts):
+        dynamic = trainer.generate(prompts, 6)
     trainer.generation_config.cache_implementation = "static"
-    with requests_read_once(trainer, prompts):
-        assert generate(trainer, prompts, 6, "test") == dynamic
+    with trainer.fast_generation(prompts):
+        assert trainer.generate(prompts, 6) == dynamic
 
 
 def shapes_read(trainer):
@@ -251,16 +251,19 @@ def test_prompts_are_shared_where_attention_allows_it(tmp_path):
     assert shapes_read(make_trainer(tmp_path, "llama", "eager")) == APART
     assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=8)) == TOGETHER
     assert shapes_read(make_trainer(tmp_path, "mistral", sliding_window=7)) == APART
-    assert shapes_read(make_trainer(tmp_path, "mixtral")) == APART
+    for architecture in ROWS_APART:
+        assert shapes_read(make_trainer(tmp_path, architecture)) == APART
 
 
 def test_untrained_tokens_are_not_scored(tmp_path):
     """What the loss leaves out is not projected onto the vocabulary; what it counts is the same."""
     trainer = make_trainer(tmp_path, "llama")
     everything = scored(trainer, True)[0]
-    trainer._trained_tokens = torch.tensor([[1, 1, 0, 0], [0] * 4, [0, 1, 0, 0], [1, 1, 1, 1], [0] * 4])
-    some = scored(trainer, True)[0]
-    torch.testing.assert_close(some, everything * trainer._trained_tokens, rtol=1e-4, atol=1e-5)
+    trained = torch.tensor([[1, 1, 0, 0], [0] * 4, [0, 1, 0, 0], [1, 1, 1, 1], [0] * 4])
+    ids, mask, width = padded(GROUPS)
+    scorer = RowScorer(trainer.model, width, trained)
+    some = trainer._get_per_token_logps_and_entropies(scorer, ids, mask, ids.size(1) - width)[0]
+    torch.testing.assert_close(some, everything * trained, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=30)

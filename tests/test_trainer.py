@@ -19,7 +19,6 @@ from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.bank import LEDGER
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError, ConfigError, DataError
-from trl_sgpo.speed.generation import merged_adapters
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -118,7 +117,7 @@ class Script:
         self.execution = execution or self.default_execution
         self.requests: list[str] = []
         self.contexts: list[str] = []
-        monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", self)
+        monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", self)
 
     def __get__(self, trainer, owner=None):
         return lambda prompt_ids, images, fields, num_generations: self.generate(prompt_ids)
@@ -246,7 +245,7 @@ def test_strategy_and_execution_tokens_are_credited_apart(make, monkeypatch):
     trainer = make(strategy_weight=2.0, max_steps=1)
     trainer.train()
     ((rows,), output), *_ = sgpo
-    plain, execution = trainer._row_advantages
+    plain, execution = trainer._credit.strategy, trainer._credit.execution
     for index, row in enumerate(rows):
         length = row["rollout"].strategy_length
         advantages = output["advantages"][index]
@@ -288,16 +287,16 @@ def test_merged_adapters(make, model):
     trainer.generation_config.do_sample = False
     prompts = [[5, 6, 7, 8], [40, 50, 60], [100] * 12]
     before = snapshot(trainer)
-    plain = trainer._generate_single_turn(prompts, None, {}, 1)[0]
-    with merged_adapters(trainer):
+    plain = GRPOTrainer._generate_single_turn(trainer, prompts, None, {}, 1)[0]
+    with trainer.adapters.merged():
         layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
         assert layer.merged
         assert not torch.equal(layer.get_base_layer().weight, before[next(n for n in before if "0.self_attn.q" in n)])
-        merged = trainer._generate_single_turn(prompts, None, {}, 1)[0]
+        merged = GRPOTrainer._generate_single_turn(trainer, prompts, None, {}, 1)[0]
     with trainer.model.disable_adapter():
-        base = trainer._generate_single_turn(prompts, None, {}, 1)[0]
+        base = GRPOTrainer._generate_single_turn(trainer, prompts, None, {}, 1)[0]
     assert merged == plain != base
-    with pytest.raises(RuntimeError, match="out of tokens"), merged_adapters(trainer):
+    with pytest.raises(RuntimeError, match="out of tokens"), trainer.adapters.merged():
         raise RuntimeError("out of tokens")
     assert not layer.merged
     after = snapshot(trainer)
@@ -457,7 +456,7 @@ def test_row_without_one_reward_keeps_the_other(make, monkeypatch):
     sgpo = capture(monkeypatch, "_generate_and_score_completions")
     trainer = make([sometimes, parity], max_steps=1)
     trainer.train()
-    execution = trainer._row_advantages[1].view(2, 4)
+    execution = trainer._credit.execution.view(2, 4)
     total = torch.tensor([2.0, 1.0, 1.0, 0.0])
     by_hand = (total - total.mean()) / (total.std() + 1e-4)
     assert len(sgpo) == 1
@@ -575,7 +574,7 @@ def test_evaluation_writes_nothing_to_the_bank(make, monkeypatch):
     assert entries
     script.requests.clear()
     metrics = trainer.evaluate()
-    trainer.commit_bank()
+    trainer.bank_session.commit()
     assert ledger(bank) == before
     assert sorted(bank.strategies(), key=lambda s: s.id) == entries
     assert metrics["eval_sgpo/correctness"] == 0.5
@@ -603,7 +602,7 @@ class BankSizes(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.before.append(len(self.trainer.strategy_bank))
-        self.waiting.append(len(self.trainer._found))
+        self.waiting.append(len(self.trainer.bank_session._admitted))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -728,7 +727,7 @@ def test_training_goes_on_without_the_server(make, monkeypatch, caplog):
 def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model, named):
     """The bank of `output_dir` starts empty and the old one is kept beside it; a bank named in the config stays."""
     Script(monkeypatch)
-    monkeypatch.setattr(trl_sgpo.bank.bank, "load_embedder", lambda name: hash_embedder)
+    monkeypatch.setattr(trl_sgpo.bank.embedding, "load_embedder", lambda name: hash_embedder)
     path = tmp_path / "out" / "strategy_bank"
     args = make(max_steps=1).args
     args.use_bank, args.bank_path = True, str(path) if named else None
@@ -902,7 +901,7 @@ RESUMED = {
 def test_resumed_run_equals_an_uninterrupted_one(make, monkeypatch, tmp_path, name):
     """Metrics of the remaining steps, weights and bank are those of a run that was never interrupted."""
     kwargs, size, classes, step = RESUMED[name]
-    sampled = SGPOTrainer._generate_single_turn
+    sampled = GRPOTrainer._generate_single_turn
 
     def with_end(trainer, prompt_ids, images, fields, num_generations):
         ids, logprobs = sampled(trainer, prompt_ids, images, fields, num_generations)
@@ -910,7 +909,7 @@ def test_resumed_run_equals_an_uninterrupted_one(make, monkeypatch, tmp_path, na
             ids = [row if row[-1] in trainer.eos_token_ids else [*row, trainer.eos_token_ids[0]] for row in ids]
         return ids, logprobs
 
-    monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", with_end)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", with_end)
 
     def run(**more):
         trainer = make(
@@ -960,14 +959,14 @@ def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
 
 def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):
     """As vLLM returns them: each token's with its token, 0 for tokens that were not sampled in the row."""
-    generate = SGPOTrainer._generate_single_turn
+    generate = GRPOTrainer._generate_single_turn
 
     def with_logprobs(trainer, prompt_ids, images, fields, num_generations):
         assert num_generations == 1
         ids, _ = generate(trainer, prompt_ids, images, fields, num_generations)
         return ids, [[-float(token + 1) for token in row] for row in ids]
 
-    monkeypatch.setattr(SGPOTrainer, "_generate_single_turn", with_logprobs)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", with_logprobs)
     sgpo = capture(monkeypatch, "_generate_and_score_completions")
     make(max_steps=1).train()
     ((_, output),) = sgpo

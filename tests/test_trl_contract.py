@@ -13,8 +13,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import _use_triton
 
 from trl_sgpo.hub.model_card import TrainingFacts
-from trl_sgpo.sgpo_trainer import _without_padding
 from trl_sgpo.speed.lm_head import project_labelled_tokens_only
+from trl_sgpo.speed.scoring import without_padding
 
 
 LOSS_TYPES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
@@ -200,7 +200,7 @@ def test_cutting_off_padding_changes_nothing_but_work(scored, loss_type):
         padded[key] = torch.nn.functional.pad(output[key], (3, 0))
     for key in ("completion_ids", "completion_mask", "tool_mask", "advantages", "old_per_token_logps"):
         padded[key] = torch.nn.functional.pad(output[key], (0, 5))
-    cut = _without_padding(padded)
+    cut = without_padding(padded)
     shapes = {key: value.shape for key, value in cut.items()}
     assert shapes == {key: value.shape for key, value in output.items()}
     loss, gradients = loss_and_gradients(trainer, padded)

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 from models import evenness, hash_embedder, problems
 from torch.distributed.tensor import DTensor
+from trl import GRPOTrainer
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import StrategyBank
@@ -74,7 +75,7 @@ class Recording(SGPOTrainer):
 
 def main(arguments: list[str]) -> None:
     directory, (model, scale_rewards, *checkpoint) = Path(arguments[0]), arguments[1:]
-    generate, SGPOTrainer._generate_single_turn = SGPOTrainer._generate_single_turn, scripted
+    generate, GRPOTrainer._generate_single_turn = GRPOTrainer._generate_single_turn, scripted
     if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_cpus()
     adam = "ADAM" in os.environ  # plain gradient descent has no state that a checkpoint could lose

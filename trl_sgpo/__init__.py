@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from .inference.pipeline import SGPOPipeline
     from .sgpo_config import SGPOConfig
     from .sgpo_trainer import SGPOTrainer
+    from .speed.trainer import SharedPromptGRPOTrainer
 
-__all__ = ["SGPOConfig", "SGPOPipeline", "SGPOTrainer", "StrategyBank", "__version__"]
+__all__ = ["SGPOConfig", "SGPOPipeline", "SGPOTrainer", "SharedPromptGRPOTrainer", "StrategyBank", "__version__"]
 
 _MODULES = {
     "SGPOConfig": ".sgpo_config",
-    "SGPOPipeline": ".pipeline",
+    "SGPOPipeline": ".inference.pipeline",
     "SGPOTrainer": ".sgpo_trainer",
+    "SharedPromptGRPOTrainer": ".speed.trainer",
     "StrategyBank": ".bank",
 }
 
@@ -25,5 +27,5 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     # torch, trl and chromadb load on first use, so that importing the package (and `trl-sgpo --help`) stays quick
     if name in _MODULES:
-        return getattr(import_module(_MODULES[name], __name__), name)
+        return vars(import_module(_MODULES[name], __name__))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,39 +2,45 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from ._version import __version__
+from .bank.session import BankSession
+from .data.classes import CLASS_COLUMN
+from .method.transfer import BlockGeometry
+from .speed.trainer import SharedPromptGRPOTrainer
 from .vram.worst_case import take_worst_case_step
 
-
-if TYPE_CHECKING:
-    from .sgpo_trainer import SGPOTrainer
 
 logger = transformers.utils.logging.get_logger(__name__)
 
 
 class StrategyBankCallback(TrainerCallback):
     """
-    Commits to the bank after each optimizer step, so that it stands still within one, and empties a bank left over
-    from an earlier run in the same `output_dir` when training starts anew.
+    Commits to the bank after each optimizer step, so that it does not change within one, and exchanges strategies with
+    other jobs every `bank_sync_steps`. When training starts anew, it empties the bank that an earlier run left in
+    `output_dir`.
     """
 
-    def __init__(self, trainer: "SGPOTrainer"):
-        self.trainer = trainer
+    def __init__(self, session: BankSession, log_metric: Callable[[str, float], None]):
+        self.session, self.log_metric = session, log_metric
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.trainer.set_aside_old_bank()
-        self.trainer.share_bank()  # first of all, so that a wrong address ends the run before it has begun
+            self.session.set_aside_old_bank()
+        self.session.share(self.log_metric)  # first of all, so that a wrong address ends the run before it has begun
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.commit_bank()
+        self.session.commit()
+        if state.global_step % args.bank_sync_steps == 0:
+            self.session.share(self.log_metric)
 
 
 class RunRecordCallback(TrainerCallback):
@@ -43,7 +49,7 @@ class RunRecordCallback(TrainerCallback):
     `settings.json` when training begins, `trainer_state.json` when it ends.
     """
 
-    def __init__(self, trainer: "SGPOTrainer"):
+    def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
         self.recipe: dict[str, Any] = {}  # settings that the trainer does not know
 
@@ -54,7 +60,7 @@ class RunRecordCallback(TrainerCallback):
         settings = {
             "model": trainer.model.config.name_or_path,
             "reward_funcs": trainer.reward_func_names,
-            "problems": Counter(trainer.train_dataset["transfer_class"]),
+            "problems": Counter(trainer.train_dataset[CLASS_COLUMN]),
             "versions": {
                 "trl-sgpo": __version__,
                 **{name: version(name) for name in ("trl", "transformers", "torch")},
@@ -77,8 +83,8 @@ class WorstCaseCallback(TrainerCallback):
     `peaks` is what [`~trl_sgpo.vram.worst_case.take_worst_case_step`] found.
     """
 
-    def __init__(self, trainer: "SGPOTrainer"):
-        self.trainer = trainer
+    def __init__(self, trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry):
+        self.trainer, self.geometry = trainer, geometry
         self.peaks: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,7 +93,7 @@ class WorstCaseCallback(TrainerCallback):
         if wanted is None:
             wanted = trainer.accelerator.device.type != "cpu"
         if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            take_worst_case_step(trainer, self.peaks)
+            take_worst_case_step(trainer, self.geometry, self.peaks)
 
 
 class AdviceCallback(TrainerCallback):

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .errors import ConfigError
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 
@@ -220,7 +221,7 @@ class SGPOConfig(GRPOConfig):
         metadata={"help": "Directory of a bank to continue. If `None`, a new `strategy_bank` in `output_dir`."},
     )
     embedding_model: str = field(
-        default="sentence-transformers/all-MiniLM-L6-v2",
+        default=DEFAULT_EMBEDDING_MODEL,
         metadata={"help": "Name or path of the sentence-transformers model that embeds problems and strategies."},
     )
     num_retrieved: int = field(default=1, metadata={"help": "Strategies shown with each problem."})

@@ -9,7 +9,7 @@ import pytest
 from bank_helpers import EVERYONE, hashed_words, make
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, problem_id
-from trl_sgpo.bank.bank import FINGERPRINT_TEXT
+from trl_sgpo.bank.embedding import FINGERPRINT_TEXT
 from trl_sgpo.errors import BankError
 
 
@@ -38,7 +38,7 @@ def test_an_exact_duplicate_adds_its_source_problems_only(bank):
     assert bank.strategies() == [replace(strategy, source_problems=("s0", "s1"))]
 
 
-def test_problems_it_was_written_for_speak_neither_for_nor_against_a_strategy(bank):
+def test_problems_it_was_written_for_do_not_count_for_trust(bank):
     """Also those that turn out to be so after it was executed on them."""
     strategy = make("isolate", source="s0")
     bank.record([strategy], [Outcome(strategy.id, name, 1, 1, baseline=0.5) for name in ("s0", "s1", "s2")])

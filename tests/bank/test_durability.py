@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import pytest
 from bank_helpers import EVERYONE, hashed_words, make
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, contents
-from trl_sgpo.bank.background import BackgroundIndex
-from trl_sgpo.bank.index import Index
+from trl_sgpo.bank.index import BankIndex, Index
+from trl_sgpo.bank.manifest import is_snapshot
 from trl_sgpo.errors import BankError
 
 
@@ -57,6 +58,42 @@ def damage_by_a_foreign_file(directory):
     (directory / "extra").write_text("x")
 
 
+# The index, which only large banks have
+
+
+@pytest.fixture
+def indexed(monkeypatch):
+    """Every bank is a large one, whose searches use the index."""
+    monkeypatch.setattr(contents, "EXACT", 0)
+
+
+def search(bank):
+    """What the bank retrieves for the text of each of its strategies."""
+    problems = [strategy.text for strategy in bank.strategies()]
+    return bank.retrieve(problems, k=2, exclude=[set()] * len(problems), trust=EVERYONE)
+
+
+def indexed_ids(bank):
+    return set(bank._store.index.ids())
+
+
+def ids_of(strategies):
+    return {strategy.id for strategy in strategies}
+
+
+def test_a_small_bank_has_no_index(bank, monkeypatch):
+    """It neither opens Chroma nor leaves a directory of it, whatever is done with it."""
+    monkeypatch.setattr(Index, "__init__", None)
+    stored = fill(bank)
+    bank.retire([stored[0].id])
+    found = search(bank)
+    bank.snapshot(bank.path.parent / "copy")
+    bank.load_snapshot(bank.path.parent / "copy")
+    assert search(bank) == found and bank.damage() == []
+    bank.close()
+    assert sorted(path.name for path in bank.path.iterdir()) == ["bank.lock", "ledger.sqlite"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -68,70 +105,104 @@ def damage_by_a_foreign_file(directory):
         damage_by_a_foreign_file,
     ],
 )
-def test_the_index_is_rebuilt_from_the_ledger(bank, damage):
+def test_the_index_is_rebuilt_from_the_ledger(bank, damage, indexed):
     stored = fill(bank)
-    problems = [strategy.text for strategy in stored]
-    found = bank.retrieve(problems, k=2, exclude=[set()] * 10)
+    found = search(bank)
     bank.close()
     damage(bank.path / "chroma")
     with StrategyBank(bank.path, hashed_words) as again:
         assert again.strategies() == stored
-        assert again.retrieve(problems, k=2, exclude=[set()] * 10) == found
-        assert set(again._use_index().ids()) == {strategy.id for strategy in stored}
+        assert search(again) == found
+        assert indexed_ids(again) == ids_of(stored)
         assert again.damage() == []
 
 
-def test_an_index_closed_well_is_not_rebuilt(bank, monkeypatch):
+def test_an_index_closed_well_is_not_rebuilt(bank, monkeypatch, indexed):
     """Neither at once nor after a run that only read."""
     stored = fill(bank)
+    search(bank)
     monkeypatch.setattr(Index, "rebuild", None)
     for _ in range(2):
         bank.close()
         bank = StrategyBank(bank.path, hashed_words)
-        assert bank.strategies() == stored and set(bank._use_index().ids()) == {s.id for s in stored}
+        assert bank.strategies() == stored and indexed_ids(bank) == ids_of(stored)
     bank.close()
 
 
-def test_updates_do_not_touch_the_index(bank, monkeypatch):
-    """Counts are not in it: it stays sealed, and Chroma is not even imported."""
+def test_an_index_that_was_not_used_is_rebuilt_if_strategies_changed_since(bank, monkeypatch, caplog, indexed):
+    """Counts are not in it: updates leave it sealed."""
     stored = fill(bank)
+    search(bank)
     bank.close()
-    monkeypatch.setattr(Index, "__init__", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "__init__", None)
+        with StrategyBank(bank.path, hashed_words) as again:
+            again.update([Outcome(stored[0].id, "y", 1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "rebuild", None)
+        with StrategyBank(bank.path, hashed_words) as again:
+            assert indexed_ids(again) == ids_of(stored)
     with StrategyBank(bank.path, hashed_words) as again:
-        again.update([Outcome(stored[0].id, "y", 1)])
-    monkeypatch.undo()
+        again.add([make("later")])
+    assert "rebuilding it" not in caplog.text
+    with StrategyBank(bank.path, hashed_words) as again:
+        assert indexed_ids(again) == ids_of(again.strategies()) > ids_of(stored)
+    assert "has changed since: rebuilding it from the ledger" in caplog.text
+
+
+def test_a_search_sees_all_changes_before_it(bank, monkeypatch, indexed):
+    stored = fill(bank)
+    search(bank)
     monkeypatch.setattr(Index, "rebuild", None)
+    bank.add([make("later"), make("latest")])
+    bank.retire([stored[0].id, make("later").id])
+    bank.add([make("later", source="another")])
+    (hits,) = bank.retrieve([make("later").text], k=1, exclude=[set()], trust=EVERYONE)
+    assert hits[0].strategy.id == make("later").id
+    assert indexed_ids(bank) == ids_of(bank.strategies())
+    bank.retire([stored[1].id])
+    bank.close()
     with StrategyBank(bank.path, hashed_words) as again:
-        assert set(again._use_index().ids()) == {s.id for s in stored}
+        assert indexed_ids(again) == ids_of(again.strategies())
 
 
-def test_an_index_that_fails_is_rebuilt_and_nothing_is_lost(bank, monkeypatch, caplog):
+def test_an_index_that_fails_is_rebuilt_and_nothing_is_lost(bank, monkeypatch, caplog, indexed):
     """Neither while it goes on failing nor after."""
     fill(bank)
-    bank._use_index().ids()
+    search(bank)
     with monkeypatch.context() as patch:
         patch.setattr(Index, "add", lambda *args: (_ for _ in ()).throw(BankError("disk full")))
-        bank.add([make("later")])
-        with pytest.raises(BankError, match="disk full"):
-            bank._ask_index(hashed_words(["x"]), 1)
-        bank.add([make("latest")])
-        with pytest.raises(BankError, match="disk full"):
-            bank._ask_index(hashed_words(["x"]), 1)
+        for name in ("later", "latest"):
+            bank.add([make(name)])
+            with pytest.raises(BankError, match="disk full"):
+                search(bank)
     assert "Rebuilding the index from the ledger. disk full" in caplog.text
-    (hits,) = bank._ask_index(hashed_words([make("latest").text]), 3)
-    assert hits[0][0] == make("latest").id
-    assert set(bank._use_index().ids()) == {s.id for s in bank.strategies()}
+    (hits,) = bank.retrieve([make("latest").text], exclude=[set()], trust=EVERYONE)
+    assert hits[0].strategy.id == make("latest").id
+    assert indexed_ids(bank) == ids_of(bank.strategies())
     bank.close()
     monkeypatch.setattr(Index, "rebuild", None)
     with StrategyBank(bank.path, hashed_words) as again:
         assert again.get(make("later").id) and again.get(make("latest").id)
-        assert set(again._use_index().ids()) == {s.id for s in again.strategies()}
+        assert indexed_ids(again) == ids_of(again.strategies())
 
 
-def test_a_search_that_fails_is_repeated_on_a_new_index(bank, monkeypatch):
+def test_an_index_that_fails_while_it_is_closed_is_not_sealed(bank, monkeypatch, indexed):
     fill(bank)
-    bank._use_index().ids()
-    failing, query = bank._use_index()._opened.result(), Index.query
+    search(bank)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "add", lambda *args: (_ for _ in ()).throw(BankError("disk full")))
+        bank.add([make("later")])
+        bank.close()
+    assert not (bank.path / "chroma" / "seal.json").exists()
+    with StrategyBank(bank.path, hashed_words) as again:
+        assert indexed_ids(again) == ids_of(again.strategies())
+
+
+def test_a_search_that_fails_is_repeated_on_a_new_index(bank, monkeypatch, indexed):
+    fill(bank)
+    found = search(bank)
+    failing, query = bank._store.index._index, Index.query
 
     def fails_on_the_old_one(index, *args):
         if index is failing:
@@ -139,8 +210,7 @@ def test_a_search_that_fails_is_repeated_on_a_new_index(bank, monkeypatch):
         return query(index, *args)
 
     monkeypatch.setattr(Index, "query", fails_on_the_old_one)
-    (hits,) = bank._ask_index(hashed_words([make("s3").text]), 2)
-    assert hits[0][0] == make("s3", "odd").id
+    assert search(bank) == found
 
 
 def test_many_strategies_of_any_class_are_found_by_the_index(tmp_path, monkeypatch):
@@ -154,8 +224,8 @@ def test_many_strategies_of_any_class_are_found_by_the_index(tmp_path, monkeypat
         bank.add(strategies)
         exact = bank.retrieve(problems)
         asked = []
-        query = BackgroundIndex.query
-        monkeypatch.setattr(BackgroundIndex, "query", lambda *args: asked.append(args) or query(*args))
+        query = BankIndex.query
+        monkeypatch.setattr(BankIndex, "query", lambda *args: asked.append(args) or query(*args))
         monkeypatch.setattr(contents, "EXACT", 50)
         found = bank.retrieve(problems)
         assert asked
@@ -166,16 +236,17 @@ def test_many_strategies_of_any_class_are_found_by_the_index(tmp_path, monkeypat
 HOLDS_A_BANK = """
 import sys
 from bank_helpers import EVERYONE, hashed_words, make
-from trl_sgpo.bank import StrategyBank
+from trl_sgpo.bank import StrategyBank, contents
+contents.EXACT = 0
 bank = StrategyBank(sys.argv[1], hashed_words)
 bank.add([make("theirs")])
-bank._use_index().ids()
+bank.retrieve(["x"], trust=EVERYONE)
 print("open", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog):
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog, indexed):
     """The message names the holder. A holder that is killed leaves nothing locked and nothing lost."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDS_A_BANK, str(tmp_path)],
@@ -193,7 +264,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog):
         holder.communicate()
     with StrategyBank(tmp_path, hashed_words) as bank:
         assert bank.strategies() == [make("theirs")]
-        assert set(bank._use_index().ids()) == {make("theirs").id}
+        assert indexed_ids(bank) == {make("theirs").id}
         assert "rebuilding it" in caplog.text
         with pytest.raises(BankError, match=rf"process {os.getpid()} .*trainer.strategy_bank.close"):
             StrategyBank(tmp_path, hashed_words)
@@ -223,14 +294,18 @@ def test_index_pages_and_query(tmp_path):
     index.close()
 
 
-def test_another_embedder_embeds_everything_anew(bank, caplog):
+# Embedding models
+
+
+def test_another_embedder_embeds_everything_anew(bank, caplog, indexed):
     stored = fill(bank)
+    search(bank)
     bank.close()
     with StrategyBank(bank.path, reversed_words) as again:
         assert again.strategies() == stored
         hit = again.retrieve([stored[0].text])[0][0]
         assert hit.strategy == stored[0] and hit.similarity == pytest.approx(1, abs=1e-5)
-        assert set(again._use_index().ids()) == {s.id for s in stored}
+        assert indexed_ids(again) == ids_of(stored)
         assert again.made_with == "reversed_words"
     assert len([record for record in caplog.records if "embedding it anew" in record.message]) == 1
     caplog.clear()
@@ -262,7 +337,7 @@ def test_the_embedder_is_known_by_how_it_embeds(bank, caplog):
 
 def test_an_embedder_that_changes_while_open_is_refused(bank):
     fill(bank)
-    bank._embedder = lambda texts: hashed_words(texts)[:, :16]
+    bank._embedder._function = lambda texts: hashed_words(texts)[:, :16]
     with pytest.raises(BankError, match="dimension 16 now"):
         bank.retrieve(["something else"])
 
@@ -279,7 +354,9 @@ def test_a_snapshot_is_restored_exactly(bank, tmp_path):
     assert bank.retrieve(problems, exclude=[set()] * 10) == found
     assert bank.add([make("later")])
     bank.snapshot(tmp_path / "checkpoint-1")
-    assert json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())["count"] == 11
+    manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
+    about = {"schema_version": 2, "count": 11, "embedding_model": "hashed_words", "dimension": 256}
+    assert manifest.pop("sha256") and manifest == about
     with StrategyBank(tmp_path / "other", hashed_words) as other:
         other.load_snapshot(tmp_path / "checkpoint-1")
         assert other.strategies() == bank.strategies()
@@ -293,6 +370,28 @@ def test_reading_a_snapshot_in_place_leaves_it_intact(bank, tmp_path):
         assert copy.retrieve([stored[0].text])[0][0].strategy == stored[0]
     bank.load_snapshot(tmp_path / "copy")
     assert bank.strategies() == stored
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bank: bank.add([make("later")]),
+        lambda bank: bank.update([Outcome(make("s0", "even").id, "y", 1)]),
+        lambda bank: bank.retire([make("s0", "even").id]),
+        lambda bank: bank.set_note("key", "text"),
+        lambda bank: bank.clear(),
+        lambda bank: bank.load_snapshot(bank.path.parent / "other"),
+    ],
+)
+def test_a_snapshot_that_is_continued_is_one_no_more(bank, tmp_path, change):
+    fill(bank)
+    for name in ("copy", "other"):
+        bank.snapshot(tmp_path / name)
+    with StrategyBank(tmp_path / "copy", hashed_words) as copy:
+        search(copy)
+        assert is_snapshot(copy.path)
+        change(copy)
+    assert not is_snapshot(tmp_path / "copy") and is_snapshot(tmp_path / "other")
 
 
 def test_an_empty_bank_can_be_snapshot(bank, tmp_path):
@@ -350,11 +449,66 @@ def test_files_that_are_no_ledger(bank, tmp_path):
 
 def test_a_failed_commit_stores_nothing(bank):
     stored = fill(bank)
-    before = bank._ledger.count()
+    before = bank._store.ledger.count()
     with pytest.raises(BankError):
-        bank._ledger.commit([(make("new"), np.zeros(256))], [], [Execution(None, "p", "c", 1, 1, 0)])
-    assert bank._ledger.count() == before and bank._ledger.all() == stored
-    assert bank._ledger.executions("p") == []
+        bank._store.ledger.commit([(make("new"), np.zeros(256))], [], [Execution(None, "p", "c", 1, 1, 0)])
+    assert bank._store.ledger.count() == before and bank._store.ledger.all() == stored
+    assert bank._store.ledger.executions("p") == []
+
+
+# Banks of earlier versions
+
+
+@pytest.fixture
+def before(tmp_path):
+    """
+    What trl-sgpo wrote when every bank had an index: `first`, its `snapshot`, a bank `continued` from that with one
+    strategy more, and what `first` retrieved.
+    """
+    with tarfile.open(Path(__file__).parent / "before.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "before"
+
+
+def retrieved(bank, problems):
+    return [
+        [[hit.strategy.id, hit.similarity, hit.score] for hit in hits]
+        for trust in (("trusted",), ("trusted", "candidate"))
+        for hits in bank.retrieve(problems, k=3, exclude=[set()] * len(problems), trust=trust)
+    ]
+
+
+@pytest.mark.parametrize("name", ["first", "snapshot"])
+def test_a_bank_of_the_version_before_opens_unchanged(before, name, caplog):
+    expected = json.loads((before / "found.json").read_text())
+    with StrategyBank(before / name, hashed_words) as bank:
+        found = [
+            [s.id, s.trust, s.trials, s.successes, s.problems, s.shown] for s in (*bank.strategies(), *bank.retired())
+        ]
+        assert found == expected["strategies"] and bank.note("n") == "text"
+        assert retrieved(bank, expected["problems"]) == expected["found"]
+        assert bank.damage() == [] and not caplog.records
+        assert bank.add([make("later")]) and len(bank) == 8
+
+
+def test_an_index_of_the_version_before_is_used_as_it_is(before, indexed, monkeypatch):
+    monkeypatch.setattr(Index, "rebuild", None)
+    with StrategyBank(before / "first", hashed_words) as bank:
+        expected = json.loads((before / "found.json").read_text())
+        assert [[hit[0] for hit in hits] for hits in retrieved(bank, expected["problems"])] == [
+            [hit[0] for hit in hits] for hits in expected["found"]
+        ]
+        assert indexed_ids(bank) == ids_of(bank.strategies())
+
+
+def test_a_bank_that_the_version_before_continued_is_no_snapshot(before):
+    """It still has the manifest of the snapshot, which does not fit it any more."""
+    assert is_snapshot(before / "snapshot") and not is_snapshot(before / "continued")
+    with StrategyBank(before / "continued", hashed_words) as bank:
+        assert len(bank) == 8
+        bank.load_snapshot(before / "snapshot")
+        assert len(bank) == 7
+    assert not is_snapshot(before / "continued")
 
 
 VERSION_1 = """

@@ -9,15 +9,15 @@ from bank_helpers import hashed_words, make
 from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, DatasetCard
 
-from trl_sgpo.bank import Outcome, StrategyBank, exchange
-from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank, read_exchange
-from trl_sgpo.bank.hub import make_card, pull_bank, push_bank
+from trl_sgpo.bank import Outcome, StrategyBank, export
+from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank, push_bank
+from trl_sgpo.bank.export import read_export
+from trl_sgpo.bank.hub import make_card, pull_bank
 from trl_sgpo.errors import BankError
 
 
 REPO = "tester/bank"
 KIND = {"repo_id": REPO, "repo_type": "dataset"}
-FILE = {"jsonl": "strategies.jsonl", "parquet": "strategies.parquet"}
 
 
 @pytest.fixture
@@ -50,23 +50,22 @@ def failing(call, message):
     assert "\n" not in str(error.value) and "hf_" not in str(error.value)
 
 
-@pytest.mark.parametrize("file_format", FILE)
-def test_what_is_pulled_is_what_was_pushed(hub, source, bank, tmp_path, file_format):
-    sha = push_bank(source, REPO, file_format=file_format, license="cc-by-4.0")
+def test_what_is_pulled_is_what_was_pushed(hub, source, bank, tmp_path):
+    sha = push_bank(source, REPO, license="cc-by-4.0")
     assert sha == hub.head(**KIND) and len(hub.api().list_repo_commits(**KIND)) == 2
     files = hub.files(**KIND)
-    assert files.keys() - {".gitattributes"} == {"README.md", "manifest.json", FILE[file_format]}
+    assert files.keys() - {".gitattributes"} == {"README.md", "manifest.json", "strategies.jsonl"}
     hub.requests.clear()
     directory, pulled = pull_bank(REPO, tmp_path / "pulled")
     assert (directory, pulled) == (tmp_path / "pulled", sha)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
-        name: files[name] for name in ("manifest.json", FILE[file_format])
+        name: files[name] for name in ("manifest.json", "strategies.jsonl")
     }
     asked = [
         path.rpartition("/resolve/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path
     ]
-    assert asked == [f"{sha}/manifest.json", f"{sha}/{FILE[file_format]}"]
-    assert read_exchange(directory)[0] == source.strategies()
+    assert asked == [f"{sha}/manifest.json", f"{sha}/strategies.jsonl"]
+    assert read_export(directory)[0] == source.strategies()
     report = import_bank(bank, directory, origin=f"hub:{REPO}@{pulled[:12]}")
     assert report == ImportReport(added=6, known=0, near_copies=0, quarantined=6)
     assert {s.origin for s in bank.strategies()} == {f"hub:tester/bank@{sha[:12]}"}
@@ -80,19 +79,17 @@ def test_a_pinned_revision_stays_what_it_was(hub, source, bank, tmp_path):
     assert hub.api().list_repo_commits(**KIND)[0].title == "Another one"
     for revision, sha, count in [(first, first, 6), ("v1", first, 6), ("main", second, 1), (None, second, 1)]:
         directory, pulled = pull_bank(REPO, tmp_path / "pulled", revision=revision)
-        assert pulled == sha and len(read_exchange(directory)[0]) == count
+        assert pulled == sha and len(read_export(directory)[0]) == count
 
 
-def test_the_other_format_goes_in_the_same_commit(hub, source, tmp_path):
-    push_bank(source, REPO, file_format="parquet")
+def test_the_file_of_an_earlier_version_goes_in_the_same_commit(hub, source, tmp_path):
+    commit(hub, strategies_parquet=b"PAR1", manifest_json=b"{}")
     before = len(hub.api().list_repo_commits(**KIND))
-    push_bank(source, REPO, file_format="jsonl")
+    push_bank(source, REPO)
     assert "strategies.parquet" not in hub.files(**KIND) and "strategies.jsonl" in hub.files(**KIND)
     assert len(hub.api().list_repo_commits(**KIND)) == before + 1
-    pull_bank(REPO, tmp_path / "pulled")
-    push_bank(source, REPO, file_format="parquet")
     directory, _ = pull_bank(REPO, tmp_path / "pulled")
-    assert sorted(path.name for path in directory.iterdir()) == ["manifest.json", "strategies.parquet"]
+    assert sorted(path.name for path in directory.iterdir()) == ["manifest.json", "strategies.jsonl"]
 
 
 def test_the_card(hub, source):
@@ -174,23 +171,24 @@ def test_a_push_onto_another_commit_than_meant_is_refused(hub, source):
         (500, "/upload/", "status 500"),
     ],
 )
-def test_a_push_that_fails_leaves_the_dataset_as_it_was(hub, source, status, where, message):
+def test_a_push_that_fails_leaves_the_dataset_as_it_was(hub, source, status, where, message, monkeypatch):
+    monkeypatch.setattr("hub_server.LFS_SIZE", 100)  # so that the strategies are uploaded apart from the commit
     before = push_bank(source, REPO)
     files = hub.files(**KIND)
     hub.fail(20, status, path_contains=where)
-    failing(lambda: push_bank(source, REPO, file_format="parquet"), message)
+    failing(lambda: push_bank(source, REPO, license="mit"), message)
     assert hub.head(**KIND) == before and hub.files(**KIND) == files
     hub._faults.clear()
-    assert push_bank(source, REPO, file_format="parquet") == hub.head(**KIND) != before
+    assert push_bank(source, REPO, license="mit") == hub.head(**KIND) != before
 
 
 def test_a_push_whose_answer_was_lost_can_be_repeated(hub, source, tmp_path):
     push_bank(source, REPO)
     hub.fail(1, "lose", path_contains="/commit/")
-    failing(lambda: push_bank(source, REPO, file_format="parquet"), "no connection")
-    sha = push_bank(source, REPO, file_format="parquet")
+    failing(lambda: push_bank(source, REPO, license="mit"), "no connection")
+    sha = push_bank(source, REPO, license="mit")
     directory, pulled = pull_bank(REPO, tmp_path / "pulled")
-    assert pulled == sha and read_exchange(directory)[0] == source.strategies()
+    assert pulled == sha and read_export(directory)[0] == source.strategies()
 
 
 @pytest.mark.parametrize(
@@ -210,13 +208,13 @@ def test_a_pull_that_fails_writes_nothing(hub, source, tmp_path, status, where, 
     failing(lambda: pull_bank(REPO, tmp_path / "pulled"), message)
     assert not (tmp_path / "pulled").exists()
     hub._faults.clear()
-    assert len(read_exchange(pull_bank(REPO, tmp_path / "pulled")[0])[0]) == 6
+    assert len(read_export(pull_bank(REPO, tmp_path / "pulled")[0])[0]) == 6
 
 
 def test_a_download_that_breaks_off_goes_on(hub, source, tmp_path):
-    push_bank(source, REPO, file_format="parquet")
-    hub.fail(1, "cut", path_contains="strategies.parquet", method="GET")
-    assert read_exchange(pull_bank(REPO, tmp_path / "pulled")[0])[0] == source.strategies()
+    push_bank(source, REPO, license="mit")
+    hub.fail(1, "cut", path_contains="strategies.jsonl", method="GET")
+    assert read_export(pull_bank(REPO, tmp_path / "pulled")[0])[0] == source.strategies()
 
 
 def test_names_that_are_not_there(hub, source, tmp_path):
@@ -266,13 +264,13 @@ def test_a_dataset_that_is_no_export_is_not_downloaded(hub, source, tmp_path, mo
     for changes, message in [
         ({"file": "../../strategies.jsonl"}, "file must be"),
         ({"file": "strategies.pkl"}, "file must be"),
-        ({"file": "strategies.parquet"}, "it has 0 there"),
+        ({"file": "strategies.parquet"}, "an export in Parquet.*export the bank again as JSONL"),
         ({"size": 5}, f"gives strategies.jsonl 5 bytes, and it has {len(data)} there"),
         ({"size": 2**40}, "size must be at most"),
     ]:
         with_manifest(**changes)
         refused(message, {"manifest.json"})
-    monkeypatch.setattr(exchange, "MAX_FILE_BYTES", len(data) - 1)
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", len(data) - 1)
     with_manifest()
     refused("size must be at most", {"manifest.json"})
 

@@ -14,8 +14,8 @@ from trl_sgpo.bank.policy import (
     diversify,
     evict,
     near_copy,
+    retention_score,
     shown_too_often,
-    standing,
     trust,
     utility,
     wilson,
@@ -126,14 +126,14 @@ def test_harmful_strategies_are_not_trusted_and_good_ones_are(rate, baseline, ra
 @given(st.lists(st.tuples(st.booleans(), st.integers(-5, 5), st.integers(0, 3)), max_size=30), st.integers(1, 12))
 def test_eviction_keeps_the_best_and_room_for_newcomers(population, capacity):
     trusted = np.array([row[0] for row in population], dtype=bool)
-    standing_, step = np.array([row[1] for row in population]), np.array([row[2] for row in population])
-    gone = evict(trusted, standing_, step, capacity)
+    scores, step = np.array([row[1] for row in population]), np.array([row[2] for row in population])
+    gone = evict(trusted, scores, step, capacity)
     kept = sorted(set(range(len(population))) - set(gone.tolist()))
     assert len(set(gone.tolist())) == len(gone) == max(len(population) - capacity, 0)
     for side in (trusted, ~trusted):
         for lost in (row for row in gone if side[row]):
             for row in (row for row in kept if side[row]):
-                assert (standing_[lost], step[lost]) <= (standing_[row], step[row])
+                assert (scores[lost], step[lost]) <= (scores[row], step[row])
     newcomers, room = int((~trusted).sum()), -(-capacity // 4)
     assert sum(~trusted[kept]) >= min(newcomers, room)
     assert sum(trusted[kept]) >= min(int(trusted.sum()), capacity - room)
@@ -142,7 +142,7 @@ def test_eviction_keeps_the_best_and_room_for_newcomers(population, capacity):
 def test_quarantine_pushes_no_candidate_out():
     tried_once = Strategy("candidate", "a", (), successes=1, trials=10)
     imported = Strategy("imported", "a", (), trust="quarantine", successes=9, trials=10)
-    assert standing(imported) < 0 < standing(tried_once)
+    assert retention_score(imported) < 0 < retention_score(tried_once)
 
 
 @given(st.integers(0, 1000), st.integers(1, 1000), st.floats(0.01, 1))

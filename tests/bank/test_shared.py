@@ -1,5 +1,6 @@
 """Banks of several jobs that exchange strategies through a Chroma server, and what the server may do to them."""
 
+import gzip
 import json
 import logging
 import os
@@ -20,7 +21,8 @@ from pathlib import Path
 import pytest
 from bank_helpers import hashed_words, make
 
-from trl_sgpo.bank import Outcome, Strategy, StrategyBank, shared
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank, chroma_server, shared
+from trl_sgpo.bank.chroma_server import ChromaServer, ServerError
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError
 
@@ -194,7 +196,7 @@ def test_near_copies_are_left_out_and_not_asked_for_again(job, monkeypatch):
     b.add([Strategy("one two three four five six seven eight nine eleven", "algebra", ())])
     to_a.sync()
     assert to_b.sync() == NOTHING and len(b) == 1
-    monkeypatch.setattr(shared._Server, "_rows", None)
+    monkeypatch.setattr(ChromaServer, "_rows", None)
     assert to_b.sync() == NOTHING
 
 
@@ -211,8 +213,8 @@ def test_a_full_class_keeps_its_own(job):
 
 def test_much_is_received_in_several_syncs(job, monkeypatch):
     monkeypatch.setattr(shared, "MAX_RECEIVED", 5)
-    monkeypatch.setattr(shared, "BATCH", 2)
-    monkeypatch.setattr(shared, "PAGE", 3)
+    monkeypatch.setattr(chroma_server, "BATCH", 2)
+    monkeypatch.setattr(chroma_server, "PAGE", 3)
     (a, to_a), (b, to_b) = job("a"), job("b")
     a.add([trusted(f"a{i}") for i in range(12)])
     assert to_a.sync().sent == 12
@@ -221,10 +223,16 @@ def test_much_is_received_in_several_syncs(job, monkeypatch):
 
 
 def test_requests_are_of_limited_size(monkeypatch):
-    monkeypatch.setattr(shared, "BATCH_BYTES", 100)
+    monkeypatch.setattr(chroma_server, "BATCH_BYTES", 100)
     rows = [(str(i), {"text": "x" * 30}) for i in range(5)] + [("large", {"text": "x" * 500}), ("last", {})]
-    assert [list(batch) for batch in shared._batches(rows)] == [["0", "1"], ["2", "3"], ["4"], ["large"], ["last"]]
-    assert list(shared._batches([])) == []
+    assert [list(batch) for batch in chroma_server.batches(rows)] == [
+        ["0", "1"],
+        ["2", "3"],
+        ["4"],
+        ["large"],
+        ["last"],
+    ]
+    assert list(chroma_server.batches([])) == []
 
 
 def test_what_no_bank_would_take_is_not_sent(job, server, name, caplog):
@@ -333,17 +341,17 @@ def test_a_sync_that_is_cut_off_is_only_repeated(job, server, name, monkeypatch,
     b.add([trusted("theirs")])
     to_b.sync()
     a.add([trusted(f"a{i}") for i in range(5)])
-    monkeypatch.setattr(shared, "BATCH", 2)
-    write = shared._Server.write
+    monkeypatch.setattr(chroma_server, "BATCH", 2)
+    write = ChromaServer.write
     calls = []
 
     def cut_off(self, rows):
         calls.append(rows)
         write(self, rows)
         if len(calls) == 2:
-            raise shared._Away("connection reset")
+            raise ServerError("connection reset")
 
-    monkeypatch.setattr(shared._Server, "write", cut_off)
+    monkeypatch.setattr(ChromaServer, "write", cut_off)
     assert to_a.sync() == SyncReport(sent=2, received=1)
     assert len(warnings(caplog)) == 1
     restarted = SharedBank(a, server.url, collection=name)
@@ -357,18 +365,18 @@ def test_rows_missed_while_others_vanish_come_with_the_next_sync(job, monkeypatc
     (a, to_a), (b, to_b) = job("a"), job("b")
     a.add([trusted(f"a{i}", step=i) for i in range(6)])
     to_a.sync()
-    monkeypatch.setattr(shared, "PAGE", 2)
-    keys = shared._Server._keys
+    monkeypatch.setattr(chroma_server, "PAGE", 2)
+    keys = ChromaServer._keys
 
     def read_and_delete(self, offset, limit):
         found = keys(self, offset, limit)
-        monkeypatch.setattr(shared._Server, "_keys", keys)
+        monkeypatch.setattr(ChromaServer, "_keys", keys)
         first = a.strategies()[0]
         a.update([Outcome(first.id, f"p{i}", 0, 1, 1.0) for i in range(9)])
         to_a.sync()
         return found
 
-    monkeypatch.setattr(shared._Server, "_keys", read_and_delete)
+    monkeypatch.setattr(ChromaServer, "_keys", read_and_delete)
     assert to_b.sync().received < 5
     to_b.sync()
     assert {strategy.id for strategy in a.strategies()} <= {strategy.id for strategy in b.strategies()}
@@ -513,7 +521,7 @@ def test_rows_too_large_for_an_answer_hide_no_others(job, server, name, caplog, 
     a.add([trusted("first")])
     to_a.sync()
     rows = server.collection(name)
-    monkeypatch.setattr(shared, "MAX_ROW_BYTES", 10_000)
+    monkeypatch.setattr(chroma_server, "MAX_ANSWER_BYTES", 10_000)
     for i in range(3):
         rows.upsert(
             ids=[key_of(make(f"l{i}"))], documents=["x" * 20_000], metadatas=[good_metadata()], embeddings=[[1.0]]
@@ -529,7 +537,7 @@ def test_more_rows_than_anyone_needs(job, monkeypatch, caplog):
     a, to_a = job("a")
     a.add([trusted(f"a{i}") for i in range(3)])
     to_a.sync()
-    monkeypatch.setattr(shared, "MAX_ROWS", 2)
+    monkeypatch.setattr(chroma_server, "MAX_ROWS", 2)
     assert to_a.sync() == NOTHING
     assert "3 rows" in warnings(caplog)[0]
 
@@ -598,6 +606,13 @@ def trickle(handler):
         threading.Event().wait(0.05)
 
 
+def trickle_of_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+    for _ in range(200):
+        handler.wfile.write(b"x")
+        threading.Event().wait(0.05)
+
+
 OPENED = json.dumps({"id": str(uuid.UUID(int=4)), "metadata": shared.MADE_BY, "dimension": None}).encode()
 BAD_ANSWERS = {
     "no JSON": lambda h: send(h, 200, b"<html>"),
@@ -616,6 +631,8 @@ BAD_ANSWERS = {
     "cut off": lambda h: send(h, 200, OPENED, **{"Content-Length": str(len(OPENED) + 1)}),
     "silent": lambda h: threading.Event().wait(1),
     "trickle": trickle,
+    "trickle of headers": trickle_of_headers,
+    "compressed": lambda h: send(h, 200, gzip.compress(OPENED), **{"Content-Encoding": "gzip"}),
     "endless": lambda h: (
         [h.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")] + [h.wfile.write(b"x" * 2**20) for _ in range(99)]
     ),
@@ -626,8 +643,8 @@ BAD_ANSWERS = {
 
 @pytest.mark.parametrize("fault", BAD_ANSWERS)
 def test_a_server_that_answers_rubbish(bank, fault, monkeypatch, caplog):
-    monkeypatch.setattr(shared, "PATIENCE", 0.3)
-    monkeypatch.setattr(shared, "DEADLINE", 0.6)
+    monkeypatch.setattr(chroma_server, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(chroma_server, "DEADLINE", 0.6)
     bank.add([trusted("a0")])
     before = bank.strategies()
     with answering(BAD_ANSWERS[fault]) as url:
@@ -635,7 +652,7 @@ def test_a_server_that_answers_rubbish(bank, fault, monkeypatch, caplog):
         assert SharedBank(bank, url).sync() == NOTHING
         assert time.monotonic() - start < 5
     (warning,) = warnings(caplog)
-    assert ("took more than" in warning) == (fault == "trickle")
+    assert ("took more than" in warning) == ("trickle" in fault)
     assert "Training goes on" in warning and url in warning and len(warning) < 600 and warning.isprintable()
     assert bank.strategies() == before and bank.damage() == []
 

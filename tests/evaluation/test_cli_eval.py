@@ -212,7 +212,7 @@ def test_settings_saved_with_a_model_are_used(tmp_path, arguments):
 
 
 def test_banks(tmp_path, arguments, capsys, monkeypatch):
-    monkeypatch.setattr("trl_sgpo.bank.bank.load_embedder", lambda name: hashed_words)
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hashed_words)
     model = save_tiny_model(tmp_path / "trained")
     with StrategyBank(Path(model, "strategy_bank"), hashed_words) as bank:
         bank.add([make("plan", "kind-0", trust="trusted"), make("draft", "kind-1")])

@@ -11,6 +11,7 @@ from peft import LoraConfig
 import trl_sgpo.vram.worst_case
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
 from trl_sgpo.errors import ModelError
+from trl_sgpo.speed.trainer import SharedPromptGRPOTrainer
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -84,21 +85,24 @@ def test_activations_are_checkpointed_as_in_training(tmp_path: Path) -> None:
 
 def test_both_phases_are_generated_at_full_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, True)
-    generate, seen = trl_sgpo.vram.worst_case.generate, []
+    generate, seen = SharedPromptGRPOTrainer.generate, []
 
     def spy(trainer: Any, contexts: list[list[int]], *args: Any) -> Any:
         result = generate(trainer, contexts, *args)
         seen.append((len(contexts), {len(ids) for ids in result[0]}))
         return result
 
-    monkeypatch.setattr(trl_sgpo.vram.worst_case, "generate", spy)
+    monkeypatch.setattr(SharedPromptGRPOTrainer, "generate", spy)
     trainer.train()
-    assert seen == [(4, {6}), (8, {10})]
+    assert seen[:2] == [(4, {6}), (8, {10})]
 
 
 @pytest.mark.parametrize(
     ("what", "change"),
-    [("generate", "max_completion_length"), ("_train_at_full_length", "`per_device_train_batch_size: 2`")],
+    [
+        ("_generate_at_full_length", "max_completion_length"),
+        ("_train_at_full_length", "`per_device_train_batch_size: 2`"),
+    ],
 )
 def test_lack_of_memory_is_reported_with_what_to_change(
     what: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

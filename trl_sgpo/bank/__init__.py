@@ -1,4 +1,4 @@
-"""The strategy bank: strategies that proved themselves, kept on disk and found again by the problems they may help."""
+"""The strategy bank: strategies with provenance, verified executions and trust, retrieved for problems."""
 
 from .bank import StrategyBank
 from .embedding import load_embedder

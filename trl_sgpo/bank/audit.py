@@ -1,4 +1,4 @@
-"""What is suspicious in a bank: pure functions over texts, counts and embeddings."""
+"""Audit of a bank (pure functions over texts, counts and embeddings)."""
 
 import re
 import unicodedata
@@ -14,12 +14,12 @@ from . import policy
 from .strategy import Strategy
 
 
-ENOUGH_TO_COMPARE = 8  # strategies of a class, before one may be called unlike them
-ALIKE = 0.1  # mean cosine similarity within a class from which on it has anything in common
-UNLIKE = 0.6  # of the usual similarity within a class
-ENOUGH_TRUSTED = 10  # strategies of a class, before it matters whom they come from
+ENOUGH_TO_COMPARE = 8  # strategies of a class, above which `unlike_its_class` is reported
+ALIKE = 0.1  # median similarity below which the strategies of a class have nothing in common to compare with
+UNLIKE = 0.6  # share of the median similarity, below which a strategy is unlike its class
+ENOUGH_TRUSTED = 10  # trusted strategies of a class, from which on their sources are compared
 ONE_SOURCE = 0.9
-_ROWS = 1024  # of a class, compared with all of it at a time
+_BLOCK = 1024  # strategies that are compared with their class at a time
 
 _CONTROL_TOKEN = re.compile(
     r"<\|[^<>|\n]{1,64}\|>"  # ChatML, Llama 3, Phi, DeepSeek, Command R and most others
@@ -90,7 +90,7 @@ _WORK = (
     "derivations?|explanations?"
 )
 
-# Searched for in lower case, with single spaces, and with what hides words undone
+# Searched for in texts that `_normalised` has put into lower case and undisguised
 _SUSPICIOUS = {
     "injected_instruction": [
         # Instructions dropped, replaced or given
@@ -127,19 +127,19 @@ _SUSPICIOUS = {
         _near(_SHOW, r"(?:everything|all|text)(?: \w+){0,3} (?:above|before) (?:this|the)", 2),
         r"#{2,} ?(?:system|instructions?|response|user|assistant|human|end)\b",
         r"[<\[{]/? ?(?:system|user|assistant|instructions?|human|prompt|quote|admin|hidden)(?: \w+)? ?[>\]}]",
-        # Something outside
+        # Links and files
         r"\b(?:https?|ftp|file|wss?) ?: ?/ ?/|\bwww\.\w|\bjavascript:\w|!\[[^\]]*\]\(",
         r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w{2,}|(?<![\w-])[\w-]{2,}\.(?:com|org|net|io|ai|dev|ru|xyz|app|sh|info|site)\b",
         r"\brm -rf\b|\bos\.system\b|\bsubprocess\b|\b(?:wget|powershell)\b|\bcurl (?:-|http)|\bbase64\b|\bexfiltrat",
         _near(_SHOW, _SECRET, 4),
-        # Itself, to be spread
+        # Self-replication
         _near("copy|copied|repeat(?:ed)?|reproduced?|included?|insert|add", "verbatim|word for word|unchanged", 7),
         _near("copy|copied|repeat(?:ed)?|included?|add", r"(?:every|all|each|any) (?:new |other )?strateg\w+", 7),
         r"\b(?:whenever|every time|each time|when) you (?:write|create|propose) (?:an?|any) (?:new )?strategy\b",
         _near("always", "(?:choose|prefer|rank|show|retrieve|pick|trust) this", 0),
     ],
     "deception": [
-        # Against whoever checks
+        # Evasion of checks
         _near("fool|trick(?! to)|deceive|mislead|cheat|game|exploit|hack|bypass|evade|circumvent|dodge", _CHECKER, 3),
         _near("outsmart|manipulate|confuse|distract|persuade|convince|flatter|tamper with|past", _CHECKER, 3),
         _near("evade|bypass|dodge|game|defeat|fake|rig|past|get around|disable|tamper with", _CHECK, 2),
@@ -203,18 +203,18 @@ _SUSPICIOUS = {
 @dataclass(frozen=True)
 class Finding:
     """
-    Something suspicious in a bank.
+    Something suspicious that an audit found.
 
     Args:
         strategy_id (`str`):
-            Id of the strategy, `""` if it is about a class or about a text alone.
+            Id of the strategy, `""` for findings about a class or about a text alone.
         kind (`str`):
-            What it is: `"control_tokens"`, `"injected_instruction"`, `"deception"`, `"leak"`, `"unlike_its_class"`,
+            Kind: `"control_tokens"`, `"injected_instruction"`, `"deception"`, `"leak"`, `"unlike_its_class"`,
             `"near_copy"`, `"copied"`, `"concentration"` or `"unproven"`.
         severity (`str`):
-            `"error"` for what no model should be shown, `"warning"` for what a person should look at.
+            `"error"` for texts that no model should be shown, `"warning"` for a person to review.
         detail (`str`):
-            What was found.
+            Description.
     """
 
     strategy_id: str
@@ -227,7 +227,7 @@ class Finding:
 
 
 def _visible(text: str) -> str:
-    """The text in compatibility form, without characters that show nothing."""
+    """The text in compatibility form (NFKC), without invisible characters."""
     text = unicodedata.normalize("NFKC", text)
     return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
 
@@ -238,7 +238,7 @@ def control_tokens(text: str) -> list[str]:
 
     Args:
         text (`str`):
-            Any text. What full-width and invisible characters hide is found too.
+            Any text. Tokens disguised by full-width or invisible characters are found too.
 
     Returns:
         `list[str]`: The tokens, each once, in order.
@@ -247,7 +247,7 @@ def control_tokens(text: str) -> list[str]:
 
 
 def _hidden_characters(text: str) -> list[str]:
-    """Names of characters that show nothing, and places where letters of two alphabets that look alike meet."""
+    """Names of invisible characters, and adjacent letters of two alphabets that look alike."""
     legitimate = "\t\n\r" if _visible(text).isascii() else "\t\n\r" + _OF_OTHER_SCRIPTS
     found = [
         unicodedata.name(character, f"U+{ord(character):04X}")
@@ -258,8 +258,8 @@ def _hidden_characters(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _readings(text: str) -> list[str]:
-    """What a text says, in lower case: as it is, and with digits read as the letters they may stand in for."""
+def _normalised(text: str) -> list[str]:
+    """The text in lower case without disguises, and also with digits replaced by the letters they may stand for."""
     text = _visible(text).casefold().replace("’", "'")
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text.translate(_LOOKALIKES))
@@ -279,10 +279,10 @@ def _suspicious() -> dict[str, re.Pattern[str]]:
 
 def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
     """
-    What is wrong with a text that models will read as a strategy, at most one finding of a kind.
+    Findings about a text that models will read as a strategy, at most one of a kind.
 
-    Instructions, deception and leaks are known by their usual wordings, also when these are disguised. A text that
-    says the same in words of its own is not found here, but may be by [`audit`] as unlike its class.
+    Instructions, deception and leaks are recognised by their usual wordings, also when these are disguised. Other
+    wordings are not recognised here, but [`audit`] may report them as unlike their class.
 
     Args:
         text (`str`):
@@ -300,12 +300,12 @@ def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
     if hidden := _hidden_characters(text):
         found["injected_instruction"] = f"hides something: {', '.join(hidden)}"
     if (header := _ROLE_HEADER.search(shown.casefold())) is not None:
-        found["injected_instruction"] = f"speaks as {header[0].strip()!r}"
+        found["injected_instruction"] = f"writes as {header[0].strip()!r}"
     if leak(shown, "", None):
         found["leak"] = "carries a final answer"
-    for reading in _readings(text):
+    for form in _normalised(text):
         for kind, pattern in _suspicious().items():
-            if kind not in found and (match := pattern.search(reading)) is not None:
+            if kind not in found and (match := pattern.search(form)) is not None:
                 found[kind] = f"says {match[0]!r}"
     return [Finding(strategy_id, kind, "error", detail) for kind, detail in found.items()]
 
@@ -321,19 +321,19 @@ def audit(
     tolerance: float = 0.2,
 ) -> list[Finding]:
     """
-    Everything suspicious in a bank.
+    Findings about a whole bank.
 
     Args:
         strategies (`Sequence[Strategy]`):
-            All strategies. Retired ones are left out of everything but what their classes were shown.
+            All strategies. Retired ones count only in how often strategies of their class were shown.
         embeddings (`Mapping[str, np.ndarray]`):
             Strategy id → embedding of norm 1 and shape `(d,)`, of those that are not retired.
         max_share (`float`, *optional*, defaults to `0.25`):
-            Part of what training shows of a class that one strategy may make up.
+            Share of what training shows of a class that one strategy may make up.
         min_problems (`int`, *optional*, defaults to `4`):
             Number of distinct problems a strategy must have been executed on before it is trusted.
         tolerance (`float`, *optional*, defaults to `0.2`):
-            Part of other strategies' success rate that a trusted strategy may fall short of it.
+            Share of other strategies' success rate by which a trusted strategy may fall short of it.
 
     Returns:
         `list[Finding]`: Errors first, then by class and strategy.
@@ -371,9 +371,9 @@ def _copied(strategies: Sequence[Strategy]) -> Iterator[Finding]:
 
 
 def _near_copies(strategies: Sequence[Strategy], matrix: np.ndarray) -> Iterator[Finding]:
-    """Strategies of a class nearer to an earlier one than the bank lets in."""
-    for start in range(0, len(matrix), _ROWS):
-        similarities = np.tril(matrix[start : start + _ROWS] @ matrix.T, start - 1)
+    """Strategies of a class that are near-copies of an earlier one, which the bank does not admit."""
+    for start in range(0, len(matrix), _BLOCK):
+        similarities = np.tril(matrix[start : start + _BLOCK] @ matrix.T, start - 1)
         for row in np.flatnonzero(similarities.max(axis=1, initial=0.0) >= policy.NEAR_COPY).tolist():
             nearest = int(similarities[row].argmax())
             detail = f"is nearly {strategies[nearest].id} (cosine similarity {similarities[row, nearest]:.2f})"
@@ -382,8 +382,8 @@ def _near_copies(strategies: Sequence[Strategy], matrix: np.ndarray) -> Iterator
 
 def _unlike(strategies: Sequence[Strategy], matrix: np.ndarray) -> Iterator[Finding]:
     """
-    Strategies far from those of their class that may be shown. What is no strategy for the class mostly is, in
-    whatever words, but a sentence that was added to one is not.
+    Strategies far from those of their class that may be shown. This finds most texts that are no strategy for the
+    class, whatever their wording, but not a sentence that was appended to a strategy.
     """
     shown = np.array([strategy.trust != "quarantine" for strategy in strategies])
     if shown.sum() <= ENOUGH_TO_COMPARE:
@@ -399,11 +399,11 @@ def _unlike(strategies: Sequence[Strategy], matrix: np.ndarray) -> Iterator[Find
 
 
 def _concentrated(name: str, strategies: Sequence[Strategy], shown: int, max_share: float) -> Iterator[Finding]:
-    """One strategy that was shown beyond its share, and one source of nearly all that is trusted."""
+    """Strategies that were shown more than their share, and one source of nearly all trusted strategies."""
     may_be_shown = [strategy for strategy in strategies if strategy.trust in ("candidate", "trusted")]
     if len(may_be_shown) * max_share > 1:
         for strategy in may_be_shown:
-            # Its last show was within its share if all but that one are
+            # The rule is applied before a show, so the last one is subtracted
             if policy.shown_too_often(strategy.shown - 1, shown, max_share):
                 detail = f"makes up {strategy.shown / shown:.0%} of what was shown of class {name}"
                 yield Finding(strategy.id, "concentration", "warning", detail)
@@ -420,7 +420,7 @@ def _concentrated(name: str, strategies: Sequence[Strategy], shown: int, max_sha
 
 
 def _unproven(strategies: Sequence[Strategy], min_problems: int, tolerance: float) -> Iterator[Finding]:
-    """Strategies that are trusted by other evidence than the executions on record here, or no longer by it."""
+    """Trusted strategies whose trust does not follow from the executions on record here."""
     for strategy in strategies:
         if strategy.trust != "trusted":
             continue
@@ -428,5 +428,5 @@ def _unproven(strategies: Sequence[Strategy], min_problems: int, tolerance: floa
             detail = f"is trusted, executed on {strategy.problems} problems, of which {min_problems} are needed"
             yield Finding(strategy.id, "unproven", "warning", detail)
         elif policy.trust(strategy, min_problems, tolerance) != "trusted":
-            detail = f"is trusted, with a lift of {strategy.lift:+.2f} whose bounds do not bear that out"
+            detail = f"is trusted, with a lift of {strategy.lift:+.2f} whose bounds do not support that"
             yield Finding(strategy.id, "unproven", "warning", detail)

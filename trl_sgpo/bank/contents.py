@@ -1,4 +1,4 @@
-"""What the bank holds, in memory, and how strategies are found in it."""
+"""The contents of a bank in memory, and the search for strategies in them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,9 +10,9 @@ from .strategy import Retrieved, Strategy
 from .vectors import ClassVectors, nearest
 
 
-EXACT = 10_000  # up to here, comparing with all embeddings is as fast as asking the index
+EXACT = 10_000  # strategies, up to which comparing with all embeddings is as fast as an index
 
-UNDECIDED = 0.75  # part of the trials that go to strategies that are not trusted yet
+UNDECIDED = 0.75  # share of bank rows for strategies that are not trusted yet
 
 Hits = list[tuple[str, float]]
 
@@ -27,7 +27,7 @@ class Contents:
         embeddings (`Mapping[str, np.ndarray]`):
             Strategy id → embedding of norm 1 and shape `(d,)`, of those that are not retired.
         max_share (`float`):
-            Part of what training shows of a class that one strategy may make up while others are there.
+            Share of what training shows of a class that one strategy may make up while there are others.
     """
 
     def __init__(self, strategies: Iterable[Strategy], embeddings: Mapping[str, np.ndarray], max_share: float):
@@ -40,7 +40,7 @@ class Contents:
             self.put(strategy, embeddings.get(strategy.id))
 
     def put(self, strategy: Strategy, embedding: np.ndarray | None = None) -> None:
-        """Add a strategy, or replace what is known of it. A new one needs its embedding unless it is retired."""
+        """Add a strategy or replace a stored one. A new one needs its embedding unless it is retired."""
         key = strategy.id
         before = self.strategies.get(key)
         self._shown[strategy.problem_class] += strategy.shown - (before.shown if before else 0)
@@ -67,7 +67,7 @@ class Contents:
             return np.full(len(embeddings), -1.0)
         vectors = self.classes[problem_class]
         matrix = vectors.column("matrix")
-        # Of one row, as a step brings it to most classes, the product takes half the time this way
+        # einsum halves the time of products of one row, which most classes have in a step
         similarities = np.einsum("md,nd->mn", embeddings, matrix) if len(embeddings) == 1 else embeddings @ matrix.T
         similarities[:, vectors.with_trust(("quarantine",))] = -1
         return similarities.max(axis=1, initial=-1.0)
@@ -80,7 +80,7 @@ class Contents:
         hidden: Sequence[set[str]],
         trust: Sequence[str],
         explore: int | None,
-        ask_index: Callable[[np.ndarray, int], list[Hits]] | None,
+        search_index: Callable[[np.ndarray, int], list[Hits]],
     ) -> list[list[Retrieved]]:
         """
         Strategies for problems. The arguments are those of [`StrategyBank.retrieve`], for problems given by their
@@ -96,7 +96,8 @@ class Contents:
         for scope, rows in together.items():
             parts = self._parts(scope, trust)
             eligible = sum(len(part) for _, part in parts)
-            for row, near in zip(rows, self._nearest(embeddings[rows], parts, trust, width, ask_index), strict=True):
+            all_near = self._nearest(embeddings[rows], parts, trust, width, search_index)
+            for row, near in zip(rows, all_near, strict=True):
                 best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
                 if len(best) < k and eligible > width:
                     (near,) = nearest(embeddings[row : row + 1], parts, eligible)
@@ -108,7 +109,7 @@ class Contents:
         return found
 
     def _parts(self, scope: str | None, trust: Sequence[str]) -> list[tuple[ClassVectors, np.ndarray]]:
-        """The classes to search, and the rows in each that may be found."""
+        """The classes to search, and the rows of each with one of the trust states."""
         if scope is None:
             classes = list(self.classes.values())
         else:
@@ -121,13 +122,13 @@ class Contents:
         parts: list[tuple[ClassVectors, np.ndarray]],
         trust: Sequence[str],
         n: int,
-        ask_index: Callable[[np.ndarray, int], list[Hits]] | None,
+        search_index: Callable[[np.ndarray, int], list[Hits]],
     ) -> list[Hits]:
         eligible = sum(len(rows) for _, rows in parts)
-        if eligible <= EXACT or ask_index is None:
+        if eligible <= EXACT:
             return nearest(embeddings, parts, n)
         classes = {id(vectors) for vectors, _ in parts}
-        fetched = ask_index(embeddings, 2 * n * -(-len(self.live) // eligible))
+        fetched = search_index(embeddings, 2 * n * -(-len(self.live) // eligible))
         found = [
             [
                 (key, similarity)
@@ -136,7 +137,7 @@ class Contents:
             ][:n]
             for hits in fetched
         ]
-        # The index knows neither class nor trust, so its nearest entries may be the wrong ones
+        # The index does not filter by class and trust, so too few of its nearest entries may be eligible
         if few := [row for row, hits in enumerate(found) if len(hits) < n]:
             for row, hits in zip(few, nearest(embeddings[few], parts, n), strict=True):
                 found[row] = hits
@@ -166,8 +167,15 @@ class Contents:
         found.sort(key=order)
         return [found[row] for row in policy.diversify([self.embedding(hit.strategy.id) for hit in found], k)]
 
+    def best(self, n: int) -> list[Strategy]:
+        """The most useful strategies, as [`StrategyBank.best`] returns them."""
+        shown = [self.strategies[key] for key in self.live if self.strategies[key].trust != "quarantine"]
+        return sorted(
+            shown, key=lambda s: (s.trust != "trusted", -policy.utility(s.successes, s.trials), -s.trials, s.id)
+        )[:n]
+
     def sample(self, problem_class: str, k: int, seed: int, hidden: set[str]) -> list[Strategy]:
-        """Strategies of a class to try. The arguments are those of [`StrategyBank.sample`]."""
+        """Strategies of a class to execute. The arguments are those of [`StrategyBank.sample`]."""
         vectors = self.classes.get(problem_class)
         members = [self.strategies[key] for key in sorted(vectors.ids)] if vectors else []
         members = [strategy for strategy in members if hidden.isdisjoint(strategy.source_problems)]

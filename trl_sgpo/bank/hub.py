@@ -1,32 +1,22 @@
-"""Exports of strategies as datasets on the Hugging Face Hub. What is pulled is read as any other export."""
+"""Exports of strategies as datasets on the Hugging Face Hub. A pulled export is checked like any other."""
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from ..errors import BankError
 from ..hub.errors import readable_errors
-from .bank import StrategyBank
-from .exchange import (
-    FILES,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    FileFormat,
-    export_bank,
-    parse_manifest,
-    read_exchange,
-    write_export,
-)
-from .snapshot import BANK_DIRECTORY
+from .export import MAX_MANIFEST_BYTES, parse_manifest, read_export, write_export
+from .files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, PARQUET_FILE
 from .strategy import TRUST_STATES, Strategy
 
 
 CARD = "README.md"
 _CLASSES_ON_CARD = 50
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 # The card
@@ -84,8 +74,8 @@ configs:
 
 # Strategy bank
 
-{len(strategies)} strategies for solving problems, written by language models trained with SGPO, each with where it
-comes from, its trust state and what its verified executions achieved there. `{MANIFEST}` has the checksum, size and
+{len(strategies)} strategies for solving problems, written by language models trained with SGPO, each with its
+provenance, its trust state and the results of its verified executions. `{EXPORT_MANIFEST}` has the checksum, size and
 count of `{manifest["file"]}`.
 
 {table}
@@ -108,21 +98,19 @@ with StrategyBank("bank") as bank:
 
 To get the very same strategies again, pin the commit: `pull_bank("{repo_id}", "pulled-bank", revision=sha)`.
 
-**Imported strategies are quarantined.** They are texts that were found to help elsewhere, and nothing checks what they
-say: a bank takes over none of the counts and trust states above, and shows no imported strategy with a problem before
-executions verified by its own training speak for it.
+**Imported strategies are quarantined.** They are texts that helped elsewhere, and nobody has checked what they say: a
+bank takes over none of the counts and trust states above, and shows no imported strategy with a problem before it has
+earned trust by executions that its own training verified.
 """
 
 
 # Push and pull
 
 
-def push_bank(
-    bank: StrategyBank,
+def push_export(
+    directory: Path,
     repo_id: str,
     *,
-    file_format: FileFormat = "jsonl",
-    license: str = "other",
     private: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
@@ -130,59 +118,32 @@ def push_bank(
     parent_commit: str | None = None,
 ) -> str:
     """
-    Export a bank to a dataset on the Hub, in one commit.
-
-    Args:
-        bank ([`StrategyBank`]):
-            The bank, of which candidates and trusted strategies are exported.
-        repo_id (`str`):
-            Name of the dataset, `"user/name"`. It is created if it does not exist.
-        file_format (`str`, *optional*, defaults to `"jsonl"`):
-            `"jsonl"` or `"parquet"`. The file of the other format is deleted in the same commit.
-        license (`str`, *optional*, defaults to `"other"`):
-            Licence of the strategies, as the Hub names licences.
-        private (`bool`, *optional*, defaults to `False`):
-            Whether the dataset must be private. One that exists keeps its visibility.
-        token (`str`, *optional*):
-            Access token. If `None`, the one that `hf auth login` stored.
-        endpoint (`str`, *optional*):
-            Address of another Hub.
-        message (`str`, *optional*):
-            Title of the commit.
-        parent_commit (`str`, *optional*):
-            Commit that must be the latest. If `None`, the one that is when the push begins.
-
-    Returns:
-        `str`: The new commit, 40 hexadecimal digits.
-
-    Raises:
-        [`~trl_sgpo.errors.BankError`]: If the export or the push fails. The dataset then has all of it or nothing.
+    Publish an export as a dataset on the Hub, in one commit. The other arguments and the result are those of
+    [`~trl_sgpo.bank.exchange.push_bank`].
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(endpoint=endpoint, token=token)
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = export_bank(bank, Path(scratch) / "export", file_format, license)
-        strategies, _, manifest = read_exchange(directory)
-        with readable_errors(f"Pushing to {repo_id}", BankError):
-            repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-            found = api.dataset_info(repo_id)
-        if private and not found.private:
-            raise BankError(f"{repo_id} is public: make it private on the Hub first, or push to a new name.")
-        there = {sibling.rfilename for sibling in found.siblings or ()}
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(CARD, make_card(repo_id, strategies, manifest).encode()),
-            *(CommitOperationAdd(name, directory / name) for name in (manifest["file"], MANIFEST)),
-            *(CommitOperationDelete(name) for name in FILES.values() if name in there and name != manifest["file"]),
-        ]
-        with readable_errors(f"Pushing to {repo_id}", BankError):
-            commit = api.create_commit(
-                repo_id,
-                operations,
-                repo_type="dataset",
-                commit_message=message or f"Export {len(strategies)} strategies",
-                parent_commit=parent_commit or found.sha,
-            )
+    strategies, _, manifest = read_export(directory)
+    with readable_errors(f"Pushing to {repo_id}", BankError):
+        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        found = api.dataset_info(repo_id)
+    if private and not found.private:
+        raise BankError(f"{repo_id} is public: make it private on the Hub first, or push to a new name.")
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(CARD, make_card(repo_id, strategies, manifest).encode()),
+        *(CommitOperationAdd(name, directory / name) for name in (EXPORT_FILE, EXPORT_MANIFEST)),
+    ]
+    if PARQUET_FILE in {sibling.rfilename for sibling in found.siblings or ()}:
+        operations.append(CommitOperationDelete(PARQUET_FILE))
+    with readable_errors(f"Pushing to {repo_id}", BankError):
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            repo_type="dataset",
+            commit_message=message or f"Export {len(strategies)} strategies",
+            parent_commit=parent_commit or found.sha,
+        )
     return commit.oid
 
 
@@ -198,7 +159,7 @@ def pull_bank(
     """
     Download an export from the Hub, ready for [`~trl_sgpo.bank.exchange.import_bank`].
 
-    Only the manifest and the file of strategies that it names are downloaded, if their sizes are within the limits.
+    Only the manifest and the file of strategies are downloaded, if their sizes are within the limits.
 
     Args:
         repo_id (`str`):
@@ -212,7 +173,8 @@ def pull_bank(
         endpoint (`str`, *optional*):
             Address of another Hub.
         repo_type (`str`, *optional*, defaults to `"dataset"`):
-            `"dataset"`, as [`push_bank`] writes, or `"model"`, where the export of a run is in `strategy_bank/`.
+            `"dataset"`, as [`~trl_sgpo.bank.exchange.push_bank`] writes, or `"model"`, where the export of a run is in
+            `strategy_bank/`.
 
     Returns:
         `tuple[Path, str]`: The directory, and the commit, 40 hexadecimal digits, by which the same is pulled again.
@@ -228,16 +190,16 @@ def pull_bank(
     api = HfApi(endpoint=endpoint, token=token)
     with readable_errors(action, BankError):
         sha = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha or ""
-    if not _COMMIT.fullmatch(sha):
+    if not COMMIT.fullmatch(sha):
         raise BankError(f"{action} failed: {api.endpoint} names no commit for it. Check the endpoint.")
     with readable_errors(action, BankError):
-        paths = [folder + name for name in (MANIFEST, *FILES.values())]
+        paths = [folder + name for name in (EXPORT_MANIFEST, EXPORT_FILE)]
         found = api.get_paths_info(repo_id, paths, revision=sha, repo_type=repo_type)
     sizes = {each.path.removeprefix(folder): each.size for each in found if isinstance(each, RepoFile)}
-    where = f"{MANIFEST} of {repo_id}@{sha[:12]}"
-    if not 0 < sizes.get(MANIFEST, 0) <= MAX_MANIFEST_BYTES:
+    where = f"{EXPORT_MANIFEST} of {repo_id}@{sha[:12]}"
+    if not 0 < sizes.get(EXPORT_MANIFEST, 0) <= MAX_MANIFEST_BYTES:
         raise BankError(f"{where} is missing or too large: name a {repo_type} and a revision that `push` wrote.")
-    with tempfile.TemporaryDirectory() as cache:
+    with TemporaryDirectory() as cache:
 
         def download(name: str) -> bytes:
             with readable_errors(action, BankError):
@@ -252,13 +214,12 @@ def pull_bank(
                 )
             return Path(path).read_bytes()
 
-        content = download(MANIFEST)
+        content = download(EXPORT_MANIFEST)
         manifest = parse_manifest(content, where)
-        file = manifest["file"]
-        if sizes.get(file) != manifest["size"]:
+        if sizes.get(EXPORT_FILE) != manifest["size"]:
             raise BankError(
-                f"{where} gives {file} {manifest['size']} bytes, and it has {sizes.get(file, 0)} there. Pull another "
-                "revision, or have it pushed again."
+                f"{where} gives {EXPORT_FILE} {manifest['size']} bytes, and it has {sizes.get(EXPORT_FILE, 0)} there. "
+                "Pull another revision, or have it pushed again."
             )
-        write_export(Path(directory), file, download(file), content)
+        write_export(Path(directory), download(EXPORT_FILE), content)
     return Path(directory), sha

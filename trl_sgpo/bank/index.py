@@ -1,9 +1,13 @@
-"""The index of the bank: ids and embeddings in Chroma. It holds nothing that the ledger does not."""
+"""
+The index of a large bank: ids and embeddings in Chroma. It holds nothing that the ledger does not.
 
-import hashlib
+It is opened by the first search among more strategies than are compared exactly, so most banks have none.
+"""
+
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import BankError
+from .contents import Contents
+from .files import file_sha256
+from .ledger import Ledger
 
+
+logger = logging.getLogger(__name__)
 
 PAGE = 5_000  # Chroma refuses batches above 5,461
 COLLECTION = "strategies"
@@ -22,41 +31,24 @@ SYNC_THRESHOLD = 5_000  # changes after which Chroma writes its whole index to d
 
 def _digests(directory: Path) -> dict[str, str]:
     """Path and SHA-256 of every file but the seal."""
-    digests = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != SEAL:
-            with path.open("rb") as file:
-                digests[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {
+        str(path.relative_to(directory)): file_sha256(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
 
 
 def seal(directory: Path, state: str) -> None:
-    """
-    Certifies that a closed index holds what the ledger does.
-
-    Args:
-        directory (`Path`):
-            The index.
-        state (`str`):
-            State of the ledger, by [`Ledger.state`].
-    """
+    """Write the checksums of a closed index, and the state of the ledger, by [`Ledger.state`], that it holds."""
     (directory / SEAL).write_text(json.dumps({"state": state, "files": _digests(directory)}))
 
 
 def break_seal(directory: Path, state: str) -> bool:
     """
-    Removes the seal, since an index in use may be torn any time, and says whether it was intact.
+    Remove the seal, because a crash can damage an index in use, and return whether the files are those that were
+    sealed for this state of the ledger.
 
-    Opening a torn index can end the process or fill the disk, so it has to be known before Chroma touches it.
-
-    Args:
-        directory (`Path`):
-            The index.
-        state (`str`):
-            State of the ledger, by [`Ledger.state`].
-
-    Returns:
-        `bool`: Whether the files are, bit by bit, those that were sealed for this state of the ledger.
+    Opening a damaged index can end the process or fill the disk, so damage must be found before Chroma opens it.
     """
     path = directory / SEAL
     try:
@@ -71,7 +63,7 @@ class Index:
     """
     Nearest-neighbour index by cosine similarity, persisted in a directory.
 
-    Opening it runs one query, which finds some kinds of damage. [`break_seal`] finds the others before it is opened.
+    Opening it runs one query, which finds some kinds of damage. [`break_seal`] must find the others before.
 
     Args:
         directory (`str` or `Path`):
@@ -158,7 +150,7 @@ class Index:
             embeddings (`np.ndarray` of shape `(n, dimension)`):
                 Their embeddings.
             metadatas (`Sequence[dict[str, str]]` of length `n`):
-                What is fixed about them. What changes belongs in the ledger.
+                Values that never change. Those that do are in the ledger only.
         """
         with self._readable_errors():
             for start in tqdm(range(0, len(ids), PAGE), desc="Indexing strategies", disable=len(ids) <= PAGE):
@@ -171,9 +163,9 @@ class Index:
 
         Args:
             embeddings (`np.ndarray` of shape `(m, dimension)`):
-                What to look for.
+                The queries.
             n (`int`):
-                How many entries to find for each. There are fewer if the index holds fewer.
+                Number of entries a query. There are fewer if the index holds fewer.
 
         Returns:
             `list[list[tuple[str, float]]]`: `m` lists of id and cosine similarity, the nearest first.
@@ -204,3 +196,86 @@ class Index:
     def close(self) -> None:
         """Close the index."""
         self._client.close()
+
+
+class BankIndex:
+    """
+    The index of a bank, opened by its first search and brought up to date before each one.
+
+    It is opened as it is only if its seal fits the ledger, and otherwise rebuilt from what the bank holds. One that
+    fails is rebuilt too, because training has to go on.
+
+    Args:
+        directory (`Path`):
+            Where it lives.
+        contents ([`Contents`]):
+            What the bank holds.
+        ledger ([`Ledger`]):
+            The record of the bank.
+    """
+
+    def __init__(self, directory: Path, contents: Contents, ledger: Ledger):
+        self._directory, self._contents, self._ledger = directory, contents, ledger
+        self._index: Index | None = None
+        self._outdated: dict[str, None] = {}  # ids added or removed since the last search, in order
+
+    def change(self, ids: Iterable[str]) -> None:
+        """Note that strategies were added to the contents of the bank or removed from them."""
+        if self._index is not None:
+            self._outdated.update(dict.fromkeys(ids))
+
+    def query(self, embeddings: np.ndarray, n: int) -> list[list[tuple[str, float]]]:
+        """Nearest entries, by [`Index.query`]."""
+        try:
+            return self._up_to_date().query(embeddings, n)
+        except BankError as error:
+            logger.warning("Rebuilding the index from the ledger. %s", error)
+            self.discard()
+            return self._up_to_date().query(embeddings, n)
+
+    def ids(self) -> list[str]:
+        """Ids of all entries."""
+        return self._up_to_date().ids()
+
+    def discard(self) -> None:
+        """Close the index without a seal, so that the next search rebuilds it."""
+        index, self._index = self._index, None
+        self._outdated.clear()
+        if index is not None:
+            index.close()
+
+    def close(self) -> None:
+        """Close the index and seal it, if it was opened and works."""
+        if self._index is None:
+            return
+        try:
+            self._up_to_date()
+        except BankError:
+            self.discard()
+            return
+        self.discard()
+        seal(self._directory, self._ledger.state)
+
+    def _up_to_date(self) -> Index:
+        live = self._contents.live
+        if self._index is None:
+            self._index = self._open()
+        elif self._outdated:
+            self._index.delete([key for key in self._outdated if key not in live])
+            self._index.add(*self._entries([key for key in self._outdated if key in live]))
+            self._outdated.clear()
+        return self._index
+
+    def _open(self) -> Index:
+        ids = list(self._contents.live)
+        dimension = len(self._contents.embedding(ids[0]))
+        if self._directory.exists():
+            if break_seal(self._directory, self._ledger.state):
+                return Index(self._directory, dimension)
+            logger.warning("%s was not closed or has changed since: rebuilding it from the ledger.", self._directory)
+        return Index.rebuild(self._directory, dimension, *self._entries(ids))
+
+    def _entries(self, ids: list[str]) -> tuple[list[str], np.ndarray, list[dict[str, str]]]:
+        contents = self._contents
+        embeddings = np.array([contents.embedding(key) for key in ids], dtype=np.float32)
+        return ids, embeddings, [{"problem_class": contents.strategies[key].problem_class} for key in ids]

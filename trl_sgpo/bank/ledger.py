@@ -1,7 +1,6 @@
-"""The record of the bank: one SQLite file. All else is derived from it."""
+"""The record of the bank: one SQLite file, from which everything else is derived."""
 
 import json
-import os
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BankError
+from .files import durable_replace
 from .strategy import Execution, Strategy
 
 
@@ -40,7 +40,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}');
 COMMIT;
 """
-# Version 1 had the lift at admission and no executions: it becomes what one problem said
+# Version 1 had the lift at admission and no executions: the lift becomes an execution on one problem
 _MIGRATE_1 = f"""
 BEGIN;
 ALTER TABLE strategies RENAME TO version_1;
@@ -60,18 +60,6 @@ _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "sol
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
 _INSERT = f"INSERT INTO strategies VALUES (NULL, {', '.join('?' * (len(_FIELDS) + 2))})"
 _UPDATE = f"UPDATE strategies SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE id = ?"
-
-
-def durable_replace(temporary: Path, target: Path) -> None:
-    """Move a file over another one so that a crash leaves either the old or the new content."""
-    for path, move in ((temporary, True), (target.parent, False)):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if move:
-            os.replace(temporary, target)
 
 
 def _blob(embedding: np.ndarray) -> bytes:
@@ -108,7 +96,7 @@ class Ledger:
         self.path = Path(path)
         with self._readable_errors():
             self._connection = sqlite3.connect(self.path)
-            self._connection.execute("PRAGMA page_size=2048")  # small, since a step changes rows all over the file
+            self._connection.execute("PRAGMA page_size=2048")  # small, because a step changes rows all over the file
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute("PRAGMA wal_autocheckpoint=4000")
@@ -173,18 +161,18 @@ class Ledger:
         return None if model is None else (model, np.array(json.loads(fingerprint or "[]"), dtype=np.float32))
 
     def note(self, key: str) -> str | None:
-        """What was noted under a key, or `None`."""
+        """The text stored under a key, or `None`."""
         with self._readable_errors():
             return self._meta(f"note/{key}")
 
     def set_note(self, key: str, value: str) -> None:
-        """Write a short text under a key, in a transaction of its own."""
+        """Store a short text under a key, in a transaction of its own."""
         with self._readable_errors(), self._connection:
             self._set_meta(f"note/{key}", value)
 
     @property
     def state(self) -> str:
-        """A name for what an index of the ledger holds: every transaction that changes that gives it a new one."""
+        """Identifier of the entries of an index: each transaction that adds or removes some makes a new one."""
         with self._readable_errors():
             return self._meta("state") or ""
 
@@ -233,7 +221,7 @@ class Ledger:
             model (`str`):
                 Name of the embedding model.
             fingerprint (`np.ndarray`):
-                What tells it from others.
+                Embedding of a fixed text, by which models are told apart.
             embeddings (`dict[str, np.ndarray]`):
                 Strategy id → embedding of shape `(d,)`. Must cover all strategies when the model changes.
         """
@@ -251,7 +239,7 @@ class Ledger:
         )
 
     def executions_on(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Execution]:
-        """The executions of strategies on problems, by their ids, where there are any."""
+        """The stored executions of strategies on problems, by the ids of both."""
         wanted = json.dumps(list(pairs))
         query = (
             "SELECT executions.* FROM json_each(?) JOIN executions "

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a bank's directory that says who holds it."""
+"""A lock on a bank's directory, which names the process that holds it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is admitted, believed, kept and shown: pure functions."""
+"""Admission, trust, eviction and retrieval rules (pure functions)."""
 
 import math
 from collections.abc import Sequence
@@ -75,11 +75,11 @@ def lift_bounds(strategy: Strategy) -> tuple[float, float]:
 
 def trust(strategy: Strategy, min_problems: int, tolerance: float) -> str:
     """
-    Trust state that the executions verified here speak for.
+    Trust state that follows from the executions verified here.
 
-    A strategy may be trusted when, with confidence, it keeps up with the other strategies on the same problems but
-    for a tolerance, and is retired when, with confidence, it does not. In between nothing is known, and one that was
-    trusted is a candidate again.
+    A strategy is trusted when the lower bound of its success rate is above that of other strategies on the same
+    problems less a tolerance, and retired when the upper bound is below it. In between the executions do not decide,
+    and one that was trusted is a candidate again.
 
     Args:
         strategy ([`Strategy`]):
@@ -105,7 +105,7 @@ def trust(strategy: Strategy, min_problems: int, tolerance: float) -> str:
 
 def shown_too_often(shown: int, all_shown: int, max_share: float) -> bool:
     """
-    Whether a strategy has had its share of being shown.
+    Whether a strategy was shown more often than its share of what its class was shown.
 
     Args:
         shown (`int`):
@@ -113,7 +113,7 @@ def shown_too_often(shown: int, all_shown: int, max_share: float) -> bool:
         all_shown (`int`):
             How often any strategy of its class was.
         max_share (`float`):
-            The share, in (0, 1]. The first 16 times are free.
+            The share, in (0, 1]. The first 16 times do not count.
     """
     return shown >= max(FREE_SHOWS, max_share * all_shown)
 
@@ -128,7 +128,7 @@ def admissible(correct: bool, sibling_lift: float, leak: float, well_formed: boo
         sibling_lift (`float`):
             Its mean outcome on the sibling problems minus the block's mean on them.
         leak (`float`):
-            How much of its problem's answer it gives away. Anything above 0 is too much.
+            How much of its problem's answer it contains. Anything above 0 is too much.
         well_formed (`bool`):
             Whether it parses.
         min_lift (`float`):
@@ -160,7 +160,8 @@ def near_copies(
     counts: np.ndarray, similarities: np.ndarray, to_stored: np.ndarray, threshold: float = NEAR_COPY
 ) -> list[bool]:
     """
-    Which of several new strategies of a class are near-copies of a stored one or of an earlier one that is not.
+    Which of several new strategies of a class are near-copies of a stored one, or of an earlier new one that is not
+    a near-copy itself.
 
     Args:
         counts (`np.ndarray` of shape `(m,)`):
@@ -179,41 +180,41 @@ def near_copies(
     return copied
 
 
-def standing(strategy: Strategy) -> float:
+def retention_score(strategy: Strategy) -> float:
     """
-    What a strategy is kept for: the lower bound of its success rate if it is trusted, otherwise its utility, less 1 if
-    it is in quarantine. Strategies that are trusted and those that are not are not compared by it.
+    Score by which eviction ranks strategies: the lower bound of the success rate if the strategy is trusted, otherwise
+    its utility, less 1 in quarantine. Trusted strategies are compared with each other only.
     """
     if strategy.trust == "trusted":
         return wilson(strategy.successes, strategy.trials)[0]
     return utility(strategy.successes, strategy.trials) - (strategy.trust == "quarantine")
 
 
-def evict(trusted: np.ndarray, standing: np.ndarray, step: np.ndarray, capacity: int) -> np.ndarray:
+def evict(trusted: np.ndarray, scores: np.ndarray, step: np.ndarray, capacity: int) -> np.ndarray:
     """
-    The strategies of a class beyond its capacity.
+    The strategies of a class that exceed its capacity.
 
-    A quarter of the capacity is for strategies that are not trusted, so that new ones get their trial; they may take
-    what trusted ones leave free, and only that. On either side the lowest [`standing`] goes first, of equals the
-    older one.
+    A quarter of the capacity is for strategies that are not trusted, so that new ones get executed; they may also use
+    places that trusted ones leave free. In either group the lowest [`retention_score`] is evicted first, among equals
+    the older one.
 
     Args:
         trusted (`np.ndarray` of shape `(n,)`):
             Whether each strategy is trusted.
-        standing (`np.ndarray` of shape `(n,)`):
-            The [`standing`] of each.
+        scores (`np.ndarray` of shape `(n,)`):
+            The [`retention_score`] of each.
         step (`np.ndarray` of shape `(n,)`):
             When each was written.
         capacity (`int`):
             How many stay.
 
     Returns:
-        `np.ndarray`: Rows of those that go.
+        `np.ndarray`: Rows of those to evict.
     """
     excess = len(trusted) - capacity
     if excess <= 0:
         return np.zeros(0, dtype=int)
-    order = np.lexsort((step, standing))
+    order = np.lexsort((step, scores))
     new, proven = order[~trusted[order]], order[trusted[order]]
     from_new = min(excess, max(len(new) - math.ceil(NEWCOMERS * capacity), 0))
     return np.concatenate([new[:from_new], proven[: excess - from_new]])

@@ -1,4 +1,4 @@
-"""Rows of exchanged strategies: made of what a bank holds, and taken apart as what a stranger may have sent."""
+"""Rows of exports: written from strategies, and read with full checks because a stranger may have sent them."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from .audit import control_tokens
 from .strategy import Execution, Strategy
 
 
-MAX_ROW_BYTES = 16 * 2**20  # of a line of JSON, whose values take some twenty times its size in memory
+MAX_ROW_BYTES = 16 * 2**20  # of a line of JSON: its values take about twenty times as much memory
 MAX_TEXT = 4_000  # characters: prompts quote strategies
 MAX_NAME = 200  # characters of a class, a model, a run, an origin
 MAX_ITEMS = 100_000  # of one strategy's problems, parents or executions
@@ -59,7 +59,7 @@ def to_row(strategy: Strategy, executions: Iterable[Execution]) -> dict[str, Any
             Its executions.
 
     Returns:
-        `dict[str, Any]`: Values that JSON and Parquet know, by the names in `FIELDS`.
+        `dict[str, Any]`: JSON values by the names in `FIELDS`.
     """
     return {
         "id": strategy.id,
@@ -76,7 +76,7 @@ def from_row(row: Any) -> tuple[Strategy, list[Execution]]:
 
     Args:
         row (`Any`):
-            What a file had in the place of a row.
+            A value that was read as a row.
 
     Returns:
         `tuple[Strategy, list[Execution]]`: Strategy and executions, with trust state and counts as they are there.
@@ -147,7 +147,7 @@ def _expect_consistent(strategy: Strategy, executions: list[Execution]) -> None:
 
 
 def _quoted(value: Any) -> str:
-    """A value as a message may quote it: on one line and short."""
+    """A value in the form in which messages quote it: short and on one line."""
     shown = ascii(value[:40] if isinstance(value, str) else value) if isinstance(value, str | int | float) else "..."
     return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
@@ -255,7 +255,7 @@ def from_json(data: bytes) -> Any:
         `Any`: Its value.
 
     Raises:
-        `ValueError`: If it is not strictly JSON, repeats a key, or has numbers or nesting beyond all need.
+        `ValueError`: If it is not strictly JSON, repeats a key, or has very large numbers or very deep nesting.
     """
     try:
         return _DECODER.decode(data.decode())

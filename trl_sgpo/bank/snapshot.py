@@ -1,4 +1,4 @@
-"""Finding a bank beside a model, and reading one without changing it."""
+"""Finding a bank beside a model, and opening one without changing it."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import BankError
-from .bank import INDEX, LEDGER, MANIFEST, StrategyBank
+from .bank import StrategyBank
 from .embedding import Embedder
-from .exchange import FILES, MAX_ROWS, copy_export, import_bank
-
-
-BANK_DIRECTORY = "strategy_bank"  # in a run's output folder and in its checkpoints
+from .exchange import import_bank
+from .export import MAX_ROWS, copy_export, is_export
+from .files import BANK_DIRECTORY, LEDGER
+from .manifest import is_snapshot
 
 
 def bank_directory(path: str | Path) -> Path:
@@ -29,7 +29,7 @@ def bank_directory(path: str | Path) -> Path:
     for directory in (Path(path), Path(path) / BANK_DIRECTORY):
         if (directory / LEDGER).is_file():
             return directory
-    if any((Path(path) / name).is_file() for name in FILES.values()):
+    if is_export(Path(path)):
         raise BankError(f"{path} is an export: add it to a bank by `trl-sgpo bank import BANK {path}`.")
     raise BankError(
         f"{path} holds no strategy bank: name a directory with a {LEDGER}, or a checkpoint or output folder with "
@@ -37,14 +37,8 @@ def bank_directory(path: str | Path) -> Path:
     )
 
 
-def is_snapshot(directory: Path) -> bool:
-    """Whether a bank's directory is a snapshot, as checkpoints have them."""
-    # A bank that was continued from a snapshot still has its manifest, but an index too
-    return (directory / MANIFEST).is_file() and not (directory / INDEX).exists()
-
-
 @contextmanager
-def to_read(directory: Path) -> Iterator[Path]:
+def read_only_directory(directory: Path) -> Iterator[Path]:
     """A bank's directory, or a copy of a snapshot, so that no lock, index or migration changes a checkpoint."""
     if not is_snapshot(directory):
         yield directory
@@ -58,27 +52,25 @@ def to_read(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[StrategyBank]:
-    """A bank to read."""
-    with to_read(bank_directory(path)) as directory, StrategyBank.restore(directory) as bank:
+def open_read_only(path: str | Path) -> Iterator[StrategyBank]:
+    """A bank that is only read: a snapshot is opened as a copy, which leaves it as it is."""
+    with read_only_directory(bank_directory(path)) as directory, StrategyBank.restore(directory) as bank:
         yield bank
 
 
 @contextmanager
-def reading_copy(path: str | Path) -> Iterator[StrategyBank]:
-    """A copy of a bank to read, so that others can open the bank meanwhile."""
+def open_copy(path: str | Path) -> Iterator[StrategyBank]:
+    """A copy of a bank, so that other processes can open the bank meanwhile."""
     with TemporaryDirectory(prefix="trl-sgpo-bank-") as temporary:
-        with reading(path) as bank:
+        with open_read_only(path) as bank:
             bank.snapshot(temporary)
         with StrategyBank.restore(temporary) as copy:
             yield copy
 
 
 @contextmanager
-def reading_export(
-    directory: Path, embedding_model: str | Embedder, origin: str | None = None
-) -> Iterator[StrategyBank]:
-    """A bank, for as long as it is read, of an export with the trust states that its author gave it."""
+def open_export(directory: Path, embedding_model: str | Embedder, origin: str | None = None) -> Iterator[StrategyBank]:
+    """A temporary bank with the strategies of an export in the trust states that its author gave them."""
     with TemporaryDirectory(prefix="trl-sgpo-bank-") as temporary:
         export = Path(temporary) / "export"
         export.mkdir()

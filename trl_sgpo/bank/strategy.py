@@ -1,15 +1,16 @@
-"""The records of the bank: a strategy, the outcome of executing it, and a strategy found for a problem."""
+"""Records of the bank: strategies, outcomes and executions of strategies, search results, import reports."""
 
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 from ..errors import BankError
 
 
+DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # of strategies and problems
 TRUST_STATES = ("candidate", "trusted", "retired", "quarantine")
 
 
@@ -69,7 +70,7 @@ class Strategy:
             How it came into the bank.
         trust (`str`, *optional*, defaults to `"candidate"`):
             `"candidate"` (shown in training only), `"trusted"` (shown everywhere), `"retired"` (kept on record only)
-            or `"quarantine"` (shown nowhere, until executions verified here speak for it).
+            or `"quarantine"` (executed in bank rows, and shown nowhere until executions verified here earn it trust).
         successes (`float`, *optional*, defaults to `0`):
             Sum of the outcomes, each in [0, 1], of its verified executions.
         trials (`int`, *optional*, defaults to `0`):
@@ -122,8 +123,22 @@ class Strategy:
     def updated(self, **changes: Any) -> Self:
         """A copy with other source problems, trust state or counts, which are not checked again."""
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__ | {"id": self.id} | changes)  # with the id, which takes long to find out
+        copy.__dict__.update(self.__dict__ | {"id": self.id} | changes)  # with the id, which is slow to compute
         return copy
+
+    def quarantined(self, origin: str) -> Self:
+        """A copy in quarantine, without counts and with another origin, as imports store it."""
+        return replace(
+            self,
+            origin=origin,
+            trust="quarantine",
+            successes=0,
+            trials=0,
+            problems=0,
+            solved=0,
+            baseline=0,
+            shown=0,
+        )
 
     @cached_property
     def checksum(self) -> str:
@@ -135,7 +150,7 @@ class Strategy:
 @dataclass(frozen=True)
 class Outcome:
     """
-    What verified executions of one strategy on one problem achieved.
+    Outcomes of verified executions of one strategy on one problem.
 
     Args:
         strategy_id (`str`):
@@ -212,3 +227,28 @@ class Retrieved:
     strategy: Strategy
     similarity: float
     score: float
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """
+    Counts of what an import did.
+
+    Args:
+        added (`int`):
+            Strategies that are new in the bank.
+        known (`int`):
+            Strategies that the bank had on record already.
+        near_copies (`int`):
+            Strategies left out because the bank has a near-copy of them.
+        quarantined (`int`):
+            Those of the added ones that are in quarantine.
+        retired (`int`, *optional*, defaults to `0`):
+            Strategies that are new and kept on record only: their class is full, or they came as retired ones.
+    """
+
+    added: int
+    known: int
+    near_copies: int
+    quarantined: int
+    retired: int = 0

@@ -5,26 +5,26 @@ from functools import lru_cache
 
 import numpy as np
 
-from .policy import evict, standing
+from .policy import evict, retention_score
 from .strategy import TRUST_STATES, Strategy
 
 
-ROOM = 20  # to begin with; doubled four times it holds a full class of the default capacity, and newcomers
+ROOM = 20  # initial rows: doubled four times, they hold a full class of the default capacity and new strategies
 
 _TRUSTED, _RETIRED = TRUST_STATES.index("trusted"), TRUST_STATES.index("retired")
 
 
 @lru_cache
-def _are(trust: tuple[str, ...]) -> np.ndarray:
+def _is_in(trust: tuple[str, ...]) -> np.ndarray:
     return np.array([state in trust for state in TRUST_STATES])
 
 
 class ClassVectors:
     """
-    What retrieval and eviction compare of the strategies of a class, in arrays.
+    Embeddings, trust states, retention scores and steps of the strategies of a class, in arrays.
 
-    A class is small enough to compare a problem with all of its strategies, which an approximate index that filters
-    by class does more slowly and not as well.
+    A class is small enough to compare a problem with all of its strategies, which is faster and more exact than an
+    approximate index that filters by class.
 
     Args:
         dimension (`int`):
@@ -37,7 +37,7 @@ class ClassVectors:
         self._columns: dict[str, np.ndarray] = {
             "matrix": np.zeros((ROOM, dimension), dtype=np.float32),
             "trust": np.zeros(ROOM, dtype=np.uint8),
-            "standing": np.zeros(ROOM),
+            "score": np.zeros(ROOM),
             "step": np.zeros(ROOM, dtype=np.int64),
         }
 
@@ -46,13 +46,13 @@ class ClassVectors:
 
     def column(self, name: str) -> np.ndarray:
         """
-        `"matrix"` (embeddings of norm 1, shape `(n, d)`), `"trust"` (places in `TRUST_STATES`), `"standing"` or
-        `"step"`, in the order of `ids`. A view: copy it before changing the class.
+        `"matrix"` (embeddings of norm 1, shape `(n, d)`), `"trust"` (positions in `TRUST_STATES`), `"score"` or
+        `"step"`, in the order of `ids`. It is a view: copy it before changing the class.
         """
         return self._columns[name][: len(self.ids)]
 
     def put(self, strategy: Strategy, embedding: np.ndarray | None = None) -> None:
-        """Add a strategy with its embedding, or change what is kept of it."""
+        """Add a strategy with its embedding, or update the values of a known one."""
         row = self.rows.get(strategy.id)
         if row is None:
             row = len(self.ids)
@@ -65,7 +65,7 @@ class ClassVectors:
         if embedding is not None:
             self._columns["matrix"][row] = embedding
         self._columns["trust"][row] = TRUST_STATES.index(strategy.trust)
-        self._columns["standing"][row] = standing(strategy)
+        self._columns["score"][row] = retention_score(strategy)
         self._columns["step"][row] = strategy.step
 
     def remove(self, strategy_id: str) -> None:
@@ -84,31 +84,31 @@ class ClassVectors:
 
     def with_trust(self, trust: Collection[str]) -> np.ndarray:
         """Rows of the strategies in one of these trust states."""
-        return np.flatnonzero(_are(tuple(trust))[self.column("trust")])
+        return np.flatnonzero(_is_in(tuple(trust))[self.column("trust")])
 
-    def beyond(self, capacity: int, changed: Iterable[Strategy]) -> list[str]:
+    def over_capacity(self, capacity: int, changed: Iterable[Strategy]) -> list[str]:
         """
-        Ids of the strategies that exceed a capacity once some of the class have changed.
+        Ids of the strategies to evict, after changes, to keep a capacity.
 
         Args:
             capacity (`int`):
                 How many stay.
             changed (`Iterable[Strategy]`):
-                Strategies as they will be, new ones and retired ones too.
+                Changed strategies of the class, including new and retired ones.
         """
         strategies = list(changed)
         new = [s for s in strategies if s.id not in self.rows and s.trust != "retired"]
         ids = self.ids + [s.id for s in new]
         trust = np.concatenate([self.column("trust"), [TRUST_STATES.index(s.trust) for s in new]])
-        standings = np.concatenate([self.column("standing"), [standing(s) for s in new]])
+        scores = np.concatenate([self.column("score"), [retention_score(s) for s in new]])
         steps = np.concatenate([self.column("step"), [s.step for s in new]])
         for strategy in strategies:
             if (row := self.rows.get(strategy.id)) is not None:
-                trust[row], standings[row] = TRUST_STATES.index(strategy.trust), standing(strategy)
+                trust[row], scores[row] = TRUST_STATES.index(strategy.trust), retention_score(strategy)
         if not (retired := trust == _RETIRED).any():
-            return [ids[row] for row in evict(trust == _TRUSTED, standings, steps, capacity).tolist()]
+            return [ids[row] for row in evict(trust == _TRUSTED, scores, steps, capacity).tolist()]
         stay = np.flatnonzero(~retired)
-        gone = stay[evict(trust[stay] == _TRUSTED, standings[stay], steps[stay], capacity)]
+        gone = stay[evict(trust[stay] == _TRUSTED, scores[stay], steps[stay], capacity)]
         return [ids[row] for row in gone.tolist()]
 
 
@@ -116,15 +116,15 @@ def nearest(
     embeddings: np.ndarray, parts: list[tuple[ClassVectors, np.ndarray]], n: int
 ) -> list[list[tuple[str, float]]]:
     """
-    The nearest of some strategies, found by comparing with all of them.
+    The nearest strategies, found by comparing with all of them (exact search).
 
     Args:
         embeddings (`np.ndarray` of shape `(m, d)`):
-            What to look for.
+            The queries.
         parts (`list[tuple[ClassVectors, np.ndarray]]`):
             Classes, and the rows of each to compare with.
         n (`int`):
-            How many to find for each.
+            Number of strategies a query.
 
     Returns:
         `list[list[tuple[str, float]]]`: `m` lists of id and cosine similarity, the nearest first.

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: both trainers on one recipe, and what a step of either takes."""
+"""What the benchmarks of training share: the trainers of a recipe, and what a step of each takes."""
 
 import atexit
 import json
@@ -21,15 +21,20 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
+from ..bank.session import Observation
 from ..cli.train import without_long_problems
+from ..data.classes import CLASS_COLUMN, with_classes
 from ..inference.weights import require_model
 from ..recipe import Recipe, load_data, load_rewards, model_init_kwargs
 from ..sgpo_config import SGPOConfig
-from ..sgpo_trainer import CLASS_COLUMN, SGPOTrainer, with_classes
+from ..sgpo_trainer import SGPOTrainer
 from ..speed.lm_head import contiguous_head_input, project_labelled_tokens_only
+from ..speed.trainer import SharedPromptGRPOTrainer
 
 
 ARMS = ("sgpo", "grpo")
+STEP_ARMS = ("sgpo", "shared_grpo", "grpo")
+"""With GRPO by [`SharedPromptGRPOTrainer`], to tell what the method costs from what the faster paths save."""
 
 
 class _GRPOTrainer(GRPOTrainer):
@@ -49,13 +54,13 @@ def build_trainer(
     tokenizer: str | None = None,
 ) -> Any:
     """
-    Builds an arm's trainer. Both generate rows of the same lengths by construction.
+    Builds an arm's trainer. All of them generate rows of the same lengths by construction.
 
     Args:
         arm (`str`):
-            `"sgpo"` or `"grpo"`.
+            `"sgpo"`, `"shared_grpo"` ([`SharedPromptGRPOTrainer`]) or `"grpo"` ([`~trl.GRPOTrainer`]).
         recipe ([`~trl_sgpo.recipe.Recipe`]):
-            What both train.
+            What all of them train.
         end_probability (`float`, *optional*, defaults to `0.0`):
             Probability that a row ends at a token. By default all are generated to their limit.
         equal_lengths (`bool`, *optional*, defaults to `False`):
@@ -66,7 +71,7 @@ def build_trainer(
             Directory or Hub id of a tokenizer to use instead of the model's.
 
     Returns:
-        [`SGPOTrainer`] or [`~trl.GRPOTrainer`]
+        [`SGPOTrainer`], [`SharedPromptGRPOTrainer`] or [`~trl.GRPOTrainer`]
     """
     args, script = recipe.training, recipe.script
     name = tokenizer or require_model(recipe.model.model_name_or_path)
@@ -98,7 +103,8 @@ def build_trainer(
     else:
         if equal_lengths:
             shared["max_completion_length"] = args.max_strategy_length + args.max_completion_length
-        trainer = _GRPOTrainer(args=args.to_grpo(**shared), **common)
+        kind = _GRPOTrainer if arm == "grpo" else SharedPromptGRPOTrainer
+        trainer = kind(args=args.to_grpo(**shared), **common)
     trainer.remove_callback(PrinterCallback)
     _end_at_random(trainer, end_probability)
     if arm == "sgpo" and trainer.strategy_bank is not None:
@@ -155,8 +161,9 @@ class _NewStrategies(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.step += 1
-        blocks = len(self.trainer.rollout_batch.problems) // self.trainer.geometry.problems
-        self.trainer.note_found(_strategies("bench", 1000 * self.step, max(blocks, 1)))
+        rows = self.trainer.args.per_device_train_batch_size * self.trainer.args.steps_per_generation
+        blocks = rows // self.trainer.geometry.rows
+        self.trainer.bank_session.note(Observation(_strategies("bench", 1000 * self.step, blocks), [], []))
 
 
 class _StepTimer(TrainerCallback):
@@ -250,23 +257,25 @@ def measured_step(trainer: Any) -> tuple[dict[str, Any], list[Call]]:
     timer = _StepTimer()
     trainer.add_callback(timer)
 
+    single = "generate" if isinstance(trainer, SharedPromptGRPOTrainer) else "_generate_single_turn"
+
     def note(args: Any, result: Any) -> None:
         tokens.append(sum(len(ids) for ids in result[0]))
-        calls.append(Call(args[0], trainer.generation_config.max_new_tokens))
+        calls.append(Call(args[0], args[1] if single == "generate" else trainer.generation_config.max_new_tokens))
 
     with (
         _timed(trainer, "_generate", spent),
-        _timed(trainer, "_generate_single_turn", spent, note),
+        _timed(trainer, single, spent, note),
         _timed(trainer, "_generate_and_score_completions", spent),
     ):
         if isinstance(trainer, SGPOTrainer):
-            with _timed(trainer, "commit_bank", spent), _timed(trainer, "_plan_rollouts", spent):
+            with _timed(trainer.bank_session, "commit", spent), _timed(trainer, "_plan_rollouts", spent):
                 trainer.train()
         else:
             trainer.train()
     trainer.remove_callback(timer)
     # In the recipes' aligned geometry scoring runs no forward pass of its own, so all of it counts as outside
-    outside = spent["_generate_and_score_completions"] - spent["_generate_single_turn"] + spent.get("commit_bank", 0.0)
+    outside = spent["_generate_and_score_completions"] - spent[single] + spent.get("commit", 0.0)
     row = {
         "seconds": timer.seconds,
         "cpu_seconds": timer.cpu_seconds,
@@ -274,7 +283,7 @@ def measured_step(trainer: Any) -> tuple[dict[str, Any], list[Call]]:
         "seconds_generating": spent["_generate"],
         "cpu_seconds_generating": spent["_generate cpu"],
         "seconds_outside_model": outside,
-        "seconds_of_bank": spent.get("commit_bank", 0.0) + spent.get("_plan_rollouts", 0.0),
+        "seconds_of_bank": spent.get("commit", 0.0) + spent.get("_plan_rollouts", 0.0),
     }
     return row, calls
 

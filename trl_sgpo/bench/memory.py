@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import resource
 import sys
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -37,9 +38,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def peaks(arguments: list[str], equal_lengths: bool) -> dict[str, float]:
+def peaks(arguments: list[str], equal_lengths: bool, arms: Sequence[str] = ARMS) -> dict[str, float]:
     """
-    Peak memory of both trainers, in bytes, and their ratios.
+    Peak memory of several trainers, in bytes, and its ratio to that of TRL's.
 
     `peak` is the most a process had: what PyTorch allocated on a GPU, resident memory on a CPU. `step` is what
     tensors took at most during a step above what they took before it.
@@ -49,9 +50,16 @@ def peaks(arguments: list[str], equal_lengths: bool) -> dict[str, float]:
             The recipe and what overrides it.
         equal_lengths (`bool`):
             Whether GRPO's completions have the length of strategy and execution together.
+        arms (`Sequence[str]`, *optional*, defaults to `("sgpo", "grpo")`):
+            The trainers.
     """
-    measured = {arm: _in_new_process(arm, arguments, equal_lengths) for arm in ARMS}
-    figures = {f"{name}_memory_ratio": measured["sgpo"][name] / measured["grpo"][name] for name in ("peak", "step")}
+    measured = {arm: _in_new_process(arm, arguments, equal_lengths) for arm in arms}
+    figures = {
+        f"{'' if arm == 'sgpo' else f'{arm}_'}{name}_memory_ratio": measured[arm][name] / measured["grpo"][name]
+        for arm in arms
+        if arm != "grpo"
+        for name in ("peak", "step")
+    }
     for arm, memory in measured.items():
         figures |= {f"{arm}_{name}_bytes": value for name, value in memory.items()}
     return figures

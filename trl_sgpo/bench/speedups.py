@@ -16,8 +16,8 @@ from .throughput import add_step_options, check_step_options, step_settings
 
 SPEEDUPS = {
     "merges_adapters": "adapters merged while generating",
-    "reads_requests_once": "requests read once, and rows that ended left out, while generating",
-    "leaves_out_ended_rows": "rows that ended left out while generating",
+    "shares_prefixes": "prompts read once, and finished rows dropped, while generating",
+    "drops_finished_rows": "finished rows dropped while generating",
     "shares_prompts": "prompts read once while training",
 }
 MEASURES = {

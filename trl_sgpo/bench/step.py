@@ -1,19 +1,19 @@
-"""`trl-sgpo bench step`: what a step of SGPO takes, in time and memory, against TRL's own GRPOTrainer."""
+"""`trl-sgpo bench step`: time and memory of a step of SGPO and of shared-prompt GRPO, against TRL's GRPOTrainer."""
 
 import argparse
 
 from ..recipe import read_recipe
-from .arms import report
+from .arms import STEP_ARMS, report
 from .memory import peaks
 from .throughput import add_step_options, step_figures, step_settings, take_turns
 
 
 def main(argv: list[str]) -> int:
-    """Takes steps of both trainers in turn and prints the figures."""
+    """Takes steps of the three trainers in turn and prints the figures."""
     parser = argparse.ArgumentParser(
         prog="trl-sgpo bench step",
-        description="Measure SGPO against TRL's GRPOTrainer on a recipe's model and data, at equal num_generations "
-        "and max_completion_length.",
+        description="Measure SGPO, and GRPO by SharedPromptGRPOTrainer, against TRL's GRPOTrainer on a recipe's model "
+        "and data, at equal num_generations and max_completion_length.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
     parser.add_argument("--config", required=True, help="recipe")
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
     arguments = ["--config", options.config, *overrides]
     recipe = read_recipe(arguments, "trl-sgpo bench step")
 
-    rows = take_turns(recipe, options, with_generate=False)
-    figures = step_figures(rows) | peaks(arguments, equal_lengths=False)
+    rows = take_turns(recipe, options, STEP_ARMS)
+    figures = step_figures(rows) | peaks(arguments, equal_lengths=False, arms=STEP_ARMS)
     report(
         "SGPO against GRPO, medians",
         figures | {"settings": step_settings(recipe, options), "rows": rows},

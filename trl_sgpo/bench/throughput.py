@@ -3,17 +3,17 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import DynamicCache
 from trl.models import unwrap_model_for_generation
 
 from ..errors import ConfigError
 from ..recipe import Recipe, read_recipe
-from ..speed.generation import left_padded, max_new_tokens, merged_adapters
+from ..speed.generation import base_of, left_padded, limited
 from ..speed.lm_head import contiguous_head_input
 from .arms import ARMS, Call, build_trainer, counted_step, measured_step, report, settings, synchronize
 
@@ -62,16 +62,20 @@ def step_settings(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]
     return settings(recipe) | {"steps": options.steps, "end_probability": options.end_probability}
 
 
-def take_turns(recipe: Recipe, options: argparse.Namespace, with_generate: bool) -> list[dict[str, Any]]:
+def take_turns(
+    recipe: Recipe, options: argparse.Namespace, arms: Sequence[str] = ARMS, with_generate: bool = False
+) -> list[dict[str, Any]]:
     """
-    Takes steps of both trainers in turn, in changing order.
+    Takes steps of several trainers in turn, in changing order.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
-            What both train.
+            What all of them train.
         options (`argparse.Namespace`):
             `steps` and `end_probability`.
-        with_generate (`bool`):
+        arms (`Sequence[str]`, *optional*, defaults to `("sgpo", "grpo")`):
+            The trainers, see [`~trl_sgpo.bench.arms.build_trainer`].
+        with_generate (`bool`, *optional*, defaults to `False`):
             Whether plain `generate` repeats each rollout, and the memory's bandwidth is measured beside it.
 
     Returns:
@@ -81,12 +85,12 @@ def take_turns(recipe: Recipe, options: argparse.Namespace, with_generate: bool)
         [`ConfigError`]: Options out of range.
     """
     check_step_options(options)
-    trainers = {arm: build_trainer(arm, recipe, options.end_probability) for arm in ARMS}
+    trainers = {arm: build_trainer(arm, recipe, options.end_probability) for arm in arms}
     rows: list[dict[str, Any]] = []
     for arm, trainer in trainers.items():
         rows.append({"arm": arm, "step": 0, **counted_step(trainer)})
     for step in range(1, options.steps + 1):
-        for arm in ARMS if step % 2 else reversed(ARMS):
+        for arm in arms if step % 2 else reversed(arms):
             row, calls = measured_step(trainers[arm])
             if arm == "sgpo" and with_generate:
                 row |= _plain_generate(trainers[arm], calls)
@@ -97,19 +101,19 @@ def take_turns(recipe: Recipe, options: argparse.Namespace, with_generate: bool)
 
 def _plain_generate(trainer: Any, calls: list[Call]) -> dict[str, Any]:
     """What the same calls take the model's own `generate`, without anything of SGPO, and the memory at least."""
-    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    model = base_of(trainer.model)
     padding, device, ends = trainer.processing_class.pad_token_id, trainer.accelerator.device, trainer.eos_token_ids
     tokens, seconds = 0, 0.0
     with (
         contiguous_head_input(model),
-        merged_adapters(trainer),
+        trainer.adapters.merged() if trainer.merges_adapters else nullcontext(),
         unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),
         torch.no_grad(),
     ):
         for call in calls:
             ids, mask = left_padded(call.prompts, padding, device)
             start = time.perf_counter()
-            with max_new_tokens(trainer, call.limit):
+            with limited(trainer.generation_config, call.limit):
                 output = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config
                 )
@@ -169,18 +173,25 @@ def _median(rows: list[dict[str, Any]], arm: str, key: Callable[[dict[str, Any]]
 
 
 def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """SGPO's step divided by GRPO's, and where SGPO's time goes."""
-
-    def ratio(key: Callable[[dict[str, Any]], float]) -> float:
-        return _median(rows, "sgpo", key) / _median(rows, "grpo", key)
-
+    """Steps divided by those of TRL's trainer, and where SGPO's time goes."""
     flops = {row["arm"]: row["flops"] / row["generated_tokens"] for row in rows if row["step"] == 0}
+
+    def ratios(arm: str) -> dict[str, float]:
+        def ratio(key: Callable[[dict[str, Any]], float]) -> float:
+            return _median(rows, arm, key) / _median(rows, "grpo", key)
+
+        return {
+            "step_time_ratio": ratio(lambda row: row["seconds"]),
+            "generated_tokens_ratio": ratio(lambda row: row["generated_tokens"]),
+            "seconds_per_generated_token_ratio": ratio(lambda row: row["seconds"] / row["generated_tokens"]),
+            "cpu_seconds_per_generated_token_ratio": ratio(lambda row: row["cpu_seconds"] / row["generated_tokens"]),
+            "flops_per_generated_token_ratio": flops[arm] / flops["grpo"],
+        }
+
+    others = [arm for arm in flops if arm not in ("sgpo", "grpo")]
     return {
-        "step_time_ratio": ratio(lambda row: row["seconds"]),
-        "generated_tokens_ratio": ratio(lambda row: row["generated_tokens"]),
-        "seconds_per_generated_token_ratio": ratio(lambda row: row["seconds"] / row["generated_tokens"]),
-        "cpu_seconds_per_generated_token_ratio": ratio(lambda row: row["cpu_seconds"] / row["generated_tokens"]),
-        "flops_per_generated_token_ratio": flops["sgpo"] / flops["grpo"],
+        **ratios("sgpo"),
+        **{f"{arm}_{name}": value for arm in others for name, value in ratios(arm).items()},
         "bank_share": _median(rows, "sgpo", lambda row: row["seconds_of_bank"] / row["seconds"]),
         "share_outside_model": _median(rows, "sgpo", lambda row: row["seconds_outside_model"] / row["seconds"]),
         "sgpo_seconds_per_step": _median(rows, "sgpo", lambda row: row["seconds"]),

@@ -1,4 +1,4 @@
-"""`trl-sgpo bench`: what SGPO costs, and what its bank holds out against."""
+"""`trl-sgpo bench`: time and memory of SGPO."""
 
 from importlib import import_module
 
@@ -6,12 +6,11 @@ from ..errors import ConfigError
 
 
 SUBJECTS = {
-    "step": "time and memory of a training step, SGPO against TRL's GRPOTrainer",
+    "step": "time and memory of a training step: SGPO and shared-prompt GRPO against TRL's GRPOTrainer",
     "throughput": "speed against GRPOTrainer, plain `generate` and the memory's bandwidth",
     "speedups": "what each part of SGPO that saves work is worth",
     "memory": "peak memory against GRPOTrainer at equal rows and total lengths",
     "fit": "what recipes take on this GPU, in memory and time, with random weights",
-    "bank": "the strategy bank: kills, retention, poison, size, malformed imports",
 }
 
 

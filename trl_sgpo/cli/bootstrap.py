@@ -129,7 +129,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     Raises:
         [`DataError`]: The problems cannot be verified, or have no worked solutions that could be used.
     """
-    from ..bank.ledger import durable_replace
+    from ..bank.files import durable_replace
     from ..bank.strategy import problem_id
     from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
     from ..data.synthetic import kept, summarize, to_traces, write_traces
@@ -322,7 +322,7 @@ def _put_into_bank(
     good: list["Tried"], recipe: "Recipe", options: argparse.Namespace, output_dir: Path, name: str
 ) -> int:
     """Adds strategies as candidates. Those that the bank has retired stay so."""
-    from ..bank import Strategy
+    from ..bank.strategy import Strategy
 
     strategies = [
         Strategy(

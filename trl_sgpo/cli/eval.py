@@ -303,14 +303,15 @@ def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
 
 
 def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitStack) -> "StrategyBank | None":
-    from .bank import BANK_DIRECTORY, _reading
+    from ..bank.files import BANK_DIRECTORY
+    from ..bank.snapshot import open_read_only
 
     beside = Path(options.model) / BANK_DIRECTORY
     if options.bank is None:
         if beside.is_dir():
             print(f"{beside} is not used: pass `--bank auto` to show its strategies.")
         return None
-    bank = stack.enter_context(_reading(str(beside.parent) if options.bank == "auto" else options.bank))
+    bank = stack.enter_context(open_read_only(str(beside.parent) if options.bank == "auto" else options.bank))
     bank.embedding_model = bank.made_with or model.settings.embedding_model
     return bank
 

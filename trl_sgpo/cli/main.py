@@ -18,7 +18,7 @@ COMMANDS = {
     "export": "write a trained model as one that stands alone, for transformers or llama.cpp, checked by its logits",
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
     "estimate": "say how much memory recipes need, and what makes them fit, before anything is downloaded",
-    "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
+    "bench": "measure SGPO against TRL's GRPOTrainer on this machine",
     "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",
     "report": "write a run as one HTML file: curves, transfer, strategies, rollouts, settings",
     "push": "publish a run on the Hugging Face Hub: model, bank, metrics and card in one commit",

@@ -14,7 +14,7 @@ from ..errors import BankError, ConfigError, DataError
 
 
 if TYPE_CHECKING:
-    from ..bank import Strategy
+    from ..bank.strategy import Strategy
     from ..inference.model import Decoding
     from ..inference.pipeline import SGPOPipeline, Solution
 
@@ -299,11 +299,11 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
 
 
 def _print_shown(retrieved: "Sequence[Strategy]") -> None:
-    from .bank import _rate
+    from .text import rate
 
     _heading("From the bank")
     lines = [
-        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {_rate(strategy)}\n"
+        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {rate(strategy)}\n"
         f"  {' '.join(strategy.text.split())}"
         for strategy in retrieved
     ]
@@ -352,9 +352,9 @@ def _heading(text: str) -> None:
 
 def _write(text: str) -> None:
     """Prints what a model or a bank says, with nothing in it that a terminal would act on."""
-    from .bank import _printable
+    from .text import printable
 
-    print(_printable(text), end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
 # Chat

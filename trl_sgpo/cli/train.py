@@ -35,8 +35,8 @@ from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SHARDED_CHECKPOINTS, SGPOTrainer, with_classes
 from ..vram.advice import in_words
 from ..vram.estimate import GIB
-from .bank import _printable
 from .estimate import report
+from .text import printable
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -338,7 +338,7 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
     path = Path(trainer.args.output_dir) / "before.json"
     if checkpoint is not None and path.is_file():
         return {decoding: TransferScore(**score) for decoding, score in json.loads(path.read_text()).items()}
-    trainer.set_aside_old_bank()
+    trainer.bank_session.set_aside_old_bank()
     print(f"Measuring on up to {problems} unseen problems before training …")
     scores = _measure(trainer, unseen, problems)
     path.write_text(json.dumps(_to_json(scores)))
@@ -374,7 +374,7 @@ def print_report(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Re
         console.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
         for strategy in bank.best(3):
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
-            console.print(f"  • {_printable(strategy.text)} ({tally})", highlight=False, markup=False)
+            console.print(f"  • {printable(strategy.text)} ({tally})", highlight=False, markup=False)
     output_dir, path = recipe.training.output_dir, recipe.path
     console.print(
         f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"

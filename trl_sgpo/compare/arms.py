@@ -20,6 +20,8 @@ from ..data.bootstrap import two_phase_examples, warmstart
 from ..data.worked import traces
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
+from ..method.credit import Credit
+from ..method.rollout import Rollout
 from ..recipe import Recipe, load_rewards, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
@@ -227,11 +229,9 @@ def _sgpo(task: Task) -> Trained:
 class JointAdvantageTrainer(SGPOTrainer):
     """Ablation: strategy tokens get the advantage of their own row's execution, as in GRPO on the whole row."""
 
-    def _assign_credit(self, rollouts: list[Any], rewards: torch.Tensor) -> None:
-        super()._assign_credit(rollouts, rewards)
-        assert self._row_advantages is not None
-        execution = self._row_advantages[1]
-        self._row_advantages = (execution, execution)
+    def credit_of(self, rollouts: list[Rollout], rewards: torch.Tensor) -> Credit:
+        credit = super().credit_of(rollouts, rewards)
+        return replace(credit, strategy=credit.execution)
 
 
 def _joint(task: Task) -> Trained:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import StrategyBank
+from ..bank.snapshot import BANK_DIRECTORY
 from ..cli.train import resume_point, warmstart_model
+from ..data.classes import with_classes
 from ..errors import DataError
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
@@ -22,7 +24,6 @@ from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
 from ..inference.weights import require_model
 from ..recipe import Recipe, load_data, load_rewards, read_recipe
-from ..sgpo_trainer import BANK_DIRECTORY, with_classes
 from .arms import Task, Trained, plain_settings, train_arm
 from .config import Arm, Comparison, read_comparison
 

@@ -5,14 +5,22 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..bank.embedding import load_embedder
 from ..errors import DataError
+from ..method.prompts import problem_text
 
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
+    from ..bank import StrategyBank
+    from ..sgpo_config import SGPOConfig
+
 logger = logging.getLogger(__name__)
+
+CLASS_COLUMN = "transfer_class"
+"""Column that [`with_classes`] adds."""
 
 
 def problem_classes(
@@ -56,21 +64,13 @@ def problem_classes(
         from sklearn.cluster import KMeans
 
         prompts = dataset.select(missing)["prompt"]
-        embeddings = embed([prompt_text(prompt) for prompt in prompts])
+        embeddings = embed([problem_text(prompt) for prompt in prompts])
         kmeans = KMeans(min(num_clusters, len(missing)), n_init=4, random_state=seed).fit(embeddings)
         for row, label in zip(missing, kmeans.labels_, strict=True):
             classes[row] = f"cluster-{label}"
         sizes = Counter(classes[row] for row in missing)
         logger.info("Clustered problems: " + ", ".join(f"{name} {size}" for name, size in sorted(sizes.items())))
     return [str(name) for name in classes]
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """Returns the problem in a prompt: the text itself, or that of the last user message."""
-    if isinstance(prompt, str):
-        return prompt
-    content = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)
 
 
 def merge_small_classes(
@@ -119,3 +119,38 @@ def merge_small_classes(
     directions = np.stack([centroids[name] / np.linalg.norm(centroids[name]) for name in large])
     nearest = {name: large[int(np.argmax(directions @ centroids[name]))] for name in small}
     return [nearest.get(name, name) for name in classes]
+
+
+def with_classes(dataset: "Dataset", args: "SGPOConfig", bank: "StrategyBank | None" = None) -> "Dataset":
+    """
+    Adds the column with the class that each problem's block is formed from.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Training problems. If they have the column already they are returned as they are.
+        args ([`SGPOConfig`]):
+            Says where classes come from.
+        bank ([`StrategyBank`], *optional*):
+            Its embedder is used where embeddings are needed.
+
+    Returns:
+        [`~datasets.Dataset`]
+
+    Raises:
+        [`DataError`]: The class column is missing, or a class has too few problems for a block.
+    """
+    if CLASS_COLUMN in dataset.column_names:
+        return dataset
+
+    def embed(texts: list[str]) -> Any:
+        return bank.embed(texts) if bank is not None else load_embedder(args.embedding_model)(texts)
+
+    classes = problem_classes(dataset, args.class_column, embed, args.num_clusters, args.seed)
+    clustered = args.class_column is None and "problem_class" not in dataset.column_names
+    classes = merge_small_classes(
+        classes,
+        args.transfer_block_size,
+        "merge" if clustered else args.small_classes,
+        lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
+    )
+    return dataset.add_column(CLASS_COLUMN, classes)

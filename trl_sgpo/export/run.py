@@ -18,8 +18,10 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .._version import __version__
-from ..bank.exchange import export_bank, published
-from ..cli.bank import BANK_DIRECTORY, _reading
+from ..bank.exchange import export_bank
+from ..bank.export import published
+from ..bank.files import BANK_DIRECTORY
+from ..bank.snapshot import open_read_only
 from ..errors import ConfigError, ModelError
 from ..inference.loading import base_of, is_adapter, load_base
 from ..inference.settings import TwoPhaseSettings
@@ -118,7 +120,7 @@ def export(plan: ExportPlan) -> dict[str, Any]:
         unfinished.mkdir(parents=True)
         report = _write(plan, source, base, settings, tokenizer, unfinished)
         if Path(source, BANK_DIRECTORY).is_dir():
-            with _reading(source) as bank:
+            with open_read_only(source) as bank:
                 export_bank(bank, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
         (unfinished / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         if plan.overwrite:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .._version import __version__
-from ..bank.exchange import MANIFEST, is_export, published
-from ..bank.snapshot import BANK_DIRECTORY
+from ..bank.export import is_export, published
+from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..compare.lab.model import LAB_MODEL
 from ..errors import ConfigError
 
@@ -353,7 +353,7 @@ def _bank(directory: Path, repo_id: str) -> str:
     bank = directory / BANK_DIRECTORY
     if not is_export(bank):  # a run's own bank, which a push exports, or none
         return "" if bank.is_dir() else "## Strategy bank\n\nThere is none."
-    manifest = json.loads((bank / MANIFEST).read_text())
+    manifest = json.loads((bank / EXPORT_MANIFEST).read_text())
     trust = ", ".join(f"{count} {state}" for state, count in manifest["trust"].items()) or "none yet"
     return f"""## Strategy bank
 

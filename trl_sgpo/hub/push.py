@@ -17,8 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ..bank.exchange import FILES, MANIFEST, export_bank, published
-from ..bank.snapshot import BANK_DIRECTORY, reading
+from ..bank.exchange import export_bank
+from ..bank.export import published
+from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
+from ..bank.hub import COMMIT
+from ..bank.snapshot import open_read_only
 from ..errors import ModelError
 from .errors import may_pass, readable_errors
 from .model_card import (
@@ -54,7 +57,7 @@ TOKENIZER = (
     "chat_template.jinja",
 )
 MODEL_FILES = (*WEIGHTS, *CONFIGS, *TOKENIZER, SETTINGS_FILE)
-BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (MANIFEST, *FILES.values()))
+BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (EXPORT_MANIFEST, EXPORT_FILE))
 
 # What resuming needs: the state that transformers writes, the rollouts still to be trained on, the bank's snapshot
 CHECKPOINT_FILES = (
@@ -66,8 +69,8 @@ CHECKPOINT_FILES = (
     "scaler.pt",
     "rng_state*.pth",
     "rollouts_*.safetensors",
-    f"{BANK_DIRECTORY}/ledger.sqlite",
-    f"{BANK_DIRECTORY}/{MANIFEST}",
+    f"{BANK_DIRECTORY}/{LEDGER}",
+    f"{BANK_DIRECTORY}/{SNAPSHOT_MANIFEST}",
 )
 # A push replaces these at the top of a repository, also where an earlier one, or TRL's trainer, left others of them
 _REPLACED = (
@@ -83,7 +86,6 @@ _REPLACED = (
 )
 _pusher = ThreadPoolExecutor(1, "trl-sgpo-push")
 PAUSES = (10.0, 60.0)  # seconds before a push that failed for a passing reason is tried again
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 # Publishing
@@ -443,7 +445,7 @@ def bank_of(run: Path) -> Iterator["StrategyBank | None"]:
     if not (run / BANK_DIRECTORY).is_dir():
         yield None
         return
-    with reading(run) as bank:
+    with open_read_only(run) as bank:
         yield bank
 
 
@@ -489,6 +491,6 @@ def pull_run(name: str, revision: str | None = None) -> Path | None:
                     f"{name} has no {SETTINGS_FILE} at {revision}: `--revision` is for models that `trl-sgpo` pushed."
                 ) from error
             raise
-        if not _COMMIT.fullmatch(sha):
+        if not COMMIT.fullmatch(sha):
             raise ModelError(f"Pulling {name} failed: the Hub names no commit for it. Check its address.")
         return Path(snapshot_download(name, revision=sha, allow_patterns=[*MODEL_FILES, *BANK_FILES]))

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from ..errors import ModelError
 from ..hub.push import adapter_base
+from ..speed.quantization import keep_4bit_layout
 from .weights import require_model
 
 
@@ -91,23 +92,3 @@ def load_base(name: str, trained_on: dict[str, Any] | None, **model_kwargs: Any)
     if model.device.type == "cpu":
         keep_4bit_layout(model)
     return model
-
-
-def keep_4bit_layout(model: torch.nn.Module) -> None:
-    """
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward without
-    gradients, which generation is. Gradients are wrong from then on, and logits no longer those of training.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-
-
-def keep_adapters_in_float32(model: torch.nn.Module) -> None:
-    """
-    TRL 1.16 casts the adapters of quantized models to bfloat16. Training in float16 scales gradients, which PyTorch
-    refuses for anything but float32.
-    """
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from ..bank import Strategy, StrategyBank
-from ..bank.bank import DEFAULT_EMBEDDING_MODEL
-from ..bank.exchange import is_export
+from ..bank.export import is_export
+from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
-from ..bank.snapshot import BANK_DIRECTORY, reading_copy, reading_export
+from ..bank.snapshot import open_copy, open_export
+from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..data.tasks import final_answer, same_answer, same_answer_text
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed, majority_vote
@@ -388,12 +389,12 @@ def _open_bank(
         _require_trust(trust_bank, bank)
         with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
             directory, sha = pull_bank(str(bank), Path(temporary) / "export", repo_type="model")
-            return opened.enter_context(reading_export(directory, _embedding_model(run), f"{bank}@{sha}"))
+            return opened.enter_context(open_export(directory, _embedding_model(run), f"{bank}@{sha}"))
     for directory in (Path(bank), Path(bank) / BANK_DIRECTORY):
         if is_export(directory):
             _require_trust(trust_bank, bank)
-            return opened.enter_context(reading_export(directory, _embedding_model(run)))
-    found = opened.enter_context(reading_copy(bank))
+            return opened.enter_context(open_export(directory, _embedding_model(run)))
+    found = opened.enter_context(open_copy(bank))
     found.embedding_model = found.made_with or found.embedding_model
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..errors import ConfigError
 from ..method.prompts import (
     EXECUTION_PROMPT,
@@ -54,7 +55,7 @@ class TwoPhaseSettings:
     max_strategy_length: int = 128
     max_completion_length: int = 256
     num_retrieved: int = 1
-    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    embedding_model: str = DEFAULT_EMBEDDING_MODEL
     system_prompt: str | None = None
     trained_on: dict[str, Any] | None = None
 

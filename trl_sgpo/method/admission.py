@@ -1,9 +1,9 @@
-"""What a batch of transfer blocks teaches the bank: which strategies are worth keeping, and how each one did."""
+"""Admission to the bank: the strategies of transfer blocks that are stored, and the outcomes of all that ran."""
 
 import torch
 
-from ..bank import Outcome, Strategy
 from ..bank.policy import admissible
+from ..bank.strategy import Outcome, Strategy
 from . import advantages as credit
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..bank import Strategy
+from ..bank.strategy import Strategy
 from .prompts import Prompt, problem_text
 
 
@@ -33,8 +33,7 @@ class Problem:
         return problem_text(self.prompt)
 
 
-def as_problem(row: dict[str, Any], class_column: str = "problem_class") -> Problem:
-    """Reads a dataset row as a problem. A class it lacks is `""`."""
-    name = row.get(class_column)
-    answer = row.get("solution")
+def as_problem(row: dict[str, Any], class_column: str = "problem_class", answer_column: str = "solution") -> Problem:
+    """Reads a dataset row as a problem. A class that it lacks is `""`, an answer `None`."""
+    name, answer = row.get(class_column), row.get(answer_column)
     return Problem(row["prompt"], "" if name is None else str(name), None if answer is None else str(answer))

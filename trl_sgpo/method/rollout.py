@@ -5,20 +5,34 @@ What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollou
 `_generate_single_turn`, `generation_config.max_new_tokens` and `vllm_generation.max_completion_length`.
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl.data_utils import is_conversational
 
-from ..speed.generation import generate, merged_adapters, requests_read_once
+from ..bank.strategy import Strategy
+from ..speed.trainer import SharedPromptGRPOTrainer
 from .problem import Problem
-from .prompts import ParsedStrategy, Prompt, chat_bridge, parse_strategy, plain_bridge, strategy_prompt
+from .prompts import ParsedStrategy, chat_bridge, parse_strategy, plain_bridge, strategy_prompt
 from .transfer import BlockGeometry
 
 
-if TYPE_CHECKING:
-    from ..bank import Strategy
-    from ..sgpo_trainer import SGPOTrainer
+@contextmanager
+def rollout_func_accepted() -> Iterator[None]:
+    """Keeps TRL from warning that `rollout_func` is experimental, which it does unless this variable is set."""
+    name = "TRL_EXPERIMENTAL_SILENCE"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,16 @@ class RolloutBatch:
 
     problems: list[Problem]
     geometry: BlockGeometry
-    bank: list[list["Strategy"]] = field(default_factory=list)
+    bank: list[list[Strategy]] = field(default_factory=list)
+
+    @classmethod
+    def without_bank(cls, problems: list[Problem], geometry: BlockGeometry) -> "RolloutBatch":
+        """A batch that executes no strategy of a bank."""
+        return cls(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
+
+    def written_for(self) -> list[Problem]:
+        """The problem of each written strategy, in the order in which strategies are written."""
+        return [problem for problem in self.problems for _ in range(self.geometry.own)]
 
 
 @dataclass(frozen=True)
@@ -77,24 +100,28 @@ class _Written:
     parsed: ParsedStrategy
 
 
-def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str, Any]:
+def written_strategies(rollouts: Sequence[Rollout]) -> list[ParsedStrategy]:
+    """The strategies that were written, problem by problem: own rows come in the order of their strategies."""
+    return [rollout.strategy for rollout in rollouts if rollout.source == "own"]
+
+
+def two_phase_rollout(batch: RolloutBatch, trainer: SharedPromptGRPOTrainer) -> dict[str, Any]:
     """
-    TRL `rollout_func`: writes the strategies of `trainer.rollout_batch`, executes them and returns one row each.
+    Writes the strategies of a batch, executes them and returns one row for each execution.
 
     A row is the request, then strategy + turn + execution. `env_mask` leaves out the turn and, unless the strategy is
     the problem's own, the strategy, so that no token is trained twice. Counting a borrowed strategy to the prompt
     would do the same, but own and borrowed rows would then pad each other on both sides.
 
     Args:
-        prompts (`list`):
-            The rows' prompts, each problem repeated for its executions.
-        trainer ([`SGPOTrainer`]):
+        batch ([`RolloutBatch`]):
+            Problems and strategies of the bank.
+        trainer ([`~trl_sgpo.speed.trainer.SharedPromptGRPOTrainer`]):
             Trainer that generates.
 
     Returns:
         `dict` with `prompt_ids`, `completion_ids`, `logprobs`, `env_mask` and `rollout`, one entry a row.
     """
-    batch = trainer.rollout_batch
     geometry = batch.geometry
     tokenizer = trainer.processing_class
     chat = tokenizer.chat_template is not None
@@ -118,9 +145,9 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
     )
     bridge_ids = tokenizer(bridge, add_special_tokens=False)["input_ids"]
 
-    with merged_adapters(trainer), requests_read_once(trainer, request_ids):
+    with trainer.fast_generation(request_ids, calls=2):
         phase_one = [ids for ids in request_ids for _ in range(geometry.own)]
-        generated, logprobs = generate(trainer, phase_one, args.max_strategy_length, "strategies")
+        generated, logprobs = trainer.generate(phase_one, args.max_strategy_length, "strategies")
         written = _read_strategies(generated, logprobs, trainer)
 
         # Row order is problem by problem, strategy by strategy: `transfer.outcome_matrix` relies on it
@@ -135,7 +162,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
             request_ids[position] + ids + _turn(ids, bridge_ids)
             for (position, _), (_, ids, _, _, _) in zip(plan, sources, strict=True)
         ]
-        executions, execution_logprobs = generate(trainer, contexts, args.max_completion_length, "executions")
+        executions, execution_logprobs = trainer.generate(contexts, args.max_completion_length, "executions")
 
     executions = [ids or [tokenizer.eos_token_id] for ids in executions]
     texts = tokenizer.batch_decode(executions, skip_special_tokens=True)
@@ -161,7 +188,7 @@ def two_phase_rollout(prompts: list[Prompt], trainer: "SGPOTrainer") -> dict[str
 
 
 def _read_strategies(
-    generated: list[list[int]], logprobs: list[list[float]] | None, trainer: "SGPOTrainer"
+    generated: list[list[int]], logprobs: list[list[float]] | None, trainer: SharedPromptGRPOTrainer
 ) -> list[_Written]:
     texts = trainer.processing_class.batch_decode(generated, skip_special_tokens=True)
     written = []

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bank import Strategy, policy
+from ..bank import policy
+from ..bank.strategy import Strategy
 
 
 WIDTH, HEIGHT = 360, 220  # of a view box about as wide as a phone, so that its text can be read there

@@ -20,9 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from .._version import __version__
-from ..bank import Strategy, policy
-from ..bank.strategy import TRUST_STATES
-from ..cli.bank import transfer
+from ..bank import policy
+from ..bank.statistics import transfer
+from ..bank.strategy import TRUST_STATES, Strategy
 from ..evaluation.chunks import write_text
 from ..evaluation.report import ResultTable, tables
 from ..evaluation.statistics import wilson_interval

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..bank.files import BANK_DIRECTORY
+from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
-from ..cli.bank import BANK_DIRECTORY, _reading, bank_directory
 from ..errors import BankError, ConfigError
 from ..method.prompts import problem_text
 
@@ -202,7 +203,7 @@ def _read_bank(run: Run) -> None:
     for directory in [run.path / BANK_DIRECTORY, *_with_checkpoints(run, BANK_DIRECTORY)]:
         try:
             bank_directory(str(directory))
-            with _reading(str(directory)) as bank:
+            with open_read_only(str(directory)) as bank:
                 strategies = [*bank.strategies(), *bank.retired()]
                 executions = {each.id: bank.executions(each.id) for each in strategies}
                 run.bank = BankRecord(strategies, bank.embeddings(), executions)

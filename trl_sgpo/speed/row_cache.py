@@ -1,22 +1,22 @@
-"""Keys and values of rows that begin alike: copied from those of the beginnings, and not again for every token."""
+"""KV cache that starts from shared prefixes and grows in blocks of tokens."""
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
-ROOM = 32
-"""Tokens that there is room for when a layer grows."""
+BLOCK = 32
+"""Tokens by which a layer grows."""
 
 
-class _RoomyLayer(DynamicLayer):
-    """A layer that takes memory for several tokens at once. `DynamicLayer` copies all it has for every new token."""
+class _BlockLayer(DynamicLayer):
+    """A layer that allocates several tokens at a time. `DynamicLayer` copies all keys and values for each token."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, length: int, limit: int):
         super().__init__()
         self.lazy_initialization(keys, values)
         self._limit = limit
-        self._memory = [_with_room(states, length, rows) for states in (keys, values)]
+        self._memory = [_allocated(states, length, rows) for states in (keys, values)]
         self._show(keys.size(2))
 
     def _show(self, length: int) -> None:
@@ -28,8 +28,8 @@ class _RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         stop = start + key_states.size(2)
         if stop > self._memory[0].size(2):
-            length = min(stop + ROOM, self._limit)
-            self._memory = [_with_room(states, length) for states in (self.keys, self.values)]
+            length = min(stop + BLOCK, self._limit)
+            self._memory = [_allocated(states, length) for states in (self.keys, self.values)]
         for memory, states in zip(self._memory, (key_states, value_states), strict=True):
             memory[:, :, start:stop] = states
         self._show(stop)
@@ -37,32 +37,33 @@ class _RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         start, length = self.get_seq_length(), self._memory[0].size(2)
-        self._memory = [_with_room(states, length, indices) for states in (self.keys, self.values)]
+        self._memory = [_allocated(states, length, indices) for states in (self.keys, self.values)]
         self._show(start)
 
 
-def _with_room(states: torch.Tensor, length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+def _allocated(states: torch.Tensor, length: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy of some rows of `states`, with memory for `length` tokens."""
     kept = states if rows is None else states[rows]
     memory = states.new_empty(*kept.shape[:2], length, states.size(3))
     memory[:, :, : states.size(2)] = kept
     return memory
 
 
-def row_cache(heads: Cache, rows: torch.Tensor, length: int, limit: int) -> Cache:
+def row_cache(prefixes: Cache, rows: torch.Tensor, length: int, limit: int) -> Cache:
     """
-    A cache to generate with, of rows that begin with what another has read.
+    A KV cache of rows that each begin with one of N prefixes.
 
     Args:
-        heads ([`~transformers.Cache`]):
-            Keys and values of N beginnings, in all of which no layer has let go of a token. It stays as it is.
+        prefixes ([`~transformers.Cache`]):
+            KV cache of the prefixes, from which no layer has dropped a token. It is not changed.
         rows (`torch.Tensor` of shape `(B,)`):
-            The beginning of each row.
+            Index of each row's prefix.
         length (`int`):
             Tokens of a row before any is generated.
         limit (`int`):
-            Tokens of a row at most.
+            Maximum number of tokens of a row.
 
     Returns:
         [`~transformers.Cache`]
     """
-    return Cache(layers=[_RoomyLayer(layer.keys, layer.values, rows, length, limit) for layer in heads.layers])
+    return Cache(layers=[_BlockLayer(layer.keys, layer.values, rows, length, limit) for layer in prefixes.layers])

@@ -1,11 +1,13 @@
 """
-Rows of one problem side by side, so that a forward pass reads their prompt once and no padding.
+Packed rows: a forward pass reads a prompt once for all of its completions, and no padding.
 
-Rows that differ in their completions only become one sequence of prompts and completions. Each completion attends to
-its prompt and to itself, in attention of its own shape: little is computed that a mask would hide. All other layers
-look at one token at a time and take the sequence as it is.
+Rows with the same prompt become one sequence: the prompts, then the completions. A completion attends to its prompt
+and to itself; attention is computed in the shape of rows, so that almost none of it is masked. All other layers
+process tokens one by one and take the sequence as it is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,7 +159,7 @@ def _grouped_sdpa(
 _plain_sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _sdpa(
+def _packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -172,8 +174,19 @@ def _sdpa(
     return shared_prompts.attend(module, query, key, value, **kwargs), None
 
 
-# In place of `sdpa`, and not under a name of its own, as transformers and TRL treat that name specially
-AttentionInterface.register("sdpa", _sdpa)
+@contextmanager
+def packed_attention() -> Iterator[None]:
+    """
+    Makes models with `sdpa` attention accept `shared_prompts`. With gradient checkpointing the backward pass has to be
+    within the block too.
+    """
+    # In place of `sdpa`, and not under another name, because transformers and TRL treat that name specially
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", _packed_sdpa)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", before)
 
 
 def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int) -> SharedPrompts | None:

@@ -1,15 +1,14 @@
 """
 One step at its largest, before the first real one, so that a run that will not fit says so in the first minute.
 
-What this file relies on in TRL 1.16: `_tokenize_prompts`, `_get_per_token_logps_and_entropies` and, through
-`rollout.py`, `_generate_single_turn`.
+What this file relies on in TRL 1.16: `_tokenize_prompts` and `_get_per_token_logps_and_entropies`.
 """
 
 import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ import transformers
 
 from ..errors import ModelError
 from ..method.prompts import Prompt, problem_text, strategy_prompt
-from ..speed.generation import generate, merged_adapters, requests_read_once
+from ..method.transfer import BlockGeometry
+from ..speed.shared_prompts import packed_attention
+from ..speed.trainer import SharedPromptGRPOTrainer
 
-
-if TYPE_CHECKING:
-    from ..sgpo_trainer import SGPOTrainer
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -54,7 +52,7 @@ def longest_requests(prompts: list[Prompt], count: int, tokenize: Any, args: Any
     return [requests[index % len(requests)] for index in range(count)]
 
 
-def take_worst_case_step(trainer: "SGPOTrainer", peaks: dict[str, int]) -> None:
+def take_worst_case_step(trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry, peaks: dict[str, int]) -> None:
     """
     Lets the optimizer allocate its states, generates both phases at full length from the longest problems, and goes
     forward and backward once. Weights, optimizer, random state, bank and metrics are as before.
@@ -62,6 +60,8 @@ def take_worst_case_step(trainer: "SGPOTrainer", peaks: dict[str, int]) -> None:
     Args:
         trainer ([`SGPOTrainer`]):
             Trainer that is about to start.
+        geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
+            Shape of its transfer blocks.
         peaks (`dict[str, int]`):
             Gets the most bytes that PyTorch had allocated on a GPU during `"optimizing"`, `"generating"` and
             `"training"`, as far as it came, and `"reserved"`, the most it had taken from the GPU.
@@ -86,10 +86,10 @@ def take_worst_case_step(trainer: "SGPOTrainer", peaks: dict[str, int]) -> None:
             _allocate_optimizer(trainer)
             note_peak()
             doing = "generating"
-            requests, completion = _generate_at_full_length(trainer)
+            requests, completion = _generate_at_full_length(trainer, geometry)
             note_peak()
             doing = "training"
-            _train_at_full_length(trainer, requests[0], completion)
+            _train_at_full_length(trainer, geometry, requests[0], completion)
             note_peak()
         except (torch.OutOfMemoryError, MemoryError) as error:
             note_peak()
@@ -100,9 +100,11 @@ def take_worst_case_step(trainer: "SGPOTrainer", peaks: dict[str, int]) -> None:
         logger.warning(f"The worst-case step fits: {taken:.2f} GB of {whole:.2f} GB, without the CUDA context.")
 
 
-def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], list[int]]:
+def _generate_at_full_length(
+    trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry
+) -> tuple[list[list[int]], list[int]]:
     """Returns the requests, longest first, and a completion."""
-    args, geometry, tokenizer = trainer.args, trainer.geometry, trainer.processing_class
+    args, tokenizer = trainer.args, trainer.processing_class
     rows = args.per_device_train_batch_size * args.steps_per_generation
     problems = rows // geometry.executions
     requests = longest_requests(
@@ -114,35 +116,32 @@ def _generate_at_full_length(trainer: "SGPOTrainer") -> tuple[list[list[int]], l
     )
     turn = tokenizer(args.execution_prompt, add_special_tokens=False)["input_ids"]
     turn = turn + turn[-1:] * 16  # the marks of a chat template
-    with merged_adapters(trainer), requests_read_once(trainer, requests), _never_ending(trainer):
+    with trainer.fast_generation(requests, calls=2), _never_ending(trainer):
         own = [request for request in requests for _ in range(geometry.own)]
-        written = generate(trainer, own, args.max_strategy_length, "strategies at their longest")[0]
+        written = trainer.generate(own, args.max_strategy_length, "strategies at their longest")[0]
         begun = [request for request in requests for _ in range(geometry.executions)]
         contexts = [request + written[row % len(written)] + turn for row, request in enumerate(begun)]
-        executed = generate(trainer, contexts, args.max_completion_length, "executions at their longest")[0]
+        executed = trainer.generate(contexts, args.max_completion_length, "executions at their longest")[0]
     return requests, written[0] + turn + executed[0]
 
 
-def _train_at_full_length(trainer: "SGPOTrainer", request: list[int], completion: list[int]) -> None:
+def _train_at_full_length(
+    trainer: SharedPromptGRPOTrainer, geometry: BlockGeometry, request: list[int], completion: list[int]
+) -> None:
     args, device = trainer.args, trainer.accelerator.device
     rows = args.per_device_train_batch_size
-    problems = [row // trainer.geometry.executions for row in range(rows)]
+    problems = [row // geometry.executions for row in range(rows)]
     # Turned, so that the problems of a micro-batch differ and are equally long
     ids = torch.tensor([request[by:] + request[:by] + completion for by in problems], device=device)
     mask = torch.ones_like(ids)
-    trained = mask[:, len(request) :]
-    trainer._trained_tokens = trained
-    try:
-        with trainer.accelerator.no_sync(trainer.model_wrapped):
-            log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
-                trainer.model_wrapped, ids, mask, len(completion), compute_entropy=True
-            )
-            trainer.accelerator.backward((log_probs * trained).mean())
-    finally:
-        trainer._trained_tokens = None
+    with packed_attention(), trainer.accelerator.no_sync(trainer.model_wrapped):
+        log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model_wrapped, ids, mask, len(completion), compute_entropy=True
+        )
+        trainer.accelerator.backward(log_probs.mean())
 
 
-def _allocate_optimizer(trainer: "SGPOTrainer") -> None:
+def _allocate_optimizer(trainer: SharedPromptGRPOTrainer) -> None:
     """Steps with gradients and a learning rate of 0, which changes no weight."""
     optimizer = trainer.optimizer.optimizer
     if optimizer.state:
@@ -161,7 +160,7 @@ def _allocate_optimizer(trainer: "SGPOTrainer") -> None:
 
 
 @contextmanager
-def _nothing_kept(trainer: "SGPOTrainer") -> Iterator[None]:
+def _nothing_kept(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
     device, optimizer = trainer.accelerator.device, trainer.optimizer.optimizer
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -183,7 +182,7 @@ def _nothing_kept(trainer: "SGPOTrainer") -> Iterator[None]:
 
 
 @contextmanager
-def _never_ending(trainer: "SGPOTrainer") -> Iterator[None]:
+def _never_ending(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
     before = trainer.generation_config.suppress_tokens
     trainer.generation_config.suppress_tokens = list(trainer.eos_token_ids)
     try:

@@ -1,8 +1,8 @@
 """
 Harmful strategies in the bank: how often do they reach an answer?
 
-The model is replaced by the worst one for the defence: it obeys any harmful strategy among those it is shown. All
-else is what training runs: admission, evidence, trust, retrieval and the embedding model.
+The model is replaced by the worst one for the defence: it obeys any harmful strategy among those it is shown.
+Admission, trust, retrieval and the embedding model are those of training.
 """
 
 import math
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..bank import Strategy, StrategyBank, load_embedder, problem_id
-from ..bank.bank import DEFAULT_EMBEDDING_MODEL
-from ..bank.embedding import Embedder
-from ..bank.policy import wilson
-from ..method.admission import outcomes, proposals
+from trl_sgpo.bank import Strategy, StrategyBank, load_embedder, problem_id
+from trl_sgpo.bank.embedding import Embedder
+from trl_sgpo.bank.policy import wilson
+from trl_sgpo.bank.strategy import DEFAULT_EMBEDDING_MODEL
+from trl_sgpo.method.admission import outcomes, proposals
 
 
 Answer = Callable[[int, int], int]
@@ -324,10 +324,10 @@ def _attack(
         for kind in KINDS:
             trusting = [*clean[kind], *imports[kind], *texts[kind]]
             bank.merge([_strategy(text, kind, "trusted", 20) for text in trusting], [])
-        believed = bank.retrieve([test[1] for test in tests], k=3, classes=[test[0] for test in tests])
+        undefended = bank.retrieve([test[1] for test in tests], k=3, classes=[test[0] for test in tests])
 
     answers = [_answer(world, test, found) for test, found in zip(tests, shown, strict=True)]
-    fooled = [_answer(world, test, found) for test, found in zip(tests, believed, strict=True)]
+    fooled = [_answer(world, test, found) for test, found in zip(tests, undefended, strict=True)]
     offered = [text for kind in KINDS for text in imports[kind] if text in states]
     return {
         "tests": len(tests),

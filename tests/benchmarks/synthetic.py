@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..bank import Strategy
+from trl_sgpo.bank import Strategy
 
 
 DIMENSION = 384  # of all-MiniLM-L6-v2

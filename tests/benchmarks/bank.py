@@ -1,8 +1,13 @@
-"""`trl-sgpo bench bank`: what the strategy bank survives, keeps, refuses and costs."""
+"""
+Benchmarks of the strategy bank:
+
+    make bench-bank ARGS="--sections index scale"
+"""
 
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,29 +16,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..bank.ledger import durable_replace
-from . import fuzz, kills, poison, retention, scale
+from trl_sgpo.bank.files import durable_replace
+
+from . import fuzz, index, kills, poison, retention, scale
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "kills": lambda options, directory: kills.measure(options.kills, directory),
     "retention": lambda options, directory: retention.measure(options.seeds, directory),
     "poison": lambda options, directory: poison.measure(options.seeds, directory),
+    "index": lambda options, directory: index.measure(options.index_sizes, directory),
     "scale": lambda options, directory: scale.measure(options.sizes, directory),
     "fuzz": lambda options, directory: fuzz.measure(options.inputs, directory),
 }
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Measures sections of the bank and prints their figures."""
     parser = argparse.ArgumentParser(
-        prog="trl-sgpo bench bank",
+        prog="make bench-bank ARGS=",
         description="Measure the strategy bank. Each section takes less than ten minutes on two CPU cores.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="sections:\n"
-        "  kills      a writing process is killed again and again, half of the times while Chroma writes its index\n"
-        "  retention  20 classes come one after the other, each with five times as many strategies as it may keep\n"
-        "  poison     harmful strategies are imported or written by a compromised rollout\n"
+        "  kills      a writing process is killed many times, half of them while Chroma writes its index\n"
+        "  retention  20 classes one after the other, each with five times as many strategies as it may keep\n"
+        "  poison     harmful strategies that are imported or written by a compromised rollout\n"
+        "  index      a step, opening and closing with and without the index, by size\n"
         "  scale      retrieval, commits, opening and snapshots by size, beside plain Chroma and an exact matrix\n"
         "  fuzz       imports of malformed files",
     )
@@ -43,6 +51,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of retention and poison")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="strategies in the bank"
+    )
+    parser.add_argument(
+        "--index_sizes", type=int, nargs="+", default=[100, 1_000, 10_000], help="strategies with and without index"
     )
     parser.add_argument("--inputs", type=int, default=10_000, help="malformed imports")
     options = parser.parse_args(argv)
@@ -60,7 +71,6 @@ def main(argv: list[str]) -> int:
             temporary = output.with_name(output.name + ".tmp")
             temporary.write_text(json.dumps(known, indent=2))
             durable_replace(temporary, output)
-    return 0
 
 
 def _print(name: str, figures: dict[str, Any]) -> None:
@@ -79,3 +89,7 @@ def _print(name: str, figures: dict[str, Any]) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..bank import Outcome, Strategy, StrategyBank
-from ..bank import index as chroma
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank, contents
+from trl_sgpo.bank import index as chroma
+
 from .synthetic import Clusters, made_up
 
 
@@ -29,18 +30,25 @@ def _open(directory: Path) -> StrategyBank:
     return StrategyBank(directory / "bank", Clusters(8 * CLASSES), capacity_per_class=150)
 
 
+def _search(bank: StrategyBank) -> None:
+    """A search that brings the index up to date, as training across classes makes it."""
+    bank.retrieve(["a problem like #0"], trust=("candidate",))
+
+
 def _say(line: str) -> None:
-    os.write(1, f"{line}\n".encode())  # at once, because two threads speak
+    os.write(1, f"{line}\n".encode())  # unbuffered, so that the parent reads it before the kill
 
 
 def write(directory: Path) -> None:
     """
-    What the killed process does: opens the bank, checks it against what was acknowledged, and writes until killed.
+    The process that is killed: it opens the bank, checks it against what was acknowledged, and writes until killed.
 
     Every step stores strategies and an outcome of each, and is acknowledged once it is durable.
     Lines on stdout tell the parent what is happening.
     """
-    # Every step makes Chroma write its whole index, which by default it does every few thousand strategies
+    # The bank has an index whatever its size, and each step makes Chroma write all of it, which by default it does
+    # every few thousand strategies
+    contents.EXACT = 0
     chroma.SYNC_THRESHOLD = PER_STEP
     add = chroma.Index.add
 
@@ -64,7 +72,7 @@ def write(directory: Path) -> None:
         new = [_strategy(number) for number in range(step * PER_STEP, (step + 1) * PER_STEP)]
         bank.record(new, [Outcome(strategy.id, f"step {step}", 1.0) for strategy in new])
         _say(f"acknowledged {step}")
-        bank._use_index().ids()  # as in training, where the index has caught up before the next step
+        _search(bank)
         step += 1
 
 
@@ -78,7 +86,9 @@ def _check(bank: StrategyBank, durable: int) -> dict[str, int]:
         lost += trials == 0
         duplicated += trials > 1
     live = [strategy.id for strategy in bank.strategies()]
-    indexed = bank._use_index().ids() if live else []
+    if live:
+        _search(bank)
+    indexed = bank._store.index.ids() if live else []
     duplicated += len(indexed) - len(set(indexed))
     lost += len(set(live) - set(indexed))
     return {"lost": lost, "duplicated": duplicated, "damage": len(bank.damage()), "strategies": len(live)}
@@ -104,7 +114,8 @@ def measure(kills: int, directory: Path) -> dict[str, Any]:
     acknowledged = 0
     for turn in tqdm(range(kills + 1), desc="Kills"):
         process = subprocess.Popen(
-            [sys.executable, "-m", "trl_sgpo.bench.kills", str(directory)],
+            [sys.executable, "-m", "benchmarks.kills", str(directory)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])},
             stdout=subprocess.PIPE,
             text=True,
             stderr=subprocess.DEVNULL,

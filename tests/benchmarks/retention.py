@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..bank import Outcome, Strategy, StrategyBank
-from ..bank.policy import wilson
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank
+from trl_sgpo.bank.policy import wilson
+
 from .synthetic import Clusters, made_up
 
 

@@ -1,4 +1,4 @@
-"""What the bank costs by the number of strategies in it, beside plain Chroma and an exact matrix in the same run."""
+"""Times of the bank by the number of strategies in it, beside plain Chroma and an exact matrix in the same run."""
 
 import statistics
 import time
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..bank import Outcome, StrategyBank
-from ..bank.index import Index
+from trl_sgpo.bank import Outcome, StrategyBank
+from trl_sgpo.bank.index import Index
+
 from .synthetic import Clusters, made_up
 
 
@@ -26,8 +27,8 @@ def measure(sizes: list[int], directory: Path) -> dict[str, Any]:
     """
     Fills banks of made-up strategies, 250 a class, half of them trusted, and takes times.
 
-    Retrieval is for 32 problems with filters on class and trust. A commit stores 64 strategies and 64 outcomes, when
-    the index has caught up with the one before, as between steps; at capacity it also retires as many. Embeddings are
+    Retrieval is for 32 problems with filters on class and trust. A commit stores 64 strategies and 64 outcomes; at
+    capacity it also retires as many. The next search brings the index up to date. Embeddings are
     given, so that the time of the embedding model is not in it.
 
     Args:
@@ -60,11 +61,12 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
     for start in tqdm(range(0, size, 5_000), desc=f"Storing {size} strategies"):
         bank.add(strategies[start : start + 5_000])
     assert len(bank) == size, "made-up strategies count as near-copies of each other"
+    some = embedder(["#0"])
+    bank._store.index.query(some, 1)  # which builds the index, also of a bank that is small enough to need none
     bank.close()
     found: dict[str, Any] = {}
     found["open_ms"], bank = _timed(open_bank)
-    some = embedder(["#0"])
-    found["index_open_ms"], _ = _timed(lambda: bank._use_index().query(some, 1))
+    found["index_open_ms"], _ = _timed(lambda: bank._store.index.query(some, 1))
 
     rounds = [draw.integers(size, size=PROBLEMS).tolist() for _ in range(ROUNDS)]
     texts = [[f"problem {n} like #{n}" for n in numbers] for numbers in rounds]
@@ -95,7 +97,7 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
                 for n in draw.integers(size, size=CHANGES).tolist()
             ]
             commits.append(_timed(partial(bank.record, new, tried)))
-            catching_up.append(_timed(partial(bank._use_index().query, queries[0][:1], 1)))
+            catching_up.append(_timed(partial(bank._store.index.query, queries[0][:1], 1)))
         found[f"{name}_p50_ms"] = _p50(commits)
         found[f"{name}_max_ms"] = max(ms for ms, _ in commits)
         found["index_catches_up_p50_ms"] = _p50(catching_up)
@@ -104,7 +106,7 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
     found["close_ms"], _ = _timed(bank.close)
     (directory / "bank" / "chroma" / "seal.json").unlink()
     bank = open_bank()
-    found["rebuild_index_ms"], _ = _timed(lambda: bank._use_index().query(some, 1))
+    found["rebuild_index_ms"], _ = _timed(lambda: bank._store.index.query(some, 1))
     bank.close()
     return found
 
@@ -123,8 +125,10 @@ def _beside(
     bank: StrategyBank, strategies: list[Any], queries: list[np.ndarray], wanted: list[list[str]]
 ) -> dict[str, float]:
     """The same searches by plain Chroma and by an exact matrix, and how much of what it finds the bank does too."""
-    index = bank._use_index()._opened.result()
-    embeddings = np.array([bank._contents.embedding(strategy.id) for strategy in strategies])
+    bank._store.index.query(queries[0], 1)
+    index = bank._store.index._index
+    assert index is not None
+    embeddings = np.array([bank._store.contents.embedding(strategy.id) for strategy in strategies])
     names = np.array([strategy.problem_class for strategy in strategies])
     trusted = np.array([strategy.trust == "trusted" for strategy in strategies])
     ids = np.array([strategy.id for strategy in strategies])
@@ -145,11 +149,11 @@ def _beside(
     in_class, any_class = [], []
     for (query, classes), (_, truth) in zip(asked, matrix, strict=True):
         for row, name in enumerate(classes):
-            parts = bank._contents._parts(name, ("trusted",))
-            hits = bank._contents._nearest(query[row : row + 1], parts, ("trusted",), 8, bank._use_index().query)
+            parts = bank._store.contents._parts(name, ("trusted",))
+            hits = bank._store.contents._nearest(query[row : row + 1], parts, ("trusted",), 8, bank._store.index.query)
             in_class += recall(hits, [truth[row]])
-        parts = bank._contents._parts(None, ("trusted",))
-        hits = bank._contents._nearest(query, parts, ("trusted",), 8, bank._use_index().query)
+        parts = bank._store.contents._parts(None, ("trusted",))
+        hits = bank._store.contents._nearest(query, parts, ("trusted",), 8, bank._store.index.query)
         any_class += recall(hits, exact(query, None))
     return {
         "plain_chroma_p50_ms": _p50(plain),

@@ -1,0 +1,1 @@
+"""Benchmarks of the strategy bank: kills, retention, poison, scale, index and malformed imports."""

@@ -1,0 +1,160 @@
+"""`SharedPromptGRPOTrainer` alone: TRL's results, the start check of its fast paths, and nothing left behind."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import trl.trainer.utils
+from models import ROWS_APART, evenness, problems, save_tiny_model
+from peft import LoraConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_sgpo import SharedPromptGRPOTrainer
+from trl_sgpo.speed.row_cache import _BlockLayer
+from trl_sgpo.speed.shared_prompts import SharedPrompts
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def make(kind, model, directory, peft_config=None, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "beta": 0.1,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    args = GRPOConfig(str(directory), **(defaults | kwargs))
+    return kind(
+        model=model, reward_funcs=evenness, args=args, train_dataset=problems(chat=True), peft_config=peft_config
+    )
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_training_equals_that_of_trl(model, tmp_path, peft_config):
+    """Where no row leaves the batch early, random numbers fall to the same tokens."""
+    runs = []
+    for kind in (GRPOTrainer, SharedPromptGRPOTrainer):
+        trainer = make(kind, model, tmp_path, peft_config)
+        trainer.drops_finished_rows = False
+        trainer.train()
+        runs.append((trainer, [logs for logs in trainer.state.log_history if "loss" in logs]))
+    (plain, expected), (shared, found) = runs
+    assert shared.shares_prompts and shared.shares_prefixes
+    assert shared.merges_adapters == (peft_config is not None)
+    assert len(found) == 3
+    for logs, others in zip(found, expected, strict=True):
+        assert logs.keys() == others.keys()
+        for name in ("reward", "completions/mean_length", "num_tokens", "completions/clipped_ratio"):
+            assert logs[name] == others[name]
+        for name in ("loss", "grad_norm", "entropy", "kl"):
+            assert logs[name] == pytest.approx(others[name], rel=2e-3, abs=1e-5), name
+    for (name, weight), other in zip(shared.model.named_parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_prompts_are_read_once(model, tmp_path):
+    """Two problems of four rows: two prefixes in generation, and one packed sequence in each forward pass."""
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, beta=0.0, max_steps=1)
+    read = []
+    trainer.model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].shape))
+    trainer.train()
+    generating = [tuple(shape) for shape in read[:2]]
+    assert [rows for rows, _ in generating] == [2, 8]
+    assert generating[1][1] == 1  # of a prompt, only the token that generation starts from
+    assert [shape[0] for shape in read[-2:]] == [1, 1]
+
+
+def apart(caplog):
+    return [record.message for record in caplog.records if "slower, with equal results" in record.message]
+
+
+@pytest.mark.parametrize("architecture", ROWS_APART)
+def test_rows_of_an_unsupported_architecture_stay_apart(tmp_path, caplog, architecture):
+    """The log says so in one line, and training goes on."""
+    path = save_tiny_model(tmp_path / "model", architecture)
+    trainer = make(SharedPromptGRPOTrainer, path, tmp_path / "out", max_steps=1)
+    assert not trainer.shares_prompts
+    (message,) = apart(caplog)
+    assert message.startswith("Rows of a prompt are trained apart") and "\n" not in message
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_a_wrong_packed_path_is_not_used(model, tmp_path, caplog, monkeypatch):
+    attend = SharedPrompts.attend
+    monkeypatch.setattr(SharedPrompts, "attend", lambda *args, **kwargs: attend(*args, **kwargs).flip(1))
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
+    assert (trainer.shares_prompts, trainer.shares_prefixes) == (False, True)
+    (message,) = apart(caplog)
+    assert "log-probabilities differ by" in message
+
+
+def test_a_wrong_prefix_cache_is_not_used(model, tmp_path, caplog, monkeypatch):
+    update = _BlockLayer.update
+
+    def shifted(self, keys, values, *args, **kwargs):
+        keys, values = update(self, keys, values, *args, **kwargs)
+        return keys, values.roll(1, dims=2)
+
+    monkeypatch.setattr(_BlockLayer, "update", shifted)
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
+    assert (trainer.shares_prompts, trainer.shares_prefixes) == (True, False)
+    (message,) = apart(caplog)
+    assert message.startswith("Prompts are read for each row in generation")
+
+
+def test_the_check_leaves_random_numbers_and_mode_as_they_are(model, tmp_path):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
+        states.append((torch.get_rng_state(), trainer.model.training))
+        assert trainer._check_paths() == (True, True)
+    assert torch.equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
+
+
+def test_libraries_are_as_before_after_training(model, tmp_path):
+    before = trl.trainer.utils._use_triton, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA, max_steps=1)
+    trainer.train()
+    assert (trl.trainer.utils._use_triton, ALL_ATTENTION_FUNCTIONS["sdpa"]) == before
+    assert "generate" not in vars(trainer.model)
+
+
+_IMPORT = """
+import os
+import trl.trainer.utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+def state():
+    registry = {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS}
+    return trl.trainer.utils._use_triton, registry, dict(os.environ)
+
+import trl, transformers, peft, datasets, accelerate  # what these change is not ours
+from trl import GRPOTrainer
+before = state()
+import trl_sgpo, trl_sgpo.sgpo_trainer, trl_sgpo.cli.train
+assert state() == before, "changed by the import"
+"""
+
+
+def test_importing_the_package_changes_nothing_in_the_process():
+    result = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,211 @@
+"""
+The few requests to a Chroma server by which banks exchange strategies.
+
+Anyone who reaches the server can write to it. `chromadb.HttpClient` waits for a silent server without end, reads
+answers of any size, and builds embedding functions that the server names, so it is not used here.
+"""
+
+import json
+import socket
+import ssl
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from threading import Timer
+from time import monotonic
+from typing import Any, Self
+
+from .rows import MAX_ROW_BYTES, from_json
+
+
+TOKEN = "TRL_SGPO_BANK_TOKEN"
+PAGE = 5_000  # keys a request
+BATCH = 500  # rows a request
+BATCH_BYTES = 4 * 2**20
+MAX_ANSWER_BYTES = MAX_ROW_BYTES
+MAX_ROWS = 200_000  # on the server
+READ_TIMEOUT = 10.0  # seconds without a byte
+DEADLINE = 60.0  # seconds for all requests together
+
+Row = tuple[str, dict[str, Any]]  # document and metadata
+
+
+class ServerError(Exception):
+    """The server cannot be reached or answers wrongly. The message is a clause without a full stop."""
+
+
+class AnswerTooLarge(ServerError):
+    """An answer exceeds the size limit."""
+
+
+class ServerRefused(ServerError):
+    """The configuration cannot work with this server. The message names the fix."""
+
+
+def _columns(answer: Any, *names: str) -> list[Any]:
+    """The rows of an answer that consists of named columns."""
+    try:
+        return list(zip(*(answer[name] for name in names), strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ServerError("it does not answer as a Chroma server does") from error
+
+
+def batches(rows: Iterable[tuple[str, Row]]) -> Iterator[dict[str, Row]]:
+    """Rows by their keys, in parts that are small enough for a request."""
+    batch: dict[str, Row] = {}
+    size = 0
+    for key, row in rows:
+        more = len(json.dumps(row))
+        if batch and (len(batch) == BATCH or size + more > BATCH_BYTES):
+            yield batch
+            batch, size = {}, 0
+        batch[key] = row
+        size += more
+    if batch:
+        yield batch
+
+
+class ChromaServer:
+    """
+    Requests to a Chroma server, which together must end before a deadline.
+
+    Args:
+        url (`str`):
+            Address of the server.
+        headers (`dict[str, str]`):
+            Headers of each request.
+    """
+
+    def __init__(self, url: str, headers: dict[str, str]):
+        import httpx
+
+        self._root = f"{url.rstrip('/')}/api/v2/tenants/default_tenant/databases/default_database/collections"
+        # Answers are asked for, and read, without compression: so the size limit holds for what is parsed
+        own = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self._client = httpx.Client(
+            headers=headers | own, timeout=READ_TIMEOUT, trust_env=False, verify=ssl.create_default_context()
+        )
+        self._socket: socket.socket | None = None
+        self._end = monotonic() + DEADLINE
+        self._timer = Timer(DEADLINE, self._hang_up)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._client.close()
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    def _hang_up(self) -> None:
+        """Ends the request in progress. Timeouts alone do not, where a server sends a byte now and then."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _expect_in_time(self) -> None:
+        if monotonic() >= self._end:
+            raise ServerError(f"it took more than {DEADLINE:g} seconds")
+
+    def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        content = None if body is None else json.dumps(body).encode()
+        extensions = {"trace": self._trace}
+        data = bytearray()
+        with self._client.stream(method, self._root + path, content=content, extensions=extensions) as response:
+            for chunk in response.iter_raw():
+                data += chunk
+                if len(data) > MAX_ANSWER_BYTES:
+                    raise AnswerTooLarge(f"it answered with more than {MAX_ANSWER_BYTES >> 20} MiB")
+        return response.status_code, bytes(data)
+
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+        import httpx
+
+        self._expect_in_time()
+        try:
+            status, data = self._request(method, path, body)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            self._expect_in_time()
+            message = (str(error) or type(error).__name__).encode("unicode_escape").decode()
+            raise ServerError(message[:200]) from error
+        self._expect_in_time()
+        if status in (401, 403):
+            raise ServerRefused(f"it answered {status}: set {TOKEN} to the token that it, or a proxy, asks for")
+        if status != 200:
+            raise ServerError(f"it answered {status} {data[:200].decode(errors='replace')!a}")
+        try:
+            return from_json(data)
+        except ValueError as error:
+            raise ServerError(f"it answered what is no JSON: {error}") from error
+
+    def open(self, name: str, metadata: dict[str, str]) -> None:
+        """Use the collection of this name. It is created if it does not exist, and must have the metadata."""
+        found = self._ask("POST", "", {"name": name, "metadata": metadata, "get_or_create": True})
+        try:
+            self._collection = f"/{uuid.UUID(found['id'])}"
+            ours = found["metadata"] == metadata and found["dimension"] in (None, 1)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError("it does not answer as a Chroma server does") from error
+        if not ours:
+            raise ServerRefused(
+                f"its collection {name!r} was made by something else: delete that, or use another server"
+            )
+
+    def all_keys(self) -> Iterator[Any]:
+        """
+        Keys of all rows in the order they were written, in whatever form the server sends them, `None` for one that is
+        too large. A key may come twice.
+        """
+        count = self._ask("GET", f"{self._collection}/count")
+        if type(count) is not int or count > MAX_ROWS:
+            raise ServerError(
+                f"it has {ascii(count)[:40]} rows, where {MAX_ROWS} are the most: delete what is no strategy"
+            )
+        for start in range(0, count, PAGE):
+            yield from self._keys(start, PAGE)
+
+    def _keys(self, offset: int, limit: int) -> list[Any]:
+        try:
+            answer = self._ask("POST", f"{self._collection}/get", {"include": [], "offset": offset, "limit": limit})
+        except AnswerTooLarge:
+            if limit == 1:
+                return [None]
+            half = limit // 2
+            return self._keys(offset, half) + self._keys(offset + half, limit - half)
+        return [key for (key,) in _columns(answer, "ids")]
+
+    def rows(self, keys: list[str]) -> Iterator[tuple[str, Any, Any]]:
+        """Key, document and metadata of rows: nothing of a deleted one, only the key of one that is too large."""
+        for start in range(0, len(keys), BATCH):
+            yield from self._rows(keys[start : start + BATCH])
+
+    def _rows(self, keys: list[str]) -> list[tuple[str, Any, Any]]:
+        include = ["documents", "metadatas"]
+        try:
+            answer = self._ask("POST", f"{self._collection}/get", {"ids": keys, "include": include})
+        except AnswerTooLarge:
+            if len(keys) == 1:
+                return [(keys[0], None, None)]
+            half = len(keys) // 2
+            return self._rows(keys[:half]) + self._rows(keys[half:])
+        return [row for row in _columns(answer, "ids", *include) if row[0] in keys]
+
+    def write(self, rows: dict[str, Row]) -> None:
+        """Write rows by their keys, or replace them."""
+        body = {
+            "ids": list(rows),
+            "documents": [document for document, _ in rows.values()],
+            "metadatas": [metadata for _, metadata in rows.values()],
+            "embeddings": [[1.0]] * len(rows),  # Chroma requires some, but each job embeds with its own model
+        }
+        self._ask("POST", f"{self._collection}/upsert", body)
+
+    def delete(self, keys: list[str]) -> None:
+        """Remove rows."""
+        for start in range(0, len(keys), BATCH):
+            self._ask("POST", f"{self._collection}/delete", {"ids": keys[start : start + BATCH]})

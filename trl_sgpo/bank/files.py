@@ -1,0 +1,32 @@
+"""Names of a bank's files, and how files are replaced and identified."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+BANK_DIRECTORY = "strategy_bank"  # in a run's output folder and in its checkpoints
+LEDGER = "ledger.sqlite"
+INDEX = "chroma"
+SNAPSHOT_MANIFEST = "manifest.json"
+EXPORT_MANIFEST = "manifest.json"
+EXPORT_FILE = "strategies.jsonl"
+PARQUET_FILE = "strategies.parquet"  # in exports of earlier versions, which are not read any more
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def durable_replace(temporary: Path, target: Path) -> None:
+    """Move a file over another one so that a crash leaves either the old or the new content."""
+    for path, move in ((temporary, True), (target.parent, False)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if move:
+            os.replace(temporary, target)

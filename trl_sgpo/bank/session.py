@@ -1,0 +1,248 @@
+"""What a trainer does with a bank: read it before a rollout, note outcomes, commit them after the optimizer step."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..method.admission import outcomes, proposals
+from ..method.credit import Credit
+from ..method.problem import Problem
+from ..method.prompts import ParsedStrategy
+from ..method.rollout import Rollout, RolloutBatch, written_strategies
+from ..method.transfer import BlockGeometry
+from ..sgpo_config import SGPOConfig
+from .audit import control_tokens
+from .bank import StrategyBank
+from .files import BANK_DIRECTORY
+from .shared import SharedBank
+from .strategy import Outcome, Strategy, problem_id
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """
+    What a rank's rollouts mean for the bank.
+
+    Args:
+        admitted (`list[Strategy]`):
+            New strategies to store.
+        outcomes (`list[Outcome]`):
+            Outcomes of all executed strategies.
+        shown (`list[str]`):
+            Ids of the strategies that requests quoted.
+    """
+
+    admitted: list[Strategy]
+    outcomes: list[Outcome]
+    shown: list[str]
+
+
+def in_blocks(values: list, size: int) -> list[list]:
+    """Cuts a list into parts of `size`."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _seed(*parts: int) -> int:
+    return hash(parts) % 2**32
+
+
+class BankSession:
+    """
+    The bank of a training run. Rank 0 holds it; on other ranks nothing is read or written.
+
+    Args:
+        bank ([`StrategyBank`], *optional*):
+            A bank that is open already. If `None`, one is opened as `args` says, unless `args.use_bank` is false.
+        args ([`SGPOConfig`]):
+            Configuration of the run.
+
+    Attributes:
+        bank ([`StrategyBank`] or `None`): The bank, on rank 0 only.
+    """
+
+    def __init__(self, bank: StrategyBank | None, args: SGPOConfig):
+        self.args = args
+        self.starts_empty = bank is None and args.bank_path is None
+        if args.process_index > 0 and bank is not None:
+            bank.close()  # one process may have a bank open
+            bank = None
+        if bank is None and args.use_bank and args.process_index == 0:
+            bank = StrategyBank(
+                args.bank_path or os.path.join(args.output_dir, BANK_DIRECTORY),
+                embedding_model=args.embedding_model,
+                capacity_per_class=args.bank_capacity,
+                min_problems=args.bank_min_problems,
+                tolerance=args.bank_tolerance,
+                max_share=args.bank_max_share,
+            )
+        self.bank = bank
+        self.shared: SharedBank | None = None
+        if bank is not None and args.bank_server is not None:
+            self.shared = SharedBank(bank, args.bank_server)
+        self._admitted: list[Strategy] = []
+        self._outcomes: list[Outcome] = []
+        self._shown = Counter[str]()
+
+    # Before a rollout
+
+    def plan(self, problems: list[Problem], geometry: BlockGeometry, training: bool, step: int) -> RolloutBatch:
+        """
+        Retrieves strategies for problems, and draws those that blocks execute as they are.
+
+        No problem is shown a strategy that was written for it. Candidates are shown in training only, where their
+        outcomes are verified.
+
+        Args:
+            problems (`list[Problem]`):
+                Problems in block order.
+            geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
+                Shape of the blocks.
+            training (`bool`):
+                Whether the rollouts are trained on.
+            step (`int`):
+                Optimizer steps so far, which seed the draws.
+        """
+        bank, args = self.bank, self.args
+        if bank is None:
+            return RolloutBatch.without_bank(problems, geometry)
+        if args.num_retrieved > 0:
+            retrieved = bank.retrieve(
+                [problem.text for problem in problems],
+                k=args.num_retrieved,
+                classes=[problem.problem_class or None for problem in problems],
+                exclude=[{problem_id(problem.prompt)} for problem in problems],
+                cross_class=args.bank_cross_class,
+                trust=("trusted", "candidate") if training else ("trusted",),
+                explore=_seed(args.seed, step) if training else None,
+            )
+            problems = [
+                replace(problem, retrieved=tuple(found.strategy for found in row))
+                for problem, row in zip(problems, retrieved, strict=True)
+            ]
+        drawn = [
+            bank.sample(
+                block[0].problem_class,
+                k=geometry.bank,
+                seed=_seed(args.seed, step, index),
+                exclude={problem_id(problem.prompt) for problem in block},
+            )
+            if geometry.bank
+            else []
+            for index, block in enumerate(in_blocks(problems, geometry.problems))
+        ]
+        return RolloutBatch(problems, geometry, drawn)
+
+    # After rewards
+
+    def observe(
+        self, batch: RolloutBatch, rollouts: Sequence[Rollout], credit: Credit, model: str, step: int
+    ) -> Observation:
+        """
+        Reads from a rank's rollouts what the bank is to learn.
+
+        Args:
+            batch ([`~trl_sgpo.method.rollout.RolloutBatch`]):
+                What was generated.
+            rollouts (`Sequence[Rollout]`):
+                Its rows.
+            credit ([`~trl_sgpo.method.credit.Credit`]):
+                Their verified outcomes.
+            model (`str`):
+                Name of the model that wrote the strategies.
+            step (`int`):
+                Optimizer step in which they are trained.
+        """
+        geometry = batch.geometry
+        run = os.path.basename(os.path.normpath(self.args.output_dir))
+
+        def strategy(parsed: ParsedStrategy, problem: Problem) -> Strategy:
+            return Strategy(
+                text=parsed.text,
+                problem_class=problem.problem_class,
+                source_problems=(problem_id(problem.prompt),),
+                parents=tuple(shown.id for shown in problem.retrieved),
+                model=model,
+                run=run,
+                step=step,
+            )
+
+        pairs = list(zip(written_strategies(rollouts), batch.written_for(), strict=True))
+        written = in_blocks([strategy(parsed, problem) for parsed, problem in pairs], geometry.written)
+        sound = [parsed.flaw is None and not control_tokens(parsed.text) for parsed, _ in pairs]
+        executed = [
+            [s.id for s in (*own, *drawn, *(own[slot % len(own)] for slot in range(len(drawn), geometry.bank)))]
+            for own, drawn in zip(written, batch.bank, strict=True)
+        ]
+        problems = in_blocks([problem_id(problem.prompt) for problem in batch.problems], geometry.problems)
+        classes = [problem.problem_class for problem in batch.problems[:: geometry.problems]]
+        return Observation(
+            proposals(
+                written,
+                credit.verified,
+                geometry.own,
+                credit.leaked,
+                in_blocks(sound, geometry.written),
+                self.args.bank_min_lift,
+            ),
+            outcomes(executed, problems, classes, credit.verified),
+            [shown.id for problem in batch.problems for shown in problem.retrieved],
+        )
+
+    def note(self, observation: Observation) -> None:
+        """Keeps an observation until the next [`~BankSession.commit`]."""
+        self._admitted += observation.admitted
+        self._outcomes += observation.outcomes
+        self._shown.update(observation.shown)
+
+    # After the optimizer step
+
+    def commit(self) -> None:
+        """Writes what was noted since the last commit."""
+        if self.bank is not None:
+            self.bank.record(self._admitted, self._outcomes, self._shown)
+        self._admitted, self._outcomes, self._shown = [], [], Counter()
+
+    def share(self, log_metric: Callable[[str, float], None]) -> None:
+        """Sends trusted strategies to the server that jobs share, if there is one, and receives those of others."""
+        if self.shared is not None:
+            report = self.shared.sync()
+            log_metric("sgpo/strategies_sent", float(report.sent))
+            log_metric("sgpo/strategies_received", float(report.received))
+
+    # Runs and checkpoints
+
+    def set_aside_old_bank(self) -> None:
+        """Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it."""
+        bank = self.bank
+        if bank is None or not self.starts_empty or len(bank) == 0:
+            return
+        kept = Path(self.args.output_dir) / f"{BANK_DIRECTORY}.previous"
+        bank.snapshot(kept)
+        logger.warning(
+            f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "
+            f"they are kept in {kept}. To continue with them, set `--bank_path {kept}`."
+        )
+        bank.clear()
+        self.starts_empty = False
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a snapshot of the bank to a model's directory, unless the bank itself is there."""
+        target = Path(directory).resolve() / BANK_DIRECTORY
+        if self.bank is not None and target != Path(self.bank.path).resolve():
+            self.bank.snapshot(target)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Replaces the content of the bank by the snapshot in a checkpoint."""
+        if self.bank is None:
+            return
+        snapshot = Path(checkpoint) / BANK_DIRECTORY
+        if snapshot.is_dir():
+            self.bank.load_snapshot(snapshot)
+        else:
+            logger.warning(f"{checkpoint} holds no strategy bank: continuing with {self.bank.path}.")

@@ -1,0 +1,61 @@
+"""Figures of a bank by class, and of transfer between classes (pure functions)."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+from . import policy
+from .strategy import TRUST_STATES, Execution, Strategy
+
+
+def transfer(pairs: Iterable[tuple[Strategy, Execution]], by: Callable[[Strategy, Execution], Any]) -> dict[Any, Any]:
+    """
+    Success rates of strategies on problems they were not written for. A problem counts once for each strategy.
+
+    Args:
+        pairs (`Iterable[tuple[Strategy, Execution]]`):
+            Executions, each with its strategy.
+        by (`Callable[[Strategy, Execution], Any]`):
+            Group of an execution.
+
+    Returns:
+        `dict`: Group → `problems`, `rate`, `baseline`, `lift` and its bounds `lift_low` and `lift_high`.
+    """
+    groups: dict[Any, list[Execution]] = defaultdict(list)
+    for strategy, execution in pairs:
+        if execution.problem not in strategy.source_problems:
+            groups[by(strategy, execution)].append(execution)
+    figures = {}
+    for group, executions in sorted(groups.items()):
+        rate = fmean(execution.successes / execution.trials for execution in executions)
+        baseline = fmean(execution.baseline / execution.trials for execution in executions)
+        low, high = policy.wilson(rate * len(executions), len(executions))
+        figures[group] = {
+            "problems": len(executions),
+            "rate": rate,
+            "baseline": baseline,
+            "lift": rate - baseline,
+            "lift_low": low - baseline,
+            "lift_high": high - baseline,
+        }
+    return figures
+
+
+def class_figures(name: str, members: Sequence[Strategy]) -> dict[str, Any]:
+    """Counts and means over the strategies of a class."""
+    counts = Counter(strategy.trust for strategy in members)
+    live = [strategy for strategy in members if strategy.trust != "retired"]
+    utilities = [policy.utility(strategy.successes, strategy.trials) for strategy in live]
+    tried = [strategy.lift for strategy in live if strategy.problems]
+    shown = sum(strategy.shown for strategy in members)
+    top = max(members, key=lambda strategy: strategy.shown)
+    return {
+        "problem_class": name,
+        **{state: counts[state] for state in TRUST_STATES},
+        "mean_utility": fmean(utilities) if utilities else None,
+        "mean_lift": fmean(tried) if tried else None,
+        "shown": shown,
+        "most_shown": top.id if shown else None,
+        "most_shown_share": top.shown / shown if shown else None,
+    }

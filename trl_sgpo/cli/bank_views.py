@@ -1,0 +1,328 @@
+"""Commands of `trl-sgpo bank` that only read: list, show, search, stats, audit and verify."""
+
+import argparse
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..bank import StrategyBank, policy
+from ..bank.audit import audit as find_suspicious
+from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
+from ..bank.ledger import Ledger
+from ..bank.manifest import is_snapshot, snapshot_damage
+from ..bank.snapshot import bank_directory, open_read_only, read_only_directory
+from ..bank.statistics import class_figures, transfer
+from ..bank.strategy import TRUST_STATES, Strategy
+from ..errors import BankError, ConfigError
+from .text import print_facts, print_json, print_table, printable, rate
+
+
+SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
+    "utility": lambda strategy: policy.utility(strategy.successes, strategy.trials),
+    "lift": lambda strategy: strategy.lift,
+    "shown": lambda strategy: strategy.shown,
+    "step": lambda strategy: strategy.step,
+}
+
+
+def embed_with(bank: StrategyBank, embedding_model: str | None) -> None:
+    """Use an embedding model, by default the one the bank was made with."""
+    bank.embedding_model = embedding_model or bank.made_with or bank.embedding_model
+
+
+def _with_bounds(lift: float, low: float, high: float) -> str:
+    return f"{lift:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _lift(strategy: Strategy) -> str:
+    return _with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
+
+
+def _lift_at_least(strategy: Strategy) -> str:
+    return f"{strategy.lift:+.2f} ≥ {policy.lift_bounds(strategy)[0]:+.2f}" if strategy.problems else "unknown"
+
+
+def _record(strategy: Strategy) -> dict[str, Any]:
+    low, high = policy.lift_bounds(strategy)
+    return {
+        "id": strategy.id,
+        **asdict(strategy),
+        "utility": policy.utility(strategy.successes, strategy.trials),
+        "lift": strategy.lift,
+        "lift_low": low,
+        "lift_high": high,
+        "checksum": strategy.checksum,
+    }
+
+
+def all_strategies(bank: StrategyBank) -> list[Strategy]:
+    """All strategies of a bank, the retired ones last."""
+    return [*bank.strategies(), *bank.retired()]
+
+
+def _short_ids(strategies: Sequence[Strategy]) -> dict[str, str]:
+    """Strategy id → its first digits, as many as make all of them distinct."""
+    ids = [strategy.id for strategy in strategies]
+    length = next((n for n in range(8, 16) if len({key[:n] for key in ids}) == len(ids)), 16)
+    return {key: key[:length] for key in ids}
+
+
+def list_strategies(options: argparse.Namespace) -> int:
+    """`trl-sgpo bank list`"""
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"`--limit` must be at least 1, got {options.limit}.")
+    with open_read_only(options.bank) as bank:
+        everything = all_strategies(bank)
+    wanted = options.trust or [state for state in TRUST_STATES if state != "retired"]
+    chosen = [
+        strategy
+        for strategy in everything
+        if strategy.trust in wanted and options.problem_class in (None, strategy.problem_class)
+    ]
+    key = SORT_KEYS[options.sort]
+    chosen.sort(key=lambda strategy: (-key(strategy), -strategy.trials, strategy.id))
+    shown = chosen[: options.limit]
+    if options.json:
+        print_json([_record(strategy) for strategy in shown])
+        return 0
+    short = _short_ids(everything)
+    print_table(
+        ["id", "class", "trust", "won", "problems", "lift ≥ bound", "shown", "text"],
+        [
+            [
+                short[strategy.id],
+                strategy.problem_class,
+                strategy.trust,
+                rate(strategy),
+                str(strategy.problems),
+                _lift_at_least(strategy),
+                str(strategy.shown),
+                strategy.text,
+            ]
+            for strategy in shown
+        ],
+    )
+    print(f"{len(shown)} of {len(everything)} strategies")
+    return 0
+
+
+def find(strategies: Sequence[Strategy], prefix: str) -> Strategy:
+    """The only strategy whose id starts with some digits."""
+    found = [strategy for strategy in strategies if strategy.id.startswith(prefix.casefold())]
+    if not found:
+        raise BankError(f"No strategy has an id that starts with {prefix!r}: `trl-sgpo bank list` prints them.")
+    if len(found) > 1:
+        ids = ", ".join(strategy.id for strategy in found[:3])
+        raise BankError(f"{len(found)} ids start with {prefix!r} ({ids}{', …' * (len(found) > 3)}): give more digits.")
+    return found[0]
+
+
+def _figures(group: dict[str, Any]) -> list[str]:
+    lift = _with_bounds(group["lift"], group["lift_low"], group["lift_high"])
+    return [str(group["problems"]), f"{group['rate']:.2f}", f"{group['baseline']:.2f}", lift]
+
+
+def show(options: argparse.Namespace) -> int:
+    """`trl-sgpo bank show`"""
+    with open_read_only(options.bank) as bank:
+        everything = all_strategies(bank)
+        strategy = find(everything, options.id)
+        executions = bank.executions(strategy.id)
+    texts = {each.id: each.text for each in everything}
+    parents = {key: texts.get(key) for key in strategy.parents}
+    children = {each.id: each.text for each in everything if strategy.id in each.parents}
+    by_class = transfer(((strategy, each) for each in executions), lambda _, execution: execution.problem_class)
+    if options.json:
+        print_json(
+            _record(strategy)
+            | {
+                "parents": [{"id": key, "text": text} for key, text in parents.items()],
+                "children": [{"id": key, "text": text} for key, text in children.items()],
+                "transfer": [{"problem_class": name, **group} for name, group in by_class.items()],
+            }
+        )
+        return 0
+    print_facts(
+        {
+            "id": strategy.id,
+            "class": strategy.problem_class,
+            "text": strategy.text,
+            "trust": strategy.trust,
+            "written by": strategy.model or "unknown",
+            "in run": f"{strategy.run or 'unknown'}, at step {strategy.step}",
+            "origin": strategy.origin,
+            "written for": ", ".join(strategy.source_problems) or "no problem on record",
+            "executions": f"{rate(strategy)} won, utility {SORT_KEYS['utility'](strategy):.2f}",
+            "other problems": f"{strategy.problems}, lift {_lift(strategy)}",
+            "shown": f"{strategy.shown} times",
+            "checksum": strategy.checksum,
+        }
+    )
+    for title, relatives in (("parents", parents), ("children", children)):
+        if relatives:
+            rows = [[key, text or "(not in this bank)"] for key, text in relatives.items()]
+            print_table(["id", "text"], rows, title=title)
+    if by_class:
+        rows = [[name, *_figures(group)] for name, group in by_class.items()]
+        print_table(["class", "problems", "rate", "baseline", "lift [bounds]"], rows, title="transfer")
+    return 0
+
+
+def search(options: argparse.Namespace) -> int:
+    """`trl-sgpo bank search`"""
+    if options.k < 1:
+        raise ConfigError(f"`-k` must be at least 1, got {options.k}.")
+    with open_read_only(options.bank) as bank:
+        embed_with(bank, options.embedding_model)
+        classes = None if options.problem_class is None else [options.problem_class]
+        (found,) = bank.retrieve(
+            [options.problem], options.k, classes, exclude=[set()], trust=options.trust or ["trusted"]
+        )
+        short = _short_ids(all_strategies(bank))
+    if options.json:
+        print_json([{**_record(hit.strategy), "similarity": hit.similarity, "score": hit.score} for hit in found])
+        return 0
+    rows = [
+        [
+            short[hit.strategy.id],
+            hit.strategy.problem_class,
+            hit.strategy.trust,
+            f"{hit.score:.2f}",
+            f"{hit.similarity:.2f}",
+            rate(hit.strategy),
+            _lift_at_least(hit.strategy),
+            hit.strategy.text,
+        ]
+        for hit in found
+    ]
+    print_table(["id", "class", "trust", "score", "similarity", "won", "lift ≥ bound", "text"], rows)
+    if not found:
+        print("Nothing found. Try another --class, or strategies that are not trusted yet: --trust candidate")
+    return 0
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+
+
+def stats(options: argparse.Namespace) -> int:
+    """`trl-sgpo bank stats`"""
+    directory = bank_directory(options.bank)
+    with open_read_only(options.bank) as bank:
+        everything = all_strategies(bank)
+        executions = [(strategy, each) for strategy in everything for each in bank.executions(strategy.id)]
+        embedder, dimension = bank.made_with, bank.dimension
+    classes: dict[str, list[Strategy]] = defaultdict(list)
+    for strategy in everything:
+        classes[strategy.problem_class].append(strategy)
+    by_class = [class_figures(name, members) for name, members in sorted(classes.items())]
+    pairs = transfer(executions, lambda strategy, execution: (strategy.problem_class, execution.problem_class))
+    size = {name: _size(directory / name) for name in (LEDGER, INDEX)}
+    if options.json:
+        print_json(
+            {
+                "bank": str(directory),
+                "strategies": sum(strategy.trust != "retired" for strategy in everything),
+                "retired": sum(strategy.trust == "retired" for strategy in everything),
+                "embedding_model": embedder,
+                "dimension": dimension,
+                "bytes": size,
+                "classes": by_class,
+                "transfer": [
+                    {"strategies_of": own, "problems_of": other, **group} for (own, other), group in pairs.items()
+                ],
+            }
+        )
+        return 0
+
+    def optional(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    print_table(
+        ["class", *TRUST_STATES, "utility", "lift", "shown", "most shown"],
+        [
+            [
+                each["problem_class"],
+                *[str(each[state]) for state in TRUST_STATES],
+                optional(each["mean_utility"], ".2f"),
+                optional(each["mean_lift"], "+.2f"),
+                str(each["shown"]),
+                optional(each["most_shown_share"], ".0%"),
+            ]
+            for each in by_class
+        ],
+    )
+    if any(own != other for own, other in pairs):
+        rows = [[own, other, *_figures(group)] for (own, other), group in pairs.items()]
+        columns = ["strategies of", "problems of", "problems", "rate", "baseline", "lift [bounds]"]
+        print_table(columns, rows, title="transfer")
+    sizes = ", ".join(f"{name} {number / 2**20:.1f} MiB" for name, number in size.items())
+    print(f"{len(everything)} strategies, embedded by {embedder} in {dimension} dimensions; {sizes}")
+    return 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    """`trl-sgpo bank audit`"""
+    with open_read_only(options.bank) as bank:
+        everything = all_strategies(bank)
+        found = find_suspicious(everything, bank.embeddings(), bank.max_share, bank.min_problems, bank.tolerance)
+    counts = Counter(each.severity for each in found)
+    failed = counts["error"] > 0 or (options.strict and counts["warning"] > 0)
+    if options.json:
+        print_json(
+            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(each) for each in found]}
+        )
+        return int(failed)
+    if found:
+        texts = {strategy.id: strategy.text for strategy in everything}
+        rows = [
+            [each.strategy_id, each.severity, each.kind, f"{each.detail}\n{texts.get(each.strategy_id, '')}".rstrip()]
+            for each in found
+        ]
+        print_table(["id", "severity", "kind", "finding and text"], rows)
+    print(f"errors: {counts['error']}, warnings: {counts['warning']}, strategies: {len(everything)}")
+    return int(failed)
+
+
+def _record_damage(file: Path) -> tuple[int, list[str]]:
+    """Number of strategies in a ledger, and what is wrong with it."""
+    try:
+        ledger = Ledger(file)
+    except BankError as error:
+        if isinstance(error.__cause__, sqlite3.DatabaseError):
+            return 0, [str(error)]
+        raise
+    with closing(ledger):
+        try:
+            return ledger.count(), ledger.damage()
+        except (BankError, ValueError) as error:
+            return 0, [f"{file} has a value that cannot be: {error}"]
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`trl-sgpo bank verify`"""
+    directory = bank_directory(options.bank)
+    damage = snapshot_damage(directory) if is_snapshot(directory) else []
+    with read_only_directory(directory) as copy:
+        strategies, found = _record_damage(copy / LEDGER)
+        damage += [each.replace(str(copy), str(directory)) for each in found]
+        if not damage:
+            with StrategyBank.restore(copy) as bank:
+                damage += bank.damage()
+    if options.json:
+        print_json({"bank": str(directory), "intact": not damage, "strategies": strategies, "damage": damage})
+    elif damage:
+        print(*(printable(each) for each in damage), sep="\n")
+        print(
+            "\nTo recover: continue a run from its last checkpoint by `trl-sgpo train --resume_from_checkpoint true`, "
+            f"or make a new bank of an intact snapshot by `trl-sgpo bank merge NEW CHECKPOINT/{BANK_DIRECTORY}`."
+        )
+    else:
+        print(f"intact: {strategies} strategies")
+    return int(bool(damage))

@@ -1,0 +1,59 @@
+"""Rollouts in checkpoints: those that were generated and that later optimizer steps still train on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def rollouts_file(checkpoint: str | Path, rank: int) -> Path:
+    """Where a checkpoint keeps the rollouts of a rank."""
+    return Path(checkpoint) / f"rollouts_{rank}.safetensors"
+
+
+def save_rollouts(path: Path, step: int, batches: list[dict[str, Any]]) -> None:
+    """
+    Writes micro-batches of rollouts.
+
+    Args:
+        path (`Path`):
+            The file.
+        step (`int`):
+            Number of micro-batches trained so far.
+        batches (`list[dict]`):
+            Micro-batches of tensors or `None`. Empty if all of them are trained.
+    """
+    tensors = {
+        f"{index}.{key}": value.detach().cpu().clone().contiguous()
+        for index, batch in enumerate(batches)
+        for key, value in batch.items()
+        if value is not None
+    }
+    save_file(tensors, path, metadata={"step": str(step)})
+
+
+def load_rollouts(path: Path, count: int, device: torch.device) -> tuple[int, list[dict[str, torch.Tensor]]]:
+    """
+    Reads what [`save_rollouts`] wrote.
+
+    Args:
+        path (`Path`):
+            The file.
+        count (`int`):
+            Micro-batches of a generation batch.
+        device (`torch.device`):
+            Where to.
+
+    Returns:
+        `tuple`: Number of micro-batches trained so far, and the micro-batches, none if all were trained.
+    """
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+        tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+    batches: list[dict[str, torch.Tensor]] = [{} for _ in range(count)] if tensors else []
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        batches[int(index)][key] = tensor
+    return step, batches

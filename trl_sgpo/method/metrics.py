@@ -1,0 +1,38 @@
+"""Metrics and table columns of the two phases, before any reward."""
+
+from collections.abc import Mapping, Sequence
+
+from .rewards import distinct
+from .rollout import Rollout, RolloutBatch
+
+
+def phase_metrics(
+    rollouts: Sequence[Rollout], max_completion_length: int, eos_token_ids: list[int]
+) -> dict[str, float]:
+    """Lengths, truncation and form of strategies and executions, as means."""
+    own = [rollout for rollout in rollouts if rollout.source == "own"]
+    truncated = [
+        rollout.execution_ids[-1] not in eos_token_ids and len(rollout.execution_ids) >= max_completion_length
+        for rollout in rollouts
+    ]
+    values: Mapping[str, Sequence[float]] = {
+        "strategy_length": [rollout.strategy_length for rollout in own],
+        "strategy_truncated": [rollout.strategy.flaw == "truncated" for rollout in own],
+        "malformed": [rollout.strategy.flaw is not None for rollout in own],
+        "execution_length": [len(rollout.execution_ids) for rollout in rollouts],
+        "execution_truncated": truncated,
+    }
+    means = {name: sum(each) / len(each) for name, each in values.items()}
+    return means | {"distinct_strategies": distinct([rollout.strategy.text for rollout in own])}
+
+
+def phase_columns(rollouts: Sequence[Rollout], batch: RolloutBatch) -> dict[str, list[str]]:
+    """Columns of the completions table that are known before rewards."""
+    rows = len(rollouts) // len(batch.problems)
+    retrieved = [" ".join(strategy.id for strategy in problem.retrieved) for problem in batch.problems]
+    return {
+        "source": [rollout.source for rollout in rollouts],
+        "retrieved": [ids for ids in retrieved for _ in range(rows)],
+        "strategy": [rollout.strategy.text for rollout in rollouts],
+        "execution": [rollout.execution for rollout in rollouts],
+    }

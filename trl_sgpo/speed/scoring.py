@@ -1,0 +1,102 @@
+"""Log-probabilities of completions from packed rows, for TRL's scoring and loss."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from trl.trainer.utils import split_tensor_dict
+
+from .shared_prompts import packed_attention, share_prompts, within_window
+
+
+class RowScorer:
+    """
+    Stands in for the model where TRL scores completions, and returns what the model would.
+
+    It reads the prompt of consecutive rows once, and projects only trained tokens onto the vocabulary.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model, as TRL wrapped it.
+        prompt_width (`int`):
+            Columns of a row that hold the prompt.
+        trained (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 where a completion's token is trained. If `None`, all tokens are scored.
+        share (`bool`, *optional*, defaults to `True`):
+            Whether rows may be packed.
+    """
+
+    def __init__(self, model: Any, prompt_width: int, trained: torch.Tensor | None = None, share: bool = True):
+        self.model, self.prompt_width, self.trained, self.share = model, prompt_width, trained, share
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any):
+        if self.trained is not None:
+            labels = torch.cat(
+                [
+                    labels[:, : self.prompt_width],
+                    labels[:, self.prompt_width :].masked_fill(self.trained == 0, -100),
+                ],
+                dim=1,
+            )
+        shared = share_prompts(input_ids, attention_mask, self.prompt_width) if self.share else None
+        if shared is None:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        with packed_attention():
+            outputs = self.model(
+                input_ids=shared.input_ids,
+                attention_mask=shared.attention_mask,
+                position_ids=shared.position_ids,
+                shift_labels=shared.next_labels(labels),
+                shared_prompts=shared,
+                **kwargs,
+            )
+        log_probs, entropy = outputs.log_probs, outputs.entropy
+        return replace(
+            outputs,
+            log_probs=shared.to_rows(log_probs)[:, :-1],
+            entropy=None if entropy is None else shared.to_rows(entropy)[:, :-1],
+        )
+
+
+def fits_window(config: Any, attention_mask: torch.Tensor) -> bool:
+    """Whether no layer's attention slides within the longest of the rows."""
+    return within_window(config, int(attention_mask.sum(dim=1).max()))
+
+
+def problems_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Moves rows with the same prompt next to each other, problems in the order of their first rows.
+
+    TRL shuffles the rows of a generation batch, so those of a problem would be trained in different micro-batches.
+
+    Args:
+        batches (`list[dict]`):
+            Micro-batches of equal size. Values are tensors with a row each, 0-dimensional tensors or `None`.
+
+    Returns:
+        `list[dict]`: Micro-batches of the same size.
+    """
+    prompts = torch.cat([batch["prompt_ids"] for batch in batches])
+    problem = torch.unique(prompts, dim=0, return_inverse=True)[1]
+    position = torch.arange(len(problem), device=problem.device)
+    first = torch.full_like(position, len(problem)).scatter_reduce(0, problem, position, "amin")
+    order = torch.argsort(first[problem], stable=True)
+    rows = {
+        key: value if value is None or value.dim() == 0 else torch.cat([batch[key] for batch in batches])[order]
+        for key, value in batches[0].items()
+    }
+    return split_tensor_dict(rows, len(batches))
+
+
+def without_padding(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Removes the columns of a micro-batch that are padding in all of its rows."""
+    prompt, completion = inputs["prompt_mask"].any(dim=0).nonzero(), inputs["completion_mask"].any(dim=0).nonzero()
+    if len(prompt) == 0 or len(completion) == 0:
+        return inputs
+    start, stop = int(prompt[0]), int(completion[-1]) + 1
+    length = inputs["completion_mask"].size(1)
+    cut = {key: inputs[key][:, start:] for key in ("prompt_ids", "prompt_mask")}
+    for key, value in inputs.items():
+        if key not in cut and isinstance(value, torch.Tensor) and value.dim() == 2 and value.size(1) == length:
+            cut[key] = value[:, :stop]
+    return {**inputs, **cut}

@@ -1,0 +1,316 @@
+"""
+`SharedPromptGRPOTrainer`: TRL's `GRPOTrainer`, faster, with the same results.
+
+1. Training: rows of a prompt are packed, so that the prompt is read once, without padding, and only trained tokens are
+   projected onto the vocabulary (`shared_prompts.py`, `scoring.py`).
+2. Generation: prompts are read once for all their rows, finished rows leave the batch, and LoRA adapters are merged
+   (`generation.py`, `row_cache.py`).
+3. At the start, a tiny forward pass of each path is compared with the plain one; a path that differs is not used
+   (`equivalence.py`).
+
+What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_generate_single_turn`, `_prepare_inputs`,
+`_buffered_inputs`, `_step`, `_get_per_token_logps_and_entropies`, and `compute_loss` calling its model only to score.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, PeftType
+from transformers import ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
+
+from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
+from .generation import AdapterMerge, base_of, limited, shared_prefixes, token_progress
+from .lm_head import contiguous_head_input, project_labelled_tokens_only
+from .quantization import keep_4bit_layout, keep_adapters_in_float32
+from .scoring import RowScorer, fits_window, problems_together, without_padding
+from .shared_prompts import packed_attention
+
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
+class SharedPromptGRPOTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] that reads each prompt once for all of its rows, in training and in generation.
+
+    It takes the place of [`~trl.GRPOTrainer`] without other changes. Where a model, a backend or a setting does not
+    allow a fast path, the plain one is used.
+
+    Example:
+
+    ```python
+    >>> from trl import GRPOConfig
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_sgpo import SharedPromptGRPOTrainer
+
+    >>> trainer = SharedPromptGRPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=GRPOConfig("runs/grpo"),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        *args:
+            Passed on to [`~trl.GRPOTrainer`].
+        share_prompts (`bool`, *optional*, defaults to `True`):
+            Whether rows may share the forward pass of their prompt.
+        merge_adapters (`bool`, *optional*, defaults to `True`):
+            Whether LoRA adapters may be merged into the base weights while generating.
+        **kwargs:
+            Passed on to [`~trl.GRPOTrainer`].
+
+    Attributes:
+        shares_prompts (`bool`): Whether rows are packed in training.
+        shares_prefixes (`bool`): Whether prompts are read once in generation.
+        drops_finished_rows (`bool`): Whether finished rows leave the batch in generation.
+        merges_adapters (`bool`): Whether adapters are merged in generation.
+    """
+
+    _buffered_inputs: list[dict[str, Any]]
+    aux_loss_enabled: bool
+
+    def __init__(self, *args: Any, share_prompts: bool = True, merge_adapters: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.fp16 and self._is_quantized():
+            keep_adapters_in_float32(self.model)
+        if self.accelerator.device.type == "cpu":
+            keep_4bit_layout(self.model)
+        if self.aux_loss_enabled and not self._has_routers():
+            self.aux_loss_enabled = False
+            logger.warning(f"The router's loss is left out: {type(base_of(self.model)).__name__} has no routers.")
+        self.adapters = AdapterMerge(self.model) if merge_adapters and self._can_merge_adapters() else None
+        self.merges_adapters = self.adapters is not None
+        self.shares_prompts, self.shares_prefixes = self._check_paths() if share_prompts else (False, False)
+        self.drops_finished_rows = not self.args.generation_kwargs  # which may count from where a call begins
+
+    def _is_quantized(self) -> bool:
+        return "quantization_config" in vars(self.model.config)
+
+    @torch.no_grad()
+    def _has_routers(self) -> bool:
+        """Whether the model returns router logits. TRL reads its configuration only, which dense variants share."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return True
+        model, ids = base_of(self.model), torch.zeros((1, 2), dtype=torch.long, device=self.model.device)
+        try:
+            return bool(model(input_ids=ids, output_router_logits=True).router_logits)
+        except LookupError:  # of a load-balancing loss over no layers
+            return False
+
+    def _can_merge_adapters(self) -> bool:
+        if self.use_vllm or not isinstance(self.model, PeftModel):
+            return False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self._is_quantized():
+            return False
+        return all(
+            config.peft_type == PeftType.LORA and not config.target_parameters and not config.lora_bias
+            for config in self.model.peft_config.values()
+        )
+
+    # Which paths are used
+
+    def _check_paths(self) -> tuple[bool, bool]:
+        """Whether rows may be packed in training, and prompts read once in generation. Rank 0 decides for all."""
+        verdict = [False, False]
+        if self.accelerator.is_main_process:
+            verdict = [
+                self._agrees("Rows of a prompt are trained apart", self._check_packed),
+                not self._generates_elsewhere()
+                and self._agrees("Prompts are read for each row in generation", self._check_prefixes),
+            ]
+        shares_prompts, shares_prefixes = broadcast_object_list(verdict)
+        return shares_prompts, shares_prefixes
+
+    def _generates_elsewhere(self) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.use_vllm or self.use_transformers_continuous_batching or sharded
+
+    @torch.no_grad()
+    def _agrees(self, consequence: str, check: Callable[[], None]) -> bool:
+        training = self.model.training
+        self.model.eval()
+        try:
+            check()
+        except torch.OutOfMemoryError:
+            raise
+        except PathDiffers as difference:
+            reason = str(difference)
+        except _REFUSALS as error:
+            name = type(base_of(self.model)).__name__
+            reason = f"{name} raises {(str(error) or type(error).__name__).splitlines()[0]!r}"
+        else:
+            return True
+        finally:
+            self.model.train(training)
+        logger.warning(f"{consequence}: {reason}. This is slower, with equal results.")
+        return False
+
+    def _check_layers(self, attention: tuple[str, ...]) -> None:
+        config = self.model.config.get_text_config()
+        kinds = set(vars(config).get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise PathDiffers("the model has a processor, which may add images to a prompt")
+        if kinds or base_of(self.model)._is_stateful:
+            raise PathDiffers(f"layers without a KV cache of single tokens ({', '.join(kinds) or 'recurrent'})")
+        if is_deepspeed_zero3_enabled():
+            raise PathDiffers("with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs")
+        if config._attn_implementation not in attention:
+            raise PathDiffers(f"this needs `attn_implementation: sdpa`, and it is {config._attn_implementation}")
+
+    def _computes_in_float32(self) -> bool:
+        weights = self.model.get_input_embeddings().weight
+        return weights.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16 or self._is_quantized())
+
+    def _check_packed(self) -> None:
+        self._check_layers(("sdpa",))
+        if self.aux_loss_enabled:
+            raise PathDiffers("the router's loss counts the tokens of each row")
+
+        def score(ids: torch.Tensor, mask: torch.Tensor, width: int, share: bool) -> torch.Tensor:
+            scorer = RowScorer(self.model, width, share=share)
+            return super(SharedPromptGRPOTrainer, self)._get_per_token_logps_and_entropies(
+                scorer, ids, mask, ids.size(1) - width
+            )[0]
+
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        check_packed_rows(score, vocab_size, self.accelerator.device, self._computes_in_float32())
+
+    def _check_prefixes(self) -> None:
+        self._check_layers(("sdpa", "eager"))
+        base = base_of(self.model)
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        with self.accelerator.autocast():
+            check_shared_prefixes(base, vocab_size, self._computes_in_float32())
+
+    # Generation
+
+    @contextmanager
+    def fast_generation(self, prompts: Sequence[Sequence[int]], calls: int = 1) -> Iterator[None]:
+        """
+        Merges adapters and shares prefixes among all that is generated within the block.
+
+        Args:
+            prompts (`Sequence[Sequence[int]]`):
+                Token ids. All rows begin with one of them.
+            calls (`int`, *optional*, defaults to `1`):
+                Number of calls of [`~SharedPromptGRPOTrainer.generate`].
+        """
+        with ExitStack() as stack:
+            if self.merges_adapters and self.adapters is not None:
+                stack.enter_context(self.adapters.merged())
+            if self.shares_prefixes:
+                stack.enter_context(
+                    shared_prefixes(self.model, self.generation_config, prompts, calls, self.drops_finished_rows)
+                )
+            yield
+
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        max_new_tokens: int,
+        description: str = "completions",
+        num_generations: int = 1,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """
+        Continues prompts with TRL's sampling, whichever backend is used.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Token ids of the prompts, one for each row.
+            max_new_tokens (`int`):
+                Maximum number of new tokens of a row.
+            description (`str`, *optional*, defaults to `"completions"`):
+                What the progress bar says is generated.
+            num_generations (`int`, *optional*, defaults to `1`):
+                Number of consecutive rows with the same prompt: vLLM's server is asked for every n-th prompt only.
+
+        Returns:
+            `tuple`: Token ids of the completions, and their log-probabilities where the backend returns them.
+        """
+        with (
+            self._limited(max_new_tokens),
+            contiguous_head_input(self.model),
+            self._progress(len(prompt_ids), max_new_tokens, description),
+        ):
+            return super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        if images is not None or multimodal_fields or self.tools:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+        with self.fast_generation(prompt_ids):
+            limit = self.max_completion_length if self.use_vllm else self.generation_config.max_new_tokens
+            return self.generate(prompt_ids, limit, num_generations=num_generations)
+
+    @contextmanager
+    def _limited(self, max_new_tokens: int) -> Iterator[None]:
+        if not self.use_vllm:
+            with limited(self.generation_config, max_new_tokens):
+                yield
+            return
+        before = self.vllm_generation.max_completion_length
+        self.vllm_generation.max_completion_length = max_new_tokens
+        try:
+            yield
+        finally:
+            self.vllm_generation.max_completion_length = before
+
+    @contextmanager
+    def _progress(self, rows: int, limit: int, description: str) -> Iterator[None]:
+        if self.use_vllm or self.args.disable_tqdm or not self.is_world_process_zero():  # vLLM has a bar of its own
+            yield
+            return
+        when = f"step {self.state.global_step + 1}" if self.model.training else "measuring"
+        with token_progress(self.model, limit, f"{when}: {rows} {description}"):
+            yield
+
+    # Training
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = problems_together(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        with packed_attention():  # until the backward pass is done, in which checkpointed layers run again
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if isinstance(self.processing_class, ProcessorMixin):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = without_padding(inputs)
+        trained = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            trained = trained * inputs["tool_mask"]
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        scorer = self._scorer(model, mask, inputs["prompt_ids"].size(1), trained)
+        return super().compute_loss(scorer, inputs, return_outputs, num_items_in_batch)
+
+    def _scorer(
+        self, model: Any, mask: torch.Tensor, prompt_width: int, trained: torch.Tensor | None = None
+    ) -> RowScorer:
+        share = self.shares_prompts and fits_window(self.model.config, mask)
+        return RowScorer(model, prompt_width, trained, share)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if not isinstance(model, RowScorer):  # which the loss brings along, with the tokens that it trains
+            model = self._scorer(model, attention_mask, input_ids.size(1) - logits_to_keep)
+        with project_labelled_tokens_only(self.accelerator.device):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
