@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,29 @@ def test_new_files_are_found(tmp_path: Path) -> None:
     assert files(tmp_path) == before
     (tmp_path / "runs" / "model").touch()
     assert files(tmp_path) - before == {tmp_path / "runs" / "model"}
+
+
+def test_a_session_that_leaves_files_fails(tmp_path: Path) -> None:
+    """In the checkout, or in the caches of the user's home."""
+    checkout, home = tmp_path / "checkout", tmp_path / "home"
+    (checkout / "tests").mkdir(parents=True)
+    for name in ("conftest.py", "footprint.py", "isolation.py"):
+        shutil.copy(Path(__file__).with_name(name), checkout / "tests")
+    planted = "from pathlib import Path\ndef test_planted():\n    Path('in_its_directory').touch()\n"
+    for left in (checkout / "runs" / "left", home / ".cache" / "huggingface" / "left"):
+        planted += f"    Path({str(left)!r}).parent.mkdir(parents=True)\n    Path({str(left)!r}).touch()\n"
+    (checkout / "tests" / "test_planted.py").write_text(planted)
+    inherited = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"],
+        env=inherited | {"PYTHONPATH": str(checkout / "tests")},
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    )
+    told = done.stdout.split("came into being")[1].splitlines()
+    assert done.returncode == 1 and "1 passed" in done.stdout
+    assert told[1:3] == [f"  {checkout / 'runs' / 'left'}", f"  {home / '.cache' / 'huggingface' / 'left'}"]
 
 
 class TestProcesses:
