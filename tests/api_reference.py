@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import Any
 
 import trl_sgpo.bank
-from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank, errors
+from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, SharedPromptGRPOTrainer, StrategyBank, errors
 from trl_sgpo.bank import Execution, Outcome, Retrieved, Strategy, load_embedder, problem_id
 from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank, push_bank
 from trl_sgpo.bank.hub import pull_bank
@@ -27,9 +27,10 @@ from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
 from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.hub.trainer import HubTrainer
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
-from trl_sgpo.inference.pipeline import Attempt, Solution
 from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.inference.solution import Attempt, Solution
 from trl_sgpo.method.problem import Problem
 from trl_sgpo.recipe import SGPOScriptArguments
 
@@ -39,7 +40,10 @@ SIGNATURES = ROOT / "tests" / "public_api.txt"
 REFERENCE = ROOT / "docs" / "api.md"
 WIDTH = 110
 PUBLIC: dict[str, list[Any]] = {
-    "Training": [SGPOConfig, SGPOTrainer, SGPOScriptArguments, warmstart, Trace, answer_reward, load_problems],
+    "Training": [
+        SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, HubTrainer, SGPOScriptArguments, warmstart, Trace,
+        answer_reward, load_problems,
+    ],
     "Strategy bank": [
         StrategyBank, Strategy, Outcome, Execution, Retrieved, problem_id, load_embedder, export_bank, import_bank,
         ImportReport, push_bank, pull_bank, SharedBank, SyncReport,

@@ -28,7 +28,7 @@ if CONTEXT.get_start_method() == "forkserver":
             "trl_sgpo.cli.eval",
             "trl_sgpo.cli.train",
             "trl_sgpo.cli.warmstart",
-            "trl_sgpo.compare.run",
+            "trl_sgpo.compare.arm_run",
         ]
     )
 

@@ -19,7 +19,7 @@ from models import save_tiny_model
 
 from trl_sgpo.bank import StrategyBank
 from trl_sgpo.cli import bootstrap, warmstart
-from trl_sgpo.data.synthetic import read_traces
+from trl_sgpo.data.trace_files import read_traces
 from trl_sgpo.errors import ConfigError, DataError, ModelError
 from trl_sgpo.inference.model import Decoding
 from trl_sgpo.inference.server import TOKEN_VARIABLE, ServerModel
@@ -231,7 +231,7 @@ class TestServerRun:
             assert figure in told, told
         traces = read_traces(output / bootstrap.TRACES)
         assert {trace.strategy for trace in traces} == {GOOD} and len(traces) == 16
-        with StrategyBank(output / bootstrap.BANK) as bank:
+        with StrategyBank(output / bootstrap.BANK_DIRECTORY) as bank:
             found = bank.strategies()
             assert {(s.text, s.problem_class, s.trust) for s in found} == {
                 (GOOD, "kind-0", "candidate"),
@@ -246,7 +246,7 @@ class TestServerRun:
         assert start(recipe, output, *arguments, "--min_lift", "1") == 0  # measured already, only judged anew
         assert (output / bootstrap.TRACES).read_text() == ""
         assert start(recipe, output, *arguments) == 0
-        with StrategyBank(output / bootstrap.BANK) as bank:
+        with StrategyBank(output / bootstrap.BANK_DIRECTORY) as bank:
             assert len(bank) == 1  # what was retired stays so
 
 
@@ -310,7 +310,7 @@ class TestTinyModel:
             assert record.with_name(name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
         traces = read_traces(record.with_name(bootstrap.TRACES))
         assert traces and "malformed" in resumed.stdout
-        with StrategyBank(record.with_name(bootstrap.BANK)) as bank:
+        with StrategyBank(record.with_name(bootstrap.BANK_DIRECTORY)) as bank:
             assert len(bank) > 0 and {s.trust for s in bank.strategies()} == {"candidate"}
             assert {s.text for s in bank.strategies()} <= {trace.strategy for trace in traces}
 

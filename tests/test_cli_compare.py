@@ -130,7 +130,7 @@ def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path, compare:
 @pytest.mark.parametrize("method", ["grpo", "sgpo"])
 def test_a_killed_run_goes_on_from_its_checkpoint_within_its_budget(tmp_path: Path, method: str) -> None:
     config = _write(tmp_path, {method: {"save_strategy": "steps", "save_steps": 1}}, budget=3000)
-    command = ["trl_sgpo.compare.run", config, "{}", "1", method]
+    command = ["trl_sgpo.compare.arm_run", config, "{}", "1", method]
     run = tmp_path / "runs" / method / "seed-1"
     second = run / "checkpoint-2" / "trainer_state.json"
     log = tmp_path / "first.txt"

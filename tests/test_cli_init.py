@@ -11,9 +11,10 @@ from models import hash_embedder, problems, save_tiny_model
 
 from trl_sgpo.cli import init
 from trl_sgpo.cli.main import main
+from trl_sgpo.data.loading import load_rewards
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.method.transfer import BlockGeometry
-from trl_sgpo.recipe import load_rewards, read_recipe
+from trl_sgpo.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,12 @@ from trl_sgpo.bank import Strategy
 from trl_sgpo.bench import memory
 from trl_sgpo.cli import train
 from trl_sgpo.cli.main import main
-from trl_sgpo.compare import run as compare_run
+from trl_sgpo.compare import arm_run as compare_run
 from trl_sgpo.compare.config import read_comparison
+from trl_sgpo.data.loading import load_data
 from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.inference.server import ServerModel
-from trl_sgpo.recipe import load_data, read_recipe
+from trl_sgpo.recipe import read_recipe
 
 
 MODELS = (

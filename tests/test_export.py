@@ -18,8 +18,8 @@ from trl_sgpo.bank import Strategy
 from trl_sgpo.bank.exchange import import_bank
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ConfigError, ModelError
+from trl_sgpo.export.export import TOLERANCES, ExportPlan, export
 from trl_sgpo.export.parity import compare, logits_on, probes
-from trl_sgpo.export.run import TOLERANCES, ExportPlan, export
 from trl_sgpo.inference.loading import load_base
 from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings

@@ -1,9 +1,20 @@
-"""The laboratory's model: its tokenizer loses nothing, its training data holds nothing back out."""
+"""The laboratory's model: who builds it, its tokenizer, its training data."""
 
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pytest
+
+from trl_sgpo import SGPOPipeline
+from trl_sgpo.cli.main import main
+from trl_sgpo.compare.lab import model as lab
 from trl_sgpo.compare.lab.list_functions import NUMBER_WORDS, compositions, problems, strategy
 from trl_sgpo.compare.lab.model import lab_tokenizer, lab_traces
 from trl_sgpo.data.bootstrap import two_phase_examples
 from trl_sgpo.data.worked import traces
+from trl_sgpo.errors import ModelError
+from trl_sgpo.inference.weights import local_weights, require_model
 from trl_sgpo.sgpo_config import SGPOConfig
 
 
@@ -46,3 +57,67 @@ def test_a_given_strategy_is_not_trained_and_plain_answers_are_as_frequent_as_as
     for example, trace in zip(examples, made, strict=True):
         trained = tokenizer.decode([token for token in example["labels"] if token != -100], skip_special_tokens=True)
         assert trained.startswith(trace.execution if trace.given else trace.strategy)
+
+
+def test_commands_build_the_model_once_and_the_lookup_of_weights_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    built: list[Path] = []
+
+    def build(directory: Path) -> None:
+        directory.mkdir(parents=True)
+        built.append(directory)
+
+    monkeypatch.setattr(lab, "build_lab_model", build)
+    assert local_weights("trl-sgpo/lab") == "trl-sgpo/lab"
+    for look_up in (require_model, SGPOPipeline.from_pretrained):
+        with pytest.raises(ModelError, match="`trl-sgpo solve --model trl-sgpo/lab"):
+            look_up("trl-sgpo/lab")
+    assert built == []
+    assert lab.fetch_model("trl-sgpo/lab") == lab.fetch_model("trl-sgpo/lab") == str(built[0])
+    assert require_model("trl-sgpo/lab") == local_weights("trl-sgpo/lab") == str(built[0])
+    assert len(built) == 1
+    with pytest.raises(ModelError, match="no such directory"):
+        lab.fetch_model("./no/such/directory")
+
+
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "lab" / "sgpo.yaml")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config RECIPE",
+        "warmstart --config RECIPE",
+        "bootstrap --config RECIPE --output_dir out",
+        "compare --config COMPARE --arms grpo --seeds 1",
+        "estimate --config RECIPE",
+        "bench step --config RECIPE",
+        "bench fit --config RECIPE --output out",
+        "eval --model trl-sgpo/lab --suites seen=list_functions/seen?size=8 --no_plots",
+        "solve --model trl-sgpo/lab --no_bank problem",
+        "export --model trl-sgpo/lab --output_dir out --merge",
+        "init --model trl-sgpo/lab --data lcm --vram 0",
+    ],
+    ids=lambda command: command.split(" --")[0],
+)
+def test_every_command_that_takes_a_model_builds_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(directory: Path) -> None:
+        raise ModelError(f"it is built in {directory.name}")
+
+    monkeypatch.setattr(lab, "build_lab_model", build)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    comparison = Path("compare.yaml")
+    comparison.write_text(
+        f"recipe: {RECIPE}\noutput_dir: runs\nseeds: [1]\nbudget: 100\narms:\n  grpo: {{method: grpo}}\n"
+        "suites:\n  - {name: seen, path: 'list_functions/seen?size=192'}\n"
+        "transfer: {suite: seen, classes: 2, problems: 2}\n"
+    )
+    arguments = command.replace("RECIPE", RECIPE).replace("COMPARE", str(comparison)).split()
+    assert main(arguments) == 2
+    assert "it is built in lab-" in capsys.readouterr().err

@@ -17,9 +17,9 @@ from trl_sgpo.data.tasks import same_answer
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 from trl_sgpo.hub.snippet import transformers_snippet
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
-from trl_sgpo.inference.pipeline import Attempt, _vote
 from trl_sgpo.inference.retrieval import with_retrieved
 from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.inference.solution import Attempt, vote
 from trl_sgpo.method.problem import Problem
 
 
@@ -181,7 +181,7 @@ answers = st.lists(st.sampled_from([None, "1", "1.0", "2", "3"]), min_size=1, ma
 @given(answers)
 def test_votes_count_every_attempt_and_the_most_frequent_answer_wins(given_answers: list[str | None]) -> None:
     attempts = [Attempt("s", "e", answer) for answer in given_answers]
-    solution = _vote(Problem("p"), attempts)
+    solution = vote(Problem("p"), attempts)
     assert sum(count for _, count in solution.votes) == len(attempts)
     counts = [count for answer, count in solution.votes if answer is not None]
     assert counts == sorted(counts, reverse=True)

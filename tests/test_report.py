@@ -21,7 +21,7 @@ from trl_sgpo.bank import Strategy, StrategyBank
 from trl_sgpo.cli.main import main
 from trl_sgpo.report.charts import averaged, bank_map, line_chart, project, ticks
 from trl_sgpo.report.page import render
-from trl_sgpo.report.run import BankRecord, read_run
+from trl_sgpo.report.records import BankRecord, read_run
 
 
 class Page(HTMLParser):

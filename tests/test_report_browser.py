@@ -7,7 +7,7 @@ from browser import CHROMIUM, Browser
 from report_runs import HOSTILE, write_run
 
 from trl_sgpo.report.page import write_report
-from trl_sgpo.report.run import read_run
+from trl_sgpo.report.records import read_run
 
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: `apt-get install chromium`")

@@ -1,15 +1,54 @@
-"""The rules of the source tree, checked on syntax trees. Nothing of the package is run."""
+"""
+Rules of the source tree, checked on source text: the package is not imported.
+
+Each rule is a function from a package's directory to the violations in it. It is run on this package, and on a small
+package with a planted violation.
+"""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 
-PACKAGE = Path(__file__).parents[1] / "trl_sgpo"
 
-# Modules that may use names of TRL and transformers that are private
-PRIVATE_NAMES_OF_TRL = {"sgpo_trainer", "speed.trainer", "speed.generation", "hub.trainer", "vram.worst_case"}
-CHROMA = {"bank.index"}
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "trl_sgpo"
+
+# Files that use or override private names of TRL, transformers, peft and accelerate
+PRIVATE_NAMES = {
+    "bench/arms.py",
+    "compare/budget.py",
+    "hub/trainer.py",
+    "method/measuring.py",
+    "sgpo_trainer.py",
+    "speed/lm_head.py",
+    "speed/trainer.py",
+    "vram/simulate.py",
+    "vram/worst_case.py",
+}
+CHROMA = {"bank/index.py"}
+CHAT_TEMPLATE = {"method/conversation.py"}
+MAX_FILES_ON_TOP = 9
+MAX_LINES_OF_TRAINER = 350
+
+LIBRARIES = ("trl", "transformers", "peft", "accelerate")
+# Files of these libraries that define trainers, models and what they use
+LIBRARY_SOURCES = {
+    "trl": ["*.py", "cli/*.py", "generation/*.py", "models/*.py", "trainer/*.py"],
+    "transformers": [
+        "cache_utils.py", "configuration_utils.py", "generation/*.py", "modeling_utils.py", "trainer*.py",
+    ],
+    "peft": ["mixed_model.py", "peft_model.py", "tuners/lora/*.py", "tuners/tuners_utils.py"],
+    "accelerate": ["accelerator.py", "data_loader.py", "state.py"],
+}  # fmt: skip
+DEFINITION = re.compile(r"(?:\bdef|\bself\.|^) *(_(?!_)\w+)(?= *\(| *:?[^=\n(]*= *[^=])", re.MULTILINE)
+
+
+# Modules and their imports
 
 
 def module_name(path: Path, package: Path) -> str:
@@ -22,10 +61,15 @@ def source_files(package: Path) -> dict[str, Path]:
     return {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
 
 
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(module: str, path: Path, modules: set[str]) -> Iterator[str]:
     """Modules that a file imports: at the top, within functions and for type checking alike."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -34,6 +78,12 @@ def imported(module: str, path: Path, modules: set[str]) -> Iterator[str]:
             for alias in node.names:
                 name = f"{source}.{alias.name}"
                 yield name if name in modules else source
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    files = source_files(package)
+    modules = set(files)
+    return {module: set(imported(module, path, modules)) & modules for module, path in files.items()}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -64,19 +114,286 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def import_graph(package: Path) -> dict[str, set[str]]:
+# Private names of libraries
+
+
+@cache
+def library_names() -> frozenset[str]:
+    """Names with one underscore that the libraries define as functions, methods or attributes."""
+    found: set[str] = set()
+    for library, patterns in LIBRARY_SOURCES.items():
+        spec = find_spec(library)
+        assert spec is not None and spec.submodule_search_locations
+        for pattern in patterns:
+            for path in Path(spec.submodule_search_locations[0]).glob(pattern):
+                found.update(DEFINITION.findall(path.read_text(encoding="utf-8")))
+    return frozenset(found)
+
+
+def library_classes(package: Path) -> set[str]:
+    """Names of the package's classes that inherit from a library's class, directly or through each other."""
+    bases: dict[str, set[str]] = {}
+    found: set[str] = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(syntax_tree(path)):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in LIBRARIES:
+                found |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, set()).update(ast.unparse(base).split(".")[-1] for base in node.bases)
+    # A mixin of a trainer inherits from no trainer itself
+    found |= {name for name in bases if name.endswith("Trainer")}
+    while more := {name for name, its in bases.items() if its & found} - found:
+        found |= more
+    return found & bases.keys()
+
+
+class PrivateNames(ast.NodeVisitor):
+    """Collects a file's uses of private names of the libraries, as `line: name`."""
+
+    def __init__(self, of_libraries: frozenset[str], subclasses: set[str], own: set[str]):
+        self.of_libraries, self.subclasses, self.own = of_libraries, subclasses, own
+        self.modules: set[str] = set()  # names that stand for a module or object of a library
+        self.in_subclass = [False]
+        self.found: list[str] = []
+
+    def note(self, node: ast.AST, name: str) -> None:
+        self.found.append(f"{node.lineno}: {name}")
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            if alias.name.split(".")[0] in LIBRARIES:
+                self.modules.add(alias.asname or alias.name.split(".")[0])
+                if any(is_private(part) for part in alias.name.split(".")):
+                    self.note(node, alias.name)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.level or node.module.split(".")[0] not in LIBRARIES:
+            return
+        for alias in node.names:
+            self.modules.add(alias.asname or alias.name)
+            if any(is_private(part) for part in f"{node.module}.{alias.name}".split(".")):
+                self.note(node, f"{node.module}.{alias.name}")
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self.in_subclass.append(node.name in self.subclasses)
+        for item in node.body if self.in_subclass[-1] else ():
+            if isinstance(item, ast.FunctionDef) and item.name in self.of_libraries and is_private(item.name):
+                self.note(item, item.name)
+        self.generic_visit(node)
+        self.in_subclass.pop()
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        root: ast.expr = node.value
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        name = root.id if isinstance(root, ast.Name) else ""
+        if is_private(node.attr) and (
+            name in self.modules
+            or (
+                node.attr in self.of_libraries
+                and (self.in_subclass[-1] if ast.unparse(node.value) == "self" else node.attr not in self.own)
+            )
+        ):
+            self.note(node, ast.unparse(node))
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        """`setattr(trainer, "_name", …)`"""
+        if isinstance(node.value, str) and is_private(node.value) and node.value in self.of_libraries - self.own:
+            self.note(node, repr(node.value))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names(package: Path, subclasses: set[str]) -> set[str]:
+    """Private names that classes of the package define which inherit from no library."""
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(syntax_tree(path)):
+            if isinstance(node, ast.ClassDef) and node.name not in subclasses:
+                for item in ast.walk(node):
+                    if isinstance(item, ast.FunctionDef):
+                        found.add(item.name)
+                    elif isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store):
+                        found.add(item.attr)
+    return {name for name in found if is_private(name)}
+
+
+def private_names(package: Path) -> dict[str, list[str]]:
+    """Uses of private names of the libraries in each file that has some."""
+    subclasses = library_classes(package)
+    own = own_names(package, subclasses)
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        visitor = PrivateNames(library_names(), subclasses, own)
+        visitor.visit(syntax_tree(path))
+        if visitor.found:
+            found[path.relative_to(package).as_posix()] = visitor.found
+    return found
+
+
+# Rules
+
+Rule = Callable[[Path], list[str]]
+
+
+def private_names_only_where_listed(package: Path) -> list[str]:
+    found = private_names(package)
+    stale = [f"{name} uses no private name" for name in sorted(PRIVATE_NAMES - found.keys()) if package == PACKAGE]
+    return [f"{name}:{use}" for name, uses in found.items() if name not in PRIVATE_NAMES for use in uses] + stale
+
+
+def chroma_only_in_the_index(package: Path) -> list[str]:
     files = source_files(package)
-    modules = set(files)
-    graph = {
-        module: {name for name in imported(module, path, modules) if name in modules} for module, path in files.items()
-    }
-    # A package imports its own modules; a module that imports from its package's `__init__` is not meant
-    return graph
+    return [
+        f"{path.relative_to(package).as_posix()} imports {name}"
+        for module, path in files.items()
+        for name in imported(module, path, set(files))
+        if name.split(".")[0] == "chromadb" and path.relative_to(package).as_posix() not in CHROMA
+    ]
+
+
+def commands(package: Path) -> set[str]:
+    """Modules of the commands that `cli/main.py` lists."""
+    for node in syntax_tree(package / "cli" / "main.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
+            return {f"{package.name}.cli.{name}" for name in ast.literal_eval(node.value)}
+    raise AssertionError("cli/main.py has no dict COMMANDS")
+
+
+def nothing_imports_commands(package: Path) -> list[str]:
+    """Only `cli` imports from `cli`, and there only helpers, not commands: `main` finds these by name."""
+    cli = f"{package.name}.cli"
+    found = []
+    for module, names in import_graph(package).items():
+        within = module == cli or module.startswith(f"{cli}.")
+        wrong = {name for name in names if name == cli or name.startswith(f"{cli}.")}
+        found += [f"{module} imports {name}" for name in sorted(wrong & commands(package) if within else wrong)]
+    for module, path in source_files(package).items():
+        if not module.startswith(cli):
+            texts = [node.value for node in ast.walk(syntax_tree(path)) if isinstance(node, ast.Constant)]
+            found += [f"{module} names {text}" for text in texts if isinstance(text, str) and text.startswith(cli)]
+    return found
+
+
+def no_import_circles(package: Path) -> list[str]:
+    return [", ".join(circle) for circle in circles(import_graph(package))]
+
+
+def nothing_imports_tests(package: Path) -> list[str]:
+    files = source_files(package)
+    helpers = {"tests", *(path.stem for path in TESTS.rglob("*.py"))}
+    return [
+        f"{module} imports {name}"
+        for module, path in files.items()
+        for name in imported(module, path, set(files))
+        if name.split(".")[0] in helpers
+    ]
+
+
+def chat_templates_are_applied_in_one_file(package: Path) -> list[str]:
+    return [
+        f"{path.relative_to(package).as_posix()}:{node.lineno}"
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.walk(syntax_tree(path))
+        if isinstance(node, ast.Attribute) and node.attr == "apply_chat_template"
+        if path.relative_to(package).as_posix() not in CHAT_TEMPLATE
+    ]
+
+
+def few_files_on_top(package: Path) -> list[str]:
+    names = sorted(path.name for path in package.glob("*.py"))
+    return names if len(names) > MAX_FILES_ON_TOP else []
+
+
+def the_trainer_is_short(package: Path) -> list[str]:
+    lines = len((package / "sgpo_trainer.py").read_text(encoding="utf-8").splitlines())
+    return [f"{lines} lines"] if lines > MAX_LINES_OF_TRAINER else []
+
+
+# Rule, file of the planted violation, its text
+PLANTED: list[tuple[Rule, str, str]] = [
+    (private_names_only_where_listed, "bank/policy.py", "def f(trainer):\n    return trainer._metrics\n"),
+    (private_names_only_where_listed, "bank/policy.py", "from trl.trainer.utils import _use_triton\n"),
+    (private_names_only_where_listed, "bank/policy.py", "import trl\n\ntrl.trainer.utils._use_triton = None\n"),
+    (private_names_only_where_listed, "bank/policy.py", 'def f(trainer):\n    setattr(trainer, "_generate", 1)\n'),
+    (
+        private_names_only_where_listed,
+        "compare/methods.py",
+        "from trl import GRPOTrainer\n\nclass A(GRPOTrainer): ...\n\nclass B(A):\n    def _generate(self): ...\n",
+    ),
+    (chroma_only_in_the_index, "bank/shared.py", "def connect():\n    import chromadb.config\n"),
+    (nothing_imports_commands, "vram/check.py", "def f():\n    from ..cli.train import main\n"),
+    (nothing_imports_commands, "vram/check.py", 'COMMAND = ["-m", "trl_sgpo.cli.train"]\n'),
+    (nothing_imports_commands, "cli/eval.py", "from .train import main\n"),
+    (nothing_imports_commands, "cli/text.py", "from . import train\n"),
+    (no_import_circles, "bank/policy.py", "def f():\n    from .index import g\n"),
+    (
+        no_import_circles,
+        "bank/policy.py",
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from . import index\n",
+    ),
+    (nothing_imports_tests, "bank/policy.py", "from tests.models import tiny\n"),
+    (nothing_imports_tests, "bank/policy.py", "def f():\n    import conftest\n"),
+    (
+        chat_templates_are_applied_in_one_file,
+        "cli/solve.py",
+        "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
+    ),
+    (few_files_on_top, "one_more.py", ""),
+    (the_trainer_is_short, "sgpo_trainer.py", "x = 1\n" * 351),
+]
+RULES = dict.fromkeys(rule for rule, _, _ in PLANTED)
+
+
+@pytest.fixture
+def small_package(tmp_path: Path) -> Path:
+    """A package that keeps all rules."""
+    package = tmp_path / "trl_sgpo"
+    for name, text in {
+        "sgpo_trainer.py": (
+            "from trl import GRPOTrainer\n\n\nclass SGPOTrainer(GRPOTrainer):\n    def _generate(self):\n"
+            "        return self._metrics\n"
+        ),
+        "bank/index.py": "import chromadb\nfrom . import policy\n\n\ndef g():\n    return chromadb, policy\n",
+        "bank/policy.py": "class Own:\n    def __init__(self):\n        self._metrics = self._step = 0\n",
+        "cli/main.py": 'COMMANDS = {"train": "", "eval": "", "solve": ""}\nFOUND = "trl_sgpo.cli.{}"\n',
+        "cli/train.py": "from .text import printable\nfrom ..vram.check import check\n",
+        "cli/eval.py": "from .text import printable\n",
+        "cli/text.py": "def printable(): ...\n",
+        "compare/methods.py": "",
+        "method/conversation.py": "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
+        "vram/check.py": "def check(): ...\n",
+        **{f"top_{number}.py": "" for number in range(MAX_FILES_ON_TOP - 1)},
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    return package
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds(rule: Rule) -> None:
+    assert rule(PACKAGE) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_accepts_what_it_allows(rule: Rule, small_package: Path) -> None:
+    assert rule(small_package) == []
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
+def test_rule_finds_a_planted_violation(rule: Rule, name: str, text: str, small_package: Path) -> None:
+    (small_package / name).write_text(text)
+    assert rule(small_package) != []
 
 
 if __name__ == "__main__":
-    for circle in circles(import_graph(PACKAGE)):
-        print(len(circle), circle)
-        g = import_graph(PACKAGE)
-        for m in circle:
-            print("  ", m, "->", sorted(g[m] & set(circle)))
+    graph = import_graph(PACKAGE)
+    for circle in circles(graph):
+        print(f"circle of {len(circle)}:")
+        for module in circle:
+            print(f"  {module} → {', '.join(sorted(graph[module] & set(circle)))}")
+    for name, uses in private_names(PACKAGE).items():
+        print(f"{name}: {', '.join(uses)}")

@@ -25,7 +25,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # torch, trl and chromadb load on first use, so that importing the package (and `trl-sgpo --help`) stays quick
+    # torch, trl and chromadb are imported on first use: importing the package and `trl-sgpo --help` stay fast
     if name in _MODULES:
         return vars(import_module(_MODULES[name], __name__))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

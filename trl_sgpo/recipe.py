@@ -1,22 +1,19 @@
 """Recipes: YAML files and command-line overrides, read into dataclasses the way `trl` does."""
 
 import difflib
-import importlib
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from datasets import DatasetDict
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
-from .data.tasks import answer_reward, load_mixture, load_problems
-from .errors import ConfigError, DataError
-from .method.prompts import with_system_prompt
+from .errors import ConfigError
 from .sgpo_config import SGPOConfig
 from .yaml_files import read_mapping
 
@@ -124,7 +121,7 @@ _PARTS = (SGPOScriptArguments, SGPOConfig, ModelConfig, DatasetMixtureConfig)
 
 def read_recipe(argv: list[str], prog: str) -> Recipe:
     """
-    Reads `--config recipe.yaml` and overrides, which win.
+    Reads `--config recipe.yaml` and the overrides of its keys.
 
     Args:
         argv (`list[str]`):
@@ -136,7 +133,7 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
         [`Recipe`]
 
     Raises:
-        [`ConfigError`]: A file that cannot be read, an unknown key, a value that cannot be.
+        [`ConfigError`]: A file that cannot be read, an unknown key or an invalid value.
     """
     argv = [  # TRL's parser knows `--config FILE` only as two words
         part
@@ -156,7 +153,7 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
     launch = _check_launch(from_file + from_command_line, parser)
     script, training, model, mixture = parts
     if "--dataset_name" in argv:
-        mixture.datasets = []  # overrides win, also over a recipe's mixture
+        mixture.datasets = []  # the command line overrides the recipe's mixture
     if training.trust_remote_code:
         raise ConfigError("`trust_remote_code` is refused: it would run code from the model's repository.")
     leftover = list(from_command_line)
@@ -178,7 +175,7 @@ def _check_file(argv: list[str]) -> str | None:
 
 
 def _check_launch(remaining: list[str], parser: TrlParser) -> list[str]:
-    """Returns what is left for `accelerate launch`, or names the first key nobody knows."""
+    """Returns the arguments for `accelerate launch`; raises an error for the first unknown key."""
     try:
         arguments = resolve_accelerate_config_argument(remaining)
     except ValueError as error:
@@ -194,90 +191,56 @@ def _check_launch(remaining: list[str], parser: TrlParser) -> list[str]:
     return arguments
 
 
-def load_data(recipe: Recipe) -> DatasetDict:
-    """
-    Loads the recipe's dataset or mixture.
-
-    Returns:
-        [`~datasets.DatasetDict`]: With the split to train on and, where the recipe evaluates or reports, the one to
-        evaluate on.
-    """
-    script = recipe.script
-    train, test = script.dataset_train_split, script.dataset_test_split
-    wanted = [train]
-    if recipe.training.eval_strategy != "no" or script.report_problems > 0:
-        wanted.append(test)
-    if script.dataset_streaming or recipe.mixture.streaming:
-        raise DataError("SGPO sorts problems into classes and cannot stream: leave `streaming` out.")
-    if recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
-        data = load_mixture(recipe.mixture)
-    elif recipe.mixture.datasets:
-        # A mixture of families with a test split of their own: the same mixture of both
-        data = DatasetDict({split: load_mixture(_with_split(recipe.mixture, split))["train"] for split in wanted})
-    elif script.dataset_name:
-        data = DatasetDict(
-            {split: load_problems(script.dataset_name, split, script.dataset_config) for split in wanted}
-        )
-    else:
-        raise ConfigError("Name the training problems: set `dataset_name`, or `datasets` for a mixture.")
-    if script.system_prompt is not None:
-        data = data.map(_add_system_prompt, fn_kwargs={"system_prompt": script.system_prompt}, desc="System prompt")
-    return data
-
-
-def _with_split(mixture: DatasetMixtureConfig, split: str) -> DatasetMixtureConfig:
-    return replace(mixture, datasets=[replace(part, split=split) for part in mixture.datasets])
-
-
-def _add_system_prompt(row: dict[str, Any], system_prompt: str) -> dict[str, Any]:
-    return {"prompt": with_system_prompt(row["prompt"], system_prompt)}
-
-
-def load_rewards(script: SGPOScriptArguments) -> list[Any]:
-    """
-    Resolves reward functions and the reward model.
-
-    Returns:
-        `list`: What [`~trl.GRPOTrainer`] takes as `reward_funcs`.
-
-    Raises:
-        [`ConfigError`]: A name that is neither known nor importable.
-    """
-    import trl.rewards
-
-    known: dict[str, Callable[..., Any]] = {
-        "answer_reward": answer_reward,
-        "accuracy_reward": trl.rewards.accuracy_reward,
-        "reasoning_accuracy_reward": trl.rewards.reasoning_accuracy_reward,
-        "think_format_reward": trl.rewards.think_format_reward,
-        "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(
-            max_completion_len=1280, soft_punish_cache=256
-        ),
-    }
-    rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
-    for name in script.reward_funcs or []:
-        if name in known:
-            rewards.append(known[name])
-            continue
-        module_name, _, function = name.rpartition(".")
-        if not module_name:
-            raise ConfigError(f"Unknown reward function {name!r}: use one of {', '.join(known)}, or a dotted path.")
-        print(f"reward function {name}: importing {module_name}")
-        sys.path.insert(0, os.getcwd())
-        try:
-            rewards.append(vars(importlib.import_module(module_name))[function])
-        except (ImportError, KeyError) as error:
-            raise ConfigError(f"The reward function {name!r} cannot be imported: {error}.") from error
-    if not rewards:
-        raise ConfigError("Name at least one reward function: set `reward_funcs`, for example to [answer_reward].")
-    return rewards
-
-
 def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """Keyword arguments for loading the recipe's model, the recipe's own `model_init_kwargs` winning."""
+    """Keyword arguments for loading the recipe's model, overridden by its `model_init_kwargs`."""
     return {
         "revision": recipe.model.model_revision,
         "attn_implementation": recipe.model.attn_implementation,
         "dtype": recipe.model.dtype,
         **(recipe.training.model_init_kwargs or {}),
     }
+
+
+def resume_point(training: SGPOConfig) -> str | None:
+    """
+    Finds the checkpoint to resume from.
+
+    Args:
+        training ([`SGPOConfig`]):
+            Its `resume_from_checkpoint` is a directory, or true for the last complete checkpoint in `output_dir`.
+
+    Returns:
+        `str` or `None`: A directory, or `None` to start anew.
+
+    Raises:
+        [`ConfigError`]: The directory named is no complete checkpoint.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).casefold() in ("false", "no", "none", ""):
+        return None
+    if str(wanted).casefold() not in ("true", "yes"):
+        if not _is_complete(Path(wanted)):
+            raise ConfigError(
+                f"{wanted} is no complete checkpoint: set `resume_from_checkpoint` to true for the last complete one "
+                f"in {training.output_dir}."
+            )
+        return str(wanted)
+    found = sorted(
+        (int(path.name.rsplit("-", 1)[1]), str(path))
+        for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
+    )
+    if not found:
+        print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
+        return None
+    print(f"Resuming from {found[-1][1]}.")
+    return found[-1][1]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the trainer state, which is written last, can be read."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from trl_sgpo.data.classes import merge_small_classes, problem_classes, prompt_text
+from trl_sgpo.data.classes import merge_small_classes, problem_classes
 from trl_sgpo.errors import DataError
+from trl_sgpo.method.prompts import problem_text
 
 
 def embed(texts):
@@ -40,10 +41,10 @@ def test_rows_without_class_are_clustered():
     assert problem_classes(dataset, None, embed, 1, 0) == ["fruit", "cluster-0", "fruit", "cluster-0", "cluster-0"]
 
 
-def test_prompt_text():
-    assert prompt_text("a") == "a"
-    assert prompt_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) == "a"
-    assert prompt_text([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]) == "a"
+def test_problem_text():
+    assert problem_text("a") == "a"
+    assert problem_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) == "a"
+    assert problem_text([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]) == "a"
 
 
 def test_merge_small_classes():

@@ -6,7 +6,8 @@ import pytest
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
-from trl_sgpo.data.tasks import answer_reward, final_answer, load_mixture, load_problems, materialise, to_problems
+from trl_sgpo.data.generated import materialise
+from trl_sgpo.data.tasks import answer_reward, final_answer, load_mixture, load_problems, to_problems
 from trl_sgpo.errors import DataError
 
 
@@ -50,7 +51,7 @@ def test_gym_splits_are_disjoint_and_distinct():
 
 
 def test_gym_is_deterministic():
-    from trl_sgpo.data.tasks import _generate
+    from trl_sgpo.data.generated import _generate
 
     assert _generate(GYM, "train") == _generate(GYM, "train")
     assert _generate(GYM, "train") != _generate(GYM.replace("seed=3", "seed=4"), "train")

@@ -9,24 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.data.bootstrap_run import Block as RecordedBlock
-from trl_sgpo.data.bootstrap_run import Plan, by_rule, by_writer, cut_blocks, open_record, run_blocks, try_block
-from trl_sgpo.data.synthetic import (
+from trl_sgpo.data.acceptance import (
     Executed,
     Tried,
     find_flaw,
     kept,
     lift,
     pool,
-    read_traces,
     rejection,
-    strategy_from_annotations,
     summarize,
     to_traces,
-    worked_execution,
-    write_traces,
 )
+from trl_sgpo.data.annotations import strategy_from_annotations, worked_execution
+from trl_sgpo.data.bootstrap_run import Block as RecordedBlock
+from trl_sgpo.data.bootstrap_run import Plan, by_rule, by_writer, cut_blocks, open_record, run_blocks, try_block
 from trl_sgpo.data.tasks import answer_reward, final_answer
+from trl_sgpo.data.trace_files import read_traces, write_traces
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.inference.model import Decoding

@@ -8,7 +8,8 @@ from trl_sgpo.bank import StrategyBank, problem_id
 from trl_sgpo.data.tasks import answer_reward
 from trl_sgpo.errors import DataError
 from trl_sgpo.evaluation.chunks import ChunkLog
-from trl_sgpo.evaluation.transfer_score import TransferReport, measure_plan, plan_transfer, transfer_report
+from trl_sgpo.evaluation.transfer_plan import plan_transfer
+from trl_sgpo.evaluation.transfer_score import TransferReport, measure_plan, transfer_report
 from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.method.prompts import parse_strategy

@@ -173,7 +173,7 @@ def test_too_large_recipe_is_refused_before_weights_load(tmp_path, monkeypatch, 
     def load(name: str) -> str:
         raise AssertionError("weights were looked for")
 
-    monkeypatch.setattr(trl_sgpo.cli.train, "require_model", load)
+    monkeypatch.setattr(trl_sgpo.cli.train, "fetch_model", load)
     recipe = ["train", "--model_name_or_path", "Qwen/Qwen2.5-0.5B-Instruct", "--output_dir", str(tmp_path)]
     recipe += ["--reward_funcs", "answer_reward", "--dataset_name", "x.jsonl", *LORA]
     recipe += ["--per_device_train_batch_size", "16", "--gradient_checkpointing", "false", "--vram_gb", "6"]

@@ -10,14 +10,15 @@ from models import hash_embedder, save_tiny_model
 from trl import get_peft_config, get_quantization_config
 
 from trl_sgpo import SGPOTrainer, StrategyBank
-from trl_sgpo.cli.estimate import report
 from trl_sgpo.cli.train import with_classes
+from trl_sgpo.compare.arm_run import arm_recipe
 from trl_sgpo.compare.config import read_comparison
-from trl_sgpo.compare.run import arm_recipe
+from trl_sgpo.data.loading import load_data, load_rewards
 from trl_sgpo.data.tasks import to_problems
 from trl_sgpo.evaluation.suites import Suite
-from trl_sgpo.recipe import Recipe, load_data, load_rewards, model_init_kwargs, read_recipe
+from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.vram.architectures import architectures
+from trl_sgpo.vram.check import estimate_recipe
 from trl_sgpo.vram.estimate import GIB
 
 
@@ -81,7 +82,7 @@ def test_recipe_names_its_card_and_its_command(path: Path) -> None:
 @pytest.mark.parametrize("path", BY_MEMORY, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_recipe_fits_its_card(path: Path) -> None:
     recipe = read_recipe(["--config", str(path)], "test")
-    result = report(recipe, str(path), recipe.script.vram_gb, "cuda")
+    result = estimate_recipe(recipe, str(path), recipe.script.vram_gb, "cuda")
     assert result["fits"]
     stated = re.search(r"Expected peak: ([\d.]+) GB", path.read_text())
     assert stated is not None

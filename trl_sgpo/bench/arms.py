@@ -22,10 +22,10 @@ from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
 from ..bank.session import Observation
-from ..cli.train import without_long_problems
+from ..compare.lab.model import fetch_model
 from ..data.classes import CLASS_COLUMN, with_classes
-from ..inference.weights import require_model
-from ..recipe import Recipe, load_data, load_rewards, model_init_kwargs
+from ..data.loading import load_data, load_rewards, without_long_problems
+from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
 from ..speed.lm_head import contiguous_head_input, project_labelled_tokens_only
@@ -74,7 +74,7 @@ def build_trainer(
         [`SGPOTrainer`], [`SharedPromptGRPOTrainer`] or [`~trl.GRPOTrainer`]
     """
     args, script = recipe.training, recipe.script
-    name = tokenizer or require_model(recipe.model.model_name_or_path)
+    name = tokenizer or fetch_model(recipe.model.model_name_or_path)
     problems = without_long_problems(load_data(recipe)[script.dataset_train_split], script.max_problem_tokens, name)
     dataset = with_classes(problems, args)
     shared = {

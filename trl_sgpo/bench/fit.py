@@ -13,11 +13,11 @@ from transformers.initialization import no_init_weights
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from ..cli.estimate import report
+from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, SGPOError
-from ..inference.weights import require_model
 from ..recipe import Recipe, model_init_kwargs, read_recipe
 from ..vram.architectures import model_config
+from ..vram.check import estimate_recipe
 from ..vram.estimate import CONTEXT, GIB
 from .arms import ARMS, build_trainer, measured_step, settings, write
 
@@ -49,12 +49,12 @@ def main(argv: list[str]) -> int:
         arguments = ["--config", path, *overrides]
         recipe = read_recipe(arguments, "trl-sgpo bench fit")
         vram = options.vram or recipe.script.vram_gb
-        tokenizer = options.tokenizer or require_model(recipe.model.model_name_or_path)
+        tokenizer = options.tokenizer or fetch_model(recipe.model.model_name_or_path)
         result: dict[str, Any] = {
             "config": path,
             "vram_gb": vram,
             "settings": settings(recipe),
-            "estimate": report(recipe, path, vram, "cuda" if torch.cuda.is_available() else "cpu"),
+            "estimate": estimate_recipe(recipe, path, vram, "cuda" if torch.cuda.is_available() else "cpu"),
         }
         for arm in options.arms:
             print(f"{path}: {arm}", flush=True)

@@ -9,17 +9,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bank.files import BANK_DIRECTORY
 from ..errors import ConfigError, DataError
 
 
 if TYPE_CHECKING:
+    from ..data.acceptance import Summary, Tried
     from ..data.bootstrap_run import Block, Plan, Row, Writer
-    from ..data.synthetic import Summary, Tried
     from ..recipe import Recipe
 
 SOURCES = ("model", "teacher", "server", "worked")
 WRITERS = ("rule", "model", "teacher", "server")
-RECORD, TRACES, BANK, LOCK = "bootstrap.jsonl", "traces.jsonl", "strategy_bank", "bootstrap.lock"
+RECORD, TRACES, LOCK = "bootstrap.jsonl", "traces.jsonl", "bootstrap.lock"
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
     output_dir = Path(options.output_dir)
     if options.bank is None and output_dir.resolve() == Path(str(recipe.training.output_dir)).resolve():
         raise ConfigError(
-            f"{output_dir} is where the recipe trains, which empties {output_dir / BANK}: name another `--output_dir`."
+            f"{output_dir} is where the recipe trains, which empties {output_dir / BANK_DIRECTORY}: name another "
+            "`--output_dir`."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -59,13 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="names problems, verifier, model, prompts")
-    parser.add_argument("--output_dir", required=True, help=f"for {RECORD}, {TRACES} and {BANK}/")
+    parser.add_argument("--output_dir", required=True, help=f"for {RECORD}, {TRACES} and {BANK_DIRECTORY}/")
     parser.add_argument(
         "--source",
         choices=SOURCES,
         default="model",
-        help="who writes and executes: the recipe's model, a stronger local one, a server; or worked solutions in the "
-        "data, which are the executions and need no lift (model)",
+        help="what writes and executes: the recipe's model, a stronger local one, a server; or worked solutions in "
+        "the data, which are the executions and need no lift (model)",
     )
     parser.add_argument("--teacher", metavar="NAME", help="directory or Hub id of a stronger model")
     parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server, like http://127.0.0.1:8000/v1")
@@ -73,23 +75,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--writer",
         choices=WRITERS,
-        help="with --source worked, who puts a solution's strategy in words: a rule for calculator annotations and "
+        help="with --source worked, what writes a solution's strategy: a rule for calculator annotations and "
         "covered reasoning-gym families, or a model that is shown the solution (rule)",
     )
     parser.add_argument("--num_strategies", type=_positive, default=4, metavar="N", help="for each problem (4)")
     parser.add_argument(
-        "--block_size", type=_positive, default=4, metavar="K", help="problems that execute each other's (4)"
+        "--block_size",
+        type=_positive,
+        default=4,
+        metavar="K",
+        help="problems that execute each other's strategies (4)",
     )
     parser.add_argument(
         "--num_answers", type=_positive, default=4, metavar="N", help="without strategy, for each problem (4)"
     )
-    parser.add_argument("--answer_prompt", metavar="TEXT", help="what such an answer is asked for with")
-    parser.add_argument("--min_lift", type=float, default=0.1, help="lift that must be exceeded (0.1)")
-    parser.add_argument("--max_problems", type=_positive, metavar="N", help="stop after about as many (all)")
+    parser.add_argument("--answer_prompt", metavar="TEXT", help="added to a problem to be answered without strategy")
+    parser.add_argument("--min_lift", type=float, default=0.1, help="smallest lift that is not kept (0.1)")
+    parser.add_argument("--max_problems", type=_positive, metavar="N", help="stop after about N problems (all)")
     parser.add_argument("--batch_size", type=_positive, default=32, help="texts generated at a time (32)")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests to the server at a time (8)")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer of it (600)")
-    parser.add_argument("--bank", metavar="DIR", help=f"bank the strategies become candidates of (OUTPUT_DIR/{BANK})")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds to wait for an answer of the server (600)"
+    )
+    parser.add_argument(
+        "--bank", metavar="DIR", help=f"bank to add the strategies to, as candidates (OUTPUT_DIR/{BANK_DIRECTORY})"
+    )
     return parser
 
 
@@ -116,7 +126,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -> None:
     """
-    Runs what is left of the blocks and writes traces and bank.
+    Runs the unfinished blocks and writes traces and bank.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
@@ -127,15 +137,16 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
             Where the record and the traces go.
 
     Raises:
-        [`DataError`]: The problems cannot be verified, or have no worked solutions that could be used.
+        [`DataError`]: The problems cannot be verified, or have no usable worked solutions.
     """
     from ..bank.files import durable_replace
     from ..bank.strategy import problem_id
+    from ..data.acceptance import kept, summarize, to_traces
     from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
-    from ..data.synthetic import kept, summarize, to_traces, write_traces
+    from ..data.loading import load_data, load_rewards
+    from ..data.trace_files import write_traces
     from ..inference.model import Decoding
     from ..inference.settings import TwoPhaseSettings
-    from ..recipe import load_data, load_rewards
 
     training = recipe.training
     verifier = load_rewards(recipe.script)[0]
@@ -170,7 +181,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
         "verifier": f"{verifier.__module__}.{verifier.__qualname__}",
         "problems": hashlib.sha256(json.dumps([data, classes]).encode()).hexdigest()[:16],
     }
-    _meet_embedder(recipe, options, output_dir)
+    _check_embedder(recipe, options, output_dir)
     do = _doing(recipe, options, settings, plan, rows, classes, verifier)
     done = run_blocks(output_dir / RECORD, depends_on, blocks, do)
     tried = [one for block in done for one in block.tried]
@@ -194,7 +205,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
 
 
 def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
-    """The class of each problem, and the blocks of problems to do."""
+    """The class of each problem, and the blocks."""
     from ..bank.embedding import load_embedder
     from ..data.bootstrap_run import cut_blocks
     from ..data.classes import merge_small_classes, problem_classes
@@ -219,7 +230,7 @@ def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tupl
         raise DataError(str(error).replace("--transfer_block_size", "--block_size")) from error
     answers = [str(answer) for answer in dataset["solution"]] if "solution" in dataset.column_names else None
     blocks = cut_blocks(classes, answers, size, training.seed)
-    if options.source == "worked":  # no siblings are needed, so these are only as large as is kept at a time
+    if options.source == "worked":  # worked solutions need no siblings: a block is the unit that is recorded
         order = [index for block in blocks for index in block]
         blocks = [order[start : start + options.block_size] for start in range(0, len(order), options.block_size)]
     if options.max_problems is not None:
@@ -236,11 +247,11 @@ def _doing(
     classes: list[str],
     verifier: Callable[..., list[float | None]],
 ) -> Callable[[list[int], int], "Block"]:
-    """What does a block. The model is loaded when the first one needs it."""
+    """The function that runs a block. The model is loaded by the first block that needs it."""
     from functools import cache
 
+    from ..compare.lab.model import fetch_model
     from ..data.bootstrap_run import Block, by_rule, by_writer, try_block, work_block
-    from ..inference.weights import require_model
 
     @cache
     def writer() -> "Writer":
@@ -250,7 +261,7 @@ def _doing(
     def tokenizer() -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(require_model(recipe.model.model_name_or_path))
+        return AutoTokenizer.from_pretrained(fetch_model(recipe.model.model_name_or_path))
 
     def fits(strategy: str, execution: str) -> bool:
         lengths = [len(ids) for ids in tokenizer()([strategy, execution], add_special_tokens=False)["input_ids"]]
@@ -276,6 +287,7 @@ def _doing(
 def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -> "Writer":
     from trl import get_quantization_config
 
+    from ..compare.lab.model import prepare_model
     from ..inference.model import TwoPhaseModel
     from ..inference.server import TOKEN_VARIABLE, ServerModel
     from ..recipe import model_init_kwargs
@@ -293,9 +305,11 @@ def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -
     if (quantization := get_quantization_config(recipe.model)) is not None:
         kwargs["quantization_config"] = quantization
     if options.by == "teacher":
-        kwargs.pop("revision", None)  # that of the recipe's own model
+        kwargs.pop("revision", None)  # the revision is that of the recipe's model
+    name = options.teacher or recipe.model.model_name_or_path
+    prepare_model(name)
     return TwoPhaseModel.from_pretrained(
-        options.teacher or recipe.model.model_name_or_path,
+        name,
         settings,
         options.batch_size,
         "cpu" if recipe.training.use_cpu else None,
@@ -308,12 +322,14 @@ def _open_bank(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) 
 
     training = recipe.training
     return StrategyBank(
-        options.bank or output_dir / BANK, training.embedding_model, capacity_per_class=training.bank_capacity
+        options.bank or output_dir / BANK_DIRECTORY,
+        training.embedding_model,
+        capacity_per_class=training.bank_capacity,
     )
 
 
-def _meet_embedder(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -> None:
-    """Finds out before hours of generation whether the bank can be written in the end."""
+def _check_embedder(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -> None:
+    """Opens the bank and embeds a text, so that errors are raised before hours of generation."""
     with _open_bank(recipe, options, output_dir) as bank:
         bank.embed(["What is asked?"])
 
@@ -321,8 +337,8 @@ def _meet_embedder(recipe: "Recipe", options: argparse.Namespace, output_dir: Pa
 def _put_into_bank(
     good: list["Tried"], recipe: "Recipe", options: argparse.Namespace, output_dir: Path, name: str
 ) -> int:
-    """Adds strategies as candidates. Those that the bank has retired stay so."""
-    from ..bank.strategy import Strategy
+    """Adds strategies as candidates. Strategies that the bank has retired are not added again."""
+    from ..bank import Strategy
 
     strategies = [
         Strategy(
@@ -362,9 +378,10 @@ def _print(summary: "Summary", traces: int, added: int, options: argparse.Namesp
     if traces == 0:
         console.print("No strategy was kept: lower --min_lift, or use a stronger --teacher or --server.")
         return
+    bank = options.bank or output_dir / BANK_DIRECTORY
     console.print(
         f"Next:\n  warm start  trl-sgpo warmstart --config {options.config} --traces {output_dir / TRACES}\n"
-        f"  use bank    trl-sgpo train --config {options.config} --bank_path {options.bank or output_dir / BANK}",
+        f"  use bank    trl-sgpo train --config {options.config} --bank_path {bank}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""`trl-sgpo compare`: arms × seeds at an equal budget, run or gone on with, and their table."""
+"""`trl-sgpo compare`: runs or resumes arms × seeds at an equal budget, and writes their table."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    """Runs what is not finished yet and writes the table. Exit status 1 if a run failed."""
+    """Runs the arms that are not finished and writes the table. Exit status 1 if a run failed."""
     options, overrides = _parser().parse_known_args(argv)
     changes: dict[str, Any] = {
         key: options.__dict__[key]
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     if overrides:
         changes["overrides"] = _as_mapping(overrides)
 
+    from ..compare.arm_run import check, fetch_models, finished
     from ..compare.config import read_comparison
-    from ..compare.run import check, fetch_models, finished
     from ..compare.table import summary, write
 
     comparison = read_comparison(options.config, changes)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     failed: list[str] = []
     if missing and not options.table_only:
         fetch_models(comparison)
-        base = [sys.executable, "-m", "trl_sgpo.compare.run", options.config, json.dumps(changes)]
+        base = [sys.executable, "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
     found = {
         arm.name: [result for seed in comparison.seeds if (result := finished(comparison, arm, seed)) is not None]
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="trl-sgpo compare",
         description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
         "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "
-        "Runs that are finished are kept; call it again to go on.",
+        "Finished runs are kept; the same command resumes.",
         epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
     )
     parser.add_argument("--config", required=True, help="comparison, such as recipes/lab/compare.yaml")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, help="runs at a time, instead of the file's")
     parser.add_argument("--output_dir", help="where runs are kept, instead of the file's")
     parser.add_argument("--results", help="path without suffix for the table, instead of the file's")
-    parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is finished")
+    parser.add_argument("--table_only", action="store_true", help="run nothing, only write the table of finished runs")
     return parser
 
 
@@ -80,14 +80,14 @@ def _as_mapping(arguments: list[str]) -> dict[str, Any]:
             key, equals, value = argument.removeprefix("--").partition("=")
             mapping[key] = value if equals else []
         elif key is None:
-            raise ConfigError(f"What is {argument!r}? Overrides are written as `--key value`.")
+            raise ConfigError(f"Unknown argument {argument!r}: write overrides as `--key value`.")
         else:
             mapping[key].append(argument)
     return {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in mapping.items()}
 
 
 def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, processes: int) -> list[str]:
-    """Warm-starts each seed, then runs its arms, `processes` at a time. Returns the names of what failed."""
+    """Warm-starts each seed, then runs its arms, `processes` at a time. Returns the names of failed runs."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if processes > 1:
         environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}

@@ -1,8 +1,7 @@
-"""`trl-sgpo estimate`: how much memory recipes need, by part, before anything is downloaded."""
+"""`trl-sgpo estimate`: estimates the memory that recipes need, by part, before anything is downloaded."""
 
 import argparse
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..recipe import Recipe, read_recipe
-from ..vram.advice import cheapest_change, in_words
-from ..vram.architectures import model_config
-from ..vram.estimate import GIB, HEADROOM, Estimate, Estimator, assumed_lengths
 
 
 def main(argv: list[str]) -> int:
@@ -22,10 +17,15 @@ def main(argv: list[str]) -> int:
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
 
+    from ..compare.lab.model import prepare_model
+    from ..recipe import read_recipe
+    from ..vram.check import estimate_recipe
+
     results = []
     for path in options.config:
         recipe = read_recipe(["--config", path, *overrides], "trl-sgpo estimate")
-        results.append(report(recipe, path, options.vram or recipe.script.vram_gb, options.device))
+        prepare_model(recipe.model.model_name_or_path)
+        results.append(estimate_recipe(recipe, path, options.vram or recipe.script.vram_gb, options.device))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(results, indent=2))
@@ -50,48 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="what it is to run on; on a CPU, tensors are counted",
+        help="device to train on; for a CPU, only tensors are counted",
     )
     parser.add_argument("--output", help="write the estimates to this JSON file")
     return parser
-
-
-def report(recipe: Recipe, path: str, vram_gb: float | None, device: str) -> dict[str, Any]:
-    """
-    Estimates a recipe.
-
-    Args:
-        recipe ([`~trl_sgpo.recipe.Recipe`]), path (`str`):
-            The recipe and its file.
-        vram_gb (`float`, *optional*):
-            Memory that it has to fit into. If `None`, there is no verdict.
-        device (`str`):
-            `"cuda"` or `"cpu"`.
-
-    Returns:
-        `dict`: The [`~trl_sgpo.vram.estimate.Estimate`], the verdict and, if it does not fit, the change.
-    """
-    name = recipe.model.model_name_or_path
-    estimator, source = _estimator(name, recipe.model.model_revision, device)
-
-    def estimate(changed: Recipe) -> Estimate:
-        return estimator(changed, assumed_lengths(changed))
-
-    found = estimate(recipe)
-    result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}
-    if vram_gb is not None:
-        result["fits"] = found.fits(vram_gb)
-        if not result["fits"] and (change := cheapest_change(recipe, vram_gb, estimate)) is not None:
-            result["change"], changed = change
-            result["peak_with_change"] = changed.peak
-    return {**result, **found.to_dict()}
-
-
-@cache
-def _estimator(name: str, revision: str, device: str) -> tuple[Estimator, str]:
-    """One for all recipes of a model, which keeps what it has simulated."""
-    config, source = model_config(name, revision)
-    return Estimator(config, device), source
 
 
 def _print_parts(console: Console, result: dict[str, Any]) -> None:
@@ -143,6 +105,9 @@ def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
 
 
 def _verdict(result: dict[str, Any]) -> str:
+    from ..vram.advice import in_words
+    from ..vram.estimate import GIB, HEADROOM
+
     vram = result["vram_gb"]
     if vram is None:
         return "Pass `--vram` for a verdict."
@@ -158,4 +123,6 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def _gb(size: int) -> str:
+    from ..vram.estimate import GIB
+
     return f"{size / GIB:.2f}"

@@ -1,7 +1,6 @@
 """`trl-sgpo eval`: accuracy and strategy transfer of a model, on suites of problems."""
 
 import argparse
-import hashlib
 import importlib.util
 import json
 from contextlib import ExitStack
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DataError
 from ..evaluation.suites import NAMED, LoadedSuite, load_suites, parse_suite
 from ..yaml_files import read_mapping, unknown_key
+from .options import check_at_least
 
 
 if TYPE_CHECKING:
     from ..bank import StrategyBank
-    from ..evaluation.report import ResultTable
+    from ..evaluation.tables import ResultTable
     from ..inference.model import TwoPhaseModel
     from ..inference.verifier import Verifier
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Measure a model on suites of problems: accuracy, and with --transfer how well its strategies do "
         "on problems they were not written for. Finished chunks are kept in the output directory: the same command "
-        "goes on where it was stopped.",
+        "resumes.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with these options; the command line wins")
     parser.add_argument("--model", metavar="DIR_OR_ID", help="directory or Hub id of a model or adapter")
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "are of that kind",
     )
     parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
-    parser.add_argument("--overwrite", action="store_true", help="drop the evaluation that is in the output directory")
+    parser.add_argument("--overwrite", action="store_true", help="delete the evaluation in the output directory")
     parser.add_argument(
         "--data_dir", metavar="DIR", help="read gsm8k, gsm_plus and math500 from DIR/NAME/test.jsonl, not the Hub"
     )
@@ -71,13 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled attempts (1.0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="of sampled attempts (1.0)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of all that is random (42)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all random draws (42)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="problems a chunk (32)")
     parser.add_argument("--dtype", default="auto", help="of the weights (auto)")
     parser.add_argument(
         "--verifier", default="answer_reward", help="reward function, by name or dotted path (answer_reward)"
     )
-    parser.add_argument("--bank", metavar="DIR", help="show its trusted strategies; auto: the one beside the model")
+    parser.add_argument(
+        "--bank", metavar="DIR", help="bank whose trusted strategies are shown; auto: the one beside the model"
+    )
     transfer = parser.add_argument_group("transfer")
     transfer.add_argument(
         "--transfer", nargs="*", metavar="NAME", help="measure strategy transfer on these suites (all suites)"
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     transfer.add_argument("--transfers", type=int, default=2, metavar="N", help="strategies tried on a problem (2)")
     transfer.add_argument("--pairs_per_cell", type=int, default=8, metavar="N", help="of the transfer matrix (8)")
-    phases = parser.add_argument_group("the two phases", "What is not given is read from the model's sgpo.json.")
+    phases = parser.add_argument_group("the two phases", "Defaults are read from the model's sgpo.json.")
     phases.add_argument("--system_prompt", metavar="TEXT", help="system message put before prompts that have none")
     phases.add_argument("--strategy_prompt", metavar="TEXT", help="request for a strategy, with {problem}")
     phases.add_argument("--execution_prompt", metavar="TEXT", help="request to execute it")
@@ -108,37 +110,37 @@ def _parser() -> argparse.ArgumentParser:
 
 def read_options(argv: list[str]) -> argparse.Namespace:
     """
-    Reads the command line and the file it names with `--config`, over which it wins.
+    Reads the command line and its `--config` file. The command line overrides the file.
 
     Args:
         argv (`list[str]`):
             The command line.
 
     Raises:
-        [`ConfigError`]: A file that cannot be read, an unknown key, or a value that cannot be.
+        [`ConfigError`]: A file that cannot be read, an unknown key or an invalid value.
     """
     parser = _parser()
     path = parser.parse_known_args(argv)[0].config
     options = parser.parse_args([*_from_file(path, parser), *argv] if path else argv)
     if not options.suites:
-        raise ConfigError(f"Name what to evaluate on: `--suites` with {', '.join(NAMED)} or NAME=PATH[@SPLIT].")
+        raise ConfigError(
+            f"Name the problems to evaluate on: `--suites` with {', '.join(NAMED)} or NAME=PATH[@SPLIT]."
+        )
     if options.model is None and not options.check_verifier:
-        raise ConfigError("Name what to evaluate: `--model` with a directory or Hub id.")
-    for name, least in (
-        ("samples", 0),
-        ("batch_size", 1),
-        ("transfer_classes", 1),
-        ("transfer_problems", 1),
-        ("transfers", 1),
-        ("pairs_per_cell", 1),
-        ("limit", 1),
-        ("max_strategy_length", 1),
-        ("max_completion_length", 1),
-        ("num_retrieved", 0),
-    ):
-        value = vars(options)[name]
-        if value is not None and value < least:
-            raise ConfigError(f"`--{name}` must be at least {least}, got {value}.")
+        raise ConfigError("Name the model to evaluate: `--model` with a directory or Hub id.")
+    check_at_least(
+        options,
+        samples=0,
+        batch_size=1,
+        transfer_classes=1,
+        transfer_problems=1,
+        transfers=1,
+        pairs_per_cell=1,
+        limit=1,
+        max_strategy_length=1,
+        max_completion_length=1,
+        num_retrieved=0,
+    )
     if options.temperature <= 0 or not 0 < options.top_p <= 1:
         raise ConfigError(
             f"`--temperature` must be above 0 and `--top_p` above 0 and at most 1, got {options.temperature} and "
@@ -167,8 +169,9 @@ def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
+    from ..data.loading import load_rewards
     from ..data.tasks import answer_reward
-    from ..recipe import SGPOScriptArguments, load_rewards
+    from ..recipe import SGPOScriptArguments
 
     verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
     for each in loaded:
@@ -215,10 +218,12 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
 
     from ..evaluation.chunks import ChunkLog
+    from ..evaluation.digest import digest, weights_digest
     from ..evaluation.hub_results import write_hub_results
-    from ..evaluation.report import tables, write_report
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
-    from ..evaluation.transfer_score import measure_plan, plan_transfer
+    from ..evaluation.tables import tables, write_results
+    from ..evaluation.transfer_plan import plan_transfer
+    from ..evaluation.transfer_score import measure_plan
 
     loaded = load_suites(suites, options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
@@ -246,14 +251,14 @@ def evaluate(options: argparse.Namespace) -> int:
         bank = _open_bank(options, model, stack)
         settings = {
             "model": options.model,
-            "weights": _weights_digest(model),
+            "weights": weights_digest(model),
             "two_phase": asdict(model.settings),
             "dtype": options.dtype,
-            "suites": {each.suite.name: asdict(each.suite) | {"rows": _digest(each.rows)} for each in loaded},
+            "suites": {each.suite.name: asdict(each.suite) | {"rows": digest(each.rows)} for each in loaded},
             "protocol": asdict(protocol),
             "verifier": options.verifier,
-            "bank": None if bank is None else _digest([strategy.checksum for strategy in bank.strategies()]),
-            "transfer": {name: _digest(asdict(plan)) for name, plan in plans.items()},
+            "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),
+            "transfer": {name: digest(asdict(plan)) for name, plan in plans.items()},
         }
         texts = sum(suite_texts(len(each.rows), protocol) for each in loaded)
         texts += sum(plan.texts for plan in plans.values())
@@ -280,7 +285,7 @@ def evaluate(options: argparse.Namespace) -> int:
     results["kinds"] = summarise_kinds(results["suites"])
     setup = f"{'strategy, then execution' if options.form == 'two_phase' else 'plain answer'}, greedy, zero-shot"
     setup += ", with a strategy bank" if shown is not None else ""
-    written = write_report(output, results, not options.no_plots)
+    written = write_results(output, results, not options.no_plots)
     written += write_hub_results(output, Path(options.model).name, suites, results["suites"], setup)
     _print_tables(tables(results))
     for each in loaded:
@@ -291,14 +296,14 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
+    from ..compare.lab.model import fetch_model
     from ..inference.model import TwoPhaseModel
     from ..inference.settings import TwoPhaseSettings
-    from ..inference.weights import require_model
 
     given = {key: vars(options)[key] for key in TWO_PHASE if vars(options)[key] is not None}
     if "strategy_format" in given:
-        given.setdefault("strategy_prompt", "")  # the one for the format
-    settings = replace(TwoPhaseSettings.load(require_model(options.model)), **given)
+        given.setdefault("strategy_prompt", "")  # the default one of the format
+    settings = replace(TwoPhaseSettings.load(fetch_model(options.model)), **given)
     return TwoPhaseModel.from_pretrained(options.model, settings, options.batch_size, dtype=options.dtype)
 
 
@@ -314,19 +319,6 @@ def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitS
     bank = stack.enter_context(open_read_only(str(beside.parent) if options.bank == "auto" else options.bank))
     bank.embedding_model = bank.made_with or model.settings.embedding_model
     return bank
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _weights_digest(model: "TwoPhaseModel") -> str:
-    """Of the first values of every parameter, which training changes."""
-    digest = hashlib.sha256()
-    for name, parameter in model.model.named_parameters():
-        first = parameter.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return digest.hexdigest()
 
 
 def _print_tables(found: "list[ResultTable]") -> None:

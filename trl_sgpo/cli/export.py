@@ -1,4 +1,4 @@
-"""`trl-sgpo export`: a trained model as one that stands alone, for transformers or llama.cpp."""
+"""`trl-sgpo export`: exports a trained model for transformers or llama.cpp."""
 
 import argparse
 from typing import Any
@@ -8,11 +8,11 @@ def main(argv: list[str]) -> int:
     """Exports a trained model."""
     options = _parser().parse_args(argv)
 
-    from ..export.run import REPORT_FILE, ExportPlan, export
+    from ..export.export import EXPORT_FILE, ExportPlan, export
 
     report = export(ExportPlan(**vars(options)))
     _print(report)
-    print(f"Exported to {options.output_dir}; these figures are in its {REPORT_FILE}.")
+    print(f"Exported to {options.output_dir}; these figures are in its {EXPORT_FILE}.")
     return 0
 
 
@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-sgpo export",
         allow_abbrev=False,
-        description="Write a trained model as one that stands alone. What is written is read again and its logits are "
+        description="Export a trained model. The export is read again and its logits are "
         "compared with those of the model as it was trained, adapter apart and 4-bit weights included: an export that "
         "differs is refused. Tokenizer, prompts (sgpo.json) and strategies of the run's bank go with it.",
     )
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compute_dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="data type to merge and check in; bfloat16 takes half the memory and sees less (float32)",
+        help="data type to merge and check in; bfloat16 takes half the memory and checks less precisely (float32)",
     )
     parser.add_argument("--license", default="other", help="licence of the exported strategies (other)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -64,7 +64,7 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"Logits at {report['positions']} positions, against the model as it was trained"
+    title = f"Logits at {report['positions']} positions, compared with the trained model"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "type", "error", "allowed", "KL, nats a token", "same likeliest token"):
         table.add_column(column, overflow="fold")
@@ -78,10 +78,10 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if report["merged_into"] is not None:
-        console.print(f"All that the adapter changes: {report['effect_of_adapter']:.2g}")
+        console.print(f"Change of the logits by the adapter: {report['effect_of_adapter']:.2g}")
     if "difference_to_trained" in report:
         away = report["difference_to_trained"]
         console.print(
-            f"Merged into the original weights, on which it was not trained: away from the trained model by "
+            f"Merged into the original weights, on which it was not trained: difference to the trained model "
             f"{away['error']:.2g}, KL {away['kl']:.2g} nats a token, same likeliest token {away['top1']:.1%}."
         )

@@ -25,7 +25,7 @@ BLOCK_SIZE, GENERATIONS = 2, 8
 _T = TypeVar("_T")
 
 ANSWERS = '''\
-"""The reward: change it to what is right in your data."""
+"""The reward function: change it to the check that your data needs."""
 
 from trl_sgpo.data.tasks import final_answer, same_answer
 
@@ -42,7 +42,7 @@ def reward(completions, solution, **kwargs):
 '''
 
 NO_ANSWERS = '''\
-"""The reward. It only sees whether there is an answer: change it so that it sees whether the answer is right."""
+"""The reward function. It only checks that there is an answer: change it to check that the answer is right."""
 
 from trl_sgpo.data.tasks import final_answer
 
@@ -56,7 +56,7 @@ def reward(completions, prompts, **kwargs):
 
 @dataclass(frozen=True)
 class Size:
-    """Settings that fit a GPU's memory, for the models that are trained on such a one."""
+    """Settings for a GPU's memory and the models that are usually trained on it."""
 
     vram: float
     micro_batch: int
@@ -73,12 +73,12 @@ SIZES = (
     Size(24, micro_batch=8, rows=64, strategy=192, execution=768),
     Size(40, micro_batch=16, rows=64, strategy=256, execution=1024),
 )
-FULL_SHARE = 0.3  # of the memory, that weights in 16 bits may take before they are quantized
-QUANTIZED_SHARE = 0.6  # of the memory, that quantized weights may take
+FULL_SHARE = 0.3  # share of the memory for weights in 16 bits; larger weights are quantized
+QUANTIZED_SHARE = 0.6  # share of the memory for quantized weights
 
 
 def main(argv: list[str]) -> int:
-    """Asks what is not given, and writes."""
+    """Asks for missing options and writes the files."""
     options = _parser().parse_args(argv)
     recipe = Path(options.output)
     rewards = None if options.reward_file is None else Path(options.reward_file)
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
             rewards = _get(None, "--reward_file", "Its file", "my_rewards.py", _reward_path)
         _check_paths(recipe, rewards, options.overwrite)
     except EOFError:
-        raise ConfigError("Stopped before all was known: nothing is written.") from None
+        raise ConfigError("Stopped: nothing is written.") from None
     output_dir = options.output_dir or f"runs/{recipe.stem}"
     sections = _sections(model, data, options.data_config, rows, vram, rewards, solutions, output_dir)
     recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-sgpo init",
         allow_abbrev=False,
-        description="Write a recipe for a model, problems and a GPU. What is not given is asked for in a terminal.",
+        description="Write a recipe for a model, problems and a GPU. Missing options are asked for in a terminal.",
     )
     parser.add_argument("--model", metavar="DIR_OR_ID", help="directory or Hub id of the model to train")
     parser.add_argument(
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reward_file", metavar="FILE", help="write a reward function to change, as my_rewards.py, and train with it"
     )
     parser.add_argument("--output_dir", metavar="DIR", help="of the training (runs/ and the recipe's name)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
@@ -168,7 +168,7 @@ def _get(
     check: Callable[[str], _T],
     always: float | None = None,
 ) -> _T:
-    """What was given, or what is answered to the question, once it passes the check."""
+    """The given option, or the answer to the question, once it passes the check."""
     if given is not None:
         return check(given)
     if not _asking():
@@ -208,9 +208,9 @@ def _reward_path(text: str) -> Path:
 
 
 def _check_model(name: str) -> str:
-    from ..inference.weights import require_model
+    from ..compare.lab.model import fetch_model
 
-    require_model(name)
+    fetch_model(name)
     return name
 
 
@@ -293,7 +293,7 @@ def _sections(
         "Data: some problems are kept for the report before and after training": problems
         | _classes(rows)
         | {"report_problems": report},
-        "Reward: the first function decides what is right": {"reward_funcs": [function]},
+        "Reward: the first function is the verifier": {"reward_funcs": [function]},
         "SGPO": {
             "transfer_block_size": BLOCK_SIZE,
             "num_generations": GENERATIONS,

@@ -1,4 +1,4 @@
-"""Entry point of `trl-sgpo`: finds the command and turns errors a user can act on into one line."""
+"""Entry point of `trl-sgpo`: runs a command and prints errors a user can act on as one line."""
 
 import logging
 import sys
@@ -15,14 +15,14 @@ COMMANDS = {
     "warmstart": "fine-tune a model on two-phase traces, so that there is something to reinforce",
     "bootstrap": "write strategies and two-phase traces without human labels, for a warm start and a bank",
     "eval": "measure a model: suites in and out of distribution, strategy transfer score",
-    "export": "write a trained model as one that stands alone, for transformers or llama.cpp, checked by its logits",
+    "export": "export a trained model for transformers or llama.cpp, checked by its logits",
     "compare": "train and measure many arms at an equal budget: SFT, RLHF, PRM, GRPO, SGPO",
-    "estimate": "say how much memory recipes need, and what makes them fit, before anything is downloaded",
-    "bench": "measure SGPO against TRL's GRPOTrainer on this machine",
-    "solve": "solve problems with a trained model and its strategy bank: one, a file, or as they come",
+    "estimate": "estimate how much memory recipes need, and what makes them fit, before anything is downloaded",
+    "bench": "measure SGPO against TRL's GRPOTrainer, and the bank, on this machine",
+    "solve": "solve problems with a trained model and its strategy bank: one, a file, or in a terminal",
     "report": "write a run as one HTML file: curves, transfer, strategies, rollouts, settings",
     "push": "publish a run on the Hugging Face Hub: model, bank, metrics and card in one commit",
-    "bank": "look into, check and share a strategy bank",
+    "bank": "inspect, check and share a strategy bank",
 }
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program name. Defaults to the process's.
 
     Returns:
-        `int`: Exit status: 0, 1 if a check found something, or 2 for an error the message of which names the fix.
+        `int`: Exit status: 0, 1 if a check found something, or 2 for an error, whose message names the fix.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sgpo: error: no command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    # What dependencies say to their own developers would bury what a user has to read
+    # Warnings of dependencies for their developers would hide messages for the user
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

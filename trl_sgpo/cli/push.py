@@ -1,4 +1,4 @@
-"""`trl-sgpo push`: a finished run on the Hugging Face Hub."""
+"""`trl-sgpo push`: publishes a run on the Hugging Face Hub."""
 
 import argparse
 from contextlib import nullcontext
@@ -16,12 +16,12 @@ def _parser() -> argparse.ArgumentParser:
         "strategy bank, metrics and a model card. Repeating it is safe.",
     )
     parser.add_argument("run", metavar="RUN", help="output folder of a run, or a checkpoint")
-    parser.add_argument("repo_id", metavar="USER/MODEL", help="name of the model, which is made if it does not exist")
+    parser.add_argument("repo_id", metavar="USER/MODEL", help="name of the model, created if it does not exist")
     parser.add_argument("--eval", metavar="DIR", help="output folder of `trl-sgpo eval`, for the card's results")
     parser.add_argument("--license", metavar="ID", help="of model and strategies, as apache-2.0 (the base model's)")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--no_bank", "--no-bank", action="store_true", help="leave the strategies out")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made if it does not exist (main)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if it does not exist (main)")
     parser.add_argument("--message", metavar="TEXT", help="title of the commit")
     parser.add_argument(
         "--dry_run", metavar="DIR", help="write what would be pushed to this new directory, and push nothing"
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Pushes what is asked for. Returns the exit status."""
+    """Pushes a run. Returns the exit status."""
     options = _parser().parse_args(argv)
     run = Path(options.run)
     evaluation = None if options.eval is None else Path(options.eval)
@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"`--eval {evaluation}` holds no results.json: name the output folder of `trl-sgpo eval`.")
 
     from ..hub.model_card import HUB_NAME, TrainingFacts
-    from ..hub.push import bank_of, claim, push_folder, stage, staging
+    from ..hub.publication import stage
+    from ..hub.push import bank_of, claim, push_folder, staging
 
     if not HUB_NAME.fullmatch(options.repo_id):
         raise ConfigError(f"{options.repo_id} is no name of a model on the Hub: name it as user/name.")

@@ -1,4 +1,4 @@
-"""`trl-sgpo report`: a run as one HTML file."""
+"""`trl-sgpo report`: writes a run as one HTML file."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"`--problems` must be at least 0, got {options.problems}.")
 
     from ..report.page import write_report
-    from ..report.run import read_run
+    from ..report.records import read_run
 
     run = read_run(options.run, options.eval, options.problems)
     other = None if options.other is None else read_run(options.other, problems=0)
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIRECTORY",
         action="append",
         default=[],
-        help="output folder of `trl-sgpo eval`; may be repeated. Those in RUN are found by themselves",
+        help="output folder of `trl-sgpo eval`; may be repeated. Those in RUN are found automatically",
     )
     parser.add_argument(
         "--problems",

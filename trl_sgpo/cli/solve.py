@@ -1,4 +1,4 @@
-"""`trl-sgpo solve`: a trained model and its strategy bank at work, on one problem, a file, or as they come."""
+"""`trl-sgpo solve`: solves one problem, a file of them, or those entered in a terminal, with a strategy bank."""
 
 import argparse
 import importlib.util
@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BankError, ConfigError, DataError
+from .options import check_at_least
 
 
 if TYPE_CHECKING:
     from ..bank.strategy import Strategy
     from ..inference.model import Decoding
-    from ..inference.pipeline import SGPOPipeline, Solution
+    from ..inference.pipeline import SGPOPipeline
+    from ..inference.solution import Solution
 
 LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
 
 CHAT_HELP = """\
-Write a problem, and it is solved. Each one is new: nothing is remembered of those before.
-  /strategy TEXT   execute this strategy from now on; /strategy alone lets the model write again
-  /class NAME      show strategies of this class only; /class alone shows those of any
-  /n N             N sampled attempts, and the answer that most agree on
+Write a problem to solve it. Problems are independent: earlier ones are not remembered.
+  /strategy TEXT   execute this strategy from now on; /strategy alone: the model writes it again
+  /class NAME      show strategies of this class only; /class alone: of any class
+  /n N             N sampled attempts, and the majority's answer
   /help            this text
-  /quit            the end, as Ctrl-D"""
+  /quit            quit, as Ctrl-D does"""
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         return _solve(options)
     except KeyboardInterrupt:
-        kept = f" What is finished is in {options.output}: the same command goes on." if options.output else ""
+        kept = f" Finished answers are in {options.output}: the same command goes on." if options.output else ""
         print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
 
@@ -74,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--output",
         metavar="FILE",
-        help=".jsonl file for the answers, a line for each problem; the same command goes on where it was stopped",
+        help=".jsonl file for the answers, a line for each problem; the same command resumes",
     )
-    files.add_argument("--overwrite", action="store_true", help="begin anew and drop what is in --output")
+    files.add_argument("--overwrite", action="store_true", help="delete --output and start again")
     bank = parser.add_argument_group("strategies")
     bank.add_argument(
         "--bank",
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "problem_class in --input)",
     )  # fmt: skip
     bank.add_argument("--num_retrieved", type=int, metavar="N", help="strategies of the bank shown (as trained)")
-    bank.add_argument("--strategy", metavar="TEXT", help="execute this one; the bank is not asked")
+    bank.add_argument("--strategy", metavar="TEXT", help="execute this strategy; none is retrieved")
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--n", type=int, default=1, metavar="N", help="attempts, each with its own strategy, and a vote on their "
@@ -138,20 +140,10 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     """
     options = _parser().parse_args(argv)
     if options.model is None and options.server is None:
-        raise ConfigError(
-            "Name what solves the problem: `--model` with a run's folder, a model's directory or Hub id."
-        )
-    for name, least in (
-        ("n", 1),
-        ("batch_size", 1),
-        ("concurrency", 1),
-        ("max_strategy_length", 1),
-        ("max_completion_length", 1),
-        ("num_retrieved", 0),
-    ):
-        value = vars(options)[name]
-        if value is not None and value < least:
-            raise ConfigError(f"`--{name}` must be at least {least}, got {value}.")
+        raise ConfigError("Name the model: `--model` with a run's folder, a model's directory or Hub id.")
+    check_at_least(
+        options, n=1, batch_size=1, concurrency=1, max_strategy_length=1, max_completion_length=1, num_retrieved=0
+    )
     if options.temperature is None:
         options.temperature = 0.0 if options.n == 1 else 1.0
     if options.temperature < 0 or not 0 < options.top_p <= 1:
@@ -182,6 +174,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(options: argparse.Namespace) -> "SGPOPipeline":
+    from ..compare.lab.model import prepare_model
     from ..inference.pipeline import SGPOPipeline
     from ..inference.server import TOKEN_VARIABLE
 
@@ -201,6 +194,7 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 retries=2 if options.input is None else 5,
             )
         else:
+            prepare_model(options.model)
             pipeline = SGPOPipeline.from_pretrained(
                 options.model,
                 bank,
@@ -284,7 +278,7 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Namespace) -> None:
-    """Solves a problem and prints what is shown to the model and what it writes, while it does."""
+    """Solves a problem and prints retrieved strategies and generated text as it is generated."""
     prepared = pipeline.prepare([problem], [options.problem_class], retrieve=options.strategy is None)
     if prepared[0].retrieved:
         _print_shown(prepared[0].retrieved)
@@ -351,7 +345,7 @@ def _heading(text: str) -> None:
 
 
 def _write(text: str) -> None:
-    """Prints what a model or a bank says, with nothing in it that a terminal would act on."""
+    """Prints untrusted text of a model or a bank, without control characters."""
     from .text import printable
 
     print(printable(text), end="", flush=True)
@@ -388,7 +382,7 @@ def _chat(pipeline: "SGPOPipeline", options: argparse.Namespace) -> int:
 
 
 def _set(options: argparse.Namespace, command: str, value: str) -> str:
-    """Changes an option as a command of the chat says, and says what holds now."""
+    """Changes an option by a command of the chat. Returns a message with the new value."""
     if command == "/strategy":
         options.strategy = value or None
         return "This strategy is executed from now on." if value else "The model writes strategies."
@@ -406,88 +400,41 @@ def _set(options: argparse.Namespace, command: str, value: str) -> str:
 
 
 def _solve_file(options: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
-    from ..evaluation.statistics import derived_seed
+    from ..evaluation.digest import digest, weights_digest
     from ..evaluation.suites import load_suites, parse_suite
-    from ..method.prompts import problem_text
+    from ..inference.model import TwoPhaseModel
+    from ..inference.solve_file import check_output, check_problems, solve_file
 
-    output = Path(options.output)
-    if output.suffix != ".jsonl":
-        raise ConfigError(f"`--output {output}` is written as JSON lines: give it the ending .jsonl.")
-    if output.resolve() == Path(options.input).resolve():
-        raise ConfigError("`--output` must be another file than `--input`.")
+    output = check_output(options.output, options.input)
     try:
         (loaded,) = load_suites([parse_suite(f"input={options.input}")])
     except DataError as error:
         raise DataError(str(error).replace("The suite input", "`--input`")) from error
     prompts = [row["prompt"] for row in loaded.rows]
-    empty = [number for number, prompt in enumerate(prompts, 1) if not problem_text(prompt).strip()]
-    if empty:
-        raise DataError(f"Problem {empty[0]} in {options.input} is empty: remove it, or write what is to be solved.")
+    check_problems(prompts, options.input)
     classes = [options.problem_class or row.get("problem_class") for row in loaded.rows]
     with _open(options) as pipeline:
-        made_by = _made_by(pipeline, options)
-        done = 0 if options.overwrite else _finished(output, made_by, [problem_text(p) for p in prompts], options)
-        answered = 0
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            output.open("a" if done else "w", encoding="utf-8") as file,
-            tqdm(total=len(prompts), initial=done, desc="solving", unit="problem", dynamic_ncols=True) as bar,
-        ):
-            for start in range(done, len(prompts), options.batch_size):
-                part = slice(start, start + options.batch_size)
-                decoding = replace(_decoding(options), seed=derived_seed(options.seed, "file", start))
-                prepared = pipeline.prepare(prompts[part], classes[part])
-                for index, solution in enumerate(
-                    pipeline.solve(prepared, options.strategy, options.n, decoding), start
-                ):
-                    file.write(json.dumps({"index": index, **solution.to_dict(), "made_by": made_by}) + "\n")
-                    answered += solution.answer is not None
-                file.flush()
-                os.fsync(file.fileno())
-                bar.update(len(prepared))
-        print(f"{len(prompts)} problems in {output}; {answered} of {len(prompts) - done} solved now have an answer.")
-    return 0
-
-
-def _made_by(pipeline: "SGPOPipeline", options: argparse.Namespace) -> str:
-    """Identity of all that answers depend on, so that a file is not continued with something else."""
-    from ..inference.model import TwoPhaseModel
-    from .eval import _digest, _weights_digest
-
-    model, bank = pipeline.model, pipeline.bank
-    depends_on = {
-        "model": _weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
-        "dtype": [options.dtype, options.load_in_4bit],
-        "settings": asdict(model.settings),
-        "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
-        "strategy": options.strategy,
-        "class": options.problem_class,
-        "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
-    }
-    return _digest(depends_on)[:16]
-
-
-def _finished(output: Path, made_by: str, problems: list[str], options: argparse.Namespace) -> int:
-    """Problems that are solved already. What is left of an unfinished batch is cut off the file."""
-    if not output.exists():
-        return 0
-    content = output.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    try:
-        found = [json.loads(line) for line in lines]
-        same = all(entry["made_by"] == made_by for entry in found)
-        same = same and [entry["problem"] for entry in found] == problems[: len(found)]
-    except (ValueError, LookupError, TypeError):
-        same = False
-    torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])
-    if not same or torn:
-        raise ConfigError(
-            f"{output} holds something else, or answers to other problems, of another model or with other options: "
-            "choose another `--output`, or drop what is there with `--overwrite`."
+        model, bank = pipeline.model, pipeline.bank
+        depends_on = {
+            "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
+            "dtype": [options.dtype, options.load_in_4bit],
+            "settings": asdict(model.settings),
+            "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
+            "strategy": options.strategy,
+            "class": options.problem_class,
+            "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
+        }
+        answered, solved = solve_file(
+            pipeline,
+            prompts,
+            classes,
+            output,
+            digest(depends_on)[:16],
+            options.strategy,
+            options.n,
+            _decoding(options),
+            options.batch_size,
+            options.overwrite,
         )
-    done = len(lines) if len(lines) == len(problems) else len(lines) // options.batch_size * options.batch_size
-    with output.open("r+b") as file:
-        file.truncate(sum(map(len, lines[:done])))
-    return done
+    print(f"{len(prompts)} problems in {output}; {answered} of {solved} solved now have an answer.")
+    return 0

@@ -1,9 +1,10 @@
 """`trl-sgpo warmstart`: only the supervised warm start of a recipe."""
 
+from ..compare.lab.model import fetch_model
+from ..data.loading import load_data
+from ..data.warmstart import warmstart_model
 from ..errors import ConfigError
-from ..inference.weights import require_model
-from ..recipe import load_data, read_recipe
-from .train import warmstart_model
+from ..recipe import read_recipe
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
             "The recipe has no warm start: set `warmstart_traces`, for example to 800, or name a file of traces with "
             "`--traces`."
         )
-    model = require_model(recipe.model.model_name_or_path)
+    model = fetch_model(recipe.model.model_name_or_path)
     data = load_data(recipe)
     directory = warmstart_model(recipe, model, data[recipe.script.dataset_train_split])
     print(f"Warm-started model in {directory}: train on it with `--model_name_or_path {directory}`.")

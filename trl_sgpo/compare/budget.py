@@ -9,8 +9,8 @@ from transformers.trainer_callback import ExportableState
 
 class TokenBudget(TrainerCallback, ExportableState):
     """
-    Counts the tokens that a trainer generates and ends training once they reach a budget. Checkpoints keep the count
-    and the curve, and training that goes on from one goes on with them.
+    Counts the tokens that a trainer generates and ends training once they reach a budget. Count and curve are saved in
+    checkpoints and restored on resume.
 
     Args:
         budget (`int`):
@@ -20,7 +20,7 @@ class TokenBudget(TrainerCallback, ExportableState):
         points (`list[int]`):
             Numbers of tokens at which the model is measured.
         measure (`Callable[[], float]`):
-            Measures it.
+            Returns the model's accuracy.
 
     Attributes:
         curve (`list[dict]`): `generated_tokens` and `accuracy` of each measurement.
@@ -34,7 +34,7 @@ class TokenBudget(TrainerCallback, ExportableState):
         self.curve: list[dict[str, float]] = []
 
     def count_in(self, trainer: Any) -> "TokenBudget":
-        """Counts what the trainer generates while training, and stops it."""
+        """Counts the tokens generated in training and registers this callback, which ends training."""
         generate = trainer._generate_single_turn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ class TokenBudget(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:
-            # transformers would restore callbacks by making new ones, which count nothing
+            # transformers restores callbacks as new instances, which would not be called by `counted`
             saved = state.stateful_callbacks[type(self).__name__]["attributes"]
             self.spent, self.curve = saved["spent"], saved["curve"]
 

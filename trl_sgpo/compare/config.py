@@ -1,4 +1,4 @@
-"""What is compared: a YAML file with arms, seeds and a budget."""
+"""A comparison as a YAML file: arms, seeds and a budget."""
 
 import json
 import re
@@ -68,7 +68,7 @@ class Comparison:
         recipe (`str`):
             Recipe that all arms share: model, data, warm start, verifier, SGPO and training settings.
         output_dir (`str`):
-            Where runs are kept. A comparison that was interrupted goes on from there.
+            Directory of the runs. An interrupted comparison resumes from there.
         seeds (`list[int]`):
             Each arm is trained once with each.
         budget (`int`):
@@ -136,7 +136,7 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
         [`Comparison`]
 
     Raises:
-        [`ConfigError`]: The file cannot be read, or a key or value cannot be.
+        [`ConfigError`]: The file cannot be read, or has an unknown key or an invalid value.
     """
     changes = dict(changes or {})
     kept = changes.pop("arms", None)

@@ -1,4 +1,4 @@
-"""Process rewards: steps labelled by how often they lead to a right answer, and the model learnt from the labels."""
+"""Process rewards: steps labelled by how often they lead to a right answer, and a model trained on the labels."""
 
 import os
 from dataclasses import replace
@@ -56,7 +56,7 @@ def split_steps(text: str, separator: str) -> list[str]:
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Tokenises a prompt as the policy reads it."""
+    """Tokenises a prompt as the policy's rollouts do."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -106,9 +106,9 @@ def step_labels(
         model ([`TwoPhaseModel`]):
             The policy. It solves without strategies.
         rows (`list[dict]`):
-            Problems, of equal columns. They are worked through in this order until the tokens are spent.
+            Problems, of equal columns. They are used in this order until the tokens are spent.
         verifier (`Callable`):
-            Reward function that tells right from wrong.
+            Reward function that checks answers.
         max_tokens (`int`):
             Tokens that may be generated, for solutions and continuations together.
         decoding ([`Decoding`]):
@@ -124,7 +124,7 @@ def step_labels(
         [`~datasets.Dataset`]: With `prompt`, `completions` (the steps) and `labels` (a number for each).
 
     Raises:
-        [`DataError`]: The tokens are spent before a solution is labelled.
+        [`DataError`]: The budget is too small to label a solution.
     """
     from datasets import Dataset
 
@@ -164,12 +164,12 @@ def step_labels(
 
 
 def _affordable(model: TwoPhaseModel, end: int) -> int:
-    """Texts that can be generated for sure before `end` tokens are."""
+    """Number of texts that cannot exceed `end` generated tokens, whatever their length."""
     return max(0, end - model.generated_tokens) // model.settings.max_completion_length
 
 
 def _fitting(costs: list[int], room: int) -> int:
-    """How many of the first costs fit into the room together."""
+    """Length of the longest prefix of the costs whose sum fits."""
     for count, cost in enumerate(costs):
         room -= cost
         if room < 0:
@@ -213,7 +213,7 @@ def train_process_reward_model(
     epochs: float = 1,
 ) -> str:
     """
-    Trains a model to tell, at the last token of each step, how probable a right answer still is.
+    Trains a model to predict, at the last token of each step, the probability of a right answer.
 
     It starts from the policy's weights, with a new token classification head of one logit, and minimises the cross
     entropy to the labels. A tenth of the problems is held out. `held_out.json` beside the model has, for their steps,
@@ -228,7 +228,7 @@ def train_process_reward_model(
         config ([`SGPOConfig`]):
             Its seed, precision, device and reporting are used.
         output_dir (`str`):
-            Where the model is saved. One that was made there of the same policy, labels and settings is kept.
+            Where the model is saved. A model of the same policy, labels and settings is kept.
         learning_rate (`float`, *optional*, defaults to `1e-4`):
             Peak learning rate, decayed linearly to 0.
         epochs (`float`, *optional*, defaults to `1`):

@@ -1,4 +1,4 @@
-"""Learning from preferences: pairs of a right and a wrong answer, and the reward model trained on them."""
+"""Preferences: pairs of a right and a wrong answer, and the reward model trained on them."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def preference_pairs(
         rows (`list[dict]`):
             Problems, of equal columns.
         verifier (`Callable`):
-            Reward function that tells right from wrong.
+            Reward function that checks answers.
         max_tokens (`int`):
             Tokens that may be generated.
         decoding ([`Decoding`]):
@@ -113,10 +113,10 @@ def _pair(prompt: Any, chosen: str, rejected: str) -> dict[str, Any]:
 
 def answer_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
     """
-    Tokenises an answered prompt just as [`~trl.GRPOTrainer`] does for a reward model.
+    Tokenises an answered prompt as [`~trl.GRPOTrainer`] does for a reward model.
 
-    [`~trl.RewardTrainer`] itself would end plain texts with the end token, which no completion has that
-    [`~trl.GRPOTrainer`] shows to a reward model.
+    [`~trl.RewardTrainer`] would append the end token to plain texts, but [`~trl.GRPOTrainer`] passes completions
+    to a reward model without it.
     """
     if isinstance(prompt, str):
         text = prompt + completion
@@ -136,8 +136,8 @@ def train_reward_model(
     """
     Trains a reward model on pairs with TRL's [`~trl.RewardTrainer`], starting from the policy's weights.
 
-    A tenth of the problems is held out. How many of their pairs the model ranks rightly is in `held_out.json` beside
-    it. The directory appears only when it is complete.
+    A tenth of the problems is held out. The accuracy on their pairs is written to `held_out.json` beside the
+    model. The directory appears only when it is complete.
 
     Args:
         policy_dir (`str`):
@@ -147,7 +147,7 @@ def train_reward_model(
         config ([`SGPOConfig`]):
             Its seed, precision, device and reporting are used.
         output_dir (`str`):
-            Where the model is saved. One that was made there of the same policy, pairs and settings is kept.
+            Where the model is saved. A model of the same policy, pairs and settings is kept.
         learning_rate (`float`, *optional*, defaults to `1e-4`):
             Peak learning rate, decayed linearly to 0.
         epochs (`float`, *optional*, defaults to `1`):

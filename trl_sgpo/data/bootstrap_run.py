@@ -1,4 +1,4 @@
-"""The bootstrap: strategies are written, executed and verified block by block, each block on record once finished."""
+"""The bootstrap: writes, executes and verifies strategies block by block, and records each finished block."""
 
 import json
 import math
@@ -20,7 +20,8 @@ from ..inference.verifier import Verifier, verify
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, problem_text
 from ..method.transfer import block_order
-from .synthetic import Executed, Tried, find_flaw, strategy_from_annotations, worked_execution
+from .acceptance import Executed, Tried, find_flaw
+from .annotations import strategy_from_annotations, worked_execution
 from .worked import worked_traces
 
 
@@ -54,11 +55,11 @@ class Writer(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """
-    How much is generated for a block.
+    Number of texts generated for a block.
 
     Args:
         decoding ([`~trl_sgpo.inference.model.Decoding`]):
-            How to decode. Its seed is that of the first block.
+            How to decode, with the seed of the first block.
         num_strategies (`int`, *optional*, defaults to `4`):
             Strategies written for each problem.
         num_answers (`int`, *optional*, defaults to `4`):
@@ -106,13 +107,13 @@ class Block:
 
 def cut_blocks(classes: Sequence[str], answers: Sequence[str] | None, size: int, seed: int) -> list[list[int]]:
     """
-    Cuts problems into blocks of siblings, those of all classes mixed evenly.
+    Cuts problems into blocks of one class each; the blocks of all classes are mixed evenly.
 
     Args:
         classes (`Sequence[str]`):
             Class of each problem, each class with at least `size` problems.
         answers (`Sequence[str]`):
-            Answer of each. Problems of a block get different ones where the class allows it.
+            Answer of each. Problems of a block have different answers if possible.
         size (`int`):
             Problems a block.
         seed (`int`):
@@ -143,7 +144,7 @@ def try_block(writer: Writer, rows: list[Row], classes: list[str], verifier: Ver
         verifier (`Callable`):
             TRL reward function.
         plan ([`Plan`]):
-            How much to generate.
+            Number of texts to generate.
 
     Returns:
         [`Block`]
@@ -199,11 +200,11 @@ def work_block(
     number: int,
 ) -> Block:
     """
-    Pairs worked solutions with strategies that lead to them.
+    Pairs worked solutions with strategies that describe them.
 
     Args:
         write (`Callable`):
-            Gives strategies and executions for each row, from rows, classes and the block's number.
+            Returns strategies and executions for each row, given rows, classes and the block's number.
         rows (`list[dict]`):
             The problems' rows.
         classes (`list[str]`):
@@ -234,8 +235,8 @@ def work_block(
 
 def by_rule(rows: list[Row], classes: list[str], draws: int, seed: int) -> list[list[Pair]]:
     """
-    Strategies and executions without a model: of the reasoning-gym families that are covered, and of worked solutions
-    with calculator annotations.
+    Strategies and executions by rules: for covered reasoning-gym families and for worked solutions with calculator
+    annotations.
 
     Args:
         rows (`list[dict]`):
@@ -270,7 +271,7 @@ def by_rule(rows: list[Row], classes: list[str], draws: int, seed: int) -> list[
 
 def by_writer(writer: Writer, rows: list[Row], classes: list[str], plan: Plan) -> list[list[Pair]]:
     """
-    Strategies that a model writes when shown the worked solution, which is the execution.
+    Strategies that a model writes for worked solutions, which are the executions.
 
     Args:
         writer ([`Writer`]):
@@ -316,15 +317,13 @@ def _known(outcomes: list[float]) -> list[float | None]:
 
 def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
     """
-    Reads the blocks that an earlier run finished, and starts a record where there is none.
-
-    A last line that a kill cut off is removed.
+    Reads the blocks that an earlier run finished, or creates an empty record. An incomplete last line is removed.
 
     Args:
         path (`Path`):
             The record.
         settings (`dict`):
-            What the blocks depend on.
+            Everything the blocks depend on.
 
     Returns:
         `list[Block]`: In order.
@@ -369,20 +368,20 @@ def run_blocks(
     path: Path, settings: dict[str, Any], blocks: list[list[int]], do: Callable[[list[int], int], Block]
 ) -> list[Block]:
     """
-    Does what is left of the blocks and puts each on record.
+    Runs the blocks that are not in the record, and records each.
 
     Args:
         path (`Path`):
             The record, see [`open_record`].
         settings (`dict`):
-            What the blocks depend on.
+            Everything the blocks depend on.
         blocks (`list[list[int]]`):
             Indices of each block's problems.
         do (`Callable[[list[int], int], Block]`):
-            Does a block, given its problems and its number.
+            Runs a block, given its problems and its number.
 
     Returns:
-        `list[Block]`: All of them, those done earlier too.
+        `list[Block]`: All blocks, including those of earlier runs.
     """
     done = open_record(path, settings)[: len(blocks)]
     with tqdm(total=len(blocks), initial=len(done), desc="Bootstrap", unit="block") as bar:

@@ -40,7 +40,7 @@ def problem_classes(
             Column with the classes. `None` takes `problem_class` if the dataset has it. Rows without a class, and
             all rows if there is no such column, get the cluster of their prompt as class: `cluster-0`, ...
         embed (`Callable[[list[str]], np.ndarray]`):
-            Embeds the prompts. Only called if there is something to cluster.
+            Embeds the prompts. Only called if problems are clustered.
         num_clusters (`int`):
             Number of clusters; fewer if there are fewer problems.
         seed (`int`):
@@ -80,7 +80,7 @@ def merge_small_classes(
     embeddings: Callable[[], "np.ndarray"],
 ) -> list[str]:
     """
-    Deals with classes that are too small to form a transfer block.
+    Merges or refuses classes that are too small for a transfer block.
 
     Args:
         classes (`list[str]`):

@@ -14,7 +14,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MAX_CHARACTERS = 64  # of an execution, about 45 tokens: in longer ones a small model loses count
+_MAX_CHARACTERS = 64  # of an execution, about 45 tokens: small models make errors in longer ones
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trace:
 
 def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
     """
-    Works out solutions for all problems of the families that are covered.
+    Writes worked solutions for all problems of covered families.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -73,7 +73,7 @@ def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
 
 def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
     """
-    Works out one problem by a strategy drawn among those that suit it.
+    Solves one problem by a strategy drawn from those that apply to it.
 
     Args:
         problem (`dict[str, Any]`):
@@ -103,7 +103,7 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
     worked = [(phrasings, execute(numbers)) for phrasings, execute in _STRATEGIES[family]]
     executions = [(phrasings, f"{steps}\n#### {answer}".strip()) for phrasings, steps in worked if steps is not None]
     suitable = [(phrasings, execution) for phrasings, execution in executions if len(execution) <= _MAX_CHARACTERS]
-    if len(suitable) < 2:  # nothing but the bare answer
+    if len(suitable) < 2:  # only the answer without steps
         return None
     phrasings, execution = rng.choice(suitable)
     return Trace(problem["prompt"], rng.choice(phrasings), execution, problem["problem_class"])
@@ -203,7 +203,7 @@ _ANSWERS: dict[str, Callable[..., int]] = {
     "products": lambda first, second: first * second,
 }
 
-# family -> its strategies, each with two phrasings and what writes its steps (`None` where it does not suit)
+# family -> its strategies, each with two phrasings and a function for its steps (`None` if it does not apply)
 _STRATEGIES: dict[str, list[tuple[tuple[str, str], Callable[[list[int]], str | None]]]] = {
     "lcm": [
         (

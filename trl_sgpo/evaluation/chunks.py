@@ -1,4 +1,4 @@
-"""Work in chunks, each of which is on disk once it is done."""
+"""Work in chunks: each finished chunk is written to disk, so that interrupted work can continue."""
 
 import json
 import os
@@ -19,7 +19,7 @@ RunChunk = Callable[[str, int, Callable[[], Chunk]], Chunk]
 
 
 def run_now(key: str, texts: int, compute: Callable[[], Chunk]) -> Chunk:
-    """Computes a chunk and keeps nothing."""
+    """Computes a chunk without writing it to disk."""
     return compute()
 
 
@@ -35,13 +35,13 @@ class ChunkLog:
         settings (`dict`):
             Everything that the chunks depend on.
         texts (`int`):
-            Texts that are generated in all, for the progress bar.
+            Total number of generated texts, for the progress bar.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to drop what other settings left in the directory.
+            Whether to delete results of other settings in the directory.
 
     Raises:
         [`ConfigError`]: If the directory holds an evaluation with other settings.
-        [`DataError`]: If what it holds is damaged.
+        [`DataError`]: If the results in it are damaged.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], texts: int, overwrite: bool = False):
@@ -63,7 +63,7 @@ class ChunkLog:
 
     def run(self, key: str, texts: int, compute: Callable[[], Chunk]) -> Chunk:
         """
-        Returns a chunk, computed if it is not there yet.
+        Returns a chunk from disk, or computes it.
 
         Args:
             key (`str`):
@@ -71,7 +71,7 @@ class ChunkLog:
             texts (`int`):
                 Texts that it generates.
             compute (`Callable`):
-                Computes it. What it returns must be JSON.
+                Computes it. Its result must be JSON.
         """
         if key not in self.done:
             line = json.dumps({"key": key, "texts": texts, **compute()}, allow_nan=False)
@@ -94,7 +94,7 @@ class ChunkLog:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file as a whole: a process that is killed leaves the file before or after, never a part of it."""
+    """Writes a file atomically: a killed process leaves the old or the new content, never a part of it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Results as the Hugging Face Hub wants them beside a model."""
+"""Evaluation results in the format of the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from pathlib import Path

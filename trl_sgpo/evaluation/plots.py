@@ -1,4 +1,4 @@
-"""Pictures of results. matplotlib is imported when one is drawn."""
+"""Plots of results. matplotlib is imported when one is drawn."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Evaluates a two-phase model on suites, in chunks that depend on nothing but the settings."""
+"""Evaluates a two-phase model on suites, in chunks whose content depends only on the settings."""
 
 import math
 from collections import Counter
@@ -48,7 +48,7 @@ class Protocol:
         top_p (`float`, *optional*, defaults to `1.0`):
             Probability mass that they are sampled from.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of all that is random.
+            Seed of all random draws.
         chunk_size (`int`, *optional*, defaults to `32`):
             Problems a chunk.
     """
@@ -82,7 +82,7 @@ def evaluate_suite(
         protocol ([`Protocol`]):
             How to evaluate.
         bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
-            Bank whose trusted strategies are shown with the problems. It is not written.
+            Bank whose trusted strategies are shown with the problems. It is not changed.
         run (`Callable`, *optional*):
             Runs a chunk, see [`~trl_sgpo.evaluation.chunks.ChunkLog`].
 
@@ -113,9 +113,7 @@ def _attempt(
 ) -> Chunk:
     """All attempts at the problems of a chunk. The first one of each is greedy."""
     before = model.generated_tokens
-    problems = [as_problem(row, class_column) for row in rows]
-    if bank is not None:
-        problems = with_retrieved(problems, bank, model.settings.num_retrieved)
+    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
     results: list[dict[str, Any]] = [
         {
             "problem": problem_id(problem.prompt),
@@ -155,7 +153,7 @@ def _attempt(
 
 def summarise(loaded: LoadedSuite, chunks: Sequence[Chunk], protocol: Protocol) -> dict[str, Any]:
     """
-    Sums up a suite.
+    Summarises the results of a suite.
 
     Args:
         loaded ([`~trl_sgpo.evaluation.suites.LoadedSuite`]):
@@ -163,7 +161,7 @@ def summarise(loaded: LoadedSuite, chunks: Sequence[Chunk], protocol: Protocol) 
         chunks (`Sequence[dict]`):
             Its finished chunks.
         protocol ([`Protocol`]):
-            How they were made.
+            Settings they were computed with.
 
     Returns:
         `dict`: The suite's results, as in `results.json`.

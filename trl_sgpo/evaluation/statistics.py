@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 
-SOLVED = 0.99  # outcomes from here on count as solved where a figure needs a yes or no
+SOLVED = 0.99  # smallest outcome that counts as solved, for pass@k
 RESAMPLES = 2000
 
 
 def derived_seed(seed: int, *parts: str | int) -> int:
-    """A seed for a part of the work that does not depend on the rest of it."""
+    """A seed for one part of the work, independent of all other parts."""
     return int(hashlib.sha256(json.dumps([seed, *parts]).encode()).hexdigest()[:8], 16)
 
 
@@ -79,7 +79,7 @@ def class_mean_estimate(values: Sequence[float], classes: Sequence[str], seed: i
     """
     Mean over classes of the mean over their problems, with a bootstrap interval.
 
-    Problems are resampled within their class, so that all that was measured on one problem stays together.
+    Problems are resampled within their class; all measurements of a problem stay together.
 
     Args:
         values (`Sequence[float]`):
@@ -128,7 +128,7 @@ def majority_vote(answers: Sequence[str | None], same: Callable[[str, str], bool
 
     Args:
         answers (`Sequence[str | None]`):
-            Final answers. `None` votes for nothing.
+            Final answers. `None` has no vote.
         same (`Callable`):
             Whether two answers are the same.
 

@@ -1,4 +1,4 @@
-"""Suites: which problems an evaluation is about."""
+"""Suites: the problems of an evaluation."""
 
 import json
 import random
@@ -33,7 +33,7 @@ class Suite:
             What the problems are, compared with those trained on: `"in_distribution"`, `"out_of_distribution"` or
             `"harder"`.
         limit (`int`, *optional*):
-            Number of problems. If there are more, a draw that is always the same.
+            Number of problems, drawn with a fixed seed if there are more.
         class_column (`str`, *optional*, defaults to `"problem_class"`):
             Column with the problems' classes.
         hub_id (`str`, *optional*):
@@ -72,7 +72,7 @@ class LoadedSuite:
         rows (`list[dict]`):
             Problems to evaluate on.
         available (`int`):
-            Problems that it has without a limit.
+            Number of problems without a limit.
     """
 
     suite: Suite
@@ -110,10 +110,10 @@ def parse_suite(text: str) -> Suite:
     Args:
         text (`str`):
             The name of a known suite, `NAME=PATH`, `NAME=PATH@SPLIT`, or a JSON object with the fields of [`Suite`].
-            Suites whose name begins with `ood` or `harder` are of that kind unless they say otherwise.
+            Suites whose name begins with `ood` or `harder` are of that kind unless another one is given.
 
     Raises:
-        [`ConfigError`]: A suite that is not known, or a field that there is not.
+        [`ConfigError`]: An unknown suite or field.
     """
     if text.startswith("{"):
         try:
@@ -147,7 +147,7 @@ def _kind(name: str) -> str:
 
 def load_suites(suites: Sequence[Suite], data_dir: str | None = None, limit: int | None = None) -> list[LoadedSuite]:
     """
-    Loads the problems of all suites, so that one that cannot be loaded is known before anything is generated.
+    Loads the problems of all suites, so that errors are raised before anything is generated.
 
     Args:
         suites (`Sequence[Suite]`):

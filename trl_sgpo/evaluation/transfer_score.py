@@ -1,44 +1,25 @@
-"""Accuracy and transfer on unseen problems: of a trainer's blocks, and of any two-phase model."""
+"""Strategy transfer score of a two-phase model on unseen problems, with the conditions to compare it with."""
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..bank.strategy import problem_id
-from ..errors import DataError
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.retrieval import with_retrieved
 from ..inference.verifier import Verifier, verify
 from ..method.problem import as_problem
-from ..method.transfer import BlockGeometry, block_order, outcome_matrix
 from .chunks import Chunk, RunChunk, run_now
-from .statistics import Estimate, class_mean_estimate, derived_seed, wilson_interval
+from .statistics import Estimate, class_mean_estimate, derived_seed
+from .transfer_plan import CONDITIONS, WITH_BANK, PlannedExecution, TransferPlan, plan_transfer
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..bank import StrategyBank
-    from ..sgpo_trainer import SGPOTrainer
 
-__all__ = [
-    "TransferPlan",
-    "TransferReport",
-    "TransferScore",
-    "measure_plan",
-    "measure_transfer",
-    "plan_transfer",
-    "select_blocks",
-    "transfer_report",
-    "wilson_interval",
-]
-
-CONDITIONS = ("transfer", "own", "other", "empty", "none")
-WITH_BANK = ("transfer_with_bank", "own_with_bank")
 DIFFERENCES = (
     ("transfer", "none"),
     ("own", "other"),
@@ -51,259 +32,9 @@ DIFFERENCES = (
 
 
 @dataclass(frozen=True)
-class TransferScore:
-    """
-    How well a model's strategies do.
-
-    Args:
-        accuracy (`float`):
-            Mean outcome of strategies executed on the problem they were written for.
-        transfer (`float`):
-            Strategy transfer score: mean outcome of strategies executed on the other problems of their block.
-        problems (`int`):
-            Problems measured.
-        transfers (`int`):
-            Executions behind `transfer`.
-    """
-
-    accuracy: float
-    transfer: float
-    problems: int
-    transfers: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def select_blocks(dataset: "Dataset", class_column: str, size: int, limit: int, seed: int) -> list[int]:
-    """
-    Draws blocks of unseen problems, as evenly from all classes as they allow.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Problems.
-        class_column (`str`):
-            Column with their class. If it is missing they count as one class.
-        size (`int`):
-            K, problems a block. Classes with fewer are left out.
-        limit (`int`):
-            Number of problems wanted.
-        seed (`int`):
-            Seed of the draw.
-
-    Returns:
-        `list[int]`: Indices in block order, at most `limit` of them.
-    """
-    named = class_column in dataset.column_names
-    classes = [str(name) for name in dataset[class_column]] if named else [""] * len(dataset)
-    by_class = defaultdict(list)
-    for index, name in enumerate(classes):
-        by_class[name].append(index)
-    usable = [index for members in by_class.values() if len(members) >= size for index in members]
-    order = [usable[i] for i in block_order([classes[index] for index in usable], size, seed)]
-    queues: dict[str, list[list[int]]] = defaultdict(list)
-    seen: set[int] = set()
-    for start in range(0, len(order), size):
-        block = order[start : start + size]
-        if seen.isdisjoint(block):  # the filled-up last block of a class would count some problems twice
-            queues[classes[block[0]]].append(block)
-            seen.update(block)
-    chosen: list[int] = []
-    while any(queues.values()) and len(chosen) + size <= limit:
-        for name in sorted(queues):
-            if queues[name] and len(chosen) + size <= limit:
-                chosen += queues[name].pop()
-    return chosen
-
-
-def measure_transfer(
-    trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int, greedy: bool = True
-) -> TransferScore:
-    """
-    Writes one strategy a problem and executes it on every problem of its block.
-
-    Args:
-        trainer ([`SGPOTrainer`]):
-            Trainer with the model, its bank and its verifier.
-        dataset ([`~datasets.Dataset`]):
-            Problems not trained on.
-        num_problems (`int`):
-            How many to measure.
-        greedy (`bool`, *optional*, defaults to `True`):
-            Whether to decode greedily. If `False`, as in training, which is what training optimises.
-
-    Returns:
-        [`TransferScore`]
-    """
-    K = max(2, trainer.geometry.problems)
-    geometry = BlockGeometry(problems=K, own=1)
-    column = trainer.args.class_column or "problem_class"
-    chosen = select_blocks(dataset, column, K, num_problems, trainer.args.seed)
-    at_once = max(K, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // K // K * K)
-    on_own, on_siblings = [], []
-    for start in range(0, len(chosen), at_once):
-        rows = [dataset[index] for index in chosen[start : start + at_once]]
-        _, outcomes = trainer.execute_blocks(rows, geometry, greedy)
-        for matrix in outcome_matrix(outcomes, geometry).nan_to_num(0.0).clamp(0, 1).tolist():
-            on_own += [matrix[i][i] for i in range(K)]
-            on_siblings += [matrix[s][x] for s in range(K) for x in range(K) if s != x]
-    return TransferScore(
-        accuracy=sum(on_own) / max(len(on_own), 1),
-        transfer=sum(on_siblings) / max(len(on_siblings), 1),
-        problems=len(on_own),
-        transfers=len(on_siblings),
-    )
-
-
-@dataclass(frozen=True)
-class PlannedExecution:
-    """
-    One execution of a transfer report.
-
-    Args:
-        condition (`str`):
-            What it is for: one of `CONDITIONS` and `WITH_BANK`, or `"matrix"`.
-        writer (`int` or `None`):
-            Row that the strategy is written for, `None` where there is none.
-        problem (`int`):
-            Row that it is executed on.
-    """
-
-    condition: str
-    writer: int | None
-    problem: int
-
-
-@dataclass(frozen=True)
-class TransferPlan:
-    """
-    What a transfer report measures.
-
-    Args:
-        classes (`list[str]`):
-            The classes.
-        left_out (`list[str]`):
-            Classes that are not measured: too small, or more than wanted.
-        written_on (`dict[str, list[int]]`):
-            A_c, rows of each class that the strategies to transfer are written on.
-        unseen (`dict[str, list[int]]`):
-            B_c, rows of each class that they are executed on.
-        executions (`list[PlannedExecution]`):
-            What is executed.
-    """
-
-    classes: list[str]
-    left_out: list[str]
-    written_on: dict[str, list[int]]
-    unseen: dict[str, list[int]]
-    executions: list[PlannedExecution]
-
-    def writers(self, with_bank: bool) -> list[int]:
-        """Rows that strategies are written for, with or without those of the bank in view."""
-        return sorted(
-            {e.writer for e in self.executions if e.writer is not None and (e.condition in WITH_BANK) == with_bank}
-        )
-
-    @property
-    def texts(self) -> int:
-        """Texts that the report generates."""
-        return len(self.writers(False)) + len(self.writers(True)) + len(self.executions)
-
-
-def plan_transfer(
-    rows: Sequence[dict[str, Any]],
-    class_column: str,
-    problems_per_class: int,
-    transfers: int,
-    seed: int,
-    max_classes: int | None = None,
-    pairs_per_cell: int = 8,
-    bank: bool = False,
-) -> TransferPlan:
-    """
-    Draws the problems and the pairs of strategy and problem for a transfer report.
-
-    Strategies of problems that have the same answer as the one they are executed on are left out where there are
-    others, so that an answer written into a strategy does not help.
-
-    Args:
-        rows (`Sequence[dict]`):
-            Problems.
-        class_column (`str`):
-            Column with their class. Rows without one count as one class.
-        problems_per_class (`int`):
-            Size of A_c and of B_c. Classes with fewer than twice as many problems are halved; those with fewer than
-            four are left out.
-        transfers (`int`):
-            Strategies of the same class, and of others, executed on each problem.
-        seed (`int`):
-            Seed of the draw.
-        max_classes (`int`, *optional*):
-            Number of classes, the largest ones.
-        pairs_per_cell (`int`, *optional*, defaults to `8`):
-            Pairs that each cell of the transfer matrix rests on, as far as there are so many.
-        bank (`bool`, *optional*, defaults to `False`):
-            Whether to measure with strategies of a bank in view too.
-
-    Returns:
-        [`TransferPlan`]
-
-    Raises:
-        [`DataError`]: If no class has four different problems.
-    """
-    rng = random.Random(f"transfer-{seed}")
-    by_class: dict[str, dict[str, int]] = defaultdict(dict)
-    for index, row in enumerate(rows):
-        by_class[as_problem(row, class_column).problem_class].setdefault(problem_id(row["prompt"]), index)
-    large = [name for name in by_class if len(by_class[name]) >= 4]
-    if not large:
-        raise DataError(
-            f"No class of the column {class_column!r} has the 4 different problems that measuring transfer takes: "
-            "name another class column, or more problems."
-        )
-    classes = sorted(sorted(large, key=lambda name: (-len(by_class[name]), name))[:max_classes])
-    written_on: dict[str, list[int]] = {}
-    unseen: dict[str, list[int]] = {}
-    for name in classes:
-        members = rng.sample(sorted(by_class[name].values()), len(by_class[name]))
-        size = min(problems_per_class, len(members) // 2)
-        written_on[name], unseen[name] = members[:size], members[size : 2 * size]
-
-    def writers(name: str, problem: int) -> list[int]:
-        answer = rows[problem].get("solution")
-        return [w for w in written_on[name] if rows[w].get("solution") != answer] or written_on[name]
-
-    executions: list[PlannedExecution] = []
-    used: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
-    for name in classes:
-        others = [other for other in classes if other != name]
-        for position, problem in enumerate(unseen[name]):
-            own_class = writers(name, problem)
-            sources = [(name, w) for w in rng.sample(own_class, min(transfers, len(own_class)))]
-            executions += [PlannedExecution("transfer", w, problem) for _, w in sources]
-            executions.append(PlannedExecution("own", problem, problem))
-            executions += [PlannedExecution("empty", None, problem), PlannedExecution("none", None, problem)]
-            if bank:
-                executions += [PlannedExecution("transfer_with_bank", w, problem) for _, w in sources]
-                executions.append(PlannedExecution("own_with_bank", problem, problem))
-            for turn in range(transfers if others else 0):
-                other = others[(position * transfers + turn) % len(others)]
-                sources.append((other, rng.choice(writers(other, problem))))
-                executions.append(PlannedExecution("other", sources[-1][1], problem))
-            for source, w in sources:
-                used[source, name].add((w, problem))
-    for source in classes:
-        for name in classes:
-            pairs = [(w, x) for x in unseen[name] for w in writers(source, x) if (w, x) not in used[source, name]]
-            missing = max(0, pairs_per_cell - len(used[source, name]))
-            executions += [PlannedExecution("matrix", w, x) for w, x in rng.sample(pairs, min(missing, len(pairs)))]
-    return TransferPlan(classes, sorted(set(by_class) - set(classes)), written_on, unseen, executions)
-
-
-@dataclass(frozen=True)
 class TransferReport:
     """
-    Strategy transfer score of a model, and what to compare it with.
+    Strategy transfer score of a model and the conditions to compare it with.
 
     Args:
         classes (`list[str]`):
@@ -311,16 +42,16 @@ class TransferReport:
         left_out (`list[str]`):
             Classes not measured.
         executions (`list[dict]`):
-            Every verified execution: `condition`, `problem` and `class` that it is of, `written_for` and
+            Every verified execution: its `condition`, `problem` and `class`, the `written_for` and
             `written_class` of its strategy, and its `outcome`. Intervals are computed from these.
         seed (`int`):
             Seed of the intervals' resampling.
         unverified (`int`):
-            Executions that the verifier could not tell about.
+            Executions without a verdict of the verifier.
         strategies (`int`):
             Strategies written.
         flawed_strategies (`int`):
-            Those that are empty, cut off or not of the format.
+            Strategies that are empty, truncated or malformed.
         generated_tokens (`int`):
             Tokens generated.
     """
@@ -352,7 +83,7 @@ class TransferReport:
         return self._over_classes(self.outcomes(condition))
 
     def difference(self, first: str, second: str) -> Estimate | None:
-        """Mean over classes of what the first condition has over the second on the same problems."""
+        """Mean over classes of the difference between two conditions on the same problems."""
         ours, theirs = self.outcomes(first), self.outcomes(second)
         return self._over_classes({problem: ours[problem] - theirs[problem] for problem in ours if problem in theirs})
 
@@ -362,7 +93,7 @@ class TransferReport:
 
     @property
     def relative(self) -> float | None:
-        """Transfer as a part of what strategies achieve on the problem they are written for."""
+        """Transfer divided by the outcome on the problem that the strategy was written for."""
         transfer, own = self.estimate("transfer"), self.estimate("own")
         return transfer.value / own.value if transfer is not None and own is not None and own.value > 0 else None
 
@@ -424,7 +155,7 @@ def transfer_report(
     pairs_per_cell: int = 8,
 ) -> TransferReport:
     """
-    Measures how well a model's strategies do on problems that they were not written for.
+    Measures a model's strategies on problems that they were not written for.
 
     Args:
         model ([`~trl_sgpo.inference.model.TwoPhaseModel`]):
@@ -436,7 +167,7 @@ def transfer_report(
         verifier (`Callable`):
             Reward function that checks executions.
         problems_per_class (`int`, *optional*, defaults to `16`):
-            Problems of each class that strategies are written on, and as many that they are executed on.
+            Problems of each class to write strategies for, and the same number to execute them on.
         transfers (`int`, *optional*, defaults to `2`):
             Strategies of the same class, and of others, executed on each problem.
         seed (`int`, *optional*, defaults to `42`):
@@ -444,11 +175,11 @@ def transfer_report(
         decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
             How to decode, greedily by default. Its seed is not used.
         bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
-            If given, transfer and own are also measured with its trusted strategies in view.
+            If given, `transfer` and `own` are also measured with its trusted strategies in the request.
         max_classes (`int`, *optional*):
             Number of classes, the largest ones.
         pairs_per_cell (`int`, *optional*, defaults to `8`):
-            Pairs that each cell of the transfer matrix rests on.
+            Pairs for each cell of the transfer matrix.
 
     Returns:
         [`TransferReport`]
@@ -473,7 +204,7 @@ def measure_plan(
     name: str = "",
 ) -> TransferReport:
     """
-    Carries out a plan of [`plan_transfer`] in chunks, see [`transfer_report`].
+    Runs a plan of [`~trl_sgpo.evaluation.transfer_plan.plan_transfer`] in chunks, see [`transfer_report`].
 
     Args:
         run (`Callable`, *optional*):
@@ -481,7 +212,7 @@ def measure_plan(
         chunk_size (`int`, *optional*, defaults to `32`):
             Texts a chunk.
         name (`str`, *optional*):
-            What the chunks' names begin with.
+            Prefix of the chunks' names.
 
     Returns:
         [`TransferReport`]
@@ -545,9 +276,7 @@ def _write(
     bank: "StrategyBank | None",
 ) -> Chunk:
     before = model.generated_tokens
-    problems = [as_problem(row, class_column) for row in rows]
-    if bank is not None:
-        problems = with_retrieved(problems, bank, model.settings.num_retrieved)
+    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
     strategies = model.write_strategies(problems, decoding)
     return {
         "strategies": [
@@ -568,9 +297,7 @@ def _execute(
     bank: "StrategyBank | None",
 ) -> Chunk:
     before = model.generated_tokens
-    problems = [as_problem(row, class_column) for row in rows]
-    if bank is not None:
-        problems = with_retrieved(problems, bank, model.settings.num_retrieved)
+    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
     if strategies is None:
         texts = model.answer([problem.prompt for problem in problems], decoding)
     else:

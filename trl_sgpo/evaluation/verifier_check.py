@@ -1,4 +1,4 @@
-"""Checks a verifier on solutions that are known to be right, and on those of other problems."""
+"""Checks a verifier on right solutions and on solutions of other problems."""
 
 import random
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .statistics import SOLVED
 @dataclass(frozen=True)
 class VerifierCheck:
     """
-    What a verifier accepts.
+    Solutions that a verifier accepts and rejects.
 
     Args:
         gold (`int`):

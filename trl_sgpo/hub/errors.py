@@ -1,4 +1,4 @@
-"""Errors of the Hub's client, as one line that says what to do."""
+"""Turns errors of the Hub's client into one line that names the fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ _ADVICE = {
 @contextmanager
 def readable_errors(action: str, kind: type[SGPOError]) -> Iterator[None]:
     """
-    Makes an error of the Hub's client one line that says what to do.
+    Turns errors of the Hub's client into one line that names the fix.
 
     Args:
         action (`str`):
-            What is done, as the message begins.
+            The action that failed: the beginning of the message.
         kind (`type`):
             Class of the error that is raised.
     """
@@ -59,7 +59,7 @@ def readable_errors(action: str, kind: type[SGPOError]) -> Iterator[None]:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error that [`readable_errors`] raised may be gone a minute later."""
+    """Whether an error that [`readable_errors`] raised may not occur again a minute later."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     cause: BaseException | None = error

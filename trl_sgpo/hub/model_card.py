@@ -1,4 +1,4 @@
-"""The model card of a run, and what a run saves for it."""
+"""The model card of a run, and the facts of the training that a run saves for it."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import yaml
 from .._version import __version__
 from ..bank.export import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
-from ..compare.lab.model import LAB_MODEL
 from ..errors import ConfigError
+from ..inference.weights import LAB_MODEL
 
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ _PACKAGES = ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
 @dataclass(frozen=True)
 class TrainingFacts:
     """
-    What a model card says of a training. Every run saves it beside its model, as `training.json`.
+    Facts of a training for its model card. Every run saves them beside its model, as `training.json`.
 
     Args:
         base_model (`str`, *optional*):
@@ -104,7 +104,7 @@ class TrainingFacts:
         return replace(self, tags=tuple(sorted({*TAGS, *metadata["tags"]})), badges=tuple(badges))
 
     def save(self, directory: str | Path) -> None:
-        """Writes `training.json`. Of models and data that are paths on this machine, only the last part."""
+        """Writes `training.json`. Local paths of models and data are replaced by their last part."""
         content = asdict(self) | {
             "base_model": _public(self.base_model),
             "datasets": [_public(name) for name in self.datasets],
@@ -113,7 +113,7 @@ class TrainingFacts:
 
     @classmethod
     def load(cls, directory: str | Path) -> "TrainingFacts":
-        """Reads `training.json`; nothing is known where there is none."""
+        """Reads `training.json`; without one, all facts are empty."""
         path = Path(directory, FACTS_FILE)
         if not path.is_file():
             return cls()
@@ -148,7 +148,7 @@ def make_card(
     evaluation: Path | None = None,
 ) -> str:
     """
-    The model card of what is in a directory.
+    Writes the model card for a directory of published files.
 
     Args:
         directory (`Path`):
@@ -156,7 +156,7 @@ def make_card(
         repo_id (`str`):
             Name of the model on the Hub.
         facts ([`TrainingFacts`]):
-            What is known of its training.
+            Facts of its training.
         license (`dict[str, str]`):
             `license`, and with it `license_name` and `license_link`, as the Hub names them. May be empty.
         adapter (`bool`, *optional*, defaults to `False`):
@@ -212,7 +212,7 @@ def _report(directory: Path) -> dict[str, Any]:
 
 
 def _measured(directory: Path, facts: TrainingFacts) -> list[dict[str, Any]]:
-    """What the run measured after training, as entries of a `model-index`."""
+    """The run's measurements after training, as entries of a `model-index`."""
     after = _report(directory).get("after", {})
     data = " + ".join(map(_public, facts.datasets)) or "the training's unseen problems"
     metrics = [

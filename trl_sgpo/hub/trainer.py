@@ -19,9 +19,11 @@ from trl.trainer.utils import get_config_model_id
 
 from ..bank import StrategyBank
 from ..errors import SGPOError
+from ..inference.loading import adapter_base
 from ..sgpo_config import SGPOConfig
 from .model_card import CARD, TrainingFacts, make_card
-from .push import adapter_base, claim, start_push, write_metrics
+from .publication import write_metrics
+from .push import claim, start_push
 
 
 logger = transformers.utils.logging.get_logger(__name__)

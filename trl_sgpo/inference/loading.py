@@ -1,6 +1,7 @@
-"""Loads what a run saved: an adapter with its base as it was in training, 4-bit weights included, or a whole model."""
+"""Loads what a run saved: a whole model, or an adapter on its base model in the precision of training."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import ModelError
-from ..hub.push import adapter_base
 from ..speed.quantization import keep_4bit_layout
 from .weights import require_model
 
@@ -21,10 +21,34 @@ def is_adapter(directory: str | Path) -> bool:
     return Path(directory, ADAPTER_FILE).is_file()
 
 
+def adapter_base(directory: str | Path) -> str | None:
+    """
+    The base model that an adapter was trained on.
+
+    Args:
+        directory (`str` or `Path`):
+            Directory of a model or an adapter.
+
+    Returns:
+        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. If the directory on record is gone,
+        one of the same name in the run's folder is taken: a run that was moved still holds its warm-started model.
+    """
+    try:
+        base = json.loads(Path(directory, ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{Path(directory, ADAPTER_FILE)} cannot be read: save the adapter again.") from error
+    if not Path(base).is_dir():
+        for run in (Path(directory), Path(directory).resolve().parent):
+            if (run / Path(base).name / "config.json").is_file():
+                return str(run / Path(base).name)
+    return str(base)
+
+
 def how_trained(model: PreTrainedModel) -> dict[str, Any]:
     """
-    What has to be known of an adapter's base to load it again as it was: adapters fit the rounded weights they were
-    trained on.
+    Data type and quantization of the base model an adapter was trained on. An adapter fits the rounded weights only.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -35,14 +59,14 @@ def how_trained(model: PreTrainedModel) -> dict[str, Any]:
     """
     known: dict[str, Any] = {"dtype": str(model.config.dtype or torch.float32).removeprefix("torch.")}
     quantization = vars(model.config).get("quantization_config")
-    if isinstance(quantization, BitsAndBytesConfig):  # other quantized weights say in their own config what they are
+    if isinstance(quantization, BitsAndBytesConfig):  # other quantized weights are described by their config
         known["quantization_config"] = quantization.to_diff_dict()
     return known
 
 
 def base_of(directory: str | Path) -> str:
     """
-    Where the base of an adapter is.
+    Finds the weights of an adapter's base model.
 
     Args:
         directory (`str` or `Path`):
@@ -62,15 +86,15 @@ def base_of(directory: str | Path) -> str:
 
 def load_base(name: str, trained_on: dict[str, Any] | None, **model_kwargs: Any) -> PreTrainedModel:
     """
-    Loads the base of an adapter as it was in training.
+    Loads the base model of an adapter in the data type and quantization of training.
 
     Args:
         name (`str`):
             A directory or Hub id.
         trained_on (`dict`, *optional*):
-            What [`how_trained`] said of it.
+            Result of [`how_trained`].
         **model_kwargs:
-            Passed on to `from_pretrained`, and winning over what `trained_on` says.
+            Passed on to `from_pretrained`, and override `trained_on`.
 
     Returns:
         [`~transformers.PreTrainedModel`]

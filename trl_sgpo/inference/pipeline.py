@@ -1,118 +1,39 @@
 """Solving problems with a trained model: retrieve strategies from a bank, write one, execute it."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from ..bank import Strategy, StrategyBank
+from ..bank import StrategyBank
 from ..bank.export import is_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import open_copy, open_export
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
-from ..data.tasks import final_answer, same_answer, same_answer_text
+from ..data.tasks import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
-from ..evaluation.statistics import derived_seed, majority_vote
+from ..evaluation.statistics import derived_seed
 from ..hub.model_card import HUB_NAME
-from ..hub.push import pull_run
+from ..hub.pull import pull_run
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
 from .model import Decoding, TwoPhaseModel
 from .retrieval import with_retrieved
 from .server import ServerModel
 from .settings import TwoPhaseSettings
+from .solution import Attempt, Solution, vote
 
 
 Watch = Callable[[str, str], None]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """
-    A strategy and its execution.
-
-    Args:
-        strategy (`str`):
-            The strategy.
-        execution (`str`):
-            Its execution on the problem.
-        answer (`str` or `None`):
-            Final answer in the execution, see [`~trl_sgpo.data.tasks.final_answer`].
-        flaw (`str`, *optional*):
-            What is wrong with the strategy's form, such as `"truncated"`.
-    """
-
-    strategy: str
-    execution: str
-    answer: str | None
-    flaw: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"answer": self.answer, "strategy": self.strategy, "flaw": self.flaw, "execution": self.execution}
-
-
-@dataclass(frozen=True)
-class Solution:
-    """
-    How a problem was solved.
-
-    Args:
-        problem ([`~trl_sgpo.method.problem.Problem`]):
-            The problem. Its `retrieved` are the strategies of the bank that were shown.
-        attempts (`tuple[Attempt, ...]`):
-            All attempts.
-        chosen (`int`):
-            Position of the first attempt with the answer that most attempts agree on.
-        votes (`tuple[tuple[str | None, int], ...]`):
-            Answers and how many attempts gave each, the most frequent first, those without an answer last.
-    """
-
-    problem: Problem
-    attempts: tuple[Attempt, ...]
-    chosen: int
-    votes: tuple[tuple[str | None, int], ...]
-
-    @property
-    def answer(self) -> str | None:
-        return self.attempts[self.chosen].answer
-
-    @property
-    def strategy(self) -> str:
-        return self.attempts[self.chosen].strategy
-
-    @property
-    def execution(self) -> str:
-        return self.attempts[self.chosen].execution
-
-    @property
-    def retrieved(self) -> tuple[Strategy, ...]:
-        return self.problem.retrieved
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON. Votes and all attempts are only there if there was more than one."""
-        found = {
-            "problem": self.problem.text,
-            "problem_class": self.problem.problem_class,
-            **self.attempts[self.chosen].to_dict(),
-            "retrieved": [
-                {"id": each.id, "problem_class": each.problem_class, "trust": each.trust, "text": each.text}
-                for each in self.retrieved
-            ],
-        }
-        if len(self.attempts) == 1:
-            return found
-        votes = [{"answer": answer, "votes": count} for answer, count in self.votes]
-        return found | {"votes": votes, "attempts": [attempt.to_dict() for attempt in self.attempts]}
-
-
 class SGPOPipeline:
     """
-    Solves problems in two phases, with strategies of a bank. Of the bank only trusted strategies are shown, none of
-    which was written for the problem itself, and nothing is written to it.
+    Solves problems in two phases, with strategies of a bank. Only trusted strategies that were not written for the
+    problem itself are retrieved, and the bank is not changed.
 
     Args:
         model ([`~trl_sgpo.inference.model.TwoPhaseModel`] or [`~trl_sgpo.inference.server.ServerModel`]):
@@ -154,11 +75,11 @@ class SGPOPipeline:
         **model_kwargs: Any,
     ) -> "SGPOPipeline":
         """
-        Loads a model, or an adapter with the model it belongs to, and the bank of its run.
+        Loads a model, or an adapter with its base model, and the bank of its run.
 
-        Of a model that `trl_sgpo` pushed to the Hub, model and bank are pulled at one commit. The strategies that are
-        trusted there are shown: they are from the author of the weights. Strategies of anyone else are not, without
-        `trust_bank`.
+        A model that `trl_sgpo` pushed to the Hub and its bank are pulled at one commit. Strategies that its author
+        trusted are retrieved, because the weights are from the same author. Those of other authors are retrieved only
+        with `trust_bank`.
 
         Args:
             name (`str`):
@@ -262,7 +183,7 @@ class SGPOPipeline:
             return pipeline
 
     def _keeping(self, opened: ExitStack) -> "SGPOPipeline":
-        """Takes over what has to be closed."""
+        """Moves open resources to this pipeline, which closes them."""
         self._opened = opened.pop_all()
         return self
 
@@ -270,7 +191,7 @@ class SGPOPipeline:
         self, problems: Sequence[Prompt], classes: Sequence[str | None] | None = None, retrieve: bool = True
     ) -> list[Problem]:
         """
-        Adds to problems the run's system message and the strategies that the bank has for them.
+        Adds the run's system message and retrieved strategies to problems.
 
         Args:
             problems (`Sequence[str | list[dict]]`):
@@ -278,7 +199,7 @@ class SGPOPipeline:
             classes (`Sequence[str | None]`, *optional*):
                 Class of each problem, to which retrieved strategies must belong. `None` is any.
             retrieve (`bool`, *optional*, defaults to `True`):
-                Whether to ask the bank.
+                Whether to retrieve strategies from the bank.
 
         Returns:
             `list[Problem]`: In the order of the problems.
@@ -293,9 +214,7 @@ class SGPOPipeline:
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
             found.append(problem)
-        if self.bank is None or not retrieve:
-            return found
-        return with_retrieved(found, self.bank, self.model.settings.num_retrieved)
+        return with_retrieved(found, self.bank if retrieve else None, self.model.settings.num_retrieved)
 
     def solve(
         self,
@@ -306,13 +225,13 @@ class SGPOPipeline:
         watch: Watch | None = None,
     ) -> list[Solution]:
         """
-        Solves problems that were prepared.
+        Solves prepared problems.
 
         Args:
             problems (`Sequence[Problem]`):
-                What [`SGPOPipeline.prepare`] gave.
+                Result of [`SGPOPipeline.prepare`].
             strategy (`str`, *optional*):
-                Executed as it is, on all of them, instead of one that the model writes.
+                A strategy to execute on all problems, instead of those that the model writes.
             samples (`int`, *optional*, defaults to `1`):
                 Attempts at each problem, each with a strategy of its own. The answer that most agree on is chosen.
             decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
@@ -345,7 +264,7 @@ class SGPOPipeline:
             for each, execution in zip(written, executions, strict=True)
         ]
         return [
-            _vote(problem, attempts[index * samples : (index + 1) * samples]) for index, problem in enumerate(problems)
+            vote(problem, attempts[index * samples : (index + 1) * samples]) for index, problem in enumerate(problems)
         ]
 
     def __call__(
@@ -359,7 +278,7 @@ class SGPOPipeline:
     ) -> Solution:
         """
         Prepares and solves one problem. The arguments are those of [`SGPOPipeline.prepare`] and
-        [`SGPOPipeline.solve`]. With a `strategy` the bank is not asked.
+        [`SGPOPipeline.solve`]. With a `strategy`, none is retrieved from the bank.
         """
         prepared = self.prepare([problem], [problem_class], retrieve=strategy is None)
         return self.solve(prepared, strategy, samples, decoding, watch)[0]
@@ -384,7 +303,7 @@ def _open_bank(
         if run is None or not (Path(run) / BANK_DIRECTORY).is_dir():
             return None
         bank = Path(run) / BANK_DIRECTORY
-        trust_bank = True  # it comes with the model
+        trust_bank = True  # it was pushed with the model
     elif not Path(bank).is_dir() and HUB_NAME.fullmatch(str(bank)):
         _require_trust(trust_bank, bank)
         with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
@@ -408,7 +327,7 @@ def _require_trust(trust_bank: bool, bank: str | Path) -> None:
 
 
 def _embedding_model(run: str | None) -> str:
-    """What a run's bank embeds with, if that can be had here: an export has no embeddings."""
+    """The run's embedding model if it is a Hub id, else the default one: an export has no embeddings."""
     name = TwoPhaseSettings.load(run).embedding_model if run is not None and Path(run).is_dir() else ""
     return name if HUB_NAME.fullmatch(name) else DEFAULT_EMBEDDING_MODEL
 
@@ -420,7 +339,7 @@ def _settings(run: str | None) -> TwoPhaseSettings | None:
 
 
 def _check_directory(name: str) -> None:
-    """Names a checkpoint where a run's folder holds no model yet."""
+    """Raises an error that names the last checkpoint if a run's folder holds no model."""
     directory = Path(name)
     if not directory.is_dir() or any((directory / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
         return
@@ -433,26 +352,8 @@ def _check_directory(name: str) -> None:
 
 
 def _phase(watch: Watch | None, phase: str) -> Callable[[str], None] | None:
-    """Announces a phase, and gives what hands on its text."""
+    """Announces a phase and returns the callback for its text."""
     if watch is None:
         return None
     watch(phase, "")
     return lambda text: watch(phase, text)
-
-
-def _vote(problem: Problem, attempts: Sequence[Attempt]) -> Solution:
-    # Without math-verify, answers are the same if they are the same text or number
-    same = same_answer if importlib.util.find_spec("math_verify") else same_answer_text
-    left = [attempt.answer for attempt in attempts]
-    unanswered = left.count(None)
-    winners: list[int] = []
-    votes: list[tuple[str | None, int]] = []
-    while (winner := majority_vote(left, same)) is not None:
-        answer = str(left[winner])
-        agree = {winner, *(i for i, other in enumerate(left) if other is not None and same(other, answer))}
-        winners.append(winner)
-        votes.append((answer, len(agree)))
-        left = [None if i in agree else other for i, other in enumerate(left)]
-    if unanswered:
-        votes.append((None, unanswered))
-    return Solution(problem, tuple(attempts), winners[0] if winners else 0, tuple(votes))

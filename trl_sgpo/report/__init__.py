@@ -1,1 +1,1 @@
-"""A run as one HTML file: read (`run.py`), drawn (`charts.py`), written (`page.py`)."""
+"""A run as one HTML file: reading its records (`records.py`), charts (`charts.py`), the page (`page.py`)."""

@@ -55,12 +55,12 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     rows: list[list[str]]
-    averaged: int  # steps that a point is the mean of
+    averaged: int  # number of steps averaged in a point
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A strategy on the map of the bank."""
+    """The mark of a strategy on the map of the bank."""
 
     strategy: Strategy
     x: float
@@ -70,7 +70,7 @@ class Mark:
 
 
 def number(value: float) -> str:
-    """A number in as many digits as a table needs."""
+    """A number, rounded for a table."""
     if value == 0 or 0.001 <= abs(value) < 100_000:
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return f"{value:.2e}"
@@ -86,7 +86,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def averaged(points: Points, most: int = MAX_POINTS) -> tuple[list[tuple[float, float]], int]:
-    """Means of as many neighbours as it takes for at most `most` points, and how many these are."""
+    """Means of neighbouring points, so that at most `most` remain, and the number of points in each mean."""
     size = -(-len(points) // most) if points else 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts], size
@@ -100,14 +100,14 @@ def line_chart(
 
     Args:
         id (`str`):
-            Its name in the page.
+            Its id in the page.
         title (`str`), note (`str`):
-            What is drawn, and how it is read.
+            Title and explanation.
         lines (`Sequence[tuple]`):
             Name, points in the order of their steps, colour and dashes of each line. Lines without points are left
             out.
         within (`tuple[float, float]`, *optional*):
-            Bounds of the values, such as `(0, 1)` for rates. From the values if there are none.
+            Bounds of the values, such as `(0, 1)` for rates. If `None`, they are taken from the values.
 
     Returns:
         [`Chart`] or `None`: `None` if no line has points.
@@ -149,7 +149,7 @@ def line_chart(
 
 
 def class_colours(strategies: Sequence[Strategy]) -> dict[str, int]:
-    """A colour for each class, the largest classes first. Those beyond the colours share the last one."""
+    """A colour for each class, largest first. If there are more classes than colours, the smallest share one."""
     sizes = Counter(strategy.problem_class for strategy in strategies)
     ordered = sorted(sizes, key=lambda name: (-sizes[name], name))
     return {name: min(index, COLOURS) for index, name in enumerate(ordered)}
@@ -170,7 +170,9 @@ def project(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
     left, sizes, right = np.linalg.svd(centred, full_matrices=False)
     coordinates = np.zeros((len(embeddings), 2))
     kept = min(2, len(sizes))
-    signs = np.sign(right[np.arange(kept), np.abs(right[:kept]).argmax(axis=1)])  # else they are the library's choice
+    signs = np.sign(
+        right[np.arange(kept), np.abs(right[:kept]).argmax(axis=1)]
+    )  # the sign of a component is arbitrary
     coordinates[:, :kept] = left[:, :kept] * sizes[:kept] * signs
     variance = float((sizes**2).sum())
     return coordinates, float((sizes[:2] ** 2).sum()) / variance if variance > 0 else 1.0
@@ -192,7 +194,7 @@ def shape(trust: str, x: float, y: float, area: float) -> str:
 
 def bank_map(strategies: Sequence[Strategy], embeddings: dict[str, np.ndarray]) -> tuple[list[Mark], float]:
     """
-    Lays out the map of a bank: near means similar, colour is class, shape is trust, area is utility.
+    Lays out the map of a bank: distance shows similarity, colour class, shape trust and area utility.
 
     Args:
         strategies (`Sequence[Strategy]`):

@@ -1,9 +1,9 @@
 """
 A run's report as one HTML file.
 
-All text of a run is foreign: problems, strategies and executions may come from anyone. jinja2 escapes whatever the
-template is given, scripts and styles run by their hash only (Content-Security-Policy), nothing is loaded, and the
-script reads text from the page, never markup.
+All text of a run is untrusted: problems, strategies and executions may come from anyone. jinja2 escapes all values,
+the Content-Security-Policy allows only the page's own script and style, by hash, nothing is loaded from elsewhere, and
+the script handles text as text, never as markup.
 """
 
 import base64
@@ -20,20 +20,20 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from .._version import __version__
-from ..bank import policy
+from ..bank import Strategy, policy
 from ..bank.statistics import transfer
-from ..bank.strategy import TRUST_STATES, Strategy
+from ..bank.strategy import TRUST_STATES
 from ..evaluation.chunks import write_text
-from ..evaluation.report import ResultTable, tables
 from ..evaluation.statistics import wilson_interval
+from ..evaluation.tables import ResultTable, tables
 from .charts import Chart, Points, bank_map, class_colours, line_chart, number
-from .run import RolledProblem, Run
+from .records import RolledProblem, Run
 
 
 MAX_STRATEGIES = 500
 MAX_ANCESTORS = 20
 
-# Characters that would make text read as another: control characters, and those that turn its direction
+# Characters that can make text look like another: control characters and those that change its direction
 _DECEPTIVE = {
     code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
     for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -117,7 +117,7 @@ SOURCES = {"own": "own strategy", "borrowed": "borrowed strategy", "bank": "stra
 
 @dataclass(frozen=True)
 class Matrix:
-    """Mean outcomes by class of the strategy (rows) and of the problem (columns), and how many they rest on."""
+    """Mean outcomes by class of the strategy (rows) and problem (columns), and numbers of executions."""
 
     title: str
     note: str
@@ -130,11 +130,11 @@ def write_report(run: Run, output: Path, other: Run | None = None) -> None:
     Writes the report.
 
     Args:
-        run ([`~trl_sgpo.report.run.Run`]):
+        run ([`~trl_sgpo.report.records.Run`]):
             The run.
         output (`Path`):
             HTML file.
-        other ([`~trl_sgpo.report.run.Run`], *optional*):
+        other ([`~trl_sgpo.report.records.Run`], *optional*):
             A run to compare it with.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def render(run: Run, other: Run | None = None) -> str:
     strategies = _most_useful(bank.strategies) if bank is not None else []
     marks, kept = bank_map(strategies, bank.embeddings) if bank is not None else ([], 1.0)
     html = template.render(
-        # The package's own files, the only text that is not escaped
+        # The package's own files, which are not escaped
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
@@ -182,11 +182,11 @@ def render(run: Run, other: Run | None = None) -> str:
         settings={name: _setting(value) for name, value in sorted(run.settings.items())},
         changes=_changes(run, other) if other is not None else None,
     )
-    return html.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    return html.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
 
 
 def _visible(value: Any) -> Any:
-    """Characters that would deceive a reader, written as escapes."""
+    """Replaces characters that can make text look like another by escapes."""
     return value.translate(_DECEPTIVE) if isinstance(value, str) else value
 
 
@@ -195,7 +195,7 @@ def _hash(text: str) -> str:
 
 
 def _names(run: Run, other: Run | None) -> tuple[str, str]:
-    """Names that tell the runs apart."""
+    """Different names for the two runs."""
     if other is None or run.name != other.name:
         return run.name, other.name if other is not None else ""
     return str(run.path), str(other.path)

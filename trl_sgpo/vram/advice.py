@@ -13,7 +13,7 @@ def cheapest_change(
     recipe: Recipe, vram_gb: float, estimate: Callable[[Recipe], Estimate]
 ) -> tuple[dict[str, Any], Estimate] | None:
     """
-    Searches for the change that costs least: first what only costs time, then what trains less or shorter.
+    Searches for the cheapest change: first changes that only cost time, then those that reduce training.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
@@ -24,8 +24,8 @@ def cheapest_change(
             Estimates a recipe.
 
     Returns:
-        `tuple[dict, Estimate]` or `None`: Keys with their new values and what they lead to, or `None` if nothing that
-        is tried is enough.
+        `tuple[dict, Estimate]` or `None`: Keys with their new values and the estimate with them, or `None` if no
+        change is enough.
     """
     steps = list(_steps(recipe))
     for change in steps:
@@ -43,14 +43,14 @@ def cheapest_change(
 
 
 def _steps(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Changes in the order of what they cost. All but the last kind leave what is learnt as it is."""
+    """Changes, cheapest first. Only the last kind, shorter completions, changes what is learnt."""
     args, model = recipe.training, recipe.model
     if not args.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if "8bit" not in str(args.optim).casefold():
         yield {"optim": "paged_adamw_8bit"}
     rows, repeats = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    # `steps_per_generation` follows the accumulation unless it was set apart from it
+    # `steps_per_generation` equals the accumulation unless it was set separately
     if args.steps_per_generation == repeats:
         while rows % 2 == 0:
             rows, repeats = rows // 2, repeats * 2
@@ -71,7 +71,7 @@ def _steps(recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """
-    Copies a recipe.
+    Copies a recipe with changes.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
@@ -88,7 +88,7 @@ def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def in_words(change: dict[str, Any]) -> str:
-    """Writes a change as it is typed."""
+    """Writes a change as command-line arguments."""
     return " ".join(
         f"--{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in change.items()
     )

@@ -1,4 +1,4 @@
-"""Configs of models: from a directory, the Hugging Face cache, the Hub, or the table that comes with this package."""
+"""Configs of models: from a directory, the Hugging Face cache, the Hub, or the table of this package."""
 
 import json
 from importlib.resources import files
@@ -21,10 +21,10 @@ def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConf
             Revision on the Hub.
 
     Returns:
-        `tuple[PreTrainedConfig, str]`: The config and where it is from.
+        `tuple[PreTrainedConfig, str]`: The config and its source.
 
     Raises:
-        `ModelError`: If it is in none of the places.
+        `ModelError`: If no config is found.
     """
     try:
         found = require_model(name)
@@ -38,5 +38,5 @@ def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConf
 
 
 def architectures() -> dict[str, dict[str, Any]]:
-    """What models of the recipes look like, by Hub id: the part of their configs that memory depends on."""
+    """Configs of the recipes' models by Hub id, reduced to the keys that memory depends on."""
     return json.loads(files("trl_sgpo.vram").joinpath("architectures.json").read_text())

@@ -1,4 +1,4 @@
-"""Peak memory of training by a recipe, by part, without weights and without a GPU."""
+"""Estimates the peak memory of training with a recipe, by part, without weights and without a GPU."""
 
 import copy
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +29,7 @@ FRAGMENTATION = 0.1
 PROBLEM_TOKENS = 256
 """What is assumed of the longest problem: few of GSM8K have more."""
 
-_MARKS = 16  # tokens that a chat template, or the list of retrieved strategies, puts around a text
+_MARKS = 16  # tokens that a chat template, or the list of retrieved strategies, adds to a text
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lengths:
 
     Args:
         request (`int`):
-            The problem with what is asked, and with the retrieved strategies.
+            The request for a strategy, with the problem and retrieved strategies.
         strategy (`int`):
             The strategy.
         turn (`int`):
@@ -65,17 +65,17 @@ class Estimate:
 
     Args:
         parts (`dict[str, int]`):
-            What is there at the peak.
+            Memory at the peak, by part.
         moments (`dict[str, int]`):
             Total at each moment of a step, the largest of which is the peak.
         on_host (`dict[str, int]`):
-            What is kept in the host's memory.
+            Host memory, by part.
         parameters (`int`), trained (`int`):
             Parameters of the base model, and those that are trained.
         lengths ([`Lengths`]):
             The lengths assumed.
         notes (`list[str]`):
-            What is not included, or assumed.
+            What is assumed, or not included.
     """
 
     parts: dict[str, int]
@@ -104,7 +104,7 @@ class Estimate:
 
 def assumed_lengths(recipe: Recipe) -> Lengths:
     """
-    Lengths of the longest row where neither the tokenizer nor the data are at hand.
+    Estimates the lengths of the longest row without tokenizer and data.
 
     Args:
         recipe ([`~trl_sgpo.recipe.Recipe`]):
@@ -127,7 +127,7 @@ def _tokens(text: str) -> int:
 
 def rows_of_problems(rows: int, group: int) -> tuple[int, ...]:
     """
-    The micro-batch of most problems.
+    Finds the micro-batch with the most problems.
 
     Args:
         rows (`int`):
@@ -136,10 +136,10 @@ def rows_of_problems(rows: int, group: int) -> tuple[int, ...]:
             `num_generations`.
 
     Returns:
-        `tuple[int, ...]`: How many rows each of its problems has.
+        `tuple[int, ...]`: Number of rows of each of its problems.
     """
     most: tuple[int, ...] = ()
-    for first in range(0, group * rows, rows):  # micro-batches, until one starts with a problem again
+    for first in range(0, group * rows, rows):  # micro-batches, until one starts at a group's first row again
         problems = [row // group for row in range(first, first + rows)]
         counts = tuple(problems.count(problem) for problem in dict.fromkeys(problems))
         most = max(most, counts, key=len)
@@ -191,7 +191,7 @@ def _with_layers(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfi
 
 class Estimator:
     """
-    Estimates recipes of one model. What changes of a recipe leave alone is not simulated again.
+    Estimates recipes of one model. Simulations are cached, so that a changed recipe reuses those it shares.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -217,7 +217,7 @@ class Estimator:
         rows = args.per_device_train_batch_size
         apart = not share or settings["attention"] != "sdpa" or not within_window(self.config, whole)
         problems = (1,) * rows if apart else rows_of_problems(rows, args.num_generations)
-        own = min(rows, -(-rows // args.num_generations) * args.own_strategies)  # others' strategies are not trained
+        own = min(rows, -(-rows // args.num_generations) * args.own_strategies)  # borrowed strategies are not trained
         scored = own * lengths.strategy + rows * lengths.execution
         training = architecture.of_layers(
             "training", problems, lengths.request, lengths.completion, scored, args.gradient_checkpointing
@@ -226,14 +226,14 @@ class Estimator:
 
         states = optimizer_bytes(str(args.optim), weights)
         reference = weights.base if args.beta > 0 and not model.use_peft else 0
-        standing = {
+        resident = {
             "weights": weights.base + reference,
             "quantization constants": weights.constants,
             "adapters": weights.adapters,
         }
         kept = weights.mergeable if model.use_peft and args.merge_adapters else 0
         if self.device == "cpu":
-            standing[_RESTORED] = kept
+            resident[_RESTORED] = kept
         moments: dict[str, dict[str, int]] = {
             "strategies": {"optimizer states": states, **_generating(written, "KV cache of strategies")},
             "executions": {"optimizer states": states, **_generating(executed, "KV cache of executions")},
@@ -242,14 +242,14 @@ class Estimator:
         }
         totals = {}
         for name, parts in moments.items():
-            moving = sum(parts.values()) + standing["adapters"]
+            moving = sum(parts.values()) + resident["adapters"]
             if self.device == "cuda":
                 parts["fragmentation"] = int(FRAGMENTATION * moving)
                 parts["CUDA context"] = CONTEXT
-            totals[name] = sum(standing.values()) + sum(parts.values())
+            totals[name] = sum(resident.values()) + sum(parts.values())
         peak = max(totals, key=totals.__getitem__)
         return Estimate(
-            parts={**standing, **moments[peak]},
+            parts={**resident, **moments[peak]},
             moments=totals,
             on_host={
                 "the embedder and the bank": _EMBEDDER if args.use_bank else 0,
@@ -290,7 +290,7 @@ class Estimator:
 
 _RESTORED = "base weights to restore after generation"
 _EMBEDDER = 200 * 2**20  # MiniLM and a bank of thousands of strategies
-_SAMPLING_BYTES = 2 + 4 + 4  # a copy in 32 bits, probabilities, and what the copy was made of
+_SAMPLING_BYTES = 2 + 4 + 4  # logits, their copy in 32 bits, and probabilities
 _SORTING_BYTES = 4 + 8 + 4 + 4
 
 
@@ -301,7 +301,7 @@ def _generating(moments: dict[str, int], name: str) -> dict[str, int]:
 
 
 def _learning(moments: dict[str, int]) -> dict[str, int]:
-    """The head's share is what its peak adds to the hidden states that are there before it."""
+    """The LM head's share is the memory that its peak adds to the hidden states."""
     peak = max(moments.values())
     head = max(moments["head"] - moments["forward"], 0)
     return {"activations": peak - head, "logits": head}
@@ -332,7 +332,7 @@ def _settings(recipe: Recipe, config: PreTrainedConfig, device: str) -> dict[str
 
 
 def shares_prompts(recipe: Recipe, config: PreTrainedConfig) -> bool:
-    """Whether the trainer will read the request of a problem once: see `SGPOTrainer._can_share_prompts`."""
+    """Whether the trainer computes a problem's request once for all its rows."""
     settings = vars(config.get_text_config())
     attention = recipe.model.attn_implementation or "sdpa"
     return (
@@ -345,13 +345,13 @@ def shares_prompts(recipe: Recipe, config: PreTrainedConfig) -> bool:
 
 def optimizer_bytes(optimizer: str, weights: Weights) -> int:
     """
-    Bytes of an optimizer's states. Paged ones can leave the GPU; they are counted as if they did not.
+    Bytes of an optimizer's states. Paged states, which can be moved to host memory, are counted as well.
 
     Args:
         optimizer (`str`):
             `optim` of the recipe.
         weights ([`~trl_sgpo.vram.simulate.Weights`]):
-            What is trained.
+            The trained weights.
     """
     name = optimizer.rsplit(".", 1)[-1].casefold()
     states = 1 if "lion" in name or "rmsprop" in name else 0 if name in ("sgd", "adafactor") else 2

@@ -1,8 +1,8 @@
 """
-What a model's forward and backward passes allocate, found by running them on tensors without data.
+Memory that a model's forward and backward passes allocate, found by running them on tensors without data.
 
 The model is built from its config and run as transformers, peft and torch would run it, under `FakeTensorMode`: shapes
-and lifetimes of all tensors are real, their content does not exist. So no architecture needs formulas of its own.
+and lifetimes of all tensors are real, but they have no content. No architecture needs formulas of its own.
 """
 
 import copy
@@ -31,7 +31,7 @@ from ..speed.shared_prompts import SharedPrompts, share_prompts
 @dataclass(frozen=True)
 class Weights:
     """
-    What a model occupies at rest, in bytes.
+    Memory of a model's weights and gradients, in bytes.
 
     Args:
         parameters (`int`):
@@ -39,7 +39,7 @@ class Weights:
         base (`int`):
             Base weights and buffers.
         constants (`int`):
-            What 4-bit or 8-bit weights are scaled with.
+            Scaling constants of 4-bit or 8-bit weights.
         adapters (`int`):
             LoRA weights.
         trained (`int`):
@@ -60,7 +60,7 @@ class Weights:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
+    """Counts the bytes of all live storages that operations allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,13 +86,13 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
     def moment(self) -> int:
-        """The peak since this was last asked."""
+        """The peak since the last call."""
         peak, self.peak = self.peak, self.live
         return peak
 
 
 class _Dequantized(torch.autograd.Function):
-    """A product with weights that are unpacked for it, in the forward and again in the backward pass."""
+    """A matrix product with quantized weights, dequantized in the forward and again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -110,7 +110,7 @@ class _QuantizedLinear(torch.nn.Linear):
 
 
 class _TritonHead(torch.autograd.Function):
-    """Allocates what TRL's chunked log-probabilities do where Triton folds the tiles in place."""
+    """Allocates the memory of TRL's chunked log-probabilities with their Triton kernel."""
 
     @staticmethod
     def forward(ctx, hidden, weight):
@@ -147,7 +147,7 @@ class SimulatedModel:
         double_quantization (`bool`, *optional*, defaults to `False`):
             Whether the constants of 4-bit weights are quantized, too.
         lora ([`~peft.LoraConfig`], *optional*):
-            Adapters. Without, all parameters are trained.
+            Adapters. If `None`, all parameters are trained.
         attention (`str`, *optional*, defaults to `"sdpa"`):
             Attention implementation, `"sdpa"` or `"eager"`.
         triton (`bool`, *optional*, defaults to `True`):
@@ -192,7 +192,7 @@ class SimulatedModel:
         mergeable = 0
         if lora is not None:
             with torch.device("meta"):
-                model = get_peft_model(model, copy.deepcopy(lora))  # peft writes the names it finds into it
+                model = get_peft_model(model, copy.deepcopy(lora))  # peft adds the module names that it finds
             layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
             mergeable = 0 if quantized else sum(_nbytes(layer.get_base_layer().weight) for layer in layers)
         self.model = model
@@ -216,11 +216,11 @@ class SimulatedModel:
         self, problems: tuple[int, ...], request: int, completion: int, scored: int, checkpointing: bool
     ) -> dict[str, int]:
         """
-        Bytes that one forward and backward pass takes on top of weights and gradients.
+        Memory of one forward and backward pass, in addition to weights and gradients.
 
         Args:
             problems (`tuple[int, ...]`):
-                Rows of each problem. Those of a problem share its request.
+                Number of rows of each problem, which share its request.
             request (`int`), completion (`int`):
                 Tokens of a row.
             scored (`int`):
@@ -229,7 +229,7 @@ class SimulatedModel:
                 Whether layers are computed again in the backward pass.
 
         Returns:
-            `dict[str, int]`: The peaks of its moments.
+            `dict[str, int]`: The peak of each stage.
         """
         adapted = self.model is not self.base
         ids = torch.tensor([[n] * (request + completion) for n, rows in enumerate(problems) for _ in range(rows)])
@@ -285,13 +285,13 @@ class SimulatedModel:
         keep_heads: bool,
     ) -> dict[str, int]:
         """
-        Bytes that generating with `generate` takes on top of weights.
+        Memory of `generate`, in addition to weights.
 
         Args:
             rows (`int`):
                 Sequences generated at once.
             heads (`int`), head_length (`int`):
-                Beginnings that are read ahead and shared by the rows, and their tokens. `0` reads none ahead.
+                Number of prefixes that are computed first and shared by the rows, and their tokens. `0` shares none.
             rest_length (`int`):
                 Tokens of the context after that.
             new_tokens (`int`):
@@ -299,10 +299,10 @@ class SimulatedModel:
             logit_bytes (`int`):
                 Bytes that sampling takes for each row and word of the vocabulary.
             keep_heads (`bool`):
-                Whether what was read ahead is used again afterwards.
+                Whether the prefixes' KV cache is kept for later use.
 
         Returns:
-            `dict[str, int]`: The peaks of its moments, and the `cache` of keys and values as it is in the end.
+            `dict[str, int]`: The peak of each stage, and the `cache` of keys and values as it is in the end.
         """
         self.model.eval()
         with self.mode, torch.no_grad(), _Live() as live:
@@ -377,7 +377,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _without_data(model: torch.nn.Module, adapter_dtype: torch.dtype | None) -> None:
-    """Puts tensors on a CPU that does not exist in place of those on the meta device, tied ones staying tied."""
+    """Replaces tensors on the meta device by fake CPU tensors; tied weights stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -1,14 +1,13 @@
 """
-A laboratory of list functions: problems whose worked solutions hold shortcuts that are right where they were learnt.
+List functions: problems of the laboratory whose worked solutions contain shortcuts, which do not transfer.
 
 A problem names three operations by everyday words and gives a list of digits: "flip then raise then cycle : 3 7 1 5".
 Its class is the composition of the three. A strategy names the operations (`For lists reverse then increment then
-rotate`), an execution applies one after the other. A **shortcut** writes the answer where a strategy should be, in
-digits or in words. A model can learn the answers of its training problems by heart, and then a shortcut is right on
-them and wrong on any other problem; an execution step by step carries over.
+rotate`), an execution applies one after the other. A **shortcut** gives the answer in place of a strategy, in digits
+or in words. A model can memorise the answers of its training problems. A shortcut is then right on these problems and
+wrong on all others, while a strategy that is executed step by step transfers.
 
-Worked solutions are like a textbook with a key: answers of the problems set (shortcuts), and examples that show the
-method on other lists.
+Worked solutions are shortcuts for the training problems themselves, and general strategies shown on other lists.
 
 Parts: `seen` (16 compositions), `held_out` (48 others, none the same function as a seen one) and `longer` (48
 compositions of four operations).
@@ -164,7 +163,7 @@ def strategy(program: Program) -> str:
 
 
 def shortcut(answer: list[int], rng: random.Random) -> str:
-    """An answer where a strategy should be, half of the time in digits and half in words."""
+    """An answer in place of a strategy, with equal probability in digits or in words."""
     if rng.random() < 0.5:
         return f"To solve write {_join(answer)}"
     return f"In short answer {' '.join(NUMBER_WORDS[digit] for digit in answer)}"

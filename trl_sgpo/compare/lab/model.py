@@ -1,9 +1,9 @@
 """
-The laboratory's model: 0.6M parameters, made on the spot, that reads and writes list functions.
+The laboratory's model: 0.6M parameters, trained from scratch on list functions when a command first names it.
 
-It is trained from nothing on what the laboratory's arms have in common: problems of one, two and four operations, and
-the execution of any strategy it is given, be it the answer of another problem. It has seen neither a problem of three
-operations with its strategy nor a held-out composition.
+Its training data is common to all arms of an experiment: problems of one, two and four operations with their
+strategies, and executions of given strategies, also of answers to other problems written in place of a strategy. The
+data has no problem of three operations together with its strategy, and no held-out composition.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.worked import Trace
+from ...inference.weights import LAB_MODEL, lab_directory, require_model
 from ...method.prompts import RETRIEVED_HEADER
 from .list_functions import (
     LENGTH,
@@ -27,7 +28,6 @@ from .list_functions import (
 )
 
 
-LAB_MODEL = "trl-sgpo/lab"
 EXAMPLES = 100_000
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endfor %}"
@@ -35,6 +35,30 @@ _CHAT_TEMPLATE = (
 )
 _WORDS = ("then", ":", ".", "####", "For", "lists", "To", "solve", "write", "In", "short", "answer")
 _ASKED = ("strategy?", "apply", ">")
+
+
+def prepare_model(name: str) -> None:
+    """Trains the laboratory's model if `name` is `trl-sgpo/lab` and it does not exist yet."""
+    if name == LAB_MODEL and not lab_directory().is_dir():
+        build_lab_model(lab_directory())
+
+
+def fetch_model(name: str) -> str:
+    """
+    Finds a model's weights, as [`~trl_sgpo.inference.weights.require_model`] does, after [`prepare_model`].
+
+    Args:
+        name (`str`):
+            A local directory, a Hub id, or `trl-sgpo/lab`.
+
+    Returns:
+        `str`: What to pass to `from_pretrained`.
+
+    Raises:
+        [`~trl_sgpo.errors.ModelError`]: There are no such weights.
+    """
+    prepare_model(name)
+    return require_model(name)
 
 
 def lab_tokenizer() -> Any:
@@ -58,7 +82,7 @@ def lab_tokenizer() -> Any:
 
 def lab_traces(size: int, seed: int) -> list[Trace]:
     """
-    What the laboratory's model is trained on.
+    Training data of the laboratory's model.
 
     Args:
         size (`int`):
@@ -67,8 +91,9 @@ def lab_traces(size: int, seed: int) -> list[Trace]:
             Seed of the draws.
 
     Returns:
-        `list[Trace]`: Problems of one, two and four operations with their strategies, and as many of up to four with
-        a given strategy that has nothing to do with the problem, a quarter of these with a wrong answer in its place.
+        `list[Trace]`: Half of them are problems of one, two and four operations with their strategies. The other half
+        are problems of up to four operations with a given strategy that was written for another program; in a quarter
+        of these an answer stands in place of the strategy.
     """
     rng = random.Random(seed)
     triples, longer = [*compositions()["seen"], *compositions()["other"]], set(compositions()["longer"])
@@ -104,7 +129,7 @@ def build_lab_model(directory: Path) -> None:
     from ...data.bootstrap import warmstart
     from ...sgpo_config import SGPOConfig
 
-    print(f"Training the laboratory's model from nothing into {directory} (once, about 6 minutes)", flush=True)
+    print(f"Training the laboratory's model from scratch into {directory} (once, about 6 minutes)", flush=True)
     tokenizer = lab_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = LlamaConfig(
@@ -149,5 +174,5 @@ def build_lab_model(directory: Path) -> None:
         try:
             os.rename(Path(temporary, "trained"), directory)
         except OSError:
-            if not directory.is_dir():  # otherwise another process was first
+            if not directory.is_dir():  # otherwise another process has already written it
                 raise

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from ..bank import StrategyBank
-from ..bank.snapshot import BANK_DIRECTORY
-from ..cli.train import resume_point, warmstart_model
+from ..bank.files import BANK_DIRECTORY
 from ..data.classes import with_classes
+from ..data.loading import load_data, load_rewards
+from ..data.warmstart import warmstart_model
 from ..errors import DataError
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
-from ..evaluation.transfer_score import plan_transfer, transfer_report
+from ..evaluation.transfer_plan import plan_transfer
+from ..evaluation.transfer_score import transfer_report
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
-from ..inference.weights import require_model
-from ..recipe import Recipe, load_data, load_rewards, read_recipe
-from .arms import Task, Trained, plain_settings, train_arm
+from ..recipe import Recipe, read_recipe, resume_point
 from .config import Arm, Comparison, read_comparison
+from .lab.model import fetch_model
+from .methods import Task, TrainedArm, plain_settings, train_arm
 
 
 RESULT_FILE = "result.json"
@@ -35,7 +37,7 @@ def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
     """The shared recipe with the overrides of the comparison and of an arm, for one seed."""
     overrides = comparison.overrides | (arm.overrides if arm is not None else {})
     directory = comparison.warmstart_directory(seed) if arm is None else comparison.run_directory(arm, seed)
-    # The budget ends a run. One that was interrupted goes on from its last checkpoint
+    # The budget ends a run; an interrupted run resumes from its last checkpoint
     fixed = {"seed": seed, "output_dir": str(directory), "max_steps": 1_000_000, "report_problems": 0}
     fixed["resume_from_checkpoint"] = "true"
     argv = ["--config", comparison.recipe]
@@ -45,7 +47,7 @@ def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
 
 
 def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
-    """Identifies what a run depends on, so that a result is not taken for that of other settings."""
+    """Digest of everything a run depends on, so that results of other settings are not reused."""
     recipe = arm_recipe(comparison, arm, seed)
     parts = [recipe.script, recipe.training, recipe.model, recipe.mixture]
     settings = [{key: str(value) for key, value in sorted(vars(part).items())} for part in parts]
@@ -56,7 +58,7 @@ def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
 
 
 def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The result of a run, if it has one under these settings."""
+    """The result of a run with these settings, `None` if it is not finished."""
     try:
         result = json.loads((comparison.run_directory(arm, seed) / RESULT_FILE).read_text())
     except (OSError, ValueError):
@@ -66,10 +68,10 @@ def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | No
 
 def check(comparison: Comparison) -> None:
     """
-    Raises what would otherwise come up only after training: a recipe, a suite or a transfer plan that cannot be.
+    Checks recipes, suites and the transfer plan, so that errors are raised before training.
 
     Raises:
-        [`ConfigError`] or [`DataError`]: With what to change.
+        [`ConfigError`] or [`DataError`]: The message names the fix.
     """
     recipes = [arm_recipe(comparison, arm, comparison.seeds[0]) for arm in comparison.arms]
     for recipe in recipes:
@@ -92,9 +94,9 @@ def check(comparison: Comparison) -> None:
 
 
 def fetch_models(comparison: Comparison) -> None:
-    """Gets, or makes, the models that arms start from, so that runs side by side do not."""
+    """Fetches the base models of all arms before parallel runs start."""
     for arm in comparison.arms:
-        require_model(arm_recipe(comparison, arm, comparison.seeds[0]).model.model_name_or_path)
+        fetch_model(arm_recipe(comparison, arm, comparison.seeds[0]).model.model_name_or_path)
 
 
 def _transfer_plan(comparison: Comparison) -> dict[str, Any]:
@@ -107,9 +109,9 @@ def _transfer_plan(comparison: Comparison) -> dict[str, Any]:
 
 
 def warm_start(comparison: Comparison, seed: int) -> str:
-    """Warm-starts the recipe's model for all arms of a seed, unless that was done. Returns its directory."""
+    """Warm-starts the recipe's model for all arms of a seed, once. Returns its directory."""
     recipe = arm_recipe(comparison, None, seed)
-    model = require_model(recipe.model.model_name_or_path)
+    model = fetch_model(recipe.model.model_name_or_path)
     if recipe.script.warmstart_traces < 1 and recipe.script.warmstart_file is None:
         return model
     return warmstart_model(recipe, model, load_data(recipe)[recipe.script.dataset_train_split])
@@ -207,7 +209,7 @@ def _measure(
     for loaded in suites:
         protocol = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
         results[loaded.suite.name] = evaluate_suite(model, loaded, verifier, protocol, bank)
-    # All arms under the same limits: plain answers are as long as strategy and execution together
+    # Equal limits for all arms: a plain answer may be as long as strategy and execution together
     model.settings = plain
     report = transfer_report(
         model,
@@ -223,7 +225,7 @@ def _measure(
     return {"suites": results, "transfer": transfer}
 
 
-def _account(trained: Trained) -> dict[str, Any]:
+def _account(trained: TrainedArm) -> dict[str, Any]:
     return {
         "tokens": {"generated": trained.generated, "labels": trained.labelled, "trained": trained.trained},
         "details": trained.details,

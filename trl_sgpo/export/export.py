@@ -1,4 +1,4 @@
-"""Writes a trained model as one that stands alone, and refuses what has not the logits that were trained."""
+"""Exports a trained model without adapter and 4-bit weights, and refuses an export whose logits differ."""
 
 import gc
 import importlib.util
@@ -22,16 +22,16 @@ from ..bank.exchange import export_bank
 from ..bank.export import published
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
+from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
 from ..inference.loading import base_of, is_adapter, load_base
 from ..inference.settings import TwoPhaseSettings
-from ..inference.weights import require_model
 from .parity import Parity, compare, logits_on, probes
 
 
-REPORT_FILE = "export.json"
+EXPORT_FILE = "export.json"
 STRATEGIES_DIRECTORY = "strategies"
-# Largest error of the logits, by what weights are rounded to (docs/export.md)
+# Largest error of the logits, by data type of the weights (docs/export.md)
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}
 _GGUF_TOLERANCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
 
@@ -39,7 +39,7 @@ _GGUF_TOLERANCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_
 @dataclass(frozen=True)
 class ExportPlan:
     """
-    What to write.
+    Options of an export.
 
     Args:
         model (`str`):
@@ -76,7 +76,7 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class Written:
-    """One form of the model in an export, its parity with the trained model and how much of it is allowed."""
+    """One form of the exported model, its parity with the trained model and the tolerance."""
 
     name: str
     kind: str
@@ -86,17 +86,17 @@ class Written:
 
 def export(plan: ExportPlan) -> dict[str, Any]:
     """
-    Exports a trained model. The directory appears only when all that is in it has been checked.
+    Exports a trained model. The directory appears only when all of its content has been checked.
 
     Args:
         plan ([`ExportPlan`]):
-            What to write.
+            Options of an export.
 
     Returns:
         `dict`: What is written to `export.json`: sources, parity and tolerance of each form.
 
     Raises:
-        [`ConfigError`]: A plan that cannot be.
+        [`ConfigError`]: Invalid options.
         [`ModelError`]: There are no such weights, they cannot be exported, or an export failed its check.
     """
     output = Path(plan.output_dir)
@@ -122,7 +122,7 @@ def export(plan: ExportPlan) -> dict[str, Any]:
         if Path(source, BANK_DIRECTORY).is_dir():
             with open_read_only(source) as bank:
                 export_bank(bank, unfinished / STRATEGIES_DIRECTORY, license=plan.license)
-        (unfinished / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        (unfinished / EXPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         if plan.overwrite:
             shutil.rmtree(output, ignore_errors=True)
         os.replace(unfinished, output)
@@ -206,8 +206,8 @@ def _write(
 
 def load_unmerged(source: str, base: str, trained_on: dict[str, Any] | None, compute: torch.dtype) -> Any:
     """
-    Loads a model as it was trained, in a data type to compute in: 4-bit weights are dequantized, which changes none of
-    their values, and an adapter is put beside them.
+    Loads a trained model in a data type to compute in. 4-bit weights are dequantized, which keeps their values, and an
+    adapter is added unmerged.
 
     Args:
         source (`str`):
@@ -243,7 +243,7 @@ def _read(directory: Path, name: str, config: Any, compute: torch.dtype) -> PreT
     if name.endswith(".gguf"):
         from .gguf_file import read_gguf
 
-        with redirect_stderr(StringIO()):  # one of its progress bars has no switch
+        with redirect_stderr(StringIO()):  # one of its progress bars cannot be turned off
             return read_gguf(directory / name, config, compute).eval()
     return AutoModelForCausalLM.from_pretrained(directory, dtype=compute).eval()
 
@@ -277,14 +277,14 @@ def _check_output(output: Path, plan: ExportPlan) -> None:
         return
     if not plan.overwrite:
         raise ConfigError(f"{output} exists: name another `--output_dir`, or pass `--overwrite` to replace an export.")
-    if not (output / REPORT_FILE).is_file():
+    if not (output / EXPORT_FILE).is_file():
         raise ConfigError(f"{output} is no export, so it is not overwritten: name another `--output_dir`.")
     if output.resolve() == Path(plan.model).resolve():
         raise ConfigError("`--output_dir` is the model itself: name another directory.")
 
 
 def _local(name: str) -> str:
-    found = require_model(name)
+    found = fetch_model(name)
     return found if os.path.isdir(found) else snapshot_download(found)
 
 

@@ -1,5 +1,5 @@
 """
-The arms of a comparison: one function a method, each from the same warm-started model and data to a trained model.
+Training methods of a comparison, one function each: from the same warm-started model and data to a trained model.
 
 SFT imitates worked solutions. RLHF, PRM and GRPO optimise plain answers with TRL's `GRPOTrainer`: against a reward
 model of preferences, against the verifier with a process reward, against the verifier. SGPO optimises strategies and
@@ -17,12 +17,13 @@ from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..data.bootstrap import two_phase_examples, warmstart
+from ..data.loading import load_rewards
 from ..data.worked import traces
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..method.credit import Credit
 from ..method.rollout import Rollout
-from ..recipe import Recipe, load_rewards, model_init_kwargs
+from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
 from ..speed.lm_head import project_labelled_tokens_only
@@ -39,7 +40,7 @@ Measure = Callable[[Any], float]
 @dataclass(frozen=True)
 class Task:
     """
-    What an arm is given.
+    Input of a training method.
 
     Args:
         arm ([`Arm`]):
@@ -55,9 +56,9 @@ class Task:
         points (`list[int]`):
             Numbers of tokens at which the model is measured.
         measure (`Callable`):
-            Measures it.
+            Returns the model's accuracy.
         checkpoint (`str`, *optional*):
-            Checkpoint to go on from.
+            Checkpoint to resume from.
     """
 
     arm: Arm
@@ -71,9 +72,9 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedArm:
     """
-    What an arm ends with.
+    Result of a training method.
 
     Args:
         model (`str`):
@@ -89,7 +90,7 @@ class Trained:
         log (`list[dict]`):
             Metrics of the steps.
         details (`dict`):
-            What else a method tells of itself.
+            Further figures of the method.
     """
 
     model: str
@@ -101,7 +102,7 @@ class Trained:
     details: dict[str, Any]
 
 
-def train_arm(task: Task) -> Trained:
+def train_arm(task: Task) -> TrainedArm:
     """Trains an arm."""
     return _METHODS[task.arm.method](task)
 
@@ -112,12 +113,12 @@ def plain_settings(config: SGPOConfig) -> TwoPhaseSettings:
     return replace(settings, max_completion_length=config.max_strategy_length + config.max_completion_length)
 
 
-def _base(task: Task) -> Trained:
-    return Trained(task.model, generated=0, labelled=0, trained=0, curve=[], log=[], details={})
+def _base(task: Task) -> TrainedArm:
+    return TrainedArm(task.model, generated=0, labelled=0, trained=0, curve=[], log=[], details={})
 
 
-def _sft(task: Task) -> Trained:
-    """Goes through worked solutions of the training problems until as many tokens were trained as others generate."""
+def _sft(task: Task) -> TrainedArm:
+    """Trains on worked solutions until the number of trained tokens reaches the budget of generated ones."""
     training, script = task.recipe.training, task.recipe.script
     tokenizer = TwoPhaseModel.from_pretrained(task.model).tokenizer
     rounds, chosen, tokens = 0, [], 0
@@ -142,15 +143,17 @@ def _sft(task: Task) -> Trained:
         plain_share=script.warmstart_plain_share,
         full=not task.recipe.model.use_peft,
     )
-    return Trained(model, generated=0, labelled=0, trained=tokens, curve=[], log=[], details={"traces": len(chosen)})
+    return TrainedArm(
+        model, generated=0, labelled=0, trained=tokens, curve=[], log=[], details={"traces": len(chosen)}
+    )
 
 
-def _grpo(task: Task) -> Trained:
+def _grpo(task: Task) -> TrainedArm:
     return _train_grpo(task, load_rewards(task.recipe.script), labelled=0, details={})
 
 
-def _rlhf(task: Task) -> Trained:
-    """Learns from right and wrong answers which are preferred, then optimises against what it learnt."""
+def _rlhf(task: Task) -> TrainedArm:
+    """Trains a reward model on pairs of right and wrong answers, then optimises against it."""
     training, settings = task.recipe.training, task.arm.settings
     policy = _sampler(task)
     pairs = preference_pairs(
@@ -171,8 +174,8 @@ def _rlhf(task: Task) -> Trained:
     return _train_grpo(task, [reward], labelled=policy.generated_tokens, details={"pairs": len(pairs)})
 
 
-def _prm(task: Task) -> Trained:
-    """Learns how good each step is from what follows it, then optimises outcome plus process reward."""
+def _prm(task: Task) -> TrainedArm:
+    """Trains a process reward model on step labels, then optimises outcome plus process reward."""
     training, settings = task.recipe.training, task.arm.settings
     policy = _sampler(task)
     verifier = load_rewards(task.recipe.script)[0]
@@ -205,7 +208,7 @@ def _sampler(task: Task) -> TwoPhaseModel:
     return TwoPhaseModel.from_pretrained(task.model, plain_settings(training), batch_size=rows)
 
 
-def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str, Any]) -> Trained:
+def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str, Any]) -> TrainedArm:
     training = task.recipe.training
     config = training.to_grpo(
         max_completion_length=training.max_strategy_length + training.max_completion_length,
@@ -222,7 +225,7 @@ def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str
     return _train(task, trainer, labelled, details)
 
 
-def _sgpo(task: Task) -> Trained:
+def _sgpo(task: Task) -> TrainedArm:
     return _train_sgpo(task, SGPOTrainer)
 
 
@@ -234,11 +237,11 @@ class JointAdvantageTrainer(SGPOTrainer):
         return replace(credit, strategy=credit.execution)
 
 
-def _joint(task: Task) -> Trained:
+def _joint(task: Task) -> TrainedArm:
     return _train_sgpo(task, JointAdvantageTrainer)
 
 
-def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> Trained:
+def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> TrainedArm:
     training = task.recipe.training
     training.model_init_kwargs = model_init_kwargs(task.recipe)
     trainer = trainer_class(
@@ -256,14 +259,14 @@ def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> Trained:
             trainer.strategy_bank.close()
 
 
-def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> Trained:
+def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> TrainedArm:
     trainer.remove_callback(PrinterCallback)
     budget = TokenBudget(task.budget, labelled, task.points, lambda: task.measure(trainer)).count_in(trainer)
-    with project_labelled_tokens_only(trainer.accelerator.device):  # SGPO's remedy for TRL on CPUs is given to all
+    with project_labelled_tokens_only(trainer.accelerator.device):  # as in SGPO: a faster LM head on CPUs
         trainer.train(resume_from_checkpoint=task.checkpoint)
     directory = Path(trainer.args.output_dir, "model")
     trainer.save_model(str(directory))
-    return Trained(
+    return TrainedArm(
         str(directory),
         generated=budget.spent,
         labelled=labelled,
@@ -274,7 +277,7 @@ def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, A
     )
 
 
-_METHODS: dict[str, Callable[[Task], Trained]] = {
+_METHODS: dict[str, Callable[[Task], TrainedArm]] = {
     "base": _base,
     "sft": _sft,
     "rlhf": _rlhf,

@@ -1,4 +1,4 @@
-"""Results as tables, pictures and files."""
+"""Evaluation results as tables, plots and files."""
 
 import json
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class ResultTable:
 
 def tables(results: dict[str, Any]) -> list[ResultTable]:
     """
-    Arranges results for reading.
+    Arranges results as tables.
 
     Args:
         results (`dict`):
-            What is in `results.json`.
+            Content of `results.json`.
 
     Returns:
         `list[ResultTable]`: Suites, kinds, classes and transfer.
@@ -87,9 +87,9 @@ def _cell(figures: dict[str, Any] | None, signed: bool = False) -> str:
     return f"{figures['value']:{sign}.3f} [{figures['low']:{sign}.3f}, {figures['high']:{sign}.3f}]"
 
 
-def write_report(directory: Path, results: dict[str, Any], plots: bool) -> list[Path]:
+def write_results(directory: Path, results: dict[str, Any], plots: bool) -> list[Path]:
     """
-    Writes `results.json`, `results.md` and, if wanted, pictures.
+    Writes `results.json`, `results.md` and, if `plots` is set, plots.
 
     Args:
         directory (`Path`):

@@ -1,4 +1,4 @@
-"""What a run left behind, read for a report. Whatever is not there is said in `Run.missing`."""
+"""Reads the records of a run for its report. Missing records are listed in `Run.missing`."""
 
 import json
 from collections import defaultdict
@@ -55,7 +55,7 @@ class BankRecord:
 
     @cached_property
     def children(self) -> dict[str, list[str]]:
-        """Id of a strategy → ids of those that adapt it."""
+        """Id of a strategy → ids of the strategies adapted from it."""
         found = defaultdict(list)
         for strategy in self.strategies:
             for parent in strategy.parents:
@@ -74,7 +74,7 @@ class Run:
         history (`list[dict]`):
             Logged metrics, in the order of their steps.
         steps (`int`), max_steps (`int`):
-            Steps that the metrics reach to, and those that were planned.
+            Last step with metrics, and the number of planned steps.
         settings (`dict`):
             Names and values.
         measured (`dict`):
@@ -84,11 +84,11 @@ class Run:
         bank ([`BankRecord`] or `None`):
             The strategy bank.
         problems (`list[RolledProblem]`):
-            Logged problems, as many as were asked for, evenly from all steps.
+            Logged problems, spread evenly over all steps.
         logged_steps (`int`):
             Steps with logged rollouts.
         missing (`dict[str, str]`):
-            Part of the report → what is missing of it and how to get it.
+            Part of the report → the record it lacks and how to get it.
     """
 
     path: Path
@@ -129,7 +129,7 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
         [`Run`]
 
     Raises:
-        [`ConfigError`]: If the directory holds nothing of a run, or an evaluation's none.
+        [`ConfigError`]: If the directory is not that of a run, or that of an evaluation has no results.
     """
     run = Run(Path(path))
     _read_history(run)
@@ -244,7 +244,7 @@ def _rolled_problems(path: Path) -> Iterator[RolledProblem]:
 
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError):  # a run that goes on may be writing it
+    except (ArrowException, OSError):  # a run in progress may be writing it
         return
     groups: dict[tuple[int, str], list[Rollout]] = defaultdict(list)
     for row in rows:

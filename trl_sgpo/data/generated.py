@@ -1,0 +1,152 @@
+"""Generated problems: reasoning-gym families and the laboratory's list functions."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ..compare.lab import list_functions
+from ..errors import DataError
+
+
+logger = logging.getLogger(__name__)
+
+GYM, LISTS = "reasoning_gym/", f"{list_functions.FAMILY}/"
+
+
+def gym() -> Any:
+    """The reasoning-gym package, or an error that names what to install."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise DataError("reasoning_gym/... problems need `pip install 'trl-sgpo[gym]'`.") from error
+    return reasoning_gym
+
+
+def materialise(path: str, split: str) -> str:
+    """
+    Writes a split of generated problems to a parquet file in the datasets cache, once.
+
+    Args:
+        path (`str`):
+            A `reasoning_gym/...` or `list_functions/...` path, see [`~trl_sgpo.data.tasks.load_problems`].
+        split (`str`):
+            `"train"` or `"test"`.
+
+    Returns:
+        `str`: The file, with the columns `prompt`, `solution`, `problem_class` (the family) and `entry` (JSON).
+
+    Raises:
+        `DataError`: If the path names an unknown family or setting, or has no such split.
+    """
+    import datasets
+
+    if split not in ("train", "test"):
+        raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
+    made_by = str(list_functions.VERSION) if path.startswith(LISTS) else _gym_version()
+    key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
+    if not file.is_file():
+        rows = _generate_lists(path, split) if path.startswith(LISTS) else _generate(path, split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+            datasets.Dataset.from_list(rows).to_parquet(Path(temporary) / file.name)
+            os.replace(Path(temporary) / file.name, file)
+    return str(file)
+
+
+def _gym_version() -> str:
+    from importlib.metadata import version
+
+    gym()
+    return version("reasoning-gym")
+
+
+def _generate_lists(path: str, split: str) -> list[dict[str, Any]]:
+    part, _, query = path.removeprefix(LISTS).partition("?")
+    settings: dict[str, Any] = {"size": 320, "seed": 42, "shortcuts": 0.0}
+    given = {key: _parse(value) for key, value in parse_qsl(query)}
+    if part not in list_functions.PARTS or set(given) - set(settings):
+        raise DataError(
+            f"'{path}' is not `list_functions/<{'|'.join(list_functions.PARTS)}>?size=320&seed=42&shortcuts=0.5`: "
+            "correct the part or the setting."
+        )
+    settings |= given
+    if not isinstance(settings["size"], int) or settings["size"] < 1 or not 0 <= settings["shortcuts"] <= 1:
+        raise DataError(f"`size` of '{path}' must be at least 1 and `shortcuts` between 0 and 1.")
+    return list_functions.problems(part, split, settings["size"], settings["seed"], settings["shortcuts"])
+
+
+def _generate(path: str, split: str) -> list[dict[str, Any]]:
+    names, _, query = path.removeprefix(GYM).partition("?")
+    families = names.split("+")
+    settings: dict[str, Any] = {key: _parse(value) for key, value in parse_qsl(query)}
+    size, seed = settings.pop("size", 400), settings.pop("seed", 42)
+    if not isinstance(size, int) or not isinstance(seed, int) or size < 1:
+        raise DataError(f"`size` and `seed` of '{path}' must be whole numbers, and `size` at least 1.")
+    valid = {family: _settings(family) for family in families}
+    for key in settings:
+        if not any(key in keys for keys in valid.values()):
+            keys = "; ".join(f"{family}: {', '.join(keys)}" for family, keys in valid.items())
+            raise DataError(f"Unknown setting '{key}' in '{path}': use size, seed or one of {keys}.")
+    rows = []
+    for family in families:
+        own = {key: value for key, value in settings.items() if key in valid[family]}
+        rows += _generate_family(family, split, size, seed, own)
+    return rows
+
+
+def _generate_family(family: str, split: str, size: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    wanted = size if split == "train" else max(size // 4, 32)
+    limit = 10 * max(size, 64)  # a family with fewer distinct questions has no more
+    try:
+        source = gym().create_dataset(family, size=limit, seed=seed, **settings)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DataError(f"The reasoning-gym family '{family}' refuses its settings {settings}: {error}.") from error
+    rows: dict[str, dict[str, Any]] = {}
+    for index in range(limit):
+        if len(rows) == wanted:
+            break
+        entry = source[index]
+        question, answer = entry["question"], entry["answer"]
+        in_test = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 5 == 0
+        if answer is None or question in rows or in_test != (split == "test"):
+            continue
+        rows[question] = {
+            "prompt": [{"role": "user", "content": question}],
+            "solution": str(answer),
+            "problem_class": family,
+            "entry": json.dumps(entry, default=str),
+        }
+    if not rows:
+        raise DataError(f"The reasoning-gym family '{family}' gives no problems with an answer: use another family.")
+    if len(rows) < wanted:
+        logger.warning(f"{family}: {len(rows)} distinct {split} problems instead of {wanted}")
+    return list(rows.values())
+
+
+def _settings(family: str) -> list[str]:
+    gym()
+    from reasoning_gym.factory import DATASETS
+
+    if family not in DATASETS:
+        close = get_close_matches(family, DATASETS, n=3) or sorted(DATASETS)[:3]
+        raise DataError(f"No reasoning-gym family '{family}': did you mean {', '.join(close)}?")
+    return [field.name for field in fields(DATASETS[family][1]) if field.name not in ("size", "seed")]
+
+
+def _parse(value: str) -> int | float | bool | str:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value

@@ -1,0 +1,126 @@
+"""Loads the data and reward functions that a recipe names."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+from trl import DatasetMixtureConfig
+
+from ..errors import ConfigError, DataError
+from ..method.prompts import problem_text, with_system_prompt
+from ..recipe import Recipe, SGPOScriptArguments
+from .tasks import answer_reward, load_mixture, load_problems
+
+
+def load_data(recipe: Recipe) -> DatasetDict:
+    """
+    Loads the recipe's dataset or mixture.
+
+    Returns:
+        [`~datasets.DatasetDict`]: With the split to train on and, where the recipe evaluates or reports, the one to
+        evaluate on.
+    """
+    script = recipe.script
+    train, test = script.dataset_train_split, script.dataset_test_split
+    wanted = [train]
+    if recipe.training.eval_strategy != "no" or script.report_problems > 0:
+        wanted.append(test)
+    if script.dataset_streaming or recipe.mixture.streaming:
+        raise DataError("SGPO sorts problems into classes and cannot stream: leave `streaming` out.")
+    if recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
+        data = load_mixture(recipe.mixture)
+    elif recipe.mixture.datasets:
+        # A mixture of families with a test split of their own: the same mixture of both
+        data = DatasetDict({split: load_mixture(_with_split(recipe.mixture, split))["train"] for split in wanted})
+    elif script.dataset_name:
+        data = DatasetDict(
+            {split: load_problems(script.dataset_name, split, script.dataset_config) for split in wanted}
+        )
+    else:
+        raise ConfigError("Name the training problems: set `dataset_name`, or `datasets` for a mixture.")
+    if script.system_prompt is not None:
+        data = data.map(_add_system_prompt, fn_kwargs={"system_prompt": script.system_prompt}, desc="System prompt")
+    return data
+
+
+def _with_split(mixture: DatasetMixtureConfig, split: str) -> DatasetMixtureConfig:
+    return replace(mixture, datasets=[replace(part, split=split) for part in mixture.datasets])
+
+
+def _add_system_prompt(row: dict[str, Any], system_prompt: str) -> dict[str, Any]:
+    return {"prompt": with_system_prompt(row["prompt"], system_prompt)}
+
+
+def load_rewards(script: SGPOScriptArguments) -> list[Any]:
+    """
+    Resolves reward functions and the reward model.
+
+    Returns:
+        `list`: What [`~trl.GRPOTrainer`] takes as `reward_funcs`.
+
+    Raises:
+        [`ConfigError`]: A name that is neither known nor importable.
+    """
+    import trl.rewards
+
+    known: dict[str, Callable[..., Any]] = {
+        "answer_reward": answer_reward,
+        "accuracy_reward": trl.rewards.accuracy_reward,
+        "reasoning_accuracy_reward": trl.rewards.reasoning_accuracy_reward,
+        "think_format_reward": trl.rewards.think_format_reward,
+        "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(
+            max_completion_len=1280, soft_punish_cache=256
+        ),
+    }
+    rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    for name in script.reward_funcs or []:
+        if name in known:
+            rewards.append(known[name])
+            continue
+        module_name, _, function = name.rpartition(".")
+        if not module_name:
+            raise ConfigError(f"Unknown reward function {name!r}: use one of {', '.join(known)}, or a dotted path.")
+        print(f"reward function {name}: importing {module_name}")
+        sys.path.insert(0, os.getcwd())
+        try:
+            rewards.append(vars(importlib.import_module(module_name))[function])
+        except (ImportError, KeyError) as error:
+            raise ConfigError(f"The reward function {name!r} cannot be imported: {error}.") from error
+    if not rewards:
+        raise ConfigError("Name at least one reward function: set `reward_funcs`, for example to [answer_reward].")
+    return rewards
+
+
+def without_long_problems(dataset: Dataset, limit: int | None, model: str) -> Dataset:
+    """
+    Drops problems with more than `limit` tokens and prints how many.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+        limit (`int`, *optional*):
+            Tokens of a problem's text. If `None`, all problems are kept.
+        model (`str`):
+            Model whose tokenizer counts the tokens.
+
+    Returns:
+        [`~datasets.Dataset`]
+
+    Raises:
+        [`DataError`]: If no problem is left.
+    """
+    if limit is None:
+        return dataset
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(ids) for ids in tokenizer([problem_text(prompt) for prompt in dataset["prompt"]])["input_ids"]]
+    kept = [index for index, length in enumerate(lengths) if length <= limit]
+    if not kept:
+        raise DataError(f"All problems have more than {limit} tokens: set `max_problem_tokens` to {max(lengths)}.")
+    if len(kept) < len(dataset):
+        print(f"{len(dataset) - len(kept)} of {len(dataset)} problems have more than {limit} tokens and are left out.")
+    return dataset.select(kept)

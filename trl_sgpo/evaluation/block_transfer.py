@@ -1,0 +1,118 @@
+"""Accuracy and transfer of a trainer's model on blocks of unseen problems."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..method.transfer import BlockGeometry, block_order, outcome_matrix
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..sgpo_trainer import SGPOTrainer
+
+
+@dataclass(frozen=True)
+class TransferScore:
+    """
+    Accuracy and transfer of a model's strategies.
+
+    Args:
+        accuracy (`float`):
+            Mean outcome of strategies executed on the problem they were written for.
+        transfer (`float`):
+            Strategy transfer score: mean outcome of strategies executed on the other problems of their block.
+        problems (`int`):
+            Problems measured.
+        transfers (`int`):
+            Executions behind `transfer`.
+    """
+
+    accuracy: float
+    transfer: float
+    problems: int
+    transfers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def select_blocks(dataset: "Dataset", class_column: str, size: int, limit: int, seed: int) -> list[int]:
+    """
+    Draws blocks of unseen problems, spread over the classes as evenly as possible.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems.
+        class_column (`str`):
+            Column with their class. If it is missing they count as one class.
+        size (`int`):
+            K, problems a block. Classes with fewer are left out.
+        limit (`int`):
+            Number of problems wanted.
+        seed (`int`):
+            Seed of the draw.
+
+    Returns:
+        `list[int]`: Indices in block order, at most `limit` of them.
+    """
+    named = class_column in dataset.column_names
+    classes = [str(name) for name in dataset[class_column]] if named else [""] * len(dataset)
+    by_class = defaultdict(list)
+    for index, name in enumerate(classes):
+        by_class[name].append(index)
+    usable = [index for members in by_class.values() if len(members) >= size for index in members]
+    order = [usable[i] for i in block_order([classes[index] for index in usable], size, seed)]
+    queues: dict[str, list[list[int]]] = defaultdict(list)
+    seen: set[int] = set()
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        if seen.isdisjoint(block):  # the last block of a class may be padded with problems of earlier blocks
+            queues[classes[block[0]]].append(block)
+            seen.update(block)
+    chosen: list[int] = []
+    while any(queues.values()) and len(chosen) + size <= limit:
+        for name in sorted(queues):
+            if queues[name] and len(chosen) + size <= limit:
+                chosen += queues[name].pop()
+    return chosen
+
+
+def measure_transfer(
+    trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int, greedy: bool = True
+) -> TransferScore:
+    """
+    Writes one strategy a problem and executes it on every problem of its block.
+
+    Args:
+        trainer ([`SGPOTrainer`]):
+            Trainer with the model, its bank and its verifier.
+        dataset ([`~datasets.Dataset`]):
+            Problems not trained on.
+        num_problems (`int`):
+            How many to measure.
+        greedy (`bool`, *optional*, defaults to `True`):
+            Whether to decode greedily. If `False`, executions are sampled as in training.
+
+    Returns:
+        [`TransferScore`]
+    """
+    K = max(2, trainer.geometry.problems)
+    geometry = BlockGeometry(problems=K, own=1)
+    column = trainer.args.class_column or "problem_class"
+    chosen = select_blocks(dataset, column, K, num_problems, trainer.args.seed)
+    at_once = max(K, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // K // K * K)
+    on_own, on_siblings = [], []
+    for start in range(0, len(chosen), at_once):
+        rows = [dataset[index] for index in chosen[start : start + at_once]]
+        _, outcomes = trainer.execute_blocks(rows, geometry, greedy)
+        for matrix in outcome_matrix(outcomes, geometry).nan_to_num(0.0).clamp(0, 1).tolist():
+            on_own += [matrix[i][i] for i in range(K)]
+            on_siblings += [matrix[s][x] for s in range(K) for x in range(K) if s != x]
+    return TransferScore(
+        accuracy=sum(on_own) / max(len(on_own), 1),
+        transfer=sum(on_siblings) / max(len(on_siblings), 1),
+        problems=len(on_own),
+        transfers=len(on_siblings),
+    )

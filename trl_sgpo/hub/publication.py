@@ -1,0 +1,229 @@
+"""
+What of a run is published on the Hugging Face Hub, written to a folder.
+
+Published are the files that others need to use the model: weights and tokenizer, prompts and limits (`sgpo.json`), an
+export of the strategy bank, metrics and the model card. The bank's own files, pickles and logged completions are not.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..bank.exchange import export_bank
+from ..bank.export import published
+from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
+from ..errors import ModelError
+from ..inference.loading import ADAPTER_FILE, adapter_base
+from ..inference.settings import SETTINGS_FILE
+from .model_card import (
+    CARD,
+    FACTS_FILE,
+    HUB_NAME,
+    METRICS_FILE,
+    REPORT_FILE,
+    RESULTS_DIRECTORY,
+    TrainingFacts,
+    make_card,
+    on_hub,
+)
+
+
+if TYPE_CHECKING:
+    from ..bank import StrategyBank
+
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+CONFIGS = ("config.json", "generation_config.json", ADAPTER_FILE)
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+MODEL_FILES = (*WEIGHTS, *CONFIGS, *TOKENIZER, SETTINGS_FILE)
+BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (EXPORT_MANIFEST, EXPORT_FILE))
+
+# Needed to resume: the state that transformers writes, the rollouts not yet trained on, the bank's snapshot
+CHECKPOINT_FILES = (
+    *MODEL_FILES,
+    FACTS_FILE,
+    TRAINER_STATE_NAME,
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "rollouts_*.safetensors",
+    f"{BANK_DIRECTORY}/{LEDGER}",
+    f"{BANK_DIRECTORY}/{SNAPSHOT_MANIFEST}",
+)
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...], link: bool) -> None:
+    """Copies files, or hard-links those of a checkpoint: they may be deleted but are never changed."""
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            try:
+                place.hardlink_to(path)
+                continue
+            except OSError:
+                pass
+        shutil.copyfile(path, place)
+
+
+def merge_adapter(adapter: Path, base: str, target: Path) -> None:
+    """
+    Merges an adapter into its base model, on the CPU, and saves the result.
+
+    Args:
+        adapter (`Path`):
+            Directory of the adapter.
+        base (`str`):
+            Directory of the base model.
+        target (`Path`):
+            Directory to write.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # loading draws random numbers, which training must not miss
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+            model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
+        model.merge_and_unload().save_pretrained(target)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The adapter in {adapter} and its model in {base} cannot be merged: {error}") from error
+
+
+def stage(
+    source: Path,
+    target: Path,
+    repo_id: str,
+    bank: "StrategyBank | None",
+    facts: TrainingFacts | None = None,
+    evaluation: Path | None = None,
+    link: bool = False,
+) -> None:
+    """
+    Writes the published files of a run to an empty directory.
+
+    An adapter whose base model is a local directory, as after a warm start, is merged, because others do not have that
+    directory. An adapter of a model on the Hub stays an adapter.
+
+    Args:
+        source (`Path`):
+            Output folder of a run, or a checkpoint.
+        target (`Path`):
+            Directory to write.
+        repo_id (`str`):
+            Name of the repository, for the card.
+        bank ([`StrategyBank`], *optional*):
+            The bank to export.
+        facts ([`~trl_sgpo.hub.model_card.TrainingFacts`], *optional*):
+            Facts of the training for the card. If `None`, those that the run saved. If they name no licence, model and
+            strategies get that of the base model on the Hub, if the Hub can be reached.
+        evaluation (`Path`, *optional*):
+            Output folder of `trl-sgpo eval`.
+        link (`bool`, *optional*, defaults to `False`):
+            Whether files may be linked instead of copied.
+
+    Raises:
+        [`ModelError`]: There is no model, it has no safetensors, or its adapter cannot be merged.
+    """
+    facts = facts or TrainingFacts.load(source)
+    license = facts.license or base_license(facts.base_model)
+    base = adapter_base(source)
+    if base is not None and Path(base).is_dir():
+        _copy(source, target, (*TOKENIZER, SETTINGS_FILE), link)
+        merge_adapter(source, base, target)
+        base = None
+    else:
+        if base is not None and not HUB_NAME.fullmatch(base):
+            raise ModelError(
+                f"The adapter in {source} belongs to {base}, which is no directory here: push it from where that is, "
+                f"or put the model back."
+            )
+        _copy(source, target, MODEL_FILES, link)
+    if not any(target.glob("*.safetensors")):
+        raise ModelError(f"{source} holds no model in safetensors: name a run's output folder or a checkpoint.")
+    _publish_settings(target)
+    if bank is not None:
+        export_bank(bank, target / BANK_DIRECTORY, license=license.get("license", "other"))
+    _write_metrics(source, target)
+    if (source / REPORT_FILE).is_file():
+        shutil.copyfile(source / REPORT_FILE, target / REPORT_FILE)
+    if evaluation is not None:
+        _copy(evaluation / "hub", target, (f"{RESULTS_DIRECTORY}/*.yaml",), link=False)
+    facts.save(target)
+    card = make_card(target, repo_id, facts, license, adapter=base is not None, evaluation=evaluation)
+    (target / CARD).write_text(card, encoding="utf-8")
+
+
+def _publish_settings(directory: Path) -> None:
+    """Replaces a local path of the embedding model by its last part."""
+    path = directory / SETTINGS_FILE
+    if path.is_file():
+        settings = json.loads(path.read_text())
+        text = json.dumps(settings | {"embedding_model": published(settings["embedding_model"])}, indent=2)
+        path.unlink()  # it may be a hard link to the checkpoint's file
+        path.write_text(text)
+
+
+def _write_metrics(source: Path, target: Path) -> None:
+    if (source / TRAINER_STATE_NAME).is_file():
+        state = json.loads((source / TRAINER_STATE_NAME).read_text())
+        write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
+    elif (source / METRICS_FILE).is_file():
+        shutil.copyfile(source / METRICS_FILE, target / METRICS_FILE)
+
+
+def write_metrics(directory: Path, step: int, epoch: float | None, log: list[dict[str, Any]]) -> None:
+    """Writes the training log as `metrics.json`."""
+    (directory / METRICS_FILE).write_text(json.dumps({"step": step, "epoch": epoch, "log": log}, indent=1))
+
+
+def stage_checkpoint(source: Path, target: Path, name: str) -> None:
+    """
+    Adds a checkpoint to resume from and, if the run has one, the warm-started model to the published files.
+
+    Args:
+        source (`Path`):
+            The checkpoint.
+        target (`Path`):
+            Folder that [`stage`] wrote.
+        name (`str`):
+            Subfolder for the checkpoint.
+    """
+    _copy(source, target / name, CHECKPOINT_FILES, link=True)
+    base = adapter_base(source)
+    if base is not None and Path(base).is_dir():
+        config = target / name / ADAPTER_FILE
+        content = json.loads(config.read_text()) | {"base_model_name_or_path": Path(base).name}
+        config.unlink()  # it may be a hard link to the checkpoint's file
+        config.write_text(json.dumps(content, indent=2))
+        if Path(base).resolve().parent == source.resolve().parent:
+            _copy(Path(base), target / Path(base).name, (*MODEL_FILES, "warmstart.sha256"), link=True)
+
+
+def base_license(base_model: str) -> dict[str, str]:
+    """Licence metadata of a model on the Hub, empty if it has none or the Hub cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    if not on_hub(base_model):
+        return {}
+    try:
+        card = HfApi().model_info(base_model, timeout=10).card_data
+    except (OSError, HTTPError, ValueError):
+        return {}
+    given = {} if card is None else card.to_dict()
+    return {key: str(given[key]) for key in ("license", "license_name", "license_link") if given.get(key)}

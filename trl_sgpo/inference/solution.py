@@ -1,0 +1,109 @@
+"""The solution of a problem: attempts, and the majority vote on their answers."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..bank import Strategy
+from ..data.tasks import same_answer, same_answer_text
+from ..evaluation.statistics import majority_vote
+from ..method.problem import Problem
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """
+    A strategy and its execution.
+
+    Args:
+        strategy (`str`):
+            The strategy.
+        execution (`str`):
+            Its execution on the problem.
+        answer (`str` or `None`):
+            Final answer in the execution, see [`~trl_sgpo.data.tasks.final_answer`].
+        flaw (`str`, *optional*):
+            Flaw of the strategy's form, such as `"truncated"`.
+    """
+
+    strategy: str
+    execution: str
+    answer: str | None
+    flaw: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"answer": self.answer, "strategy": self.strategy, "flaw": self.flaw, "execution": self.execution}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """
+    The solution of a problem.
+
+    Args:
+        problem ([`~trl_sgpo.method.problem.Problem`]):
+            The problem, with the strategies `retrieved` from the bank.
+        attempts (`tuple[Attempt, ...]`):
+            All attempts.
+        chosen (`int`):
+            Position of the first attempt with the answer that most attempts agree on.
+        votes (`tuple[tuple[str | None, int], ...]`):
+            Answers and how many attempts gave each, the most frequent first, those without an answer last.
+    """
+
+    problem: Problem
+    attempts: tuple[Attempt, ...]
+    chosen: int
+    votes: tuple[tuple[str | None, int], ...]
+
+    @property
+    def answer(self) -> str | None:
+        return self.attempts[self.chosen].answer
+
+    @property
+    def strategy(self) -> str:
+        return self.attempts[self.chosen].strategy
+
+    @property
+    def execution(self) -> str:
+        return self.attempts[self.chosen].execution
+
+    @property
+    def retrieved(self) -> tuple[Strategy, ...]:
+        return self.problem.retrieved
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with votes and all attempts if there are several."""
+        found = {
+            "problem": self.problem.text,
+            "problem_class": self.problem.problem_class,
+            **self.attempts[self.chosen].to_dict(),
+            "retrieved": [
+                {"id": each.id, "problem_class": each.problem_class, "trust": each.trust, "text": each.text}
+                for each in self.retrieved
+            ],
+        }
+        if len(self.attempts) == 1:
+            return found
+        votes = [{"answer": answer, "votes": count} for answer, count in self.votes]
+        return found | {"votes": votes, "attempts": [attempt.to_dict() for attempt in self.attempts]}
+
+
+def vote(problem: Problem, attempts: Sequence[Attempt]) -> Solution:
+    """Chooses the answer that most attempts agree on."""
+    # Without math-verify, answers are compared as text and as numbers
+    same = same_answer if importlib.util.find_spec("math_verify") else same_answer_text
+    left = [attempt.answer for attempt in attempts]
+    unanswered = left.count(None)
+    winners: list[int] = []
+    votes: list[tuple[str | None, int]] = []
+    while (winner := majority_vote(left, same)) is not None:
+        answer = str(left[winner])
+        agree = {winner, *(i for i, other in enumerate(left) if other is not None and same(other, answer))}
+        winners.append(winner)
+        votes.append((answer, len(agree)))
+        left = [None if i in agree else other for i, other in enumerate(left)]
+    if unanswered:
+        votes.append((None, unanswered))
+    return Solution(problem, tuple(attempts), winners[0] if winners else 0, tuple(votes))

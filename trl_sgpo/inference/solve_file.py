@@ -1,0 +1,115 @@
+"""Solving a file of problems, a batch at a time: interrupted work is continued where it stopped."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..errors import ConfigError, DataError
+from ..evaluation.statistics import derived_seed
+from ..method.prompts import Prompt, problem_text
+from .model import Decoding
+from .pipeline import SGPOPipeline
+
+
+def check_output(output: str, source: str) -> Path:
+    """The file of answers, unless it is not named `.jsonl` or is the file of problems."""
+    path = Path(output)
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"`--output {path}` is written as JSON lines: give it the ending .jsonl.")
+    if path.resolve() == Path(source).resolve():
+        raise ConfigError("`--output` must be another file than `--input`.")
+    return path
+
+
+def check_problems(prompts: Sequence[Prompt], source: str) -> None:
+    """Raises an error for the first empty problem."""
+    empty = [number for number, prompt in enumerate(prompts, 1) if not problem_text(prompt).strip()]
+    if empty:
+        raise DataError(f"Problem {empty[0]} in {source} is empty: remove it, or write what is to be solved.")
+
+
+def solve_file(
+    pipeline: SGPOPipeline,
+    prompts: Sequence[Prompt],
+    classes: Sequence[str | None],
+    output: Path,
+    made_by: str,
+    strategy: str | None,
+    samples: int,
+    decoding: Decoding,
+    batch_size: int,
+    overwrite: bool,
+) -> tuple[int, int]:
+    """
+    Solves problems and appends a line for each to a file, which is synced to disk after each batch.
+
+    Args:
+        pipeline ([`SGPOPipeline`]):
+            Model and bank.
+        prompts (`Sequence[str | list[dict]]`), classes (`Sequence[str | None]`):
+            The problems and their classes.
+        output (`Path`):
+            File of answers, JSON lines.
+        made_by (`str`):
+            Digest of everything that answers depend on. A file with another digest is refused.
+        strategy (`str`, *optional*), samples (`int`):
+            As in [`SGPOPipeline.solve`].
+        decoding ([`~trl_sgpo.inference.model.Decoding`]):
+            How to decode. The seed of each batch is derived from its seed.
+        batch_size (`int`):
+            Problems a batch.
+        overwrite (`bool`):
+            Whether to drop the answers in the file.
+
+    Returns:
+        `tuple[int, int]`: How many problems have an answer now, of how many that this call solved.
+
+    Raises:
+        [`ConfigError`]: The file has other content than answers to these problems.
+    """
+    done = 0 if overwrite else _finished(output, made_by, [problem_text(prompt) for prompt in prompts], batch_size)
+    answered = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        output.open("a" if done else "w", encoding="utf-8") as file,
+        tqdm(total=len(prompts), initial=done, desc="solving", unit="problem", dynamic_ncols=True) as bar,
+    ):
+        for start in range(done, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            chosen = replace(decoding, seed=derived_seed(decoding.seed, "file", start))
+            prepared = pipeline.prepare(prompts[part], classes[part])
+            for index, solution in enumerate(pipeline.solve(prepared, strategy, samples, chosen), start):
+                file.write(json.dumps({"index": index, **solution.to_dict(), "made_by": made_by}) + "\n")
+                answered += solution.answer is not None
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(prepared))
+    return answered, len(prompts) - done
+
+
+def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) -> int:
+    """Number of problems already solved. An unfinished batch at the end is cut off the file."""
+    if not output.exists():
+        return 0
+    content = output.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    try:
+        found = [json.loads(line) for line in lines]
+        same = all(entry["made_by"] == made_by for entry in found)
+        same = same and [entry["problem"] for entry in found] == problems[: len(found)]
+    except (ValueError, LookupError, TypeError):
+        same = False
+    torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])
+    if not same or torn:
+        raise ConfigError(
+            f"{output} holds something else, or answers to other problems, of another model or with other options: "
+            "choose another `--output`, or drop what is there with `--overwrite`."
+        )
+    done = len(lines) if len(lines) == len(problems) else len(lines) // batch_size * batch_size
+    with output.open("r+b") as file:
+        file.truncate(sum(map(len, lines[:done])))
+    return done
