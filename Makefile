@@ -23,7 +23,7 @@ quickstart: install
 	$(BIN)/trl-sgpo train --config recipes/quickstart.yaml $(QUICKSTART_DTYPE)
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,14 +1,15 @@
 """The command line: messages, resume after real kills, and what a run leaves behind."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 import yaml
@@ -19,7 +20,7 @@ from trl_sgpo.cli.main import COMMANDS, main
 
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"}
+COMMAND = "trl_sgpo.cli.main"
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,14 @@ def recipe(tiny: str, tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trl_sgpo.cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        check=False,
-    )
+    return processes.run(COMMAND, *arguments)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command starts by `multiprocessing` need not import either."""
+    context = SimpleNamespace(Pipe=processes.CONTEXT.Pipe, Process=processes.Process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:
@@ -195,27 +196,23 @@ class TestLightness:
             "heavy = {'torch', 'trl', 'transformers', 'chromadb', 'datasets'} & set(sys.modules)\n"
             "assert not heavy, heavy"
         )
-        subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, capture_output=True)
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 class TestRuns:
     def test_killed_run_resumes_to_the_same_metrics(self, recipe: Path, tmp_path: Path) -> None:
         whole = run("train", "--config", str(recipe), "--output_dir", str(tmp_path / "whole"))
         assert whole.returncode == 0, whole.stderr[-2000:]
-        command = [
-            sys.executable, "-m", "trl_sgpo.cli.main", "train", "--config", str(recipe),
-            "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "true",
-        ]  # fmt: skip
-        process = subprocess.Popen(
-            command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        command = ["train", "--config", str(recipe), "--output_dir", str(tmp_path / "killed")]
+        command += ["--resume_from_checkpoint", "true"]
+        process = processes.start(COMMAND, *command)
         while not (tmp_path / "killed" / "checkpoint-2").exists():
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)  # polls for an event, measures nothing
-        process.send_signal(signal.SIGKILL)  # in the middle of writing checkpoint-2, or soon after
-        process.wait()
+        process.kill()  # in the middle of writing checkpoint-2, or soon after
+        process.join()
         assert not (tmp_path / "killed" / "checkpoint-6").exists()
-        resumed = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False)
+        resumed = run(*command)
         assert resumed.returncode == 0, resumed.stderr[-2000:]
         assert "Resuming from" in resumed.stdout
         expected, found = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
@@ -240,7 +237,11 @@ class TestRuns:
         assert "Correctness and transfer" in page and "own strategy" in page and "use_bank: false" in page
 
     @pytest.mark.parametrize(
-        "launch", [["--num_processes", "2", "--cpu"], ["--accelerate_config", "recipes/accelerate/ddp.yaml"]]
+        "launch",
+        [
+            ["--num_processes", "2", "--cpu"],
+            ["--accelerate_config", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")],
+        ],
     )
     def test_launched_on_two_processes(self, recipe: Path, tmp_path: Path, launch: list[str]) -> None:
         done = run("train", "--config", str(recipe), "--max_steps", "1", *launch)
@@ -268,10 +269,12 @@ class TestRuns:
         assert done.returncode == 0, done.stderr[-2000:]
         figures = json.loads(output.read_text())
         assert figures["generated_tokens_ratio"] == pytest.approx(1.5)  # K = 2: half a strategy an execution
-        for key in ("step_time_ratio", "seconds_per_generated_token_ratio", "peak_memory_ratio"):
-            assert figures[key] > 0
+        for name in ("step_time", "seconds_per_generated_token", "flops_per_generated_token", "peak_memory"):
+            assert figures[f"{name}_ratio"] > 0 and figures[f"shared_grpo_{name}_ratio"] > 0
+        assert figures["shared_grpo_generated_tokens_ratio"] == 1  # it generates what TRL's trainer does
+        assert figures["shared_grpo_flops_per_generated_token_ratio"] < 1  # with fewer operations
         assert 0 < figures["share_outside_model"] < 1
-        assert {row["arm"] for row in figures["rows"]} == {"sgpo", "grpo"} and figures["settings"][
+        assert {row["arm"] for row in figures["rows"]} == {"sgpo", "shared_grpo", "grpo"} and figures["settings"][
             "num_generations"
         ] == 4
 
@@ -297,7 +300,7 @@ class TestRuns:
         assert "fraction_of_generate_throughput" in capsys.readouterr().out
 
     def test_bench_memory_compares_equal_lengths(
-        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, recipe: Path, tmp_path: Path, forked: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
         output = tmp_path / "memory.json"
         assert main(["bench", "memory", "--config", str(recipe), "--output", str(output)]) == 0
@@ -318,13 +321,13 @@ class TestRuns:
         assert main(["bench", "speedups", "--config", str(recipe), *options]) == 0
         figures = json.loads(output.read_text())
         assert {row["without"] for row in figures["rows"]} == {None, *SPEEDUPS}
-        for name in ("merges_adapters", "reads_requests_once"):
+        for name in ("merges_adapters", "shares_prefixes"):
             assert figures[name]["flops_ratio"] > 1
-        assert figures["leaves_out_ended_rows"]["flops_ratio"] == 1  # no row ended early
+        assert figures["drops_finished_rows"]["flops_ratio"] == 1  # no row ended early
         assert SPEEDUPS["shares_prompts"] in capsys.readouterr().out
 
     def test_bench_fit_needs_no_weights(
-        self, recipe: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, recipe: Path, tiny: str, tmp_path: Path, forked: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model = tmp_path / "model"
         shutil.copytree(tiny, model, ignore=shutil.ignore_patterns("*.safetensors"))

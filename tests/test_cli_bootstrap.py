@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from models import save_tiny_model
@@ -27,9 +26,7 @@ from trl_sgpo.inference.server import TOKEN_VARIABLE, ServerModel
 from trl_sgpo.method.problem import Problem
 
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"}
-COMMAND = [sys.executable, "-c", "import sys; from trl_sgpo.cli.bootstrap import main; sys.exit(main(sys.argv[1:]))"]
+COMMAND = "trl_sgpo.cli.bootstrap"
 
 GOOD = "To add, sum the ones, then the tens."
 GUESS = "To add, guess a number and hope."
@@ -282,7 +279,7 @@ class TestMessages:
             "heavy = {'torch', 'trl', 'transformers', 'chromadb', 'datasets', 'httpx'} & set(sys.modules)\n"
             "assert not heavy, heavy"
         )
-        subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, capture_output=True)
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 class TestTinyModel:
@@ -291,25 +288,23 @@ class TestTinyModel:
         recipe.write_text(yaml.safe_dump(content | {"reward_funcs": ["models.evenness"], "max_completion_length": 8}))
         tail = ["--num_strategies", "3", "--num_answers", "2", "--min_lift", "0"]
         commands = {
-            name: [*COMMAND, "--config", str(recipe), "--output_dir", str(tmp_path / name / "out"), *tail]
+            name: ["--config", str(recipe), "--output_dir", str(tmp_path / name / "out"), *tail]
             for name in ("whole", "killed")
         }
-        whole = subprocess.run(commands["whole"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+        whole = processes.run(COMMAND, *commands["whole"])
         assert whole.returncode == 0, whole.stderr[-2000:]
         record = tmp_path / "killed" / "out" / bootstrap.RECORD
-        process = subprocess.Popen(
-            commands["killed"], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = processes.start(COMMAND, *commands["killed"])
         while not record.exists() or record.read_bytes().count(b"\n") < 2:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)  # polls for an event, measures nothing
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         blocks = (tmp_path / "whole" / "out" / bootstrap.RECORD).read_bytes().count(b"\n") - 1
         assert record.read_bytes().count(b"\n") < blocks + 1 and not record.with_name(bootstrap.TRACES).exists()
         with record.open("ab") as file:
             file.write(b'{"problems": ["torn')  # as if it had been killed while writing
-        resumed = subprocess.run(commands["killed"], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+        resumed = processes.run(COMMAND, *commands["killed"])
         assert resumed.returncode == 0, resumed.stderr[-2000:]
         for name in (bootstrap.RECORD, bootstrap.TRACES):
             assert record.with_name(name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()

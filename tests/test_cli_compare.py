@@ -1,12 +1,11 @@
 """`trl-sgpo compare` on a tiny model: every method runs, what is finished is kept, what failed is named."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import yaml
 from models import save_tiny_model
@@ -61,7 +60,6 @@ def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
 @pytest.fixture
 def compare(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command in this process; every run has one of its own. Exit status, output, errors."""
-    monkeypatch.chdir(Path(__file__).parent)
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
     def called(*arguments: str) -> tuple[int, str, str]:
@@ -74,7 +72,22 @@ def compare(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return called
 
 
-def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(tmp_path: Path, compare: Any) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs need not import."""
+
+    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        process = processes.start(command[2], *command[3:], output=log, errors=log)
+        process.join()
+        return process.exitcode
+
+    monkeypatch.setattr("trl_sgpo.cli.compare._run", run)
+
+
+def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
+    tmp_path: Path, compare: Any, forked: None
+) -> None:
     arms: dict[str, Any] = {method: {"method": method} for method in METHODS}
     arms["rlhf"]["label_share"] = arms["prm"]["label_share"] = 0.5
     arms["prm"]["step_separator"] = " "
@@ -117,17 +130,17 @@ def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path, compare:
 @pytest.mark.parametrize("method", ["grpo", "sgpo"])
 def test_a_killed_run_goes_on_from_its_checkpoint_within_its_budget(tmp_path: Path, method: str) -> None:
     config = _write(tmp_path, {method: {"save_strategy": "steps", "save_steps": 1}}, budget=3000)
-    command = [sys.executable, "-m", "trl_sgpo.compare.arm_run", config, "{}", "1", method]
+    command = ["trl_sgpo.compare.arm_run", config, "{}", "1", method]
     run = tmp_path / "runs" / method / "seed-1"
     second = run / "checkpoint-2" / "trainer_state.json"
-    with (tmp_path / "first.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=log, stderr=log)
-        while not second.exists():
-            assert process.poll() is None, (tmp_path / "first.txt").read_text()
-        process.kill()
-        process.wait()
+    log = tmp_path / "first.txt"
+    process = processes.start(*command, output=log, errors=log)
+    while not second.exists():
+        assert process.is_alive(), log.read_text()
+    process.kill()
+    process.join()
     assert not (run / "result.json").exists()
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    done = processes.run(*command)
     assert done.returncode == 0, done.stderr
     assert "Resuming from" in done.stdout
     result = json.loads((run / "result.json").read_text())

@@ -2,23 +2,14 @@
 
 import os
 import socket
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
+from multiprocessing.connection import wait
+from unittest.mock import patch
 
+import processes
 import pytest
 import torch
 from models import save_tiny_model
-
-
-SCRIPT = Path(__file__).parent / "two_ranks.py"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 FSDP = {
@@ -30,34 +21,36 @@ FSDP = {
 }
 
 
-def run(directory, *command, **environment):
+def run(directory, ranks, *arguments, **environment):
+    """Exit statuses of the ranks, and what all of them printed. As a launcher does, one that fails ends the others."""
     directory.mkdir(parents=True)
-    environment = {
-        **os.environ,
-        **environment,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(SCRIPT.parent),
-    }
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=directory, timeout=300
-    )
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    log = directory / "log.txt"
+    running = []
+    for rank in range(ranks):
+        ours = {"ACCELERATE_USE_CPU": "true"}
+        if ranks > 1:
+            ours |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+            ours |= {"LOCAL_WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with patch.dict(os.environ, ours | environment):
+            running.append(processes.start("two_ranks", str(directory), *arguments, output=log, errors=log))
+    ended = []
+    while len(ended) < ranks:
+        wait([process.sentinel for process in running if process not in ended])
+        ended = [process for process in running if not process.is_alive()]
+        if any(process.exitcode for process in ended):
+            for process in running:
+                process.kill()
+    return [process.exitcode for process in running], log.read_text()
 
 
-def load(done):
-    """What a run saved in its directory."""
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    directory = done.args[done.args.index(str(SCRIPT)) + 1]
-    return torch.load(Path(directory, "result.pt"), weights_only=True)
-
-
-def launch(directory, model, scale_rewards, *checkpoint, **environment):
-    """Two ranks. Without `--multi_gpu`, `accelerate launch` starts one process on a CPU, whatever it is asked for."""
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port())]
-    script = [str(SCRIPT), str(directory), model, scale_rewards, *checkpoint]
-    return run(directory, *command, *script, **environment)
+def load(directory, *arguments, **environment):
+    """What a run saves in its directory."""
+    statuses, told = run(directory, *arguments, **environment)
+    assert not any(statuses), told[-6000:]
+    return torch.load(directory / "result.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +62,7 @@ def model(tmp_path_factory):
 def one_rank(model, tmp_path_factory):
     """What one rank does, by `scale_rewards`."""
     directory = tmp_path_factory.mktemp("one")
-    return cache(lambda scale: load(run(directory / scale, str(SCRIPT), str(directory / scale), model, scale)))
+    return cache(lambda scale: load(directory / scale, 1, model, scale))
 
 
 @pytest.fixture(scope="module", params=["group", "batch", "fsdp2"])
@@ -77,16 +70,16 @@ def results(request, model, one_rank, tmp_path_factory):
     scale_rewards = "batch" if request.param == "batch" else "group"
     environment = FSDP if request.param == "fsdp2" else {}
     one = one_rank(scale_rewards)
-    two = load(launch(tmp_path_factory.mktemp("ranks") / "two", model, scale_rewards, **environment))
+    two = load(tmp_path_factory.mktemp("ranks") / "two", 2, model, scale_rewards, **environment)
     assert (one["ranks"], two["ranks"]) == (1, 2)
     return one, two
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
 def test_resuming_goes_on_as_if_nothing_had_happened(model, tmp_path, environment):
-    whole = load(launch(tmp_path / "whole", model, "group", ADAM="1", **environment))
+    whole = load(tmp_path / "whole", 2, model, "group", ADAM="1", **environment)
     checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-2")
-    resumed = load(launch(tmp_path / "resumed", model, "group", checkpoint, ADAM="1", **environment))
+    resumed = load(tmp_path / "resumed", 2, model, "group", checkpoint, ADAM="1", **environment)
     for name, step in whole["steps"].items():
         torch.testing.assert_close(resumed["steps"][name], step, rtol=1e-4, atol=1e-6)
     assert max(step.abs().max() for step in whole["steps"].values()) > 1e-3
@@ -96,9 +89,10 @@ def test_resuming_goes_on_as_if_nothing_had_happened(model, tmp_path, environmen
 
 def test_sharded_checkpoints_are_refused(model, tmp_path):
     """They would hold neither a model that others can load nor the bank."""
-    done = launch(tmp_path / "two", model, "group", **{**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"})
-    assert done.returncode == 1
-    assert "set `fsdp_state_dict_type: FULL_STATE_DICT`" in done.stderr
+    sharded = FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    statuses, told = run(tmp_path / "two", 2, model, "group", **sharded)
+    assert 1 in statuses
+    assert "set `fsdp_state_dict_type: FULL_STATE_DICT`" in told
 
 
 def in_order(rows):

@@ -6,8 +6,8 @@ models, recipes have the settings of `TINY`, and `INSTEAD` replaces values. A bl
 the block, on a finished run in each of `RUNS`, and on what `FIRST` does.
 """
 
+import argparse
 import json
-import os
 import re
 import runpy
 import shlex
@@ -21,17 +21,15 @@ from glob import glob
 from io import StringIO
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import certifi
-import datasets
 import pytest
 import torch
 import transformers.utils.hub
 import yaml
+from accelerate.commands.launch import launch_command
 from doc_blocks import BLOCKS, ROOT, Block, read_blocks
 from hub_server import HubServer
-from huggingface_hub import constants
 from models import hash_embedder, save_tiny_model
 from safetensors.torch import load_file, save_file
 from test_cli_bootstrap import ChatServer
@@ -39,6 +37,7 @@ from test_cli_bootstrap import ChatServer
 from trl_sgpo import StrategyBank
 from trl_sgpo.bank import Strategy
 from trl_sgpo.bench import memory
+from trl_sgpo.cli import train
 from trl_sgpo.cli.main import main
 from trl_sgpo.compare import arm_run as compare_run
 from trl_sgpo.compare.config import read_comparison
@@ -63,18 +62,18 @@ TINY = {
     "max_completion_length": 8,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "max_steps": 4,
-    "report_problems": 4,
+    "max_steps": 2,
+    "report_problems": 2,
     "log_completions": True,
     "num_completions_to_print": 0,
-    "save_steps": 2,
+    "save_steps": 1,
     "disable_tqdm": True,
     "report_to": "none",
 }
 TINY_COMPARISON = {"seeds": [1], "budget": 300, "processes": 1, "samples": 1, "curve_points": 1, "curve_problems": 8}
 INSTEAD = {
-    "--max_steps 60": "--max_steps 5",
-    "--max_steps 120": "--max_steps 6",
+    "--max_steps 60": "--max_steps 3",
+    "--max_steps 120": "--max_steps 4",
     "max_steps=100": "max_steps=1, max_strategy_length=8, max_completion_length=8, report_to='none'",
     "size=300": "size=16",
     "--num_processes 4": "--num_processes 1",
@@ -131,8 +130,11 @@ def write_recipes(directory: Path) -> None:
     for name in ("quickstart.yaml", "lab/sgpo.yaml"):
         (directory / name).write_text(yaml.safe_dump(small(yaml.safe_load((ROOT / "recipes" / name).read_text()))))
     comparison = yaml.safe_load((ROOT / "recipes/lab/compare.yaml").read_text()) | TINY_COMPARISON
+    for suite in comparison["suites"]:
+        size = 64 if suite["name"] == "seen" else 8  # transfer takes four problems of a class
+        suite["path"] = re.sub(r"size=\d+", f"size={size}", suite["path"])
     comparison["arms"] = {name: comparison["arms"][name] for name in ("base", "grpo", "sgpo")}
-    comparison["transfer"] |= {"problems": 1, "executions": 1, "classes": 2}
+    comparison["transfer"] |= {"suite": "seen", "problems": 1, "executions": 1, "classes": 2}
     (directory / "lab" / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
 
 
@@ -189,7 +191,7 @@ def give_bank(run: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def substitutes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def substitutes() -> Iterator[None]:
     """No embedding model, and no processes for what can be done in this one: each would import for ten seconds."""
 
     def compare_in_process(command: list[str], environment: dict[str, str], log: Path) -> int:
@@ -200,13 +202,18 @@ def substitutes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         memory._send_peaks(arm, arguments, equal_lengths, type("Pipe", (), {"send": staticmethod(sent.append)}))
         return sent[0]
 
+    def launch(arguments: argparse.Namespace) -> None:
+        if arguments.num_processes == 1:
+            assert train.main(arguments.training_script_args) == 0
+        else:
+            launch_command(arguments)
+
     with pytest.MonkeyPatch.context() as change:
-        for module in ("trl_sgpo.bank.embedding", "trl_sgpo.sgpo_trainer"):
+        change.setattr(train, "launch_command", launch)
+        for module in ("trl_sgpo.bank.embedding", "trl_sgpo.data.classes"):
             change.setattr(f"{module}.load_embedder", lambda name: hash_embedder)
         change.setattr("trl_sgpo.cli.compare._run", compare_in_process)
         change.setattr("trl_sgpo.bench.memory._in_new_process", memory_in_process)
-        change.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        change.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         change.setenv("COLUMNS", "200")
         yield
 
@@ -310,10 +317,7 @@ def shell(
     block: Block = request.getfixturevalue("block")
     directory = Path(shutil.copytree(workshop[0], tmp_path / "work"))
     monkeypatch.chdir(directory)
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ))
         with StrategyBank.restore("runs/quickstart/strategy_bank") as bank:
             instead = INSTEAD | {"3f2a": next(iter(bank.strategies())).id[:4]}
         with socket.socket() as free:
@@ -329,7 +333,6 @@ def shell(
             hub = stack.enter_context(HubServer())
             hub.user = "user"
             hub.connect(monkeypatch)
-            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
             monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         shell = Shell(directory, monkeypatch, stack, instead | {"8000": str(port)})
         for fragment, command in FIRST.items():

@@ -77,7 +77,7 @@ class TestFiles:
         found = contents(wheel)
         package = {name: data for name, data in found.items() if not name.startswith(f"{METADATA}/")}
         assert package == tree(ROOT / "trl_sgpo")
-        assert {"trl_sgpo/report/template.html", "trl_sgpo/memory/architectures.json"} < package.keys()
+        assert {"trl_sgpo/report/template.html", "trl_sgpo/vram/architectures.json"} < package.keys()
         names = {name.removeprefix(f"{METADATA}/") for name in found.keys() - package.keys()}
         assert names == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
         assert found[f"{METADATA}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()

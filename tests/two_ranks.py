@@ -1,14 +1,12 @@
 """
 Trains three steps with scripted generations and saves what each step computed.
 
-Usage: `python two_ranks.py OUT MODEL SCALE_REWARDS [CHECKPOINT]`, alone or under `torch.distributed.run`. Two ranks
-with one transfer block each have to do what one rank does with two. With ACCELERATE_USE_FSDP=true they share the
-weights, too.
+Arguments of `main`: OUT MODEL SCALE_REWARDS [CHECKPOINT]. Two ranks with one transfer block each have to do what one
+rank does with two. With ACCELERATE_USE_FSDP=true they share the weights, too.
 """
 
 import os
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -75,12 +73,13 @@ class Recording(SGPOTrainer):
         return output
 
 
-def main(directory: Path, model: str, scale_rewards: str, checkpoint: str | None = None) -> None:
+def main(arguments: list[str]) -> None:
+    directory, (model, scale_rewards, *checkpoint) = Path(arguments[0]), arguments[1:]
     generate, GRPOTrainer._generate_single_turn = GRPOTrainer._generate_single_turn, scripted
     if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_cpus()
     adam = "ADAM" in os.environ  # plain gradient descent has no state that a checkpoint could lose
-    ranks = torch.distributed.is_torchelastic_launched() + 1
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     args = SGPOConfig(
         str(directory / "run"),
         per_device_train_batch_size=16 // ranks,
@@ -106,7 +105,7 @@ def main(directory: Path, model: str, scale_rewards: str, checkpoint: str | None
     trainer = Recording(model=model, reward_funcs=evenness, args=args, train_dataset=problems(), strategy_bank=bank)
     trainer.rows = []
     before = weights(trainer.model)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
     rows = gather_object(trainer.rows)
     after = weights(trainer.accelerator.unwrap_model(trainer.model_wrapped))
     trainer.generation_config.do_sample = False
@@ -126,7 +125,3 @@ def main(directory: Path, model: str, scale_rewards: str, checkpoint: str | None
         )
     trainer.accelerator.wait_for_everyone()
     trainer.end()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

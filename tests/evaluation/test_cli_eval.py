@@ -1,13 +1,12 @@
 """`trl-sgpo eval`: files, resume after real kills, and messages."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from bank_helpers import hashed_words, make
@@ -22,7 +21,7 @@ from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 
 ROOT = Path(__file__).parents[2]
 GSM8K = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(6)]
-COMMAND = [sys.executable, "-c", "import sys; from trl_sgpo.cli.eval import main; sys.exit(main(sys.argv[1:]))"]
+COMMAND = "trl_sgpo.cli.eval"
 
 
 @pytest.fixture
@@ -108,25 +107,23 @@ def test_a_part_of_a_benchmark_is_no_result_for_the_hub(arguments, tmp_path, cap
 
 
 def test_killed_evaluation_resumes_to_the_same_results(arguments, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [*arguments, "--batch_size", "2", "--no_plots"]
-    whole = [*COMMAND, *arguments, "--output_dir", str(tmp_path / "whole")]
-    done = subprocess.run(whole, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = processes.run(COMMAND, *arguments, "--output_dir", str(tmp_path / "whole"))
     assert done.returncode == 0, done.stderr[-2000:]
-    killed = [*COMMAND, *arguments, "--output_dir", str(tmp_path / "killed")]
-    process = subprocess.Popen(killed, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = [*arguments, "--output_dir", str(tmp_path / "killed")]
+    process = processes.start(COMMAND, *killed)
     rows = tmp_path / "killed" / "rows.jsonl"
     while not (rows.exists() and b"\n" in rows.read_bytes()):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.005)  # polls for an event, measures nothing
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     left = rows.read_bytes().count(b"\n")
     assert 0 < left < (tmp_path / "whole" / "rows.jsonl").read_bytes().count(b"\n")
     assert not (tmp_path / "killed" / "results.json").exists()
     with rows.open("ab") as file:
         file.write(b'{"key": "suite/gsm8k/4", "texts"')  # as a kill in the middle of a write would leave it
-    resumed = subprocess.run(killed, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    resumed = processes.run(COMMAND, *killed)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     for name in ("results.json", "rows.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -19,6 +19,7 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.vram.advice import cheapest_change, with_changes
 from trl_sgpo.vram.architectures import architectures, model_config
+from trl_sgpo.vram.check import estimate_recipe
 from trl_sgpo.vram.estimate import Estimate, Estimator, Lengths, rows_of_problems
 from trl_sgpo.vram.worst_case import longest_requests
 
@@ -125,6 +126,20 @@ def test_architectures_have_their_published_number_of_parameters(name: str, para
     config, _ = model_config(name)
     recipe = small_recipe(name, tmp_path, QLORA)
     assert Estimator(config)(recipe, Lengths(32, 8, 8, 8)).parameters == parameters
+
+
+def test_a_name_is_another_model_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a directory has the name of a model of the Hub, that is estimated there, and only there."""
+    name = "Qwen/Qwen2.5-0.5B-Instruct"
+    recipe = small_recipe(name, tmp_path, LORA)
+    peaks = []
+    for folder in ("tiny", "smaller", "neither"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        if folder != "neither":
+            save_tiny_model(Path(name), num_hidden_layers=2 if folder == "tiny" else 1)
+        peaks.append(estimate_recipe(recipe, "recipe.yaml", None, "cpu")["peak"])
+    assert peaks[1] < peaks[0] < peaks[2]
 
 
 @given(rows=st.integers(1, 24), group=st.integers(1, 12))

@@ -1,5 +1,6 @@
 """Estimates the memory of a recipe and refuses one that does not fit."""
 
+import os
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,9 @@ def estimate_recipe(recipe: Recipe, path: str, vram_gb: float | None, device: st
         `dict`: The [`~trl_sgpo.vram.estimate.Estimate`], whether it fits and, if not, the cheapest change that helps.
     """
     name = recipe.model.model_name_or_path
-    estimator, source = _estimator(name, recipe.model.model_revision, device)
+    # The key of a cache: a relative path names another model in another working directory
+    place = os.path.abspath(name) if os.path.isdir(name) else name
+    estimator, source = _estimator(place, recipe.model.model_revision, device)
 
     def estimate(changed: Recipe) -> Estimate:
         return estimator(changed, assumed_lengths(changed))

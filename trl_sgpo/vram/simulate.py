@@ -25,7 +25,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from ..speed.row_cache import row_cache
-from ..speed.shared_prompts import SharedPrompts, share_prompts
+from ..speed.shared_prompts import SharedPrompts, packed_attention, share_prompts
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class SimulatedModel:
         adapted = self.model is not self.base
         ids = torch.tensor([[n] * (request + completion) for n, rows in enumerate(problems) for _ in range(rows)])
         shared = share_prompts(ids, torch.ones_like(ids), request)
-        with self.mode:
+        with self.mode, packed_attention():
             for weight in self.model.parameters():
                 weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
             self.model.train()

@@ -1,0 +1,18 @@
+"""What a session of tests leaves behind."""
+
+import os
+from pathlib import Path
+
+
+# Of tools, which write there whatever is tested
+_TOOLS = {".git", ".venv", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
+
+
+def files(*folders: Path) -> set[Path]:
+    """Files below folders, without those of tools."""
+    found = set()
+    for folder in folders:
+        for root, below, names in os.walk(folder):
+            below[:] = [name for name in below if name not in _TOOLS]
+            found |= {Path(root, name) for name in names}
+    return found
