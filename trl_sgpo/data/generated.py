@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 from ..compare.lab import list_functions
 from ..errors import DataError
+from ..inference.weights import LAB_VERSION
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def materialise(path: str, split: str) -> str:
 
     if split not in ("train", "test"):
         raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
-    made_by = str(list_functions.VERSION) if path.startswith(LISTS) else _gym_version()
+    made_by = str(LAB_VERSION) if path.startswith(LISTS) else _gym_version()
     key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
     if not file.is_file():

