@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from ..inference.model import TwoPhaseModel
+    from ..inference.settings import TwoPhaseSettings
+
+
+_NOT_IN_0_1_0 = ("chat_template_kwargs", "turn_end")
 
 
 def digest(value: Any) -> str:
@@ -14,10 +19,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def settings_record(settings: "TwoPhaseSettings") -> dict[str, Any]:
+    """Settings as records hold them. Keys that version 0.1.0 lacks are left out if `None`: its records continue."""
+    return {key: value for key, value in asdict(settings).items() if value is not None or key not in _NOT_IN_0_1_0}
+
+
 def weights_digest(model: "TwoPhaseModel") -> str:
     """SHA-256 of the first 64 values of every parameter, which training changes."""
-    found = hashlib.sha256()
+    values = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         first = parameter.detach().flatten()[:64].float().cpu().numpy()
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return found.hexdigest()
+        values.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
+    return values.hexdigest()
