@@ -17,7 +17,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Generatio
 
 from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank
 from trl_sgpo.bank import Strategy
-from trl_sgpo.data.bootstrap import two_phase_examples, warmstart
+from trl_sgpo.data.warmstart import two_phase_examples, warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError
 from trl_sgpo.evaluation.runner import Protocol, _attempt

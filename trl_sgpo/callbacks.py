@@ -90,10 +90,10 @@ class WorstCaseCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        wanted = args.worst_case_step
-        if wanted is None:
-            wanted = trainer.accelerator.device.type != "cpu"
-        if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        enabled = args.worst_case_step
+        if enabled is None:
+            enabled = trainer.accelerator.device.type != "cpu"
+        if enabled and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             take_worst_case_step(trainer, self.conversation, self.geometry, self.peaks)
 
 

@@ -173,10 +173,10 @@ class Index:
         if len(embeddings) == 0:
             return []
         with self._readable_errors():
-            found: Any = self._collection.query(query_embeddings=embeddings, n_results=n, include=["distances"])
+            answer: Any = self._collection.query(query_embeddings=embeddings, n_results=n, include=["distances"])
         return [
             [(key, 1.0 - distance) for key, distance in zip(ids, distances, strict=True)]
-            for ids, distances in zip(found["ids"], found["distances"], strict=True)
+            for ids, distances in zip(answer["ids"], answer["distances"], strict=True)
         ]
 
     def ids(self) -> list[str]:

@@ -321,13 +321,13 @@ def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitS
     return bank
 
 
-def _print_tables(found: "list[ResultTable]") -> None:
+def _print_tables(tables: "list[ResultTable]") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    for each in found:
+    for each in tables:
         table = Table(title=each.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in each.columns:
             table.add_column(column, overflow="fold")

@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
-from ..data.bootstrap import two_phase_examples, warmstart
 from ..data.loading import load_rewards
+from ..data.warmstart import two_phase_examples, warmstart
 from ..data.worked import traces
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings

@@ -169,7 +169,7 @@ def train_reward_model(
     if is_made_of(output_dir, made_of):
         return str(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
-    trained, held_out = (
+    training, held_out = (
         [
             {
                 key: answer_ids(tokenizer, row["prompt"], row[key[:-4]], template_kwargs)
@@ -189,7 +189,7 @@ def train_reward_model(
             max_length=None,
             **training_settings(config, learning_rate, epochs),
         ),
-        train_dataset=Dataset.from_list(trained),
+        train_dataset=Dataset.from_list(training),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
     )
@@ -209,8 +209,8 @@ def split_by_problem(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[s
     problems = sorted(set(keys))
     random.Random(seed).shuffle(problems)
     held = set(problems[: max(1, len(problems) // 10)] if len(problems) > 1 else [])
-    trained = [row for row, key in zip(rows, keys, strict=True) if key not in held]
-    return trained, [row for row, key in zip(rows, keys, strict=True) if key in held]
+    training = [row for row, key in zip(rows, keys, strict=True) if key not in held]
+    return training, [row for row, key in zip(rows, keys, strict=True) if key in held]
 
 
 def training_settings(config: "SGPOConfig", learning_rate: float, epochs: float) -> dict[str, Any]:

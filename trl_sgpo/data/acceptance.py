@@ -184,14 +184,14 @@ def to_traces(
     Returns:
         `list[Trace]`: Without repetitions.
     """
-    found: dict[tuple[str, str, str], Trace] = {}
+    traces: dict[tuple[str, str, str], Trace] = {}
     for one in strategies:
         for execution in one.executions:
             prompt = prompts[execution.problem]
             if execution.outcome == 1 and not leak(one.strategy, prompt[-1]["content"], answers[execution.problem]):
                 trace = Trace(prompt, one.strategy, execution.text, one.problem_class)
-                found.setdefault((execution.problem, one.strategy, execution.text), trace)
-    return list(found.values())
+                traces.setdefault((execution.problem, one.strategy, execution.text), trace)
+    return list(traces.values())
 
 
 @dataclass(frozen=True)

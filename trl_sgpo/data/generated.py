@@ -104,7 +104,7 @@ def _generate(path: str, split: str) -> list[dict[str, Any]]:
 
 
 def _generate_family(family: str, split: str, size: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    wanted = size if split == "train" else max(size // 4, 32)
+    count = size if split == "train" else max(size // 4, 32)
     limit = 10 * max(size, 64)  # a family with fewer distinct questions has no more
     try:
         source = gym().create_dataset(family, size=limit, seed=seed, **settings)
@@ -112,7 +112,7 @@ def _generate_family(family: str, split: str, size: int, seed: int, settings: di
         raise DataError(f"The reasoning-gym family '{family}' refuses its settings {settings}: {error}.") from error
     rows: dict[str, dict[str, Any]] = {}
     for index in range(limit):
-        if len(rows) == wanted:
+        if len(rows) == count:
             break
         entry = source[index]
         question, answer = entry["question"], entry["answer"]
@@ -127,8 +127,8 @@ def _generate_family(family: str, split: str, size: int, seed: int, settings: di
         }
     if not rows:
         raise DataError(f"The reasoning-gym family '{family}' gives no problems with an answer: use another family.")
-    if len(rows) < wanted:
-        logger.warning(f"{family}: {len(rows)} distinct {split} problems instead of {wanted}")
+    if len(rows) < count:
+        logger.warning(f"{family}: {len(rows)} distinct {split} problems instead of {count}")
     return list(rows.values())
 
 

@@ -61,8 +61,8 @@ def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
         `DataError`: If no problem is of a covered family.
     """
     rng = random.Random(seed)
-    found = [worked_traces(problem, rng) for problem in dataset for _ in range(per_problem)]
-    covered = [trace for trace in found if trace is not None]
+    drawn = [worked_traces(problem, rng) for problem in dataset for _ in range(per_problem)]
+    covered = [trace for trace in drawn if trace is not None]
     if not covered:
         raise DataError(
             "No problem has a worked solution: use problems of the reasoning-gym families "

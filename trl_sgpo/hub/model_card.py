@@ -192,18 +192,18 @@ def _metadata(
     adapter: bool,
     evaluation: Path | None,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = dict(license)
-    found["library_name"] = "peft" if adapter else "transformers"
-    found["pipeline_tag"] = "text-generation"
+    metadata: dict[str, Any] = dict(license)
+    metadata["library_name"] = "peft" if adapter else "transformers"
+    metadata["pipeline_tag"] = "text-generation"
     if on_hub(facts.base_model):
-        found["base_model"] = facts.base_model
-        found["base_model_relation"] = "adapter" if adapter else "finetune"
+        metadata["base_model"] = facts.base_model
+        metadata["base_model_relation"] = "adapter" if adapter else "finetune"
     if datasets := [name for name in facts.datasets if on_hub(name)]:
-        found["datasets"] = datasets
-    found["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
+        metadata["datasets"] = datasets
+    metadata["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
     if entries := [*_measured(directory, facts), *_evaluated(evaluation)]:
-        found["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
-    return found
+        metadata["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
+    return metadata
 
 
 def _report(directory: Path) -> dict[str, Any]:

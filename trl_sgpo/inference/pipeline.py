@@ -116,11 +116,11 @@ class SGPOPipeline:
                 model_kwargs["use_safetensors"] = True
             directory = name if pulled is None else str(pulled)
             run = None if run is None else str(pull_run(run) or run)
-            found = _open_bank(bank, run or directory, trust_bank, opened)
+            opened_bank = _open_bank(bank, run or directory, trust_bank, opened)
             settings = settings or _settings(run)
             model_kwargs.setdefault("dtype", "auto")
             model = TwoPhaseModel.from_pretrained(directory, settings, batch_size, device, **model_kwargs)
-            pipeline = cls(model, found)._keeping(opened)
+            pipeline = cls(model, opened_bank)._keeping(opened)
             pipeline.pulled = None if pulled is None else f"{name}@{pulled.name}"
             return pipeline
 
@@ -207,14 +207,14 @@ class SGPOPipeline:
         Raises:
             [`DataError`]: A problem is empty.
         """
-        found = []
+        prepared = []
         for prompt, name in zip(problems, classes or [None] * len(problems), strict=True):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             problem = Problem(with_system_prompt(messages, self.model.settings.system_prompt), name or "")
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
-            found.append(problem)
-        return with_retrieved(found, self.bank if retrieve else None, self.model.settings.num_retrieved)
+            prepared.append(problem)
+        return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
 
     def solve(
         self,
@@ -313,9 +313,9 @@ def _open_bank(
         if is_export(directory):
             _require_trust(trust_bank, bank)
             return opened.enter_context(open_export(directory, _embedding_model(run)))
-    found = opened.enter_context(open_copy(bank))
-    found.embedding_model = found.made_with or found.embedding_model
-    return found
+    copy = opened.enter_context(open_copy(bank))
+    copy.embedding_model = copy.made_with or copy.embedding_model
+    return copy
 
 
 def _require_trust(trust_bank: bool, bank: str | Path) -> None:

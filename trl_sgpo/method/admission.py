@@ -38,7 +38,7 @@ def proposals(
     own_lift, sibling_lift = credit.own_and_siblings(credit.center_by_problem(verified), own)
     lift = own_lift if verified.size(2) == 1 else sibling_lift
     solved, _ = credit.own_and_siblings(verified, own)
-    found = []
+    best = []
     for block, strategies in enumerate(written):
         good = [
             s
@@ -52,8 +52,8 @@ def proposals(
             )
         ]
         if good:
-            found.append(strategies[max(good, key=lambda s: lift[block, s].item())])
-    return found
+            best.append(strategies[max(good, key=lambda s: lift[block, s].item())])
+    return best
 
 
 def outcomes(

@@ -56,11 +56,11 @@ class BankRecord:
     @cached_property
     def children(self) -> dict[str, list[str]]:
         """Id of a strategy → ids of the strategies adapted from it."""
-        found = defaultdict(list)
+        children = defaultdict(list)
         for strategy in self.strategies:
             for parent in strategy.parents:
-                found[parent].append(strategy.id)
-        return found
+                children[parent].append(strategy.id)
+        return children
 
 
 @dataclass
@@ -109,8 +109,8 @@ class Run:
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Steps and values of a metric. A step that was logged again after a resume counts once."""
-        found = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
-        return sorted((step, value) for step, value in found.items() if np.isfinite(value))
+        values = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
+        return sorted((step, value) for step, value in values.items() if np.isfinite(value))
 
 
 def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 40) -> Run:

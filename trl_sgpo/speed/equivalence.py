@@ -69,11 +69,11 @@ def check_packed_rows(score: Score, vocab_size: int, device: torch.device, exact
 
     def scored(shift: int) -> torch.Tensor:
         # A prompt at a time: without padding on the left, absolute positions are those of packed rows
-        found = []
+        log_probs = []
         for group in _PROBE:
             ids, mask, width = rows(shift, (group,))
-            found.append(score(ids, mask, width, False)[mask[:, width:].bool()])
-        return torch.cat(found)
+            log_probs.append(score(ids, mask, width, False)[mask[:, width:].bool()])
+        return torch.cat(log_probs)
 
     ids, mask, width = rows(0, _PROBE)
     packed = score(ids, mask, width, True)[mask[:, width:].bool()]
@@ -101,11 +101,11 @@ def check_shared_prefixes(model: PreTrainedModel, vocab_size: int, exact: bool) 
     rests = [[tokens[place] for place in own[0]] for _, own in _PROBE]
 
     def whole(shift: int) -> torch.Tensor:
-        found = []
+        logits = []
         for (prompt, _), rest in zip(_PROBE, rests, strict=True):
             ids = [*(_tokens(vocab_size, shift)[place] for place in prompt), *rest]
-            found.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, -1])
-        return torch.stack(found).float().log_softmax(dim=-1)
+            logits.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, -1])
+        return torch.stack(logits).float().log_softmax(dim=-1)
 
     prefix_ids, prefix_mask = left_padded(prefixes, 0, device)
     rest_ids, rest_mask = left_padded(rests, 0, device)

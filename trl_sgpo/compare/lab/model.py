@@ -126,7 +126,7 @@ def build_lab_model(directory: Path) -> None:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    from ...data.bootstrap import warmstart
+    from ...data.warmstart import warmstart
     from ...sgpo_config import SGPOConfig
 
     print(f"Training the laboratory's model from scratch into {directory} (once, about 6 minutes)", flush=True)
