@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .chunks import write_text
+from .chunks import RESULTS_FILE, write_text
 from .plots import draw_bars, draw_matrix
 
 
@@ -103,7 +103,7 @@ def write_results(directory: Path, results: dict[str, Any], plots: bool) -> list
     Returns:
         `list[Path]`: The files.
     """
-    written = [directory / "results.json", directory / "results.md"]
+    written = [directory / RESULTS_FILE, directory / "results.md"]
     write_text(written[0], json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(written[1], "\n".join(table.markdown() for table in tables(results)))
     if not plots:

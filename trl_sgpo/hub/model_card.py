@@ -16,7 +16,9 @@ from .._version import __version__
 from ..bank.export import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..errors import ConfigError
+from ..evaluation.chunks import RESULTS_FILE
 from ..inference.weights import LAB_MODEL
+from ..report.run_files import REPORT_FILE
 
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 CARD = "README.md"
 FACTS_FILE = "training.json"
 METRICS_FILE = "metrics.json"
-REPORT_FILE = "report.json"
 RESULTS_DIRECTORY = ".eval_results"
 TAGS = ("sgpo", "strategy-bank", "trl", "trl-sgpo")
 
@@ -299,7 +300,7 @@ def _before_and_after(directory: Path) -> str:
 def _suites(evaluation: Path | None) -> str:
     if evaluation is None:
         return ""
-    suites = json.loads((evaluation / "results.json").read_text())["suites"]
+    suites = json.loads((evaluation / RESULTS_FILE).read_text())["suites"]
     lines = [
         "By `trl-sgpo eval`, greedy, with 95% intervals:",
         "",

@@ -18,12 +18,12 @@ from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, S
 from ..errors import ModelError
 from ..inference.loading import ADAPTER_FILE, adapter_base
 from ..inference.settings import SETTINGS_FILE
+from ..report.run_files import REPORT_FILE
 from .model_card import (
     CARD,
     FACTS_FILE,
     HUB_NAME,
     METRICS_FILE,
-    REPORT_FILE,
     RESULTS_DIRECTORY,
     TrainingFacts,
     make_card,

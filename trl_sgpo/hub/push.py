@@ -15,14 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
 from ..errors import ModelError
+from ..report.run_files import REPORT_FILE
 from .errors import may_pass, readable_errors
-from .model_card import (
-    FACTS_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    RESULTS_DIRECTORY,
-    TrainingFacts,
-)
+from .model_card import FACTS_FILE, METRICS_FILE, RESULTS_DIRECTORY, TrainingFacts
 from .publication import MODEL_FILES, stage, stage_checkpoint
 
 

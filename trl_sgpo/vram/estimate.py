@@ -235,9 +235,9 @@ class Estimator:
         if self.device == "cpu":
             resident[_RESTORED] = kept
         moments: dict[str, dict[str, int]] = {
-            "strategies": {"optimizer states": states, **_generating(written, "KV cache of strategies")},
-            "executions": {"optimizer states": states, **_generating(executed, "KV cache of executions")},
-            "training": {"optimizer states": states, "gradients": weights.gradients, **_learning(training)},
+            "strategies": {"optimizer states": states, **_generation_parts(written, "KV cache of strategies")},
+            "executions": {"optimizer states": states, **_generation_parts(executed, "KV cache of executions")},
+            "training": {"optimizer states": states, "gradients": weights.gradients, **_training_parts(training)},
             "optimizer step": {"optimizer states": states, "gradients": weights.gradients},
         }
         totals = {}
@@ -294,13 +294,13 @@ _SAMPLING_BYTES = 2 + 4 + 4  # logits, their copy in 32 bits, and probabilities
 _SORTING_BYTES = 4 + 8 + 4 + 4
 
 
-def _generating(moments: dict[str, int], name: str) -> dict[str, int]:
+def _generation_parts(moments: dict[str, int], name: str) -> dict[str, int]:
     kept = moments["cache"]
     peak = max(value for moment, value in moments.items() if moment != "cache")
     return {name: kept, "work of generation": max(peak - kept, 0)}
 
 
-def _learning(moments: dict[str, int]) -> dict[str, int]:
+def _training_parts(moments: dict[str, int]) -> dict[str, int]:
     """The LM head's share is the memory that its peak adds to the hidden states."""
     peak = max(moments.values())
     head = max(moments["head"] - moments["forward"], 0)
