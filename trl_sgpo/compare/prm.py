@@ -321,7 +321,7 @@ def concordance(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
             Labels.
 
     Returns:
-        `float` or `None`: `None` where all labels are equal.
+        `float` or `None`: `None` if all labels are equal.
     """
     won = pairs = 0.0
     for score, label in zip(scores, labels, strict=True):

@@ -1,4 +1,4 @@
-"""Which synthetic strategies are kept, and the traces made of them (pure functions)."""
+"""Acceptance of synthetic strategies, and the traces made from them (pure functions)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,13 +205,13 @@ class Summary:
         written (`int`):
             Strategies written.
         texts (`int`):
-            How many of them differ.
+            Number of distinct texts.
         rejected (`dict[str, int]`):
             Reason → how many of them were rejected for it.
         kept (`int`):
             How many were kept.
         distinct (`int`):
-            How many of those differ.
+            Number of distinct texts among these.
         mean_lift (`float` or `None`):
             Mean lift of these, `None` if not measured.
         baseline (`float` or `None`):

@@ -62,7 +62,7 @@ def strategy_from_annotations(worked: str, problem: str) -> str | None:
         worked (`str`):
             A worked solution with calculator annotations, like those of GSM8K: `<<48/2=24>>`.
         problem (`str`):
-            Text of the problem, to distinguish numbers that it gives from those that it implies (half, a week).
+            Text of the problem, to distinguish given numbers from implied ones (half, a week).
 
     Returns:
         `str` or `None`: The strategy. `None` if there are no annotations or more than ten, a calculation is not
@@ -118,7 +118,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def _phrase(node: ast.expr, given: set[Fraction], results: list[Fraction], imperative: bool = False) -> str:
-    """A calculation in words: what to do, or what it gives."""
+    """A calculation in words, as an instruction or as a noun phrase."""
     if not isinstance(node, ast.BinOp):
         return _operand(_value(node), given, results)
     additive = isinstance(node.op, ast.Add | ast.Sub)

@@ -1,4 +1,4 @@
-"""The bootstrap: writes, executes and verifies strategies block by block, and records each finished block."""
+"""Bootstrap of strategies without labels: writes, executes and verifies them by block, and records each block."""
 
 import json
 import math
@@ -246,7 +246,7 @@ def by_rule(rows: list[Row], classes: list[str], draws: int, seed: int) -> list[
         classes (`list[str]`):
             Their classes.
         draws (`int`):
-            How many of a reasoning-gym family's strategies are drawn for a problem. Those that differ are returned.
+            Strategies drawn for a problem of a reasoning-gym family. Distinct ones are returned.
         seed (`int`):
             Seed of the draws.
 

@@ -105,7 +105,7 @@ def _generate(path: str, split: str) -> list[dict[str, Any]]:
 
 def _generate_family(family: str, split: str, size: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     count = size if split == "train" else max(size // 4, 32)
-    limit = 10 * max(size, 64)  # a family with fewer distinct questions has no more
+    limit = 10 * max(size, 64)  # for families with fewer distinct questions
     try:
         source = gym().create_dataset(family, size=limit, seed=seed, **settings)
     except (AssertionError, TypeError, ValueError) as error:

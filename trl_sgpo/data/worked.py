@@ -14,7 +14,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MAX_CHARACTERS = 64  # of an execution, about 45 tokens: small models make errors in longer ones
+_MAX_CHARACTERS = 64  # characters of an execution, about 45 tokens: small models make errors in longer ones
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Exports a trained model without adapter and 4-bit weights, and refuses an export whose logits differ."""
+"""Exports a trained model without adapter and 4-bit weights, after a check that its logits are the same."""
 
 import gc
 import importlib.util

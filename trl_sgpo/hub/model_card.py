@@ -133,7 +133,7 @@ def _public(name: str) -> str:
 
 
 def on_hub(name: str) -> bool:
-    """Whether a name may be that of a model or a dataset on the Hub."""
+    """Whether a name has the form of a model or dataset on the Hub."""
     return bool(HUB_NAME.fullmatch(name)) and name != LAB_MODEL and not name.startswith(_LOCAL_DATA)
 
 
@@ -359,9 +359,9 @@ def _bank(directory: Path, repo_id: str) -> str:
     return f"""## Strategy bank
 
 {manifest["count"]} strategies ({trust}) of {manifest["classes"]} classes, in
-`{BANK_DIRECTORY}/{manifest["file"]}`, with where each comes from and its verified executions. Only trusted ones are
-shown when the model is used. To start the training of another model with them, in quarantine until its own verified
-executions speak for them:
+`{BANK_DIRECTORY}/{manifest["file"]}`, with their provenance and verified executions. Only trusted ones
+are shown when the model is used. To start the training of another model with them, in quarantine until they prove
+useful in its own verified executions:
 
 ```python
 from trl_sgpo import StrategyBank
@@ -395,9 +395,9 @@ _LIMITS = """\
 - What it was trained and measured on is above. Nothing is known of its answers to other kinds of problems, other
   languages, or of its safety. It has the limits and biases of its base model.
 - **Strategies are text that a model wrote.** They enter prompts. They are never executed as code, and they may be
-  wrong, or mislead whoever reads them. Those called trusted helped with problems that the training's verifier checked;
-  they are as good as that verifier.
-- Whoever publishes a model can make it, and the bank beside it, say anything: use both from people you trust, and pin
+  wrong or misleading. Those called trusted helped with problems that the training's verifier checked, and are as
+  reliable as that verifier.
+- A model and its bank can contain any text: use both only from people you trust, and pin
   the commit. Strategies that are imported into another bank are in quarantine there.
 - Check answers that matter. A sound strategy may be executed wrongly."""
 

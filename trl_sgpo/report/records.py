@@ -24,7 +24,7 @@ TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy
 
 @dataclass(frozen=True)
 class Rollout:
-    """One logged row: a strategy, its execution, and what they earned."""
+    """One logged row: a strategy, its execution, and their rewards."""
 
     source: str
     strategy: str
@@ -89,7 +89,7 @@ class Run:
         logged_steps (`int`):
             Steps with logged rollouts.
         missing (`dict[str, str]`):
-            Part of the report → the record it lacks and how to get it.
+            Part of the report → the missing record and how to get it.
     """
 
     path: Path
