@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import BankError
 from ..hub.errors import readable_errors
-from .export import MAX_MANIFEST_BYTES, parse_manifest, read_export, write_export
+from .export_files import MAX_MANIFEST_BYTES, parse_manifest, read_export, write_export
 from .files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, PARQUET_FILE
 from .strategy import TRUST_STATES, Strategy
 

@@ -22,7 +22,7 @@ from urllib.parse import SplitResult, urlsplit
 from ..errors import BankError
 from .bank import StrategyBank
 from .chroma_server import TOKEN, ChromaServer, Row, ServerError, ServerRefused, batches
-from .export import published
+from .export_files import published
 from .files import durable_replace
 from .rows import FIELDS, expect_keys, from_json, from_row, to_row
 from .strategy import Strategy

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..inference.settings import TwoPhaseSettings
 
 
-_NOT_IN_0_1_0 = ("chat_template_kwargs", "turn_end")
+_NEWER = ("chat_template_kwargs", "turn_end")
 
 
 def digest(value: Any) -> str:
@@ -20,8 +20,8 @@ def digest(value: Any) -> str:
 
 
 def settings_record(settings: "TwoPhaseSettings") -> dict[str, Any]:
-    """Settings as records hold them. Keys that version 0.1.0 lacks are left out if `None`: its records continue."""
-    return {key: value for key, value in asdict(settings).items() if value is not None or key not in _NOT_IN_0_1_0}
+    """Settings for a record. Keys unknown to earlier versions are left out if `None`, so that their records continue."""
+    return {key: value for key, value in asdict(settings).items() if value is not None or key not in _NEWER}
 
 
 def weights_digest(model: "TwoPhaseModel") -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .._version import __version__
 from ..bank.exchange import export_bank
-from ..bank.export import published
+from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
 from ..compare.lab.model import fetch_model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .._version import __version__
-from ..bank.export import is_export, published
+from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..bank.exchange import export_bank
-from ..bank.export import published
+from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..errors import ModelError
 from ..inference.loading import ADAPTER_FILE, adapter_base

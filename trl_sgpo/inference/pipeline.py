@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from ..bank import StrategyBank
-from ..bank.export import is_export
+from ..bank.export_files import is_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import open_copy, open_export
