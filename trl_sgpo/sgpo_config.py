@@ -26,7 +26,7 @@ class SGPOConfig(GRPOConfig):
         transfer_block_size (`int`, *optional*, defaults to `2`):
             K, the number of problems of one class that execute each other's strategies. `1` switches transfer off.
         num_bank_rollouts (`int`, *optional*, defaults to `0`):
-            b, executions per problem of strategies drawn from the bank, by which candidates are tested. While the bank
+            b, executions per problem of strategies drawn from the bank, which test candidates. While the bank
             holds fewer than b strategies for a class, the block's own are executed again.
         per_device_train_batch_size (`int`, *optional*, defaults to `16`):
             Rows per device and forward pass. Times `gradient_accumulation_steps`, or `steps_per_generation`, they hold
@@ -108,7 +108,7 @@ class SGPOConfig(GRPOConfig):
             Part of the other strategies' success rate on the same problems that a strategy may fall short of it and
             be trusted. One that falls short by more, with 95% confidence, is retired.
         bank_max_share (`float`, *optional*, defaults to `0.25`):
-            Largest part of the strategies shown to a class in training that one of them may be, if there are others.
+            Maximum share of a class's retrievals in training for one strategy, while there are others.
         bank_cross_class (`bool`, *optional*, defaults to `False`):
             Whether strategies of other classes are shown too, so that they can be combined.
         bank_server (`str`, *optional*):
@@ -133,7 +133,8 @@ class SGPOConfig(GRPOConfig):
         },
     )
     num_bank_rollouts: int = field(
-        default=0, metadata={"help": "b, executions per problem of strategies drawn from the bank."}
+        default=0,
+        metadata={"help": "b, executions per problem of strategies that are drawn from the bank and not rewritten."},
     )
     class_column: str | None = field(
         default=None,
@@ -239,7 +240,7 @@ class SGPOConfig(GRPOConfig):
     )
     bank_max_share: float = field(
         default=0.25,
-        metadata={"help": "Largest part of the strategies shown to a class in training that one of them may be."},
+        metadata={"help": "Maximum share of a class's retrievals in training for one strategy."},
     )
     bank_cross_class: bool = field(
         default=False, metadata={"help": "Whether strategies of other classes are shown too."}

@@ -203,7 +203,7 @@ _SUSPICIOUS = {
 @dataclass(frozen=True)
 class Finding:
     """
-    Something suspicious that an audit found.
+    A finding of an audit.
 
     Args:
         strategy_id (`str`):

@@ -23,7 +23,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _cell(name: str) -> str:
-    """A name that some model or user made up, as text that Markdown shows as it is."""
+    """An untrusted name, escaped for Markdown."""
     return "`" + re.sub(r"[^\w ./:+-]", "?", name) + "`" if name else "–"
 
 

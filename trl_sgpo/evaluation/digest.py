@@ -20,7 +20,7 @@ def digest(value: Any) -> str:
 
 
 def settings_record(settings: "TwoPhaseSettings") -> dict[str, Any]:
-    """Settings for a record. Keys unknown to earlier versions are left out if `None`, so that their records continue."""
+    """Settings for a record. Keys that earlier versions lack are left out if `None`: their records continue."""
     return {key: value for key, value in asdict(settings).items() if value is not None or key not in _NEWER}
 
 
