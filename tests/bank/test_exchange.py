@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, export, rows
 from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank
-from trl_sgpo.bank.export import is_export, read_export
+from trl_sgpo.bank.export_files import is_export, read_export
 from trl_sgpo.errors import BankError
 
 

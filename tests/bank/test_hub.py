@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, DatasetCard
 
 from trl_sgpo.bank import Outcome, StrategyBank, export
 from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank, push_bank
-from trl_sgpo.bank.export import read_export
+from trl_sgpo.bank.export_files import read_export
 from trl_sgpo.bank.hub import make_card, pull_bank
 from trl_sgpo.errors import BankError
 
