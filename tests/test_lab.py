@@ -82,6 +82,12 @@ def test_commands_build_the_model_once_and_the_lookup_of_weights_does_not(
         lab.fetch_model("./no/such/directory")
 
 
+def test_a_directory_of_that_name_is_used_and_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "build_lab_model", None)
+    Path("trl-sgpo/lab").mkdir(parents=True)
+    assert lab.fetch_model("trl-sgpo/lab") == local_weights("trl-sgpo/lab") == "trl-sgpo/lab"
+
+
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "lab" / "sgpo.yaml")
 
 

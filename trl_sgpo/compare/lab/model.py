@@ -38,8 +38,8 @@ _ASKED = ("strategy?", "apply", ">")
 
 
 def prepare_model(name: str) -> None:
-    """Trains the laboratory's model if `name` is `trl-sgpo/lab` and it does not exist yet."""
-    if name == LAB_MODEL and not lab_directory().is_dir():
+    """Trains the laboratory's model if `name` is `trl-sgpo/lab`, no directory, and it does not exist yet."""
+    if name == LAB_MODEL and not os.path.isdir(name) and not lab_directory().is_dir():
         build_lab_model(lab_directory())
 
 
