@@ -27,7 +27,6 @@ from trl_sgpo.data.warmstart import warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
 from trl_sgpo.hub.snippet import transformers_snippet
-from trl_sgpo.hub.trainer import HubTrainer
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.inference.solution import Attempt, Solution
@@ -41,7 +40,7 @@ REFERENCE = ROOT / "docs" / "api.md"
 WIDTH = 110
 PUBLIC: dict[str, list[Any]] = {
     "Training": [
-        SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, HubTrainer, SGPOScriptArguments, warmstart, Trace,
+        SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, SGPOScriptArguments, warmstart, Trace,
         answer_reward, load_problems,
     ],
     "Strategy bank": [
@@ -73,9 +72,14 @@ def is_error(item: Any) -> bool:
 
 
 def members(item: Any) -> dict[str, list[str] | None]:
-    """What a class itself defines for its users: methods with their arguments, and properties with `None`."""
+    """Methods that a class and its bases in this package define, with their arguments, and properties with `None`."""
     found: dict[str, list[str] | None] = {}
-    for name, member in vars(item).items() if isinstance(item, type) else ():
+    bases = (
+        [each for each in reversed(item.__mro__) if each.__module__.startswith("trl_sgpo")]
+        if isinstance(item, type)
+        else []
+    )
+    for name, member in (pair for base in bases for pair in vars(base).items()):
         if name.startswith("_") and name != "__call__":
             continue
         if isinstance(member, property | cached_property):
@@ -120,7 +124,7 @@ def signatures() -> str:
 
 
 def documented(item: Any) -> dict[str, list[str] | None]:
-    return {name: given for name, given in members(item).items() if vars(item)[name].__doc__}
+    return {name: given for name, given in members(item).items() if inspect.getattr_static(item, name).__doc__}
 
 
 NAMES = {item.__name__ for items in PUBLIC.values() for item in items}
@@ -195,7 +199,7 @@ def reference() -> str:
             for member, given in documented(item).items():
                 path = f"{name}.{member}"
                 code = [path] if given is None else call(path, given)
-                doc = markdown(inspect.getdoc(vars(item)[member]))
+                doc = markdown(inspect.getdoc(inspect.getattr_static(item, member)))
                 lines += ["", f"#### `{path}`", "", "```python", *code, "```", *doc]
     return "\n".join(lines) + "\n"
 
