@@ -22,8 +22,8 @@ from trl_sgpo.bank.hub import pull_bank
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.cli.bench import SUBJECTS
 from trl_sgpo.cli.main import COMMANDS
-from trl_sgpo.data.bootstrap import warmstart
 from trl_sgpo.data.tasks import answer_reward, load_problems
+from trl_sgpo.data.warmstart import warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
 from trl_sgpo.hub.snippet import transformers_snippet

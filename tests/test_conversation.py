@@ -17,7 +17,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, Generatio
 
 from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank
 from trl_sgpo.bank import Strategy
-from trl_sgpo.data.bootstrap import two_phase_examples, warmstart
+from trl_sgpo.data.warmstart import two_phase_examples, warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError
 from trl_sgpo.evaluation.runner import Protocol, _attempt
@@ -597,6 +597,21 @@ class TestReasoning:
             assert chunk["results"][0]["attempts"][0]["strategy"] == "Add both."
         request, end = expected(case, tok, "")[0], tok.convert_tokens_to_ids(case.end)
         assert seen == [request, [*request, *sampled, end, *expected(case, tok, "")[2]]]
+
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_marks_may_be_special_tokens(self, opened: bool) -> None:
+        """Decoding without special tokens would drop them, and keep the reasoning as a part of the strategy."""
+        case = CASES["qwen3.5"] if opened else self.CASE
+        tok = case.tokenizer()
+        tok.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+        conversation = settings_of(case).conversation(tok)
+        reasoning = self.REASONING.removeprefix(case.opening)
+        sampled = plain_ids(tok, f"{reasoning}Add both.<|im_end|>")
+        assert "think" not in tok.decode(sampled, skip_special_tokens=True)
+        parsed = conversation.parse(case.prompt(PROBLEM), sampled)
+        assert (parsed.text, parsed.reasoning) == ("Add both.", reasoning)
+        parsed = conversation.parse(case.prompt(PROBLEM), plain_ids(tok, reasoning[:20]), truncated=True)
+        assert (parsed.text, parsed.flaw) == ("", "truncated")
 
     def test_own_strategies_are_executed_as_written(self) -> None:
         """Outside training too: what is parsed is written again with its reasoning."""

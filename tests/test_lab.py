@@ -11,7 +11,7 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.compare.lab import model as lab
 from trl_sgpo.compare.lab.list_functions import NUMBER_WORDS, compositions, problems, strategy
 from trl_sgpo.compare.lab.model import lab_tokenizer, lab_traces
-from trl_sgpo.data.bootstrap import two_phase_examples
+from trl_sgpo.data.warmstart import two_phase_examples
 from trl_sgpo.data.worked import traces
 from trl_sgpo.errors import ModelError
 from trl_sgpo.inference.weights import local_weights, require_model

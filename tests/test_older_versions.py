@@ -8,6 +8,7 @@ logged, and the content of the bank after the last step.
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from models import evenness, hash_embedder, problems
 from peft import LoraConfig
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
+from trl_sgpo.evaluation.digest import digest, settings_record
 from trl_sgpo.inference.settings import TwoPhaseSettings
 
 
@@ -81,6 +83,16 @@ def test_a_bank_opens_and_finds_its_strategies(run):
         assert bank.damage() == []
         (found,) = bank.retrieve(["Kind 0: what is 1 + 2?"])
         assert [hit.strategy.text for hit in found] == ["Add the first number to the other one."]
+
+
+def test_digests_of_settings_without_newer_keys_are_the_same():
+    """`eval` and `solve` continue the records of version 0.1.0, which computed the first digest here."""
+    settings = TwoPhaseSettings(system_prompt="Be brief.")
+    assert digest({"settings": settings_record(settings)}) == (
+        "a9e4e38ad5c3385e3fbcdcceceaf6b9b8591f40961ec1189342d16f3391a246c"
+    )
+    for newer in ({"chat_template_kwargs": {"enable_thinking": False}}, {"turn_end": "<end>"}):
+        assert settings_record(replace(settings, **newer)) == settings_record(settings) | newer
 
 
 def test_settings_without_newer_keys_are_read(run):

@@ -1,4 +1,4 @@
-"""Trainer callbacks: when the bank is written, what a run was, and what a user should know while it goes on."""
+"""Trainer callbacks: writing the bank, recording the run, the worst-case step, and advice on metrics."""
 
 import json
 from collections import Counter
@@ -16,6 +16,7 @@ from .bank.session import BankSession
 from .data.classes import CLASS_COLUMN
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
+from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
 from .speed.trainer import SharedPromptGRPOTrainer
 from .vram.worst_case import take_worst_case_step
 
@@ -36,7 +37,7 @@ class StrategyBankCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.session.set_aside_old_bank()
-        self.session.share(self.log_metric)  # first of all, so that a wrong address ends the run before it has begun
+        self.session.share(self.log_metric)  # before the first step, so that a wrong address ends the run at once
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.commit()
@@ -46,8 +47,8 @@ class StrategyBankCallback(TrainerCallback):
 
 class RunRecordCallback(TrainerCallback):
     """
-    Writes into `output_dir` what `trl-sgpo report` reads of a run besides its checkpoints, bank and completions:
-    `settings.json` when training begins, `trainer_state.json` when it ends.
+    Writes files that `trl-sgpo report` reads into `output_dir`: `settings.json` when training begins and
+    `trainer_state.json` when it ends.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -71,17 +72,17 @@ class RunRecordCallback(TrainerCallback):
         }
         path = Path(args.output_dir)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "settings.json").write_text(json.dumps(settings, indent=2, default=str))
+        (path / RUN_SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
+            state.save_to_json(str(Path(args.output_dir) / STATE_FILE))
 
 
 class WorstCaseCallback(TrainerCallback):
     """
-    Takes the largest step that a run can come to before the first real one, to see whether it fits into memory.
-    `peaks` is what [`~trl_sgpo.vram.worst_case.take_worst_case_step`] found.
+    Takes the largest possible step before the first real one, to test whether it fits into memory. `peaks` are the
+    peaks that [`~trl_sgpo.vram.worst_case.take_worst_case_step`] measured.
     """
 
     def __init__(self, trainer: SharedPromptGRPOTrainer, conversation: Conversation, geometry: BlockGeometry):
@@ -90,49 +91,49 @@ class WorstCaseCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        wanted = args.worst_case_step
-        if wanted is None:
-            wanted = trainer.accelerator.device.type != "cpu"
-        if wanted and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        enabled = args.worst_case_step
+        if enabled is None:
+            enabled = trainer.accelerator.device.type != "cpu"
+        if enabled and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             take_worst_case_step(trainer, self.conversation, self.geometry, self.peaks)
 
 
 class AdviceCallback(TrainerCallback):
-    """Says once, when it first happens, what a surprising metric means and what to change."""
+    """Logs, once each, what a surprising metric means and what to change."""
 
     def __init__(self) -> None:
-        self.said: set[str] = set()
+        self.logged: set[str] = set()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if not state.is_world_process_zero or "loss" not in logs:
             return
         if abs(logs["loss"]) < 1e-3:
-            self._say(
+            self._log_once(
                 "loss",
                 "A loss near 0 is expected: advantages are centred, so on fresh rollouts the loss is about 0 while "
                 "its gradient is not. Watch sgpo/correctness and sgpo/transfer instead.",
             )
         if logs.get("sgpo/strategy_truncated", 0) > 0.5:
-            self._say(
+            self._log_once(
                 "strategy",
                 f"Over half of the strategies were cut off at {args.max_strategy_length} tokens: raise "
                 "`max_strategy_length`, or ask for shorter ones in `strategy_prompt`.",
             )
         if logs.get("sgpo/execution_truncated", 0) > 0.5:
-            self._say(
+            self._log_once(
                 "execution",
                 f"Over half of the executions were cut off at {args.max_completion_length} tokens: raise "
                 "`max_completion_length`, or ask for shorter ones in `execution_prompt`.",
             )
         if logs.get("sgpo/frac_blocks_no_signal", 0) > 0.5:
-            self._say(
+            self._log_once(
                 "signal",
                 "Over half of the transfer blocks taught nothing, because all their executions earned the same: raise "
                 "`num_generations`, choose easier or harder problems, or warm-start the model.",
             )
 
-    def _say(self, topic: str, message: str) -> None:
-        if topic not in self.said:
-            self.said.add(topic)
+    def _log_once(self, topic: str, message: str) -> None:
+        if topic not in self.logged:
+            self.logged.add(topic)
             logger.warning(message)

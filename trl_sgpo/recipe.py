@@ -215,26 +215,26 @@ def resume_point(training: SGPOConfig) -> str | None:
     Raises:
         [`ConfigError`]: The directory named is no complete checkpoint.
     """
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).casefold() in ("false", "no", "none", ""):
+    setting = training.resume_from_checkpoint
+    if setting is None or str(setting).casefold() in ("false", "no", "none", ""):
         return None
-    if str(wanted).casefold() not in ("true", "yes"):
-        if not _is_complete(Path(wanted)):
+    if str(setting).casefold() not in ("true", "yes"):
+        if not _is_complete(Path(setting)):
             raise ConfigError(
-                f"{wanted} is no complete checkpoint: set `resume_from_checkpoint` to true for the last complete one "
+                f"{setting} is no complete checkpoint: set `resume_from_checkpoint` to true for the last complete one "
                 f"in {training.output_dir}."
             )
-        return str(wanted)
-    found = sorted(
+        return str(setting)
+    checkpoints = sorted(
         (int(path.name.rsplit("-", 1)[1]), str(path))
         for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
     )
-    if not found:
+    if not checkpoints:
         print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
         return None
-    print(f"Resuming from {found[-1][1]}.")
-    return found[-1][1]
+    print(f"Resuming from {checkpoints[-1][1]}.")
+    return checkpoints[-1][1]
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -15,7 +15,7 @@ class SGPOConfig(GRPOConfig):
     Configuration class for the [`SGPOTrainer`].
 
     It adds to [`~trl.GRPOConfig`] what the two phases, the transfer blocks and the strategy bank need. Inherited
-    parameters keep their meaning, with two readings: `max_completion_length` limits the **execution** (the strategy
+    parameters keep their meaning, with two notes: `max_completion_length` limits the **execution** (the strategy
     has `max_strategy_length`), and `num_generations` counts the executions of one problem, `n * K + b`: `n` with the
     problem's own strategies, `n * (K - 1)` with strategies borrowed from the other problems of its block, `b` with
     strategies from the bank. `n` follows from the other three.
@@ -26,8 +26,8 @@ class SGPOConfig(GRPOConfig):
         transfer_block_size (`int`, *optional*, defaults to `2`):
             K, the number of problems of one class that execute each other's strategies. `1` switches transfer off.
         num_bank_rollouts (`int`, *optional*, defaults to `0`):
-            b, executions per problem of strategies drawn from the bank as they are. They are how candidates are
-            tried. While the bank holds fewer than b strategies for a class, the block's own are executed again.
+            b, executions per problem of strategies drawn from the bank, which test candidates. While the bank
+            holds fewer than b strategies for a class, the block's own are executed again.
         per_device_train_batch_size (`int`, *optional*, defaults to `16`):
             Rows per device and forward pass. Times `gradient_accumulation_steps`, or `steps_per_generation`, they hold
             whole blocks of K * `num_generations` rows.
@@ -37,7 +37,7 @@ class SGPOConfig(GRPOConfig):
         num_clusters (`int`, *optional*, defaults to `16`):
             Number of classes to make where the dataset names none.
         small_classes (`str`, *optional*, defaults to `"error"`):
-            What becomes of a class with fewer than K problems: `"error"` reports it, `"merge"` joins it to the
+            Treatment of a class with fewer than K problems: `"error"` raises an error, `"merge"` joins it to the
             nearest class by prompt embedding.
         answer_column (`str`, *optional*, defaults to `"solution"`):
             Dataset column with the short answer, if there is one. It is used to keep problems with equal answers
@@ -64,8 +64,8 @@ class SGPOConfig(GRPOConfig):
             generation, `"sdpa"` and `"eager"`), and on models that are recurrent, slide their attention within a row
             or add a router loss.
         worst_case_step (`bool`, *optional*):
-            Whether to take one step at its largest before the first real one, so that a run that does not fit into
-            memory fails at once: the longest problems, both phases at full length. Nothing of it is kept. If `None`,
+            Whether to take the largest possible step before the first real one, so that a run that does not fit into
+            memory fails at once: the longest problems, both phases at full length. It changes no state. If `None`,
             it is taken on accelerators by runs without vLLM, DeepSpeed and FSDP.
 
         > Parameters that control rewards and credit
@@ -108,13 +108,13 @@ class SGPOConfig(GRPOConfig):
             Part of the other strategies' success rate on the same problems that a strategy may fall short of it and
             be trusted. One that falls short by more, with 95% confidence, is retired.
         bank_max_share (`float`, *optional*, defaults to `0.25`):
-            Part of the strategies shown to a class in training that one of them may make up while there are others.
+            Maximum share of a class's retrievals in training for one strategy, while there are others.
         bank_cross_class (`bool`, *optional*, defaults to `False`):
             Whether strategies of other classes are shown too, so that they can be combined.
         bank_server (`str`, *optional*):
             Address of a Chroma server through which several jobs exchange the strategies they trust, such as
-            `http://127.0.0.1:8000`. What is received is in quarantine until executions here speak for it. A token
-            for a proxy in front of the server is taken from the environment variable `TRL_SGPO_BANK_TOKEN`.
+            `http://127.0.0.1:8000`. Received strategies are in quarantine until they prove useful in executions here.
+            A token for a proxy in front of the server is taken from the environment variable `TRL_SGPO_BANK_TOKEN`.
         bank_sync_steps (`int`, *optional*, defaults to `10`):
             Number of optimizer steps between two exchanges with `bank_server`.
     """
@@ -133,7 +133,8 @@ class SGPOConfig(GRPOConfig):
         },
     )
     num_bank_rollouts: int = field(
-        default=0, metadata={"help": "b, executions per problem of strategies drawn from the bank as they are."}
+        default=0,
+        metadata={"help": "b, executions per problem of strategies that are drawn from the bank and not rewritten."},
     )
     class_column: str | None = field(
         default=None,
@@ -146,8 +147,8 @@ class SGPOConfig(GRPOConfig):
     small_classes: str = field(
         default="error",
         metadata={
-            "help": "What becomes of a class with fewer than K problems: `error` reports it, `merge` joins it to the "
-            "nearest class.",
+            "help": "Treatment of a class with fewer than K problems: `error` raises an error, `merge` joins it to "
+            "the nearest class.",
             "choices": ["error", "merge"],
         },
     )
@@ -185,7 +186,7 @@ class SGPOConfig(GRPOConfig):
     worst_case_step: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to take one step at its largest before the first real one, to see whether it fits. If "
+            "help": "Whether to take the largest possible step before the first real one, to test whether it fits. If "
             "`None`, on accelerators."
         },
     )
@@ -239,7 +240,7 @@ class SGPOConfig(GRPOConfig):
     )
     bank_max_share: float = field(
         default=0.25,
-        metadata={"help": "Part of what training shows of a class that one strategy may make up."},
+        metadata={"help": "Maximum share of a class's retrievals in training for one strategy."},
     )
     bank_cross_class: bool = field(
         default=False, metadata={"help": "Whether strategies of other classes are shown too."}

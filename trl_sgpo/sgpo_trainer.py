@@ -1,18 +1,18 @@
 """
 `SGPOTrainer`: what differs from `GRPOTrainer`.
 
-1. Sampling: K problems of one class stand side by side (`_get_train_sampler`, `method/transfer.py`).
+1. Sampling: K problems of one class form a transfer block (`_get_train_sampler`, `method/transfer.py`).
 2. Generation: two phases instead of one (`_roll_out`, `method/rollout.py`, `method/conversation.py`). Each problem
    writes n strategies; every strategy of a block is executed on every problem of the block.
 3. Rewards: reward functions see the execution only (`_calculate_rewards`). Their weighted sum fills the outcome
-   matrix; the first one is the verifier that transfer score and bank rest on.
+   matrix; the first one is the verifier, whose outcomes transfer score and bank use.
 4. Credit: strategy tokens and execution tokens have advantages of their own (`_generate_and_score_completions`,
    `method/credit.py`, `method/advantages.py`).
 5. Bank: strategies are retrieved before the first phase and stored after the optimizer step (`bank/session.py`).
-6. Checkpoints: they hold the bank as of their step, and the rollouts that later steps still train on
+6. Checkpoints: they contain the bank at their step, and the rollouts that later steps still train on
    (`_save_checkpoint`, `method/buffer.py`).
 
-Two base classes hold what is no part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
+Two base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
 faster, [`HubTrainer`] (`hub/trainer.py`) pushes a run to the Hub.
 
 In evaluation each row writes and executes its own strategy, and nothing is written to the bank.

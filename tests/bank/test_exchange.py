@@ -19,9 +19,9 @@ from benchmarks.fuzz import malformed_export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, export, rows
+from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, export_files, rows
 from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank
-from trl_sgpo.bank.export import is_export, read_export
+from trl_sgpo.bank.export_files import is_export, read_export
 from trl_sgpo.errors import BankError
 
 
@@ -224,7 +224,7 @@ def test_the_manifest_describes_the_export(source, tmp_path):
         "models": ["org/m0", "org/m1", "org/m2"],
         "embedding_model": "hashed_words",
         "license": "cc-by-4.0",
-        "trl_sgpo_version": export.__version__,
+        "trl_sgpo_version": export_files.__version__,
     }
     assert sorted(path.name for path in directory.iterdir()) == ["manifest.json", "strategies.jsonl"]
 
@@ -234,11 +234,11 @@ def test_the_manifest_describes_the_export(source, tmp_path):
 def test_any_text_is_exchanged_as_it_is_or_left_out(tmp_path, text, name):
     strategy = Strategy(text, name, ("s0",), model=name)
     try:
-        export.from_row(export.to_row(strategy, []))
+        export_files.from_row(export_files.to_row(strategy, []))
     except ValueError as error:
         assert re.search("character", str(error)) or not text.strip()
         return
-    export.write_export(tmp_path / "export", *export.make_export([(strategy, [])], "embedder"))
+    export_files.write_export(tmp_path / "export", *export_files.make_export([(strategy, [])], "embedder"))
     assert read_export(tmp_path / "export")[0] == [strategy]
 
 
@@ -300,7 +300,7 @@ def test_a_crash_leaves_no_export_that_could_be_imported(source, other, tmp_path
             raise OSError(28, "No space left on device")
         os.replace(temporary, target)
 
-    monkeypatch.setattr(export, "durable_replace", crash_at_the_second)
+    monkeypatch.setattr(export_files, "durable_replace", crash_at_the_second)
     with pytest.raises(BankError, match="No space left on device"):
         export_bank(source, directory)
     assert replaced == ["strategies.jsonl", "manifest.json"]
@@ -322,7 +322,7 @@ def test_arguments_that_cannot_be(source, tmp_path, monkeypatch):
     ]:
         with pytest.raises(BankError, match=message):
             export_bank(source, tmp_path / "export", **arguments)
-    monkeypatch.setattr(export, "MAX_ROWS", 10)
+    monkeypatch.setattr(export_files, "MAX_ROWS", 10)
     with pytest.raises(BankError, match=r"18 strategies.*up to 10.*fewer trust states"):
         export_bank(source, tmp_path / "export")
     assert not (tmp_path / "export").exists()
@@ -517,7 +517,7 @@ def test_other_files_are_not_opened(source, exported, monkeypatch):
 
 def test_files_beyond_the_limits_are_not_read(untouched, exported, monkeypatch):
     size = next(exported.glob("strategies*")).stat().st_size
-    monkeypatch.setattr(export, "MAX_FILE_BYTES", size - 1)
+    monkeypatch.setattr(export_files, "MAX_FILE_BYTES", size - 1)
     refuse(untouched, exported, f"size must be at most {size - 1}")
     seal(exported, size=1)
     refuse(untouched, exported, f"has {size} bytes, and at most {size - 1} are read")

@@ -9,9 +9,9 @@ from bank_helpers import hashed_words, make
 from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, DatasetCard
 
-from trl_sgpo.bank import Outcome, StrategyBank, export
+from trl_sgpo.bank import Outcome, StrategyBank, export_files
 from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank, push_bank
-from trl_sgpo.bank.export import read_export
+from trl_sgpo.bank.export_files import read_export
 from trl_sgpo.bank.hub import make_card, pull_bank
 from trl_sgpo.errors import BankError
 
@@ -270,7 +270,7 @@ def test_a_dataset_that_is_no_export_is_not_downloaded(hub, source, tmp_path, mo
     ]:
         with_manifest(**changes)
         refused(message, {"manifest.json"})
-    monkeypatch.setattr(export, "MAX_FILE_BYTES", len(data) - 1)
+    monkeypatch.setattr(export_files, "MAX_FILE_BYTES", len(data) - 1)
     with_manifest()
     refused("size must be at most", {"manifest.json"})
 

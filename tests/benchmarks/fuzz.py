@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from trl_sgpo.bank import StrategyBank
 from trl_sgpo.bank.exchange import import_bank
-from trl_sgpo.bank.export import make_export
+from trl_sgpo.bank.export_files import make_export
 from trl_sgpo.bank.files import EXPORT_FILE, EXPORT_MANIFEST
 from trl_sgpo.bank.rows import to_jsonl, to_row
 from trl_sgpo.bank.strategy import TRUST_STATES, Execution, Strategy

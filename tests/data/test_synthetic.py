@@ -21,8 +21,8 @@ from trl_sgpo.data.acceptance import (
     to_traces,
 )
 from trl_sgpo.data.annotations import strategy_from_annotations, worked_execution
-from trl_sgpo.data.bootstrap_run import Block as RecordedBlock
-from trl_sgpo.data.bootstrap_run import Plan, by_rule, by_writer, cut_blocks, open_record, run_blocks, try_block
+from trl_sgpo.data.bootstrap import Block as RecordedBlock
+from trl_sgpo.data.bootstrap import Plan, by_rule, by_writer, cut_blocks, open_record, run_blocks, try_block
 from trl_sgpo.data.tasks import answer_reward, final_answer
 from trl_sgpo.data.trace_files import read_traces, write_traces
 from trl_sgpo.data.worked import Trace

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import huggingface_hub.constants
@@ -25,6 +27,11 @@ def packages(tmp_path, monkeypatch):
 def test_directory_and_other_names(tmp_path):
     assert local_weights(str(tmp_path)) == require_model(str(tmp_path)) == str(tmp_path)
     assert local_weights("some-org/some-model") == "some-org/some-model"
+
+
+def test_looking_up_weights_imports_no_laboratory():
+    code = "import sys, trl_sgpo.inference.weights\nassert not [name for name in sys.modules if '.compare' in name]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_packaged_embedder(packages):

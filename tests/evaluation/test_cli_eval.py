@@ -17,6 +17,7 @@ from models import problems, save_tiny_model
 from trl_sgpo.bank import StrategyBank
 from trl_sgpo.cli.eval import main
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
+from trl_sgpo.inference.model import TwoPhaseModel
 
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,20 @@ def test_changed_settings_are_refused(arguments, tmp_path):
     with pytest.raises(ConfigError, match=r"model, weights"):
         main([*arguments, "--model", other])
     assert main([*arguments, "--seed", "7", "--overwrite"]) == 0
+
+
+def test_an_evaluation_of_an_earlier_version_continues(arguments, tmp_path, monkeypatch):
+    """Version 0.1.0 recorded the settings of the two phases without the newer keys."""
+    arguments = [*arguments, "--no_plots"]
+    assert main(arguments) == 0
+    path = tmp_path / "out" / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["two_phase"] = {
+        key: value for key, value in settings["two_phase"].items() if key not in ("chat_template_kwargs", "turn_end")
+    }
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr(TwoPhaseModel, "write_strategies", None)  # nothing is left to be evaluated
+    assert main(arguments) == 0
 
 
 def test_yaml_and_command_line(arguments, data, tmp_path, tiny):

@@ -203,7 +203,7 @@ _SUSPICIOUS = {
 @dataclass(frozen=True)
 class Finding:
     """
-    Something suspicious that an audit found.
+    A finding of an audit.
 
     Args:
         strategy_id (`str`):
@@ -249,13 +249,13 @@ def control_tokens(text: str) -> list[str]:
 def _hidden_characters(text: str) -> list[str]:
     """Names of invisible characters, and adjacent letters of two alphabets that look alike."""
     legitimate = "\t\n\r" if _visible(text).isascii() else "\t\n\r" + _OF_OTHER_SCRIPTS
-    found = [
+    names = [
         unicodedata.name(character, f"U+{ord(character):04X}")
         for character in text
         if unicodedata.category(character) in ("Cf", "Co", "Cc") and character not in legitimate
     ]
-    found += [f"two alphabets in {match!r}" for match in _TWO_ALPHABETS.findall(text)]
-    return list(dict.fromkeys(found))
+    names += [f"two alphabets in {match!r}" for match in _TWO_ALPHABETS.findall(text)]
+    return list(dict.fromkeys(names))
 
 
 def _normalised(text: str) -> list[str]:
@@ -293,21 +293,21 @@ def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
     Returns:
         `list[Finding]`: Errors of the kinds `"control_tokens"`, `"injected_instruction"`, `"deception"` and `"leak"`.
     """
-    found: dict[str, str] = {}
+    details: dict[str, str] = {}
     shown = _visible(text)
     if tokens := control_tokens(text):
-        found["control_tokens"] = f"has the control tokens {' '.join(tokens)}"
+        details["control_tokens"] = f"has the control tokens {' '.join(tokens)}"
     if hidden := _hidden_characters(text):
-        found["injected_instruction"] = f"hides something: {', '.join(hidden)}"
+        details["injected_instruction"] = f"hides something: {', '.join(hidden)}"
     if (header := _ROLE_HEADER.search(shown.casefold())) is not None:
-        found["injected_instruction"] = f"writes as {header[0].strip()!r}"
+        details["injected_instruction"] = f"writes as {header[0].strip()!r}"
     if leak(shown, "", None):
-        found["leak"] = "carries a final answer"
+        details["leak"] = "carries a final answer"
     for form in _normalised(text):
         for kind, pattern in _suspicious().items():
-            if kind not in found and (match := pattern.search(form)) is not None:
-                found[kind] = f"says {match[0]!r}"
-    return [Finding(strategy_id, kind, "error", detail) for kind, detail in found.items()]
+            if kind not in details and (match := pattern.search(form)) is not None:
+                details[kind] = f"says {match[0]!r}"
+    return [Finding(strategy_id, kind, "error", detail) for kind, detail in details.items()]
 
 
 # Banks
@@ -339,25 +339,25 @@ def audit(
         `list[Finding]`: Errors first, then by class and strategy.
     """
     live = [strategy for strategy in strategies if strategy.trust != "retired"]
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for strategy in live:
-        found += audit_text(strategy.text, strategy.id)
-    found += _copied(live)
-    found += _unproven(live, min_problems, tolerance)
+        findings += audit_text(strategy.text, strategy.id)
+    findings += _copied(live)
+    findings += _unproven(live, min_problems, tolerance)
     classes: dict[str, list[Strategy]] = defaultdict(list)
     for strategy in live:
         classes[strategy.problem_class].append(strategy)
     for name, members in classes.items():
-        found += [
+        findings += [
             Finding("", each.kind, each.severity, f"the class {name!r} {each.detail}") for each in audit_text(name)
         ]
         matrix = np.array([embeddings[strategy.id] for strategy in members])
-        found += _near_copies(members, matrix)
-        found += _unlike(members, matrix)
+        findings += _near_copies(members, matrix)
+        findings += _unlike(members, matrix)
         shown = sum(strategy.shown for strategy in strategies if strategy.problem_class == name)
-        found += _concentrated(name, members, shown, max_share)
+        findings += _concentrated(name, members, shown, max_share)
     classes_of = {strategy.id: strategy.problem_class for strategy in live}
-    return sorted(found, key=lambda each: (each.severity, classes_of.get(each.strategy_id, ""), each.strategy_id))
+    return sorted(findings, key=lambda each: (each.severity, classes_of.get(each.strategy_id, ""), each.strategy_id))
 
 
 def _copied(strategies: Sequence[Strategy]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import BankError
 from .changes import Changes, expect_storable
 from .embedding import Embedder, EmbeddingModel
-from .export import read_export
+from .export_files import read_export
 from .files import LEDGER
 from .hub import pull_bank
 from .store import Store

@@ -145,10 +145,10 @@ class ChromaServer:
 
     def open(self, name: str, metadata: dict[str, str]) -> None:
         """Use the collection of this name. It is created if it does not exist, and must have the metadata."""
-        found = self._ask("POST", "", {"name": name, "metadata": metadata, "get_or_create": True})
+        collection = self._ask("POST", "", {"name": name, "metadata": metadata, "get_or_create": True})
         try:
-            self._collection = f"/{uuid.UUID(found['id'])}"
-            ours = found["metadata"] == metadata and found["dimension"] in (None, 1)
+            self._collection = f"/{uuid.UUID(collection['id'])}"
+            ours = collection["metadata"] == metadata and collection["dimension"] in (None, 1)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServerError("it does not answer as a Chroma server does") from error
         if not ours:

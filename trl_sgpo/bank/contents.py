@@ -91,7 +91,7 @@ class Contents:
             together[scope].append(row)
         draw = None if explore is None else np.random.default_rng(explore)
         shown = Counter[str]()  # by this call, of strategies and of classes
-        found: list[list[Retrieved]] = [[] for _ in scopes]
+        retrieved: list[list[Retrieved]] = [[] for _ in scopes]
         width = 4 * k + 16
         for scope, rows in together.items():
             parts = self._parts(scope, trust)
@@ -102,11 +102,11 @@ class Contents:
                 if len(best) < k and eligible > width:
                     (near,) = nearest(embeddings[row : row + 1], parts, eligible)
                     best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
-                found[row] = best
+                retrieved[row] = best
                 for hit in best:
                     shown[hit.strategy.id] += 1
                     shown[hit.strategy.problem_class] += 1
-        return found
+        return retrieved
 
     def _parts(self, scope: str | None, trust: Sequence[str]) -> list[tuple[ClassVectors, np.ndarray]]:
         """The classes to search, and the rows of each with one of the trust states."""
@@ -129,7 +129,7 @@ class Contents:
             return nearest(embeddings, parts, n)
         classes = {id(vectors) for vectors, _ in parts}
         fetched = search_index(embeddings, 2 * n * -(-len(self.live) // eligible))
-        found = [
+        nearest_hits = [
             [
                 (key, similarity)
                 for key, similarity in hits
@@ -138,10 +138,10 @@ class Contents:
             for hits in fetched
         ]
         # The index does not filter by class and trust, so too few of its nearest entries may be eligible
-        if few := [row for row, hits in enumerate(found) if len(hits) < n]:
+        if few := [row for row, hits in enumerate(nearest_hits) if len(hits) < n]:
             for row, hits in zip(few, nearest(embeddings[few], parts, n), strict=True):
-                found[row] = hits
-        return found
+                nearest_hits[row] = hits
+        return nearest_hits
 
     def _not_written_for(self, problems: set[str], hits: Hits) -> Hits:
         return [hit for hit in hits if problems.isdisjoint(self.strategies[hit[0]].source_problems)]
@@ -152,7 +152,7 @@ class Contents:
             utilities = [policy.utility(s.successes, s.trials) for s in strategies]
         else:
             utilities = _drawn_utilities(strategies, draw)
-        found = [
+        ranked = [
             Retrieved(strategy, similarity, max(similarity, 0.0) * utility)
             for strategy, (_, similarity), utility in zip(strategies, hits, utilities, strict=True)
         ]
@@ -164,8 +164,8 @@ class Contents:
             )
             return too_often, -hit.score, -hit.similarity, strategy.id
 
-        found.sort(key=order)
-        return [found[row] for row in policy.diversify([self.embedding(hit.strategy.id) for hit in found], k)]
+        ranked.sort(key=order)
+        return [ranked[row] for row in policy.diversify([self.embedding(hit.strategy.id) for hit in ranked], k)]
 
     def best(self, n: int) -> list[Strategy]:
         """The most useful strategies, as [`StrategyBank.best`] returns them."""

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from ..errors import BankError
 from .bank import StrategyBank
-from .export import make_export, published, read_export, write_export
+from .export_files import make_export, published, read_export, write_export
 from .hub import push_export
 from .rows import from_row, to_row
 from .strategy import TRUST_STATES, ImportReport

@@ -1,4 +1,4 @@
-"""Names of a bank's files, and how files are replaced and identified."""
+"""Names of a bank's files, and functions to replace and hash files."""
 
 import hashlib
 import os

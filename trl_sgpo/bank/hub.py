@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import BankError
 from ..hub.errors import readable_errors
-from .export import MAX_MANIFEST_BYTES, parse_manifest, read_export, write_export
+from .export_files import MAX_MANIFEST_BYTES, parse_manifest, read_export, write_export
 from .files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, PARQUET_FILE
 from .strategy import TRUST_STATES, Strategy
 
@@ -23,7 +23,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _cell(name: str) -> str:
-    """A name that some model or user made up, as text that Markdown shows as it is."""
+    """An untrusted name, escaped for Markdown."""
     return "`" + re.sub(r"[^\w ./:+-]", "?", name) + "`" if name else "–"
 
 
@@ -127,14 +127,14 @@ def push_export(
     strategies, _, manifest = read_export(directory)
     with readable_errors(f"Pushing to {repo_id}", BankError):
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        found = api.dataset_info(repo_id)
-    if private and not found.private:
+        repository = api.dataset_info(repo_id)
+    if private and not repository.private:
         raise BankError(f"{repo_id} is public: make it private on the Hub first, or push to a new name.")
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(CARD, make_card(repo_id, strategies, manifest).encode()),
         *(CommitOperationAdd(name, directory / name) for name in (EXPORT_FILE, EXPORT_MANIFEST)),
     ]
-    if PARQUET_FILE in {sibling.rfilename for sibling in found.siblings or ()}:
+    if PARQUET_FILE in {sibling.rfilename for sibling in repository.siblings or ()}:
         operations.append(CommitOperationDelete(PARQUET_FILE))
     with readable_errors(f"Pushing to {repo_id}", BankError):
         commit = api.create_commit(
@@ -142,7 +142,7 @@ def push_export(
             operations,
             repo_type="dataset",
             commit_message=message or f"Export {len(strategies)} strategies",
-            parent_commit=parent_commit or found.sha,
+            parent_commit=parent_commit or repository.sha,
         )
     return commit.oid
 

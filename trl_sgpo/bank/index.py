@@ -1,5 +1,5 @@
 """
-The index of a large bank: ids and embeddings in Chroma. It holds nothing that the ledger does not.
+The index of a large bank: ids and embeddings in Chroma. All of it is in the ledger too.
 
 It is opened by the first search among more strategies than are compared exactly, so most banks have none.
 """
@@ -86,7 +86,7 @@ class Index:
                     str(self.directory), chromadb.Settings(anonymized_telemetry=False)
                 )
             except chromadb.errors.ChromaError:
-                # Chroma remembers a client that failed to start and would hand it out again for the same path
+                # Chroma caches a client that failed to start and would return it again for the same path
                 SharedSystemClient.clear_system_cache()
                 raise
             try:
@@ -173,10 +173,10 @@ class Index:
         if len(embeddings) == 0:
             return []
         with self._readable_errors():
-            found: Any = self._collection.query(query_embeddings=embeddings, n_results=n, include=["distances"])
+            answer: Any = self._collection.query(query_embeddings=embeddings, n_results=n, include=["distances"])
         return [
             [(key, 1.0 - distance) for key, distance in zip(ids, distances, strict=True)]
-            for ids, distances in zip(found["ids"], found["distances"], strict=True)
+            for ids, distances in zip(answer["ids"], answer["distances"], strict=True)
         ]
 
     def ids(self) -> list[str]:
@@ -203,7 +203,7 @@ class BankIndex:
     The index of a bank, opened by its first search and brought up to date before each one.
 
     It is opened as it is only if its seal fits the ledger, and otherwise rebuilt from what the bank holds. One that
-    fails is rebuilt too, because training has to go on.
+    fails is rebuilt too, so that training continues.
 
     Args:
         directory (`Path`):

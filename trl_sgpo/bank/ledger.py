@@ -261,12 +261,12 @@ class Ledger:
         provenance is not what was written.
         """
         with self._readable_errors():
-            found = [row[0] for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            faults = [row[0] for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
             stored = dict(self._connection.execute("SELECT id, checksum FROM strategies"))
         for strategy in self.all():
             if stored.get(strategy.id) != strategy.checksum:
-                found.append(f"strategy {strategy.id} ({strategy.text[:40]!r}) is not what was written")
-        return found
+                faults.append(f"strategy {strategy.id} ({strategy.text[:40]!r}) is not what was written")
+        return faults
 
     def all(self) -> list[Strategy]:
         """All strategies, retired ones too, in the order they were stored."""

@@ -16,7 +16,7 @@ HOLDER = "holder.json"
 
 class BankLock:
     """
-    Holds a bank's directory until released. The operating system releases it when the process ends, however it does.
+    Holds a bank's directory until released. The operating system releases it when the process ends or is killed.
 
     Args:
         directory (`Path`):

@@ -1,4 +1,4 @@
-"""Rows of exports: written from strategies, and read with full checks because a stranger may have sent them."""
+"""Rows of exports: written from strategies, and read with full checks because they are untrusted."""
 
 import json
 import math
@@ -16,7 +16,7 @@ MAX_ROW_BYTES = 16 * 2**20  # of a line of JSON: its values take about twenty ti
 MAX_TEXT = 4_000  # characters: prompts quote strategies
 MAX_NAME = 200  # characters of a class, a model, a run, an origin
 MAX_ITEMS = 100_000  # of one strategy's problems, parents or executions
-MAX_COUNT = 2**53  # up to here a float tells n from n + 1, and SQLite's integers hold it
+MAX_COUNT = 2**53  # up to here floats represent all whole numbers, and SQLite's integers are large enough
 
 FIELDS = (
     "id",
@@ -224,10 +224,10 @@ def _parent(value: Any) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError("an object has the same key twice")
-    return found
+    return members
 
 
 def _constant(text: str) -> float:

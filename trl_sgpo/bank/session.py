@@ -1,4 +1,4 @@
-"""What a trainer does with a bank: read it before a rollout, note outcomes, commit them after the optimizer step."""
+"""A trainer's use of a bank: retrieval before a rollout, outcomes after it, a commit after the optimizer step."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Observation:
     """
-    What a rank's rollouts mean for the bank.
+    Admitted strategies, outcomes and shown strategies of a rank's rollouts.
 
     Args:
         admitted (`list[Strategy]`):
@@ -94,7 +94,7 @@ class BankSession:
 
     def plan(self, problems: list[Problem], geometry: BlockGeometry, training: bool, step: int) -> RolloutBatch:
         """
-        Retrieves strategies for problems, and draws those that blocks execute as they are.
+        Retrieves strategies for problems, and draws the strategies of the bank that blocks execute.
 
         No problem is shown a strategy that was written for it. Candidates are shown in training only, where their
         outcomes are verified.
@@ -139,7 +139,7 @@ class BankSession:
         self, batch: RolloutBatch, rollouts: Sequence[Rollout], credit: Credit, model: str, step: int
     ) -> Observation:
         """
-        Reads from a rank's rollouts what the bank is to learn.
+        Collects admitted strategies and outcomes from a rank's rollouts.
 
         Args:
             batch ([`~trl_sgpo.method.rollout.RolloutBatch`]):

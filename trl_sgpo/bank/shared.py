@@ -22,7 +22,7 @@ from urllib.parse import SplitResult, urlsplit
 from ..errors import BankError
 from .bank import StrategyBank
 from .chroma_server import TOKEN, ChromaServer, Row, ServerError, ServerRefused, batches
-from .export import published
+from .export_files import published
 from .files import durable_replace
 from .rows import FIELDS, expect_keys, from_json, from_row, to_row
 from .strategy import Strategy
@@ -52,7 +52,7 @@ _LISTS = ("source_problems", "parents")  # as JSON, because Chroma's metadata ha
 @dataclass(frozen=True)
 class SyncReport:
     """
-    Counts of what a sync did.
+    Numbers of strategies that a sync sent and received.
 
     Args:
         sent (`int`):
@@ -94,7 +94,7 @@ def _row(strategy: Strategy) -> tuple[dict[str, Any], str]:
 
 
 def _from_server(key: str, document: Any, metadata: Any) -> Strategy:
-    """The strategy of a row that a untrusted server sent, or a `ValueError`."""
+    """The strategy of a row that an untrusted server sent, or a `ValueError`."""
     expect_keys(metadata, _METADATA, "the metadata")
     row = {**metadata, **_NO_COUNTS, "id": key[:16], "text": document, "executions": []}
     for name in _LISTS:
@@ -135,9 +135,9 @@ class SharedBank:
     """
     A bank that exchanges trusted strategies with those of other training jobs through a Chroma server.
 
-    Texts from the server may come from strangers: they are checked like an import and enter quarantine, without
+    Texts from the server are untrusted: they are checked like an import and enter quarantine, without
     counts. They do not change what the bank has on record, retired strategies included. Trust and counts are not
-    exchanged: each job judges by its own executions.
+    exchanged: each job has its own.
 
     Args:
         bank ([`StrategyBank`]):
@@ -179,7 +179,7 @@ class SharedBank:
                 self._url.geturl(),
             )
         self.id = _identity(bank.path)
-        self._met = False  # whether there was a first contact
+        self._met = False  # whether the server was reached before
         self._settled: set[str] = set()  # keys of rows that no later sync needs to read or send
         self._invalid = 0  # rows with an invalid key at the last sync
 
@@ -266,7 +266,7 @@ class SharedBank:
         return rows
 
     def _sendable(self, rows: dict[str, dict[str, Any]], known: set[str]) -> Iterator[tuple[str, Row]]:
-        """Rows that the server does not have yet, without those that every other bank would refuse."""
+        """Rows that the server does not have yet, without those that other banks refuse."""
         for key, row in rows.items():
             if key in known or key in self._settled:
                 continue
@@ -274,7 +274,7 @@ class SharedBank:
                 from_row(row)
             except ValueError as error:
                 self._settled.add(key)
-                logger.warning("Strategy %s is not sent, as no other bank would take it: %s.", key[:16], error)
+                logger.warning("Strategy %s is not sent, because other banks refuse it: %s.", key[:16], error)
                 continue
             metadata = {name: json.dumps(row[name]) if name in _LISTS else row[name] for name in _METADATA}
             yield key, (row["text"], metadata)

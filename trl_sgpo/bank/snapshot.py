@@ -10,7 +10,7 @@ from ..errors import BankError
 from .bank import StrategyBank
 from .embedding import Embedder
 from .exchange import import_bank
-from .export import MAX_ROWS, copy_export, is_export
+from .export_files import MAX_ROWS, copy_export, is_export
 from .files import BANK_DIRECTORY, LEDGER
 from .manifest import is_snapshot
 

@@ -107,9 +107,9 @@ class ClassVectors:
                 trust[row], scores[row] = TRUST_STATES.index(strategy.trust), retention_score(strategy)
         if not (retired := trust == _RETIRED).any():
             return [ids[row] for row in evict(trust == _TRUSTED, scores, steps, capacity).tolist()]
-        stay = np.flatnonzero(~retired)
-        gone = stay[evict(trust[stay] == _TRUSTED, scores[stay], steps[stay], capacity)]
-        return [ids[row] for row in gone.tolist()]
+        live = np.flatnonzero(~retired)
+        evicted = live[evict(trust[live] == _TRUSTED, scores[live], steps[live], capacity)]
+        return [ids[row] for row in evicted.tolist()]
 
 
 def nearest(
@@ -141,11 +141,11 @@ def nearest(
     values = np.take_along_axis(similarities, picked, axis=1).astype(float).round(6)
     starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
     part_of = np.searchsorted(starts, picked, side="right") - 1
-    found = []
+    all_hits = []
     for columns, belongs, row in zip(picked.tolist(), part_of.tolist(), values.tolist(), strict=True):
         hits = [
             (parts[part][0].ids[parts[part][1][column - starts[part]]], value)
             for column, part, value in zip(columns, belongs, row, strict=True)
         ]
-        found.append(sorted(hits, key=lambda hit: (-hit[1], hit[0])))
-    return found
+        all_hits.append(sorted(hits, key=lambda hit: (-hit[1], hit[0])))
+    return all_hits

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: the trainers of a recipe, and what a step of each takes."""
+"""The trainers that benchmarks compare, and the measurement of one optimizer step."""
 
 import atexit
 import json
@@ -34,11 +34,11 @@ from ..speed.trainer import SharedPromptGRPOTrainer
 
 ARMS = ("sgpo", "grpo")
 STEP_ARMS = ("sgpo", "shared_grpo", "grpo")
-"""With GRPO by [`SharedPromptGRPOTrainer`], to tell what the method costs from what the faster paths save."""
+"""With GRPO by [`SharedPromptGRPOTrainer`], to separate the cost of the method from the gain by the fast paths."""
 
 
 class _GRPOTrainer(GRPOTrainer):
-    """TRL's trainer with SGPO's remedies for the LM head on CPUs, which are given to all arms."""
+    """TRL's trainer with SGPO's remedies for the LM head on CPUs, which all arms use."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with project_labelled_tokens_only(self.accelerator.device), contiguous_head_input(self.model):
@@ -113,14 +113,14 @@ def build_trainer(
 
 
 def _scratch_directory() -> str:
-    """A directory that goes when the process does."""
+    """A directory that is deleted when the process ends."""
     directory = tempfile.mkdtemp(prefix="trl-sgpo-bench-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
 def _end_at_random(trainer: Any, probability: float) -> None:
-    """Lets chance, not the model, decide where a generated row ends."""
+    """Ends generated rows at random, with a probability a token, whatever the model predicts."""
     ends = trainer.eos_token_ids
 
     def decide(head: torch.nn.Module, args: Any, logits: torch.Tensor) -> None:
@@ -137,13 +137,13 @@ _SUBJECTS = ("carry", "order", "divide", "split", "count", "compare", "round", "
 
 
 def _strategies(problem_class: str, first: int, count: int) -> list[Strategy]:
-    """Strategies of a class for a bank to work with: different words, so that none counts as a near-copy."""
+    """Strategies of a class in different words, so that none is a near-copy of another."""
     picked = [(_SUBJECTS[i % 11], _SUBJECTS[(3 * i + i // 11) % 11], i) for i in range(first, first + count)]
     return [Strategy(f"For {problem_class}: {a}, then {b}, in way {i}.", problem_class, ("",)) for a, b, i in picked]
 
 
 def _filled_bank(args: SGPOConfig, dataset: Dataset) -> StrategyBank | None:
-    """A bank of 32 strategies a class, so that retrieval is part of what is measured."""
+    """A bank of 32 strategies a class, so that retrieval is measured too."""
     if not args.use_bank:
         return None
     bank = StrategyBank(_scratch_directory(), embedding_model=args.embedding_model)
@@ -153,7 +153,7 @@ def _filled_bank(args: SGPOConfig, dataset: Dataset) -> StrategyBank | None:
 
 
 class _NewStrategies(TrainerCallback):
-    """Lets each step find one strategy a block, so that writing them is part of what is measured."""
+    """Adds a new strategy a block to the bank at each step, so that writing to the bank is measured too."""
 
     def __init__(self, trainer: SGPOTrainer):
         self.trainer = trainer
@@ -183,17 +183,15 @@ class _StepTimer(TrainerCallback):
 
 
 def synchronize() -> None:
-    """Waits for a GPU, so that clocks show what it did."""
+    """Waits until the GPU has finished, so that a clock includes its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @contextmanager
-def _timed(
-    trainer: Any, name: str, spent: dict[str, float], after: Callable[[Any, Any], None] | None = None
-) -> Iterator[None]:
-    """Adds up a method's seconds and CPU seconds, and shows its arguments and result to `after`."""
-    method = trainer.__getattribute__(name)
+def _timed(method: Any, spent: dict[str, float], after: Callable[[Any, Any], None] | None = None) -> Iterator[None]:
+    """Adds up the seconds and CPU seconds of a bound method, and calls `after` with its arguments and its result."""
+    owner, name = method.__self__, method.__name__
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -205,23 +203,23 @@ def _timed(
             after(args, result)
         return result
 
-    setattr(trainer, name, measured)
+    setattr(owner, name, measured)
     try:
         yield
     finally:
-        delattr(trainer, name)
+        delattr(owner, name)
 
 
 @dataclass(frozen=True)
 class Call:
     """
-    A call for generation that a step made.
+    A call of generation in a step.
 
     Args:
         prompts (`list[list[int]]`):
             Tokens to continue.
         limit (`int`):
-            Maximum number of new ones.
+            Maximum number of new tokens.
     """
 
     prompts: list[list[int]]
@@ -241,8 +239,8 @@ _CPU_ATTENTION = {
 
 def counted_step(trainer: Any) -> dict[str, Any]:
     """
-    Takes one optimizer step and counts its floating-point operations in matrix products, which do not depend on what
-    else the machine does. Counting slows a step down, so its times are left out.
+    Takes one optimizer step and counts its floating-point operations in matrix products, which do not depend on the
+    load of the machine. Counting slows a step down, so its times are left out.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         row, _ = measured_step(trainer)
@@ -250,32 +248,33 @@ def counted_step(trainer: Any) -> dict[str, Any]:
 
 
 def measured_step(trainer: Any) -> tuple[dict[str, Any], list[Call]]:
-    """Takes one optimizer step. Everything in it but generation, forward, backward and update is outside the model."""
+    """Takes one optimizer step. All but generation, forward pass, backward pass and update is outside the model."""
     spent: dict[str, float] = {}
     tokens: list[int] = []
     calls: list[Call] = []
     timer = _StepTimer()
     trainer.add_callback(timer)
 
-    single = "generate" if isinstance(trainer, SharedPromptGRPOTrainer) else "_generate_single_turn"
+    shared = isinstance(trainer, SharedPromptGRPOTrainer)
+    generate = trainer.generate if shared else trainer._generate_single_turn
 
     def note(args: Any, result: Any) -> None:
         tokens.append(sum(len(ids) for ids in result[0]))
-        calls.append(Call(args[0], args[1] if single == "generate" else trainer.generation_config.max_new_tokens))
+        calls.append(Call(args[0], args[1] if shared else trainer.generation_config.max_new_tokens))
 
     with (
-        _timed(trainer, "_generate", spent),
-        _timed(trainer, single, spent, note),
-        _timed(trainer, "_generate_and_score_completions", spent),
+        _timed(trainer._generate, spent),
+        _timed(generate, spent, note),
+        _timed(trainer._generate_and_score_completions, spent),
     ):
         if isinstance(trainer, SGPOTrainer):
-            with _timed(trainer.bank_session, "commit", spent), _timed(trainer, "_plan_rollouts", spent):
+            with _timed(trainer.bank_session.commit, spent), _timed(trainer._plan_rollouts, spent):
                 trainer.train()
         else:
             trainer.train()
     trainer.remove_callback(timer)
     # In the recipes' aligned geometry scoring runs no forward pass of its own, so all of it counts as outside
-    outside = spent["_generate_and_score_completions"] - spent[single] + spent.get("commit", 0.0)
+    outside = spent["_generate_and_score_completions"] - spent[generate.__name__] + spent.get("commit", 0.0)
     row = {
         "seconds": timer.seconds,
         "cpu_seconds": timer.cpu_seconds,
@@ -289,7 +288,7 @@ def measured_step(trainer: Any) -> tuple[dict[str, Any], list[Call]]:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """What figures depend on."""
+    """Everything that figures depend on."""
     args = recipe.training
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {

@@ -1,7 +1,6 @@
-"""`trl-sgpo bench fit`: what recipes take on this GPU, with random weights, so that nothing large is downloaded."""
+"""`trl-sgpo bench fit`: memory and speed of recipes on this GPU, with random weights, so that none are downloaded."""
 
 import argparse
-import multiprocessing
 import time
 from contextlib import suppress
 from statistics import median
@@ -20,6 +19,7 @@ from ..vram.architectures import model_config
 from ..vram.check import estimate_recipe
 from ..vram.estimate import CONTEXT, GIB
 from .arms import ARMS, build_trainer, measured_step, settings, write
+from .processes import in_new_process
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +58,9 @@ def main(argv: list[str]) -> int:
         }
         for arm in options.arms:
             print(f"{path}: {arm}", flush=True)
-            result[arm] = _in_new_process(arm, arguments, vram, tokenizer, options.steps)
+            result[arm] = in_new_process(_send_figures, arm, arguments, vram, tokenizer, options.steps) or {
+                "error": "The process ended without a result: see its output above."
+            }
         results.append(result | {"figures": _figures(result)})
         write({"recipes": results}, options.output)  # after each, so that a kill loses one
     for result in results:
@@ -94,20 +96,6 @@ def random_model(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     return create_model_from_path(None, type(empty), config=config, state_dict=weights, **kwargs)
 
 
-def _in_new_process(*arguments: Any) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send_figures, args=(*arguments, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        return {"error": "The process ended without a result: see its output above."}
-    finally:
-        process.join()
-
-
 def _send_figures(arm: str, arguments: list[str], vram: float | None, tokenizer: str, steps: int, send: Any) -> None:
     figures: dict[str, Any] = {}
     try:
@@ -117,13 +105,13 @@ def _send_figures(arm: str, arguments: list[str], vram: float | None, tokenizer:
     send.send(figures)
 
 
-class _EnoughError(Exception):
+class _WorstCaseDone(Exception):
     """Ends training after the worst-case step."""
 
 
 class _EndBeforeSteps(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        raise _EnoughError
+        raise _WorstCaseDone
 
 
 def _measure(
@@ -144,12 +132,12 @@ def _measure(
         trainer.args.worst_case_step = True
         enough = _EndBeforeSteps()
         trainer.add_callback(enough)
-        with suppress(_EnoughError):
+        with suppress(_WorstCaseDone):
             trainer.train()
         trainer.remove_callback(enough)
         trainer.args.worst_case_step = False
     rows = figures["steps"] = []
-    for step in range(1 if arm == "sgpo" else 0, steps + 1):  # SGPO's first was the worst case
+    for step in range(1 if arm == "sgpo" else 0, steps + 1):  # the first step of SGPO was the worst-case step
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         row = {"step": step, **measured_step(trainer)[0]}
@@ -174,7 +162,7 @@ def _with_random_model(arm: str, recipe: Recipe, tokenizer: str) -> Any:
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float]:
-    """What a recipe's line in the table shows: medians of its timed steps, and the two trainers' ratios."""
+    """Figures of a recipe in the table: medians of its timed steps, and the ratios of the two trainers."""
     figures = {"estimated_bytes": result["estimate"]["peak"]}
     for arm in ARMS:
         rows = result.get(arm, {}).get("steps", [])
@@ -201,7 +189,7 @@ def _figures(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    """What is printed of a recipe."""
+    """The printed lines of a recipe."""
     figures, limit = result["figures"], result["vram_gb"]
 
     def in_gb(name: str, key: str) -> list[str]:

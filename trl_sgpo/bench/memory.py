@@ -1,7 +1,6 @@
 """`trl-sgpo bench memory`: peak memory of SGPO and of TRL's GRPOTrainer, at equal rows and total lengths."""
 
 import argparse
-import multiprocessing
 import resource
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..errors import ConfigError
 from ..recipe import read_recipe
 from .arms import ARMS, build_trainer, report, settings
+from .processes import in_new_process
 
 
 def main(argv: list[str]) -> int:
@@ -66,17 +66,10 @@ def peaks(arguments: list[str], equal_lengths: bool, arms: Sequence[str] = ARMS)
 
 
 def _in_new_process(arm: str, arguments: list[str], equal_lengths: bool) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send_peaks, args=(arm, arguments, equal_lengths, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        raise ConfigError(f"The {arm} arm could not take a step with this recipe: see the error above.") from None
-    finally:
-        process.join()
+    peaks = in_new_process(_send_peaks, arm, arguments, equal_lengths)
+    if peaks is None:
+        raise ConfigError(f"The {arm} arm could not take a step with this recipe: see the error above.")
+    return peaks
 
 
 def _send_peaks(arm: str, arguments: list[str], equal_lengths: bool, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""`trl-sgpo bench speedups`: what each part of SGPO that saves work is worth, by switching it off."""
+"""`trl-sgpo bench speedups`: time saved by each fast path, measured by switching it off."""
 
 import argparse
 import statistics
@@ -30,12 +30,12 @@ MEASURES = {
 
 
 def main(argv: list[str]) -> int:
-    """Takes steps with everything and without each speedup in turn and prints the figures."""
+    """Takes steps with all fast paths and without each of them in turn, and prints the figures."""
     parser = argparse.ArgumentParser(
         prog="trl-sgpo bench speedups",
-        description="Measure what each part of SGPO that saves work is worth on a recipe's model and data: time per "
-        "generated token without it, divided by that with all of them. All variants take turns in one process. Rows "
-        "that end early are worth leaving out only where there are some: set `--end_probability`.",
+        description="Measure the time that each fast path of SGPO saves on a recipe's model and data: time per "
+        "generated token without it, divided by that with all of them. All variants take turns in one process. "
+        "Dropping finished rows saves time only if rows end early: set `--end_probability`.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
     parser.add_argument("--config", required=True, help="recipe")
@@ -74,8 +74,8 @@ def _switched_off(trainer: Any, name: str | None) -> Iterator[None]:
 
 def _figures(rows: list[dict[str, Any]], without: str) -> dict[str, float]:
     def median(variant: str | None, measure: str) -> float:
-        found = [row for row in rows if row["without"] == variant and measure in row]
-        return statistics.median(row[measure] / row["generated_tokens"] for row in found)
+        measured = [row for row in rows if row["without"] == variant and measure in row]
+        return statistics.median(row[measure] / row["generated_tokens"] for row in measured)
 
     return {f"{measure}_ratio": median(without, measure) / median(None, measure) for measure in MEASURES}
 

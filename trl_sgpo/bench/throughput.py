@@ -79,7 +79,7 @@ def take_turns(
             Whether plain `generate` repeats each rollout, and the memory's bandwidth is measured beside it.
 
     Returns:
-        `list[dict]`: What was measured, one entry a step.
+        `list[dict]`: Measurements, one entry a step.
 
     Raises:
         [`ConfigError`]: Options out of range.
@@ -100,7 +100,7 @@ def take_turns(
 
 
 def _plain_generate(trainer: Any, calls: list[Call]) -> dict[str, Any]:
-    """What the same calls take the model's own `generate`, without anything of SGPO, and the memory at least."""
+    """Time of the same calls by the model's own `generate`, and the lower bound that the memory's bandwidth sets."""
     model = base_of(trainer.model)
     padding, device, ends = trainer.processing_class.pad_token_id, trainer.accelerator.device, trainer.eos_token_ids
     tokens, seconds = 0, 0.0
@@ -143,7 +143,7 @@ def bytes_read(model: Any, calls: list[Call]) -> float:
     weights = sum(weight.nbytes for name, weight in model.named_parameters() if "lora_" not in name)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embeddings is not head:
-        weights -= embeddings.nbytes  # of which only the rows of the tokens are read
+        weights -= embeddings.nbytes  # of the embeddings only the rows of the tokens are read
     cache = DynamicCache(config=model.config.get_text_config())
     model(input_ids=torch.tensor([[0]], device=model.device), past_key_values=cache, use_cache=True)
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -173,7 +173,7 @@ def _median(rows: list[dict[str, Any]], arm: str, key: Callable[[dict[str, Any]]
 
 
 def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Steps divided by those of TRL's trainer, and where SGPO's time goes."""
+    """Ratios to TRL's trainer, and the parts of the time of an SGPO step."""
     flops = {row["arm"]: row["flops"] / row["generated_tokens"] for row in rows if row["step"] == 0}
 
     def ratios(arm: str) -> dict[str, float]:
@@ -200,7 +200,7 @@ def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def generation_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The speed of SGPO's rollout beside that of GRPO's, of plain `generate`, and of the memory."""
+    """Speed of SGPO's rollout, of GRPO's, of plain `generate`, and the limit by the memory's bandwidth."""
 
     def speed(row: dict[str, Any]) -> float:
         return row["generated_tokens"] / row["seconds_generating"]

@@ -112,13 +112,15 @@ def list_strategies(options: argparse.Namespace) -> int:
 
 def find(strategies: Sequence[Strategy], prefix: str) -> Strategy:
     """The only strategy whose id starts with some digits."""
-    found = [strategy for strategy in strategies if strategy.id.startswith(prefix.casefold())]
-    if not found:
+    matches = [strategy for strategy in strategies if strategy.id.startswith(prefix.casefold())]
+    if not matches:
         raise BankError(f"No strategy has an id that starts with {prefix!r}: `trl-sgpo bank list` prints them.")
-    if len(found) > 1:
-        ids = ", ".join(strategy.id for strategy in found[:3])
-        raise BankError(f"{len(found)} ids start with {prefix!r} ({ids}{', …' * (len(found) > 3)}): give more digits.")
-    return found[0]
+    if len(matches) > 1:
+        ids = ", ".join(strategy.id for strategy in matches[:3])
+        raise BankError(
+            f"{len(matches)} ids start with {prefix!r} ({ids}{', …' * (len(matches) > 3)}): give more digits."
+        )
+    return matches[0]
 
 
 def _figures(group: dict[str, Any]) -> list[str]:
@@ -271,19 +273,19 @@ def audit(options: argparse.Namespace) -> int:
     """`trl-sgpo bank audit`"""
     with open_read_only(options.bank) as bank:
         everything = all_strategies(bank)
-        found = find_suspicious(everything, bank.embeddings(), bank.max_share, bank.min_problems, bank.tolerance)
-    counts = Counter(each.severity for each in found)
+        findings = find_suspicious(everything, bank.embeddings(), bank.max_share, bank.min_problems, bank.tolerance)
+    counts = Counter(each.severity for each in findings)
     failed = counts["error"] > 0 or (options.strict and counts["warning"] > 0)
     if options.json:
         print_json(
-            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(each) for each in found]}
+            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(each) for each in findings]}
         )
         return int(failed)
-    if found:
+    if findings:
         texts = {strategy.id: strategy.text for strategy in everything}
         rows = [
             [each.strategy_id, each.severity, each.kind, f"{each.detail}\n{texts.get(each.strategy_id, '')}".rstrip()]
-            for each in found
+            for each in findings
         ]
         print_table(["id", "severity", "kind", "finding and text"], rows)
     print(f"errors: {counts['error']}, warnings: {counts['warning']}, strategies: {len(everything)}")
@@ -310,8 +312,8 @@ def verify(options: argparse.Namespace) -> int:
     directory = bank_directory(options.bank)
     damage = snapshot_damage(directory) if is_snapshot(directory) else []
     with read_only_directory(directory) as copy:
-        strategies, found = _record_damage(copy / LEDGER)
-        damage += [each.replace(str(copy), str(directory)) for each in found]
+        strategies, record_damage = _record_damage(copy / LEDGER)
+        damage += [each.replace(str(copy), str(directory)) for each in record_damage]
         if not damage:
             with StrategyBank.restore(copy) as bank:
                 damage += bank.damage()

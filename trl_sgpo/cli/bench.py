@@ -8,7 +8,7 @@ from ..errors import ConfigError
 SUBJECTS = {
     "step": "time and memory of a training step: SGPO and shared-prompt GRPO against TRL's GRPOTrainer",
     "throughput": "speed against GRPOTrainer, plain `generate` and the memory's bandwidth",
-    "speedups": "what each part of SGPO that saves work is worth",
+    "speedups": "time that each fast path of SGPO saves",
     "memory": "peak memory against GRPOTrainer at equal rows and total lengths",
     "fit": "what recipes take on this GPU, in memory and time, with random weights",
 }

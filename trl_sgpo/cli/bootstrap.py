@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from ..data.acceptance import Summary, Tried
-    from ..data.bootstrap_run import Block, Plan, Row, Writer
+    from ..data.bootstrap import Block, Plan, Row, Writer
     from ..recipe import Recipe
 
 SOURCES = ("model", "teacher", "server", "worked")
@@ -142,7 +142,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     from ..bank.files import durable_replace
     from ..bank.strategy import problem_id
     from ..data.acceptance import kept, summarize, to_traces
-    from ..data.bootstrap_run import ANSWER_PROMPT, Plan, run_blocks
+    from ..data.bootstrap import ANSWER_PROMPT, Plan, run_blocks
     from ..data.loading import load_data, load_rewards
     from ..data.trace_files import write_traces
     from ..inference.model import Decoding
@@ -207,7 +207,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
 def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
     """The class of each problem, and the blocks."""
     from ..bank.embedding import load_embedder
-    from ..data.bootstrap_run import cut_blocks
+    from ..data.bootstrap import cut_blocks
     from ..data.classes import merge_small_classes, problem_classes
     from ..method.prompts import problem_text
 
@@ -251,7 +251,7 @@ def _doing(
     from functools import cache
 
     from ..compare.lab.model import fetch_model
-    from ..data.bootstrap_run import Block, by_rule, by_writer, try_block, work_block
+    from ..data.bootstrap import Block, by_rule, by_writer, try_block, work_block
 
     @cache
     def writer() -> "Writer":

@@ -38,13 +38,13 @@ def main(argv: list[str]) -> int:
         fetch_models(comparison)
         base = [sys.executable, "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
-    found = {
+    results = {
         arm.name: [result for seed in comparison.seeds if (result := finished(comparison, arm, seed)) is not None]
         for arm in comparison.arms
     }
-    if not any(found.values()):
+    if not any(results.values()):
         raise ConfigError(f"No run of {options.config} is finished{': see the logs above' if failed else ''}.")
-    summed = summary(comparison, found)
+    summed = summary(comparison, results)
     stems = [Path(comparison.output_dir, "comparison")] + ([Path(comparison.results)] if comparison.results else [])
     for stem in stems:
         print(f"Written: {', '.join(map(str, write(summed, stem)))}")

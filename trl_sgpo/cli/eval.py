@@ -218,7 +218,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
 
     from ..evaluation.chunks import ChunkLog
-    from ..evaluation.digest import digest, weights_digest
+    from ..evaluation.digest import digest, settings_record, weights_digest
     from ..evaluation.hub_results import write_hub_results
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
     from ..evaluation.tables import tables, write_results
@@ -252,7 +252,7 @@ def evaluate(options: argparse.Namespace) -> int:
         settings = {
             "model": options.model,
             "weights": weights_digest(model),
-            "two_phase": asdict(model.settings),
+            "two_phase": settings_record(model.settings),
             "dtype": options.dtype,
             "suites": {each.suite.name: asdict(each.suite) | {"rows": digest(each.rows)} for each in loaded},
             "protocol": asdict(protocol),
@@ -321,13 +321,13 @@ def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitS
     return bank
 
 
-def _print_tables(found: "list[ResultTable]") -> None:
+def _print_tables(tables: "list[ResultTable]") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    for each in found:
+    for each in tables:
         table = Table(title=each.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in each.columns:
             table.add_column(column, overflow="fold")

@@ -80,8 +80,9 @@ def _print(report: dict[str, Any]) -> None:
     if report["merged_into"] is not None:
         console.print(f"Change of the logits by the adapter: {report['effect_of_adapter']:.2g}")
     if "difference_to_trained" in report:
-        away = report["difference_to_trained"]
+        difference = report["difference_to_trained"]
         console.print(
             f"Merged into the original weights, on which it was not trained: difference to the trained model "
-            f"{away['error']:.2g}, KL {away['kl']:.2g} nats a token, same likeliest token {away['top1']:.1%}."
+            f"{difference['error']:.2g}, KL {difference['kl']:.2g} nats a token, same likeliest token "
+            f"{difference['top1']:.1%}."
         )

@@ -92,9 +92,9 @@ def main(argv: list[str]) -> int:
             None,
             lambda text: _load(text, options.data_config),
         )
-        found = _memory()
+        memory = _memory()
         vram = _get(
-            options.vram, "--vram", "Memory of the GPU in GB, 0 for none", f"{found:g}", _check_vram, always=found
+            options.vram, "--vram", "Memory of the GPU in GB, 0 for none", f"{memory:g}", _check_vram, always=memory
         )
         solutions = "solution" in rows.column_names and any(value is not None for value in rows["solution"])
         if rewards is None and not solutions:
@@ -339,10 +339,10 @@ def _weights(model: str) -> float | None:
     """GB of the weights in 16 bits, by their files or by the number of parameters in the name."""
     if Path(model).is_dir():
         return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e9
-    found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z])", model.split("/")[-1])
-    if found is None:
+    size = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z])", model.split("/")[-1])
+    if size is None:
         return None
-    return 2 * float(found[1]) / (1 if found[2] in "Bb" else 1000)
+    return 2 * float(size[1]) / (1 if size[2] in "Bb" else 1000)
 
 
 def _lacks_bfloat16() -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError, ModelError
+from ..evaluation.chunks import RESULTS_FILE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     evaluation = None if options.eval is None else Path(options.eval)
     if not run.is_dir():
         raise ConfigError(f"There is no run in {run}: name the output folder of one, or a checkpoint.")
-    if evaluation is not None and not (evaluation / "results.json").is_file():
+    if evaluation is not None and not (evaluation / RESULTS_FILE).is_file():
         raise ConfigError(f"`--eval {evaluation}` holds no results.json: name the output folder of `trl-sgpo eval`.")
 
     from ..hub.model_card import HUB_NAME, TrainingFacts

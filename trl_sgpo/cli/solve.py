@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -400,7 +400,7 @@ def _set(options: argparse.Namespace, command: str, value: str) -> str:
 
 
 def _solve_file(options: argparse.Namespace) -> int:
-    from ..evaluation.digest import digest, weights_digest
+    from ..evaluation.digest import digest, settings_record, weights_digest
     from ..evaluation.suites import load_suites, parse_suite
     from ..inference.model import TwoPhaseModel
     from ..inference.solve_file import check_output, check_problems, solve_file
@@ -418,7 +418,7 @@ def _solve_file(options: argparse.Namespace) -> int:
         depends_on = {
             "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
             "dtype": [options.dtype, options.load_in_4bit],
-            "settings": asdict(model.settings),
+            "settings": settings_record(model.settings),
             "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
             "strategy": options.strategy,
             "class": options.problem_class,

@@ -25,10 +25,10 @@ from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, SGPOError
 from ..evaluation.block_transfer import TransferScore, measure_transfer
 from ..evaluation.statistics import wilson_interval
-from ..hub.model_card import REPORT_FILE
 from ..hub.push import claim
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
+from ..report.run_files import REPORT_FILE
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
 from .text import printable

@@ -58,7 +58,7 @@ def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
 
 
 def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The result of a run with these settings, `None` if it is not finished."""
+    """Result of a run with these settings, `None` if it is not finished."""
     try:
         result = json.loads((comparison.run_directory(arm, seed) / RESULT_FILE).read_text())
     except (OSError, ValueError):

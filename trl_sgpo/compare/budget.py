@@ -37,8 +37,8 @@ class TokenBudget(TrainerCallback, ExportableState):
 
     def count_in(self, trainer: Any) -> "TokenBudget":
         """Counts the tokens generated in training and registers this callback, which ends training."""
-        name = "generate" if isinstance(trainer, SharedPromptGRPOTrainer) else "_generate_single_turn"
-        generate = trainer.__getattribute__(name)
+        shared = isinstance(trainer, SharedPromptGRPOTrainer)
+        generate = trainer.generate if shared else trainer._generate_single_turn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             result = generate(*args, **kwargs)
@@ -46,7 +46,10 @@ class TokenBudget(TrainerCallback, ExportableState):
                 self.spent += sum(len(ids) for ids in result[0])
             return result
 
-        setattr(trainer, name, counted)
+        if shared:
+            trainer.generate = counted
+        else:
+            trainer._generate_single_turn = counted
         trainer.add_callback(self)
         return self
 

@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
-from ..data.bootstrap import two_phase_examples, warmstart
 from ..data.loading import load_rewards
+from ..data.warmstart import two_phase_examples, warmstart
 from ..data.worked import traces
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
@@ -82,7 +82,7 @@ class TrainedArm:
         generated (`int`):
             Tokens generated.
         labelled (`int`):
-            Those among them that were generated to label data for a reward model.
+            Tokens among these that were generated to label data for a reward model.
         trained (`int`):
             Tokens of worked solutions trained on.
         curve (`list[dict]`):
@@ -262,7 +262,7 @@ def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> TrainedArm:
 def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> TrainedArm:
     trainer.remove_callback(PrinterCallback)
     budget = TokenBudget(task.budget, labelled, task.points, lambda: task.measure(trainer)).count_in(trainer)
-    with project_labelled_tokens_only(trainer.accelerator.device):  # as in SGPO: a faster LM head on CPUs
+    with project_labelled_tokens_only(trainer.accelerator.device):  # a faster LM head on CPUs, as in SGPO
         trainer.train(resume_from_checkpoint=task.checkpoint)
     directory = Path(trainer.args.output_dir, "model")
     trainer.save_model(str(directory))

@@ -256,13 +256,13 @@ def train_process_reward_model(
             f"architecture ({str(error).splitlines()[0]}): use a Llama, Mistral, Qwen or Gemma model."
         ) from error
     disable_dropout_in_model(model)
-    trained, held_out = split_by_problem(dataset.to_list(), config.seed)
+    training, held_out = split_by_problem(dataset.to_list(), config.seed)
     unfinished = start_directory(output_dir)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(str(unfinished), **training_settings(config, learning_rate, epochs)),
         train_dataset=Dataset.from_list(
-            [training_example(tokenizer, **row, chat_template_kwargs=template_kwargs) for row in trained]
+            [training_example(tokenizer, **row, chat_template_kwargs=template_kwargs) for row in training]
         ),
         data_collator=lambda examples: _collate(examples, tokenizer.pad_token_id),
         compute_loss_func=step_loss,
@@ -321,7 +321,7 @@ def concordance(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
             Labels.
 
     Returns:
-        `float` or `None`: `None` where all labels are equal.
+        `float` or `None`: `None` if all labels are equal.
     """
     won = pairs = 0.0
     for score, label in zip(scores, labels, strict=True):

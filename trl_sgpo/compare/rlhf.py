@@ -169,7 +169,7 @@ def train_reward_model(
     if is_made_of(output_dir, made_of):
         return str(output_dir)
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
-    trained, held_out = (
+    training, held_out = (
         [
             {
                 key: answer_ids(tokenizer, row["prompt"], row[key[:-4]], template_kwargs)
@@ -189,7 +189,7 @@ def train_reward_model(
             max_length=None,
             **training_settings(config, learning_rate, epochs),
         ),
-        train_dataset=Dataset.from_list(trained),
+        train_dataset=Dataset.from_list(training),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=tokenizer,
     )
@@ -209,8 +209,8 @@ def split_by_problem(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[s
     problems = sorted(set(keys))
     random.Random(seed).shuffle(problems)
     held = set(problems[: max(1, len(problems) // 10)] if len(problems) > 1 else [])
-    trained = [row for row, key in zip(rows, keys, strict=True) if key not in held]
-    return trained, [row for row, key in zip(rows, keys, strict=True) if key in held]
+    training = [row for row, key in zip(rows, keys, strict=True) if key not in held]
+    return training, [row for row, key in zip(rows, keys, strict=True) if key in held]
 
 
 def training_settings(config: "SGPOConfig", learning_rate: float, epochs: float) -> dict[str, Any]:
@@ -234,18 +234,18 @@ def training_settings(config: "SGPOConfig", learning_rate: float, epochs: float)
 
 
 def fingerprint(parts: list[Any]) -> str:
-    """Hash of what a directory is made of."""
+    """Digest of everything that a directory is made from."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def is_made_of(directory: str | os.PathLike[str], made_of: str) -> bool:
-    """Whether a directory is complete and was made of what has this fingerprint."""
+    """Whether a directory is complete and has this fingerprint."""
     path = Path(directory, HELD_OUT_FILE)
     return path.is_file() and json.loads(path.read_text())["made_of"] == made_of
 
 
 def start_directory(output_dir: str | os.PathLike[str]) -> Path:
-    """Returns the directory beside `output_dir` to write to, which is not there yet."""
+    """Returns a directory beside `output_dir` to write to, after removing an earlier one."""
     unfinished = Path(output_dir).with_name(f"{Path(output_dir).name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     return unfinished
@@ -254,7 +254,7 @@ def start_directory(output_dir: str | os.PathLike[str]) -> Path:
 def finish_directory(
     unfinished: Path, output_dir: str | os.PathLike[str], made_of: str, held_out: dict[str, Any]
 ) -> None:
-    """Adds the held-out figures and puts the directory in its place."""
+    """Adds the held-out figures and moves the directory to `output_dir`."""
     (unfinished / HELD_OUT_FILE).write_text(json.dumps({"made_of": made_of, **held_out}, indent=2))
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(unfinished, output_dir)

@@ -1,4 +1,4 @@
-"""What a comparison shows: means over seeds with intervals, differences from an arm, a table, a picture."""
+"""Results of a comparison: means over seeds with intervals, differences from an arm, tables and plots."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
 
 def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """
-    Sums up the finished runs.
+    Summarises the finished runs.
 
     Args:
         comparison ([`Comparison`]):

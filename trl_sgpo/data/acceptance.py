@@ -1,4 +1,4 @@
-"""Which synthetic strategies are kept, and the traces made of them (pure functions)."""
+"""Acceptance of synthetic strategies, and the traces made from them (pure functions)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,14 +184,14 @@ def to_traces(
     Returns:
         `list[Trace]`: Without repetitions.
     """
-    found: dict[tuple[str, str, str], Trace] = {}
+    traces: dict[tuple[str, str, str], Trace] = {}
     for one in strategies:
         for execution in one.executions:
             prompt = prompts[execution.problem]
             if execution.outcome == 1 and not leak(one.strategy, prompt[-1]["content"], answers[execution.problem]):
                 trace = Trace(prompt, one.strategy, execution.text, one.problem_class)
-                found.setdefault((execution.problem, one.strategy, execution.text), trace)
-    return list(found.values())
+                traces.setdefault((execution.problem, one.strategy, execution.text), trace)
+    return list(traces.values())
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,13 @@ class Summary:
         written (`int`):
             Strategies written.
         texts (`int`):
-            How many of them differ.
+            Number of distinct texts.
         rejected (`dict[str, int]`):
             Reason → how many of them were rejected for it.
         kept (`int`):
             How many were kept.
         distinct (`int`):
-            How many of those differ.
+            Number of distinct texts among these.
         mean_lift (`float` or `None`):
             Mean lift of these, `None` if not measured.
         baseline (`float` or `None`):

@@ -62,7 +62,7 @@ def strategy_from_annotations(worked: str, problem: str) -> str | None:
         worked (`str`):
             A worked solution with calculator annotations, like those of GSM8K: `<<48/2=24>>`.
         problem (`str`):
-            Text of the problem, to distinguish numbers that it gives from those that it implies (half, a week).
+            Text of the problem, to distinguish given numbers from implied ones (half, a week).
 
     Returns:
         `str` or `None`: The strategy. `None` if there are no annotations or more than ten, a calculation is not
@@ -99,12 +99,12 @@ def strategy_from_annotations(worked: str, problem: str) -> str | None:
 
 def _numbers(problem: str) -> set[Fraction]:
     """Values that a problem names in digits or small number words; a percentage also as a share."""
-    found = {Fraction(number.replace(",", "")) for number in _NUMBER.findall(problem)}
-    found |= {Fraction(int(top), int(bottom)) for top, bottom in _FRACTION.findall(problem) if int(bottom)}
+    numbers = {Fraction(number.replace(",", "")) for number in _NUMBER.findall(problem)}
+    numbers |= {Fraction(int(top), int(bottom)) for top, bottom in _FRACTION.findall(problem) if int(bottom)}
     if "%" in problem or "percent" in problem.casefold():
-        found |= {number / 100 for number in found}
+        numbers |= {number / 100 for number in numbers}
     words = set(re.findall(r"[a-z]+", problem.casefold()))
-    return found | {Fraction(value) for value, word in enumerate(_WORDS) if word in words}
+    return numbers | {Fraction(value) for value, word in enumerate(_WORDS) if word in words}
 
 
 def _value(node: ast.expr) -> Fraction:
@@ -118,7 +118,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def _phrase(node: ast.expr, given: set[Fraction], results: list[Fraction], imperative: bool = False) -> str:
-    """A calculation in words: what to do, or what it gives."""
+    """A calculation in words, as an instruction or as a noun phrase."""
     if not isinstance(node, ast.BinOp):
         return _operand(_value(node), given, results)
     additive = isinstance(node.op, ast.Add | ast.Sub)
@@ -161,12 +161,12 @@ def _operand(value: Fraction, given: set[Fraction], results: list[Fraction]) -> 
 def _list(parts: Sequence[str]) -> str:
     """Parts joined in their order, given and implied numbers counted."""
     counted = Counter(parts)
-    told = []
+    phrases = []
     for part, times in counted.items():
         if times == 1:
-            told.append(part)
+            phrases.append(part)
         elif part in (_GIVEN, _IMPLIED):
-            told.append(f"{_WORDS[times] if times < len(_WORDS) else 'several'} {part.split(' ', 1)[1]}s")
+            phrases.append(f"{_WORDS[times] if times < len(_WORDS) else 'several'} {part.split(' ', 1)[1]}s")
         else:
-            told += [part] * times
-    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+            phrases += [part] * times
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"

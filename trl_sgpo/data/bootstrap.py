@@ -1,212 +1,395 @@
-"""The supervised warm start: two-phase traces in the very tokens a rollout has, and the fine-tuning on them."""
+"""Bootstrap of strategies without labels: writes, executes and verifies them by block, and records each block."""
 
-import hashlib
 import json
+import math
 import os
 import random
-import shutil
-from dataclasses import asdict, replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any, Protocol
 
-from ..errors import DataError, ModelError
-from ..inference.settings import TwoPhaseSettings
-from ..method.conversation import Conversation
-from .worked import Trace
+from tqdm.auto import tqdm
 
-
-if TYPE_CHECKING:
-    from ..sgpo_config import SGPOConfig
-
-
-_MADE_OF = "warmstart.sha256"
-
-
-def _made_of(directory: Path) -> str | None:
-    try:
-        return (directory / _MADE_OF).read_text()
-    except OSError:
-        return None
+from ..bank.strategy import problem_id
+from ..errors import ConfigError, DataError
+from ..inference.model import Decoding
+from ..inference.verifier import Verifier, verify
+from ..method.problem import Problem
+from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, problem_text
+from ..method.transfer import block_order
+from .acceptance import Executed, Tried, find_flaw
+from .annotations import strategy_from_annotations, worked_execution
+from .worked import worked_traces
 
 
-def two_phase_examples(
-    traces: list[Trace], tokenizer: Any, config: "SGPOConfig", seed: int, plain_share: float = 0.0
-) -> list[dict[str, Any]]:
+ANSWER_PROMPT = "Solve it step by step and end with #### and the answer."
+WORKED_HEADER = "A worked solution of this one problem:"
+_SEEDS_A_BLOCK = 10_000
+
+Row = dict[str, Any]
+Pair = tuple[ParsedStrategy, str]  # strategy and execution
+
+
+class Writer(Protocol):
     """
-    Writes traces as token sequences: request, strategy, turn, execution. Strategy and execution are trained.
+    A model that writes strategies and executes them: [`~trl_sgpo.inference.model.TwoPhaseModel`] or
+    [`~trl_sgpo.inference.server.ServerModel`].
+    """
 
-    Half of the requests quote another strategy of the class, as requests do once the bank holds some. Some traces
-    may be written as one plain answer instead: the problem, then strategy and execution as one completion.
+    generated_tokens: int
+
+    def write_strategies(
+        self, problems: Sequence[Problem], decoding: Decoding | None = None
+    ) -> list[ParsedStrategy]: ...
+
+    def execute(
+        self, problems: Sequence[Problem], strategies: Sequence[str], decoding: Decoding | None = None
+    ) -> list[str]: ...
+
+    def answer(self, prompts: Sequence[Prompt], decoding: Decoding | None = None) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Number of texts generated for a block.
 
     Args:
-        traces (`list[Trace]`):
-            Traces.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        config ([`SGPOConfig`]):
-            Its prompts and `chat_template_kwargs` are used.
+        decoding ([`~trl_sgpo.inference.model.Decoding`]):
+            How to decode, with the seed of the first block.
+        num_strategies (`int`, *optional*, defaults to `4`):
+            Strategies written for each problem.
+        num_answers (`int`, *optional*, defaults to `4`):
+            Answers without a strategy to each problem.
+        answer_prompt (`str`, *optional*):
+            Added to a problem to be answered without a strategy.
+    """
+
+    decoding: Decoding
+    num_strategies: int = 4
+    num_answers: int = 4
+    answer_prompt: str = ANSWER_PROMPT
+
+    def decoding_of(self, number: int) -> Decoding:
+        """The decoding of a block's number."""
+        return replace(self.decoding, seed=self.decoding.seed + _SEEDS_A_BLOCK * number)
+
+
+@dataclass(frozen=True)
+class Block:
+    """
+    A finished block.
+
+    Args:
+        problems (`list[str]`):
+            Ids of its problems.
+        tried (`list[Tried]`):
+            The strategies written for them.
+        tokens (`int`):
+            Tokens generated.
+    """
+
+    problems: list[str]
+    tried: list[Tried]
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        tried = [one.to_dict() for one in self.tried]
+        return {"problems": self.problems, "tried": tried, "tokens": self.tokens}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "Block":
+        return cls(row["problems"], [Tried.from_dict(one) for one in row["tried"]], row["tokens"])
+
+
+def cut_blocks(classes: Sequence[str], answers: Sequence[str] | None, size: int, seed: int) -> list[list[int]]:
+    """
+    Cuts problems into blocks of one class each; the blocks of all classes are mixed evenly.
+
+    Args:
+        classes (`Sequence[str]`):
+            Class of each problem, each class with at least `size` problems.
+        answers (`Sequence[str]`):
+            Answer of each. Problems of a block have different answers if possible.
+        size (`int`):
+            Problems a block.
         seed (`int`):
-            Seed of the quotations.
-        plain_share (`float`, *optional*, defaults to `0.0`):
-            Share of traces, among those whose strategy is not given, written as one plain answer.
+            Seed of the order.
 
     Returns:
-        `list[dict]`: With `input_ids` and `labels` (-100 where not trained).
+        `list[list[int]]`: Indices of each block's problems, all of one class.
+    """
+    order = block_order(classes, size, seed, answers=answers)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+# A block
+
+
+def try_block(writer: Writer, rows: list[Row], classes: list[str], verifier: Verifier, plan: Plan) -> Block:
+    """
+    Writes strategies for the problems of a block, executes those without a flaw on all of them, and answers them
+    without a strategy.
+
+    Args:
+        writer ([`Writer`]):
+            The model.
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        verifier (`Callable`):
+            TRL reward function.
+        plan ([`Plan`]):
+            Number of texts to generate.
+
+    Returns:
+        [`Block`]
+    """
+    before = writer.generated_tokens
+    seed = plan.decoding.seed
+    problems = [
+        Problem(row["prompt"], problem_class, row.get("solution"))
+        for row, problem_class in zip(rows, classes, strict=True)
+    ]
+    ids = [problem_id(problem.prompt) for problem in problems]
+    asked = [position for position in range(len(rows)) for _ in range(plan.num_strategies)]
+    written = writer.write_strategies([problems[i] for i in asked], plan.decoding)
+    tried = []
+    for position, strategy in zip(asked, written, strict=True):
+        flaw = find_flaw(strategy, problems[position].text, problems[position].answer)
+        tried.append(Tried(strategy.text, problems[position].problem_class, (ids[position],), flaw))
+    sound = [position for position, one in enumerate(tried) if one.flaw is None]
+    if sound:
+        baselines = _baselines(writer, rows, verifier, replace(plan, decoding=replace(plan.decoding, seed=seed + 1)))
+        pairs = [(position, target) for position in sound for target in range(len(rows))]
+        texts = writer.execute(
+            [problems[target] for _, target in pairs],
+            [tried[position].strategy for position, _ in pairs],
+            replace(plan.decoding, seed=seed + 2),
+        )
+        outcomes = _known(verify(verifier, [rows[target] for _, target in pairs], texts))
+        executions: dict[int, list[Executed]] = defaultdict(list)
+        for (position, target), text, outcome in zip(pairs, texts, outcomes, strict=True):
+            sibling = ids[target] not in tried[position].sources
+            executions[position].append(Executed(ids[target], text, outcome, baselines[target], sibling))
+        for position in sound:
+            tried[position] = replace(tried[position], executions=tuple(executions[position]))
+    return Block(ids, tried, writer.generated_tokens - before)
+
+
+def _baselines(writer: Writer, rows: list[Row], verifier: Verifier, plan: Plan) -> list[float | None]:
+    """Mean outcome of answers to each problem without a strategy."""
+    asked = [row for row in rows for _ in range(plan.num_answers)]
+    texts = writer.answer([_with_text(row["prompt"], plan.answer_prompt) for row in asked], plan.decoding)
+    outcomes = _known(verify(verifier, asked, texts))
+    groups = [outcomes[start : start + plan.num_answers] for start in range(0, len(outcomes), plan.num_answers)]
+    verified = [[outcome for outcome in group if outcome is not None] for group in groups]
+    return [fmean(group) if group else None for group in verified]
+
+
+def work_block(
+    write: Callable[[list[Row], list[str], int], list[list[Pair]]],
+    rows: list[Row],
+    classes: list[str],
+    verifier: Verifier,
+    fits: Callable[[str, str], bool],
+    number: int,
+) -> Block:
+    """
+    Pairs worked solutions with strategies that describe them.
+
+    Args:
+        write (`Callable`):
+            Returns strategies and executions for each row, given rows, classes and the block's number.
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        verifier (`Callable`):
+            TRL reward function, which the executions must satisfy.
+        fits (`Callable[[str, str], bool]`):
+            Whether strategy and execution are short enough.
+        number (`int`):
+            Number of the block.
+
+    Returns:
+        [`Block`]: Without the tokens.
+    """
+    ids = [problem_id(row["prompt"]) for row in rows]
+    pairs = write(rows, classes, number)
+    written = [(position, *pair) for position, own in enumerate(pairs) for pair in own]
+    outcomes = _known(
+        verify(verifier, [rows[position] for position, _, _ in written], [text for _, _, text in written])
+    )
+    tried = []
+    for (position, strategy, text), outcome in zip(written, outcomes, strict=True):
+        flaw = find_flaw(strategy, problem_text(rows[position]["prompt"]), rows[position].get("solution"))
+        if flaw is None and not fits(strategy.text, text):
+            flaw = "too long"
+        execution = Executed(ids[position], text, outcome)
+        tried.append(Tried(strategy.text, classes[position], (ids[position],), flaw, (execution,)))
+    return Block(ids, tried, 0)
+
+
+def by_rule(rows: list[Row], classes: list[str], draws: int, seed: int) -> list[list[Pair]]:
+    """
+    Strategies and executions by rules: for covered reasoning-gym families and for worked solutions with calculator
+    annotations.
+
+    Args:
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        draws (`int`):
+            Strategies drawn for a problem of a reasoning-gym family. Distinct ones are returned.
+        seed (`int`):
+            Seed of the draws.
+
+    Returns:
+        `list[list[tuple[ParsedStrategy, str]]]`: For each row, empty where there is no rule.
     """
     rng = random.Random(seed)
-    conversation = TwoPhaseSettings.from_config(config).conversation(tokenizer)
-    by_class: dict[str, list[str]] = {}
-    for trace in traces:
-        by_class.setdefault(trace.problem_class, []).append(trace.strategy)
-    examples = []
-    for trace in traces:
-        if plain_share > 0 and not trace.given and rng.random() < plain_share:
-            examples.append(plain_example(trace, conversation))
-            continue
-        shown = []
-        if config.use_bank and config.num_retrieved > 0 and rng.random() < 0.5:
-            shown = [(trace.problem_class, rng.choice(by_class[trace.problem_class]))]
-        request = conversation.request(trace.prompt, shown)
-        strategy = conversation.reply(trace.prompt, trace.strategy)
-        turn = conversation.turn(trace.prompt).after(strategy)
-        execution = conversation.reply(trace.prompt, trace.execution)
-        examples.append(
-            {
-                "input_ids": request + strategy + turn + execution,
-                "labels": [-100] * len(request)
-                + ([-100] * len(strategy) if trace.given else strategy)
-                + [-100] * len(turn)
-                + execution,
-            }
-        )
-    return examples
+    by_row: list[list[Pair]] = []
+    for row, problem_class in zip(rows, classes, strict=True):
+        pairs: dict[str, Pair] = {}
+        if row.get("entry") is not None:
+            for _ in range(draws):
+                trace = worked_traces({**row, "problem_class": problem_class}, rng)
+                if trace is not None:
+                    pairs[trace.strategy] = (parse_strategy(trace.strategy), trace.execution)
+        elif (worked := row.get("worked_solution")) is not None:
+            strategy = strategy_from_annotations(worked, problem_text(row["prompt"]))
+            execution = worked_execution(worked, row.get("solution"))
+            if strategy is not None and execution is not None:
+                pairs[strategy] = (parse_strategy(strategy), execution)
+        by_row.append(list(pairs.values()))
+    return by_row
 
 
-def plain_example(trace: Trace, conversation: Conversation) -> dict[str, Any]:
-    """Writes a trace as one completion of its problem: strategy, empty line, execution."""
-    request = conversation.plain_request(trace.prompt)
-    answer = conversation.reply(trace.prompt, plain_answer(trace))
-    return {"input_ids": request + answer, "labels": [-100] * len(request) + answer}
-
-
-def plain_answer(trace: Trace) -> str:
-    """Strategy and execution as one text."""
-    return f"{trace.strategy}\n\n{trace.execution}"
-
-
-def warmstart(
-    model: str,
-    traces: list[Trace],
-    config: "SGPOConfig",
-    output_dir: str | os.PathLike[str],
-    learning_rate: float = 1e-3,
-    model_init_kwargs: dict[str, Any] | None = None,
-    batch_size: int = 4,
-    plain_share: float = 0.0,
-    full: bool = False,
-) -> str:
+def by_writer(writer: Writer, rows: list[Row], classes: list[str], plan: Plan) -> list[list[Pair]]:
     """
-    Fine-tunes a model on two-phase traces, once through, and saves it whole.
-
-    A LoRA adapter is trained with TRL's [`~trl.SFTTrainer`] and merged, so that any later training starts from an
-    ordinary model directory; or the whole model is. The directory appears only when it is complete.
+    Strategies that a model writes for worked solutions, which are the executions.
 
     Args:
-        model (`str`):
-            Name or path of the model.
-        traces (`list[Trace]`):
-            Traces.
-        config ([`SGPOConfig`]):
-            Its prompts, seed, precision and reporting are used.
-        output_dir (`str`):
-            Where the model is saved. A model that was made there with the same traces and settings is kept.
-        learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Peak learning rate of the adapter, decayed linearly to 0.
-        model_init_kwargs (`dict`, *optional*):
-            Passed on to `from_pretrained`.
-        batch_size (`int`, *optional*, defaults to `4`):
-            Traces an optimizer step.
-        plain_share (`float`, *optional*, defaults to `0.0`):
-            Share of traces written as one plain answer, see [`two_phase_examples`].
-        full (`bool`, *optional*, defaults to `False`):
-            Whether to train the whole model instead of an adapter.
+        writer ([`Writer`]):
+            The model.
+        rows (`list[dict]`):
+            The problems' rows.
+        classes (`list[str]`):
+            Their classes.
+        plan ([`Plan`]):
+            How many strategies, and how to decode.
 
     Returns:
-        `str`: `output_dir`
+        `list[list[tuple[ParsedStrategy, str]]]`: For each row, empty without a worked solution.
+    """
+    problems: list[Problem] = []
+    executions: dict[int, str] = {}
+    for position, row in enumerate(rows):
+        worked = row.get("worked_solution")
+        execution = None if worked is None else worked_execution(worked, row.get("solution"))
+        if execution is not None:
+            executions[position] = execution
+            prompt = _with_text(row["prompt"], f"{WORKED_HEADER}\n{execution}")
+            problems += [Problem(prompt, classes[position], row.get("solution"))] * plan.num_strategies
+    written = writer.write_strategies(problems, plan.decoding) if problems else []
+    by_row: list[list[Pair]] = [[] for _ in rows]
+    for order, (position, execution) in enumerate(executions.items()):
+        own = written[order * plan.num_strategies : (order + 1) * plan.num_strategies]
+        by_row[position] = [(strategy, execution) for strategy in {one.text: one for one in own}.values()]
+    return by_row
+
+
+def _with_text(prompt: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """A prompt with a text added to its last message."""
+    return [*prompt[:-1], {**prompt[-1], "content": f"{problem_text(prompt)}\n\n{text}"}]
+
+
+def _known(outcomes: list[float]) -> list[float | None]:
+    return [None if math.isnan(outcome) else outcome for outcome in outcomes]
+
+
+# The record
+
+
+def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
+    """
+    Reads the blocks that an earlier run finished, or creates an empty record. An incomplete last line is removed.
+
+    Args:
+        path (`Path`):
+            The record.
+        settings (`dict`):
+            Everything the blocks depend on.
+
+    Returns:
+        `list[Block]`: In order.
 
     Raises:
-        [`DataError`]: There are no traces.
+        [`~trl_sgpo.errors.ConfigError`]: The record was made with other settings.
+        [`~trl_sgpo.errors.DataError`]: It is damaged.
     """
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    from ..speed.lm_head import project_labelled_tokens_only
-
-    output_dir = Path(output_dir)
-    if not traces:
-        raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
+    settings = json.loads(json.dumps(settings))
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]
+    if not lines:
+        path.write_text("")
+        _append(path, {"settings": settings})
+        return []
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
-    prompts = TwoPhaseSettings.from_config(config, traces[0].prompt)
-    prompts = replace(prompts, turn_end=prompts.conversation(tokenizer).end_token)
-    settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
-    settings += [batch_size, plain_share, full]
-    # Added only where they matter, so that warm starts made without them are kept
-    if config.chat_template_kwargs:
-        settings.append(config.chat_template_kwargs)
-    if prompts.turn_end != tokenizer.eos_token:
-        settings.append(prompts.turn_end)
-    made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
-    if _made_of(output_dir) == made_of:
-        return str(output_dir)
-    print(f"Warm start of {model} on {len(traces)} two-phase traces:")
-    examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
-    unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            str(unfinished),
-            model_init_kwargs=model_init_kwargs,
-            per_device_train_batch_size=batch_size,
-            num_train_epochs=1,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=0.1 if full else 5,
-            adam_beta2=config.adam_beta2,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            seed=config.seed,
-            bf16=config.bf16,
-            fp16=config.fp16,
-            use_cpu=config.use_cpu,
-            gradient_checkpointing=config.gradient_checkpointing,
-            disable_tqdm=config.disable_tqdm,
-            # Batches of one length are fast, but too unlike each other to learn well from nothing
-            train_sampling_strategy="random" if full else "group_by_length",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-        ),
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
-    with project_labelled_tokens_only(trainer.accelerator.device):
-        trainer.train()
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    merged = trained if full else trained.merge_and_unload()
-    if trainer.accelerator.is_main_process:
-        merged.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        prompts.save(unfinished)
-        (unfinished / _MADE_OF).write_text(made_of)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        os.replace(unfinished, output_dir)
-    trainer.accelerator.wait_for_everyone()
-    return str(output_dir)
+        recorded = json.loads(lines[0])["settings"]
+        differing = {name for name in {*recorded, *settings} if recorded.get(name) != settings.get(name)}
+        blocks = [] if differing else [Block.from_dict(json.loads(line)) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): move it away to start anew.") from error
+    if differing:
+        changes = ", ".join(f"{name} was {recorded.get(name)}, is {settings.get(name)}" for name in sorted(differing))
+        raise ConfigError(
+            f"{path} was made with other settings ({changes}): name another `--output_dir`, or use the same settings "
+            "to continue it."
+        )
+    return blocks
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_blocks(
+    path: Path, settings: dict[str, Any], blocks: list[list[int]], do: Callable[[list[int], int], Block]
+) -> list[Block]:
+    """
+    Runs the blocks that are not in the record, and records each.
+
+    Args:
+        path (`Path`):
+            The record, see [`open_record`].
+        settings (`dict`):
+            Everything the blocks depend on.
+        blocks (`list[list[int]]`):
+            Indices of each block's problems.
+        do (`Callable[[list[int], int], Block]`):
+            Runs a block, given its problems and its number.
+
+    Returns:
+        `list[Block]`: All blocks, including those of earlier runs.
+    """
+    done = open_record(path, settings)[: len(blocks)]
+    with tqdm(total=len(blocks), initial=len(done), desc="Bootstrap", unit="block") as bar:
+        for number in range(len(done), len(blocks)):
+            block = do(blocks[number], number)
+            _append(path, block.to_dict())
+            done.append(block)
+            bar.update()
+    return done

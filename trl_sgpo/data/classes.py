@@ -129,7 +129,7 @@ def with_classes(dataset: "Dataset", args: "SGPOConfig", bank: "StrategyBank | N
         dataset ([`~datasets.Dataset`]):
             Training problems. If they have the column already they are returned as they are.
         args ([`SGPOConfig`]):
-            Says where classes come from.
+            Its `class_column`, `num_clusters`, `small_classes` and seed are used.
         bank ([`StrategyBank`], *optional*):
             Its embedder is used where embeddings are needed.
 

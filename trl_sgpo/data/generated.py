@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 from ..compare.lab import list_functions
 from ..errors import DataError
+from ..inference.weights import LAB_VERSION
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def materialise(path: str, split: str) -> str:
 
     if split not in ("train", "test"):
         raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
-    made_by = str(list_functions.VERSION) if path.startswith(LISTS) else _gym_version()
+    made_by = str(LAB_VERSION) if path.startswith(LISTS) else _gym_version()
     key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
     if not file.is_file():
@@ -103,15 +104,15 @@ def _generate(path: str, split: str) -> list[dict[str, Any]]:
 
 
 def _generate_family(family: str, split: str, size: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    wanted = size if split == "train" else max(size // 4, 32)
-    limit = 10 * max(size, 64)  # a family with fewer distinct questions has no more
+    count = size if split == "train" else max(size // 4, 32)
+    limit = 10 * max(size, 64)  # for families with fewer distinct questions
     try:
         source = gym().create_dataset(family, size=limit, seed=seed, **settings)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"The reasoning-gym family '{family}' refuses its settings {settings}: {error}.") from error
     rows: dict[str, dict[str, Any]] = {}
     for index in range(limit):
-        if len(rows) == wanted:
+        if len(rows) == count:
             break
         entry = source[index]
         question, answer = entry["question"], entry["answer"]
@@ -126,8 +127,8 @@ def _generate_family(family: str, split: str, size: int, seed: int, settings: di
         }
     if not rows:
         raise DataError(f"The reasoning-gym family '{family}' gives no problems with an answer: use another family.")
-    if len(rows) < wanted:
-        logger.warning(f"{family}: {len(rows)} distinct {split} problems instead of {wanted}")
+    if len(rows) < count:
+        logger.warning(f"{family}: {len(rows)} distinct {split} problems instead of {count}")
     return list(rows.values())
 
 

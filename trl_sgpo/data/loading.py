@@ -27,19 +27,19 @@ def load_data(recipe: Recipe) -> DatasetDict:
     """
     script = recipe.script
     train, test = script.dataset_train_split, script.dataset_test_split
-    wanted = [train]
+    splits = [train]
     if recipe.training.eval_strategy != "no" or script.report_problems > 0:
-        wanted.append(test)
+        splits.append(test)
     if script.dataset_streaming or recipe.mixture.streaming:
         raise DataError("SGPO sorts problems into classes and cannot stream: leave `streaming` out.")
     if recipe.mixture.datasets and recipe.mixture.test_split_size is not None:
         data = load_mixture(recipe.mixture)
     elif recipe.mixture.datasets:
         # A mixture of families with a test split of their own: the same mixture of both
-        data = DatasetDict({split: load_mixture(_with_split(recipe.mixture, split))["train"] for split in wanted})
+        data = DatasetDict({split: load_mixture(_with_split(recipe.mixture, split))["train"] for split in splits})
     elif script.dataset_name:
         data = DatasetDict(
-            {split: load_problems(script.dataset_name, split, script.dataset_config) for split in wanted}
+            {split: load_problems(script.dataset_name, split, script.dataset_config) for split in splits}
         )
     else:
         raise ConfigError("Name the training problems: set `dataset_name`, or `datasets` for a mixture.")

@@ -267,7 +267,7 @@ def _is_right(answer: str, gold: str, entry: str | None) -> bool:
     if entry is not None:
         parsed = json.loads(entry)
         if parsed["metadata"]["source_dataset"] == list_functions.FAMILY:
-            return False  # its only right answer was compared above
+            return False  # the solution, which was compared above, is its only right answer
         try:
             return _scorer(parsed["metadata"]["source_dataset"])(answer, parsed) >= 0.99
         except (ArithmeticError, LookupError, TypeError, ValueError):  # raised by some families for malformed answers

@@ -1,14 +1,218 @@
-"""The warm start of a recipe."""
+"""
+The warm start: supervised fine-tuning on two-phase traces, in the tokens that a rollout has.
 
+[`warmstart`] fine-tunes a model on traces, [`warmstart_model`] the model of a recipe on the traces that it names.
+"""
+
+import hashlib
+import json
+import os
 import random
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
+from ..errors import DataError, ModelError
+from ..inference.settings import TwoPhaseSettings
+from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
-from .bootstrap import warmstart
+from ..sgpo_config import SGPOConfig
+from ..speed.lm_head import project_labelled_tokens_only
+from . import worked
 from .trace_files import read_traces
-from .worked import Trace, traces
+from .worked import Trace
+
+
+_MADE_OF = "warmstart.sha256"
+
+
+def _made_of(directory: Path) -> str | None:
+    try:
+        return (directory / _MADE_OF).read_text()
+    except OSError:
+        return None
+
+
+def two_phase_examples(
+    traces: list[Trace], tokenizer: Any, config: SGPOConfig, seed: int, plain_share: float = 0.0
+) -> list[dict[str, Any]]:
+    """
+    Writes traces as token sequences: request, strategy, turn, execution. Strategy and execution are trained.
+
+    Half of the requests quote another strategy of the class, as requests do once the bank holds some. Some traces
+    may be written as one plain answer instead: the problem, then strategy and execution as one completion.
+
+    Args:
+        traces (`list[Trace]`):
+            Traces.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        config ([`SGPOConfig`]):
+            Its prompts and `chat_template_kwargs` are used.
+        seed (`int`):
+            Seed of the quotations.
+        plain_share (`float`, *optional*, defaults to `0.0`):
+            Share of traces, among those whose strategy is not given, written as one plain answer.
+
+    Returns:
+        `list[dict]`: With `input_ids` and `labels` (-100 where not trained).
+    """
+    rng = random.Random(seed)
+    conversation = TwoPhaseSettings.from_config(config).conversation(tokenizer)
+    by_class: dict[str, list[str]] = {}
+    for trace in traces:
+        by_class.setdefault(trace.problem_class, []).append(trace.strategy)
+    examples = []
+    for trace in traces:
+        if plain_share > 0 and not trace.given and rng.random() < plain_share:
+            examples.append(plain_example(trace, conversation))
+            continue
+        shown = []
+        if config.use_bank and config.num_retrieved > 0 and rng.random() < 0.5:
+            shown = [(trace.problem_class, rng.choice(by_class[trace.problem_class]))]
+        request = conversation.request(trace.prompt, shown)
+        strategy = conversation.reply(trace.prompt, trace.strategy)
+        turn = conversation.turn(trace.prompt).after(strategy)
+        execution = conversation.reply(trace.prompt, trace.execution)
+        examples.append(
+            {
+                "input_ids": request + strategy + turn + execution,
+                "labels": [-100] * len(request)
+                + ([-100] * len(strategy) if trace.given else strategy)
+                + [-100] * len(turn)
+                + execution,
+            }
+        )
+    return examples
+
+
+def plain_example(trace: Trace, conversation: Conversation) -> dict[str, Any]:
+    """Writes a trace as one completion of its problem: strategy, empty line, execution."""
+    request = conversation.plain_request(trace.prompt)
+    answer = conversation.reply(trace.prompt, plain_answer(trace))
+    return {"input_ids": request + answer, "labels": [-100] * len(request) + answer}
+
+
+def plain_answer(trace: Trace) -> str:
+    """Strategy and execution as one text."""
+    return f"{trace.strategy}\n\n{trace.execution}"
+
+
+def warmstart(
+    model: str,
+    traces: list[Trace],
+    config: SGPOConfig,
+    output_dir: str | os.PathLike[str],
+    learning_rate: float = 1e-3,
+    model_init_kwargs: dict[str, Any] | None = None,
+    batch_size: int = 4,
+    plain_share: float = 0.0,
+    full: bool = False,
+) -> str:
+    """
+    Fine-tunes a model on two-phase traces, once through, and saves it whole.
+
+    A LoRA adapter is trained with TRL's [`~trl.SFTTrainer`] and merged, so that any later training starts from an
+    ordinary model directory; or the whole model is. The directory appears only when it is complete.
+
+    Args:
+        model (`str`):
+            Name or path of the model.
+        traces (`list[Trace]`):
+            Traces.
+        config ([`SGPOConfig`]):
+            Its prompts, seed, precision and reporting are used.
+        output_dir (`str`):
+            Where the model is saved. A model that was made there with the same traces and settings is kept.
+        learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Peak learning rate of the adapter, decayed linearly to 0.
+        model_init_kwargs (`dict`, *optional*):
+            Passed on to `from_pretrained`.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Traces an optimizer step.
+        plain_share (`float`, *optional*, defaults to `0.0`):
+            Share of traces written as one plain answer, see [`two_phase_examples`].
+        full (`bool`, *optional*, defaults to `False`):
+            Whether to train the whole model instead of an adapter.
+
+    Returns:
+        `str`: `output_dir`
+
+    Raises:
+        [`DataError`]: There are no traces.
+    """
+    output_dir = Path(output_dir)
+    if not traces:
+        raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
+    two_phase = TwoPhaseSettings.from_config(config, traces[0].prompt)
+    two_phase = replace(two_phase, turn_end=two_phase.conversation(tokenizer).end_token)
+    settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
+    settings += [batch_size, plain_share, full]
+    # Added only where they matter, so that warm starts made without them are kept
+    if config.chat_template_kwargs:
+        settings.append(config.chat_template_kwargs)
+    if two_phase.turn_end != tokenizer.eos_token:
+        settings.append(two_phase.turn_end)
+    made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
+    if _made_of(output_dir) == made_of:
+        return str(output_dir)
+    print(f"Warm start of {model} on {len(traces)} two-phase traces:")
+    examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
+    unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            str(unfinished),
+            model_init_kwargs=model_init_kwargs,
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=0.1 if full else 5,
+            adam_beta2=config.adam_beta2,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            seed=config.seed,
+            bf16=config.bf16,
+            fp16=config.fp16,
+            use_cpu=config.use_cpu,
+            gradient_checkpointing=config.gradient_checkpointing,
+            disable_tqdm=config.disable_tqdm,
+            # Batches of one length are fast, but differ too much from each other for a model trained from scratch
+            train_sampling_strategy="random" if full else "group_by_length",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        ),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    with project_labelled_tokens_only(trainer.accelerator.device):
+        trainer.train()
+    tuned = trainer.accelerator.unwrap_model(trainer.model)
+    merged = tuned if full else tuned.merge_and_unload()
+    if trainer.accelerator.is_main_process:
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        two_phase.save(unfinished)
+        (unfinished / _MADE_OF).write_text(made_of)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        os.replace(unfinished, output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return str(output_dir)
 
 
 def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
@@ -40,9 +244,9 @@ def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
 
 
 def _worked_traces(recipe: Recipe, dataset: Dataset) -> list[Trace]:
-    wanted, seed = recipe.script.warmstart_traces, recipe.training.seed
-    repeats = -(-wanted // len(dataset)) + 1
-    worked = traces(dataset.shuffle(seed=seed), per_problem=repeats, seed=seed)
+    count, seed = recipe.script.warmstart_traces, recipe.training.seed
+    repeats = -(-count // len(dataset)) + 1
+    drawn = worked.traces(dataset.shuffle(seed=seed), per_problem=repeats, seed=seed)
     # Every problem's first trace, then every problem's second one
-    in_rounds = [worked[i] for start in range(repeats) for i in range(start, len(worked), repeats)]
-    return in_rounds[:wanted]
+    in_rounds = [drawn[i] for start in range(repeats) for i in range(start, len(drawn), repeats)]
+    return in_rounds[:count]

@@ -14,7 +14,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MAX_CHARACTERS = 64  # of an execution, about 45 tokens: small models make errors in longer ones
+_MAX_CHARACTERS = 64  # characters of an execution, about 45 tokens: small models make errors in longer ones
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
         `DataError`: If no problem is of a covered family.
     """
     rng = random.Random(seed)
-    found = [worked_traces(problem, rng) for problem in dataset for _ in range(per_problem)]
-    covered = [trace for trace in found if trace is not None]
+    drawn = [worked_traces(problem, rng) for problem in dataset for _ in range(per_problem)]
+    covered = [trace for trace in drawn if trace is not None]
     if not covered:
         raise DataError(
             "No problem has a worked solution: use problems of the reasoning-gym families "

@@ -13,6 +13,7 @@ from ..errors import ConfigError, DataError
 
 ROWS = "rows.jsonl"
 SETTINGS = "settings.json"
+RESULTS_FILE = "results.json"
 
 Chunk = dict[str, Any]
 RunChunk = Callable[[str, int, Callable[[], Chunk]], Chunk]

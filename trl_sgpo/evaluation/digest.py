@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from ..inference.model import TwoPhaseModel
+    from ..inference.settings import TwoPhaseSettings
+
+
+_NEWER = ("chat_template_kwargs", "turn_end")
 
 
 def digest(value: Any) -> str:
@@ -14,10 +19,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def settings_record(settings: "TwoPhaseSettings") -> dict[str, Any]:
+    """Settings for a record. Keys that earlier versions lack are left out if `None`: their records continue."""
+    return {key: value for key, value in asdict(settings).items() if value is not None or key not in _NEWER}
+
+
 def weights_digest(model: "TwoPhaseModel") -> str:
     """SHA-256 of the first 64 values of every parameter, which training changes."""
-    found = hashlib.sha256()
+    values = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         first = parameter.detach().flatten()[:64].float().cpu().numpy()
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return found.hexdigest()
+        values.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
+    return values.hexdigest()

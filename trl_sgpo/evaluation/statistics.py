@@ -141,10 +141,10 @@ def majority_vote(answers: Sequence[str | None], same: Callable[[str, str], bool
     for position, answer in enumerate(answers):
         if answer is None:
             continue
-        found = next((i for i, other in enumerate(representatives) if same(answer, other)), None)
-        if found is None:
+        group = next((i for i, other in enumerate(representatives) if same(answer, other)), None)
+        if group is None:
             groups.append([position])
             representatives.append(answer)
         else:
-            groups[found].append(position)
+            groups[group].append(position)
     return max(groups, key=len)[0] if groups else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .chunks import write_text
+from .chunks import RESULTS_FILE, write_text
 from .plots import draw_bars, draw_matrix
 
 
@@ -50,7 +50,7 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
         [name, suite["kind"], str(suite["problems"]), _cell(suite["accuracy"]), str(suite["generated_tokens"])]
         for name, suite in suites.items()
     ]
-    found = [ResultTable("Suites", ["suite", "kind", "problems", "accuracy", "tokens"], rows)]
+    result = [ResultTable("Suites", ["suite", "kind", "problems", "accuracy", "tokens"], rows)]
     sampled = {name: suite["sampled"] for name, suite in suites.items() if suite["sampled"] is not None}
     if sampled:
         n = next(iter(sampled.values()))["samples"]
@@ -58,16 +58,16 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
             [name, _cell(each["accuracy"]), _cell(each["pass_at_k"][str(n)]), _cell(each["majority"])]
             for name, each in sampled.items()
         ]
-        found.append(ResultTable(f"{n} sampled attempts", ["suite", "accuracy", f"pass@{n}", "majority"], attempts))
+        result.append(ResultTable(f"{n} sampled attempts", ["suite", "accuracy", f"pass@{n}", "majority"], attempts))
     kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
-    found.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
+    result.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
     for name, suite in suites.items():
         if len(suite["classes"]) > 1:
             per_class = [
                 [label or "(no class)", str(figures["problems"]), _cell(figures)]
                 for label, figures in suite["classes"].items()
             ]
-            found.append(ResultTable(f"{name} by class", ["class", "problems", "accuracy"], per_class))
+            result.append(ResultTable(f"{name} by class", ["class", "problems", "accuracy"], per_class))
     for name, transfer in results["transfer"].items():
         conditions = [[CONDITION_NAMES[key], _cell(figures)] for key, figures in transfer["conditions"].items()]
         differences = [[key, _cell(figures, signed=True)] for key, figures in transfer["differences"].items()]
@@ -76,8 +76,8 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
         title = f"Transfer on {name}, {len(transfer['classes'])} classes"
         if transfer["left_out_classes"]:
             title += f" ({len(transfer['left_out_classes'])} too small, or beyond --transfer_classes)"
-        found.append(ResultTable(title, ["", "mean over classes"], [*conditions, *differences, *ratio]))
-    return found
+        result.append(ResultTable(title, ["", "mean over classes"], [*conditions, *differences, *ratio]))
+    return result
 
 
 def _cell(figures: dict[str, Any] | None, signed: bool = False) -> str:
@@ -103,7 +103,7 @@ def write_results(directory: Path, results: dict[str, Any], plots: bool) -> list
     Returns:
         `list[Path]`: The files.
     """
-    written = [directory / "results.json", directory / "results.md"]
+    written = [directory / RESULTS_FILE, directory / "results.md"]
     write_text(written[0], json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(written[1], "\n".join(table.markdown() for table in tables(results)))
     if not plots:

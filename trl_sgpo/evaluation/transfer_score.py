@@ -72,11 +72,11 @@ class TransferReport:
 
     def outcomes(self, condition: str) -> dict[str, float]:
         """Mean outcome of a condition on each problem, by its id. Problems without any are not in it."""
-        found = defaultdict(list)
+        by_problem = defaultdict(list)
         for execution in self.executions:
             if execution["condition"] == condition:
-                found[execution["problem"]].append(execution["outcome"])
-        return {problem: math.fsum(values) / len(values) for problem, values in found.items()}
+                by_problem[execution["problem"]].append(execution["outcome"])
+        return {problem: math.fsum(values) / len(values) for problem, values in by_problem.items()}
 
     def estimate(self, condition: str) -> Estimate | None:
         """Mean over classes of a condition's outcomes, `None` if it was not measured."""

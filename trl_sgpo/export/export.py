@@ -1,4 +1,4 @@
-"""Exports a trained model without adapter and 4-bit weights, and refuses an export whose logits differ."""
+"""Exports a trained model without adapter and 4-bit weights, after a check that its logits are the same."""
 
 import gc
 import importlib.util
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .._version import __version__
 from ..bank.exchange import export_bank
-from ..bank.export import published
+from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
 from ..compare.lab.model import fetch_model
@@ -31,6 +31,7 @@ from .parity import Parity, compare, logits_on, probes
 
 EXPORT_FILE = "export.json"
 STRATEGIES_DIRECTORY = "strategies"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Largest error of the logits, by data type of the weights (docs/export.md)
 TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.05}
 _GGUF_TOLERANCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
@@ -140,7 +141,7 @@ def _write(
     directory: Path,
 ) -> dict[str, Any]:
     sequences = probes(tokenizer, settings)
-    compute = getattr(torch, plan.compute_dtype)
+    compute = _DTYPES[plan.compute_dtype]
     adapter = is_adapter(source)
     own_dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     report: dict[str, Any] = {
@@ -161,11 +162,11 @@ def _write(
     if plan.base == "original":
         del model
         gc.collect()
-        trained = reference
+        trained_logits = reference
         model = load_unmerged(source, base, {"dtype": own_dtype}, compute)
         reference = logits_on(model, sequences)
         effect = _without_adapter(model, sequences, reference)
-        report["difference_to_trained"] = asdict(compare(trained, reference))
+        report["difference_to_trained"] = asdict(compare(trained_logits, reference))
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
 
@@ -182,7 +183,7 @@ def _write(
         forms.append((name, _GGUF_TOLERANCES[plan.gguf]))
     config = model.config
     if plan.merge:
-        dtype = own_dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
+        dtype = own_dtype if plan.dtype == "auto" else _DTYPES[plan.dtype]
         kind = str(dtype).removeprefix("torch.")
         print(f"Writing the model in {kind} …", flush=True)
         model.to(dtype).save_pretrained(directory)
@@ -193,12 +194,12 @@ def _write(
     checked = []
     for name, kind in forms:
         print(f"Checking {name} …", flush=True)
-        found = _read(directory, name, config, compute)
-        checked.append(Written(name, kind, TOLERANCES[kind], compare(reference, logits_on(found, sequences))))
-        del found
+        exported = _read(directory, name, config, compute)
+        checked.append(Written(name, kind, TOLERANCES[kind], compare(reference, logits_on(exported, sequences))))
+        del exported
         gc.collect()
     for form in checked:
-        _judge(form, effect)
+        _check_parity(form, effect)
     report["positions"] = len(reference)
     report["forms"] = [asdict(form) for form in checked]
     report["trl_sgpo_version"] = __version__
@@ -249,7 +250,7 @@ def _read(directory: Path, name: str, config: Any, compute: torch.dtype) -> PreT
     return AutoModelForCausalLM.from_pretrained(directory, dtype=compute).eval()
 
 
-def _judge(form: Written, effect: Parity | None) -> None:
+def _check_parity(form: Written, effect: Parity | None) -> None:
     parity = form.parity
     if not parity.error <= form.tolerance:
         raise ModelError(
@@ -285,8 +286,8 @@ def _check_output(output: Path, plan: ExportPlan) -> None:
 
 
 def _local(name: str) -> str:
-    found = fetch_model(name)
-    return found if os.path.isdir(found) else snapshot_download(found)
+    source = fetch_model(name)
+    return source if os.path.isdir(source) else snapshot_download(source)
 
 
 def _check_convertible(plan: ExportPlan, config: Any, tokenizer: Any) -> None:
@@ -302,7 +303,7 @@ def _check_convertible(plan: ExportPlan, config: Any, tokenizer: Any) -> None:
 def _check_memory(config: Any, compute_dtype: str) -> None:
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(config).num_parameters()
-    needed = 1.1 * size * getattr(torch, compute_dtype).itemsize
+    needed = 1.1 * size * _DTYPES[compute_dtype].itemsize
     available = psutil.virtual_memory().available
     if needed > available:
         fix = "`--compute_dtype bfloat16` halves that" if compute_dtype == "float32" else "use a machine with more"

@@ -1,8 +1,8 @@
 """
 Writes a model as a GGUF file, which llama.cpp, Ollama and LM Studio run.
 
-llama.cpp's own converter is not a package. This one writes the three architectures below, with the library that comes
-with it: names of tensors and keys, quantization and special tokens are the library's.
+llama.cpp's converter is not a package. This one writes the three architectures below, with tensor names, keys,
+quantization and special tokens of llama.cpp's library `gguf`.
 """
 
 import json
@@ -42,7 +42,7 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# How text is split before merges, by llama.cpp's name for it. The wrong one gives other tokens than in training
+# llama.cpp's name of the splitting of text before merges. A wrong one gives other tokens than in training
 _SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [{"type": "ByteLevel", "use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}],
@@ -58,7 +58,7 @@ _OTHERWISE = (
 
 def check_convertible(config: Any, tokenizer: Any) -> None:
     """
-    Refuses, before any long work, a model that this file cannot write.
+    Raises an error, before any long work, for a model that this file cannot write.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
@@ -150,7 +150,7 @@ def write_gguf(
         tensors[gguf_name] = tensor
     if _rope(config)["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = rope_factors(model)
-    # Sizes first, then one tensor after the other: all of them would take the memory of a second model
+    # Sizes first, then one tensor at a time: all of them would need the memory of a second model
     for gguf_name, tensor in tensors.items():
         kind = _kind(tensor, quantization)
         block, size = GGML_QUANT_SIZES[kind]
@@ -178,7 +178,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def rope_factors(model: PreTrainedModel) -> torch.Tensor:
-    """By how much the model's frequencies are smaller than unscaled ones."""
+    """Unscaled frequencies divided by the model's."""
     used = model.model.rotary_emb.inv_freq.float()
     exponents = torch.arange(len(used), dtype=torch.float32) / len(used)
     return _rope(model.config)["rope_theta"] ** -exponents / used.cpu()

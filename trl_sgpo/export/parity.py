@@ -1,4 +1,4 @@
-"""How far the logits of two models are from each other, on problems in two phases."""
+"""Differences between the logits of two models, on problems in two phases."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..inference.settings import TwoPhaseSettings
 
 
-# Problem, strategy, execution: what a model reads and writes in both phases
+# Problem, strategy, execution
 _PROBES = (
     (
         "What is 17 + 26 - 9?",
@@ -34,7 +34,7 @@ _PROBES = (
         "150 / 2.5 = 60, so the train's speed is 60 km/h.\n#### 60",
     ),
 )
-_POSITIONS = 48  # of each probe: logits of a large vocabulary take room
+_POSITIONS = 48  # of each probe, because the logits of a large vocabulary take memory
 
 
 @dataclass(frozen=True)

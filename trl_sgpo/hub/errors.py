@@ -59,7 +59,7 @@ def readable_errors(action: str, kind: type[SGPOError]) -> Iterator[None]:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error that [`readable_errors`] raised may not occur again a minute later."""
+    """Whether an error that [`readable_errors`] raised may be temporary."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     cause: BaseException | None = error

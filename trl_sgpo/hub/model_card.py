@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .._version import __version__
-from ..bank.export import is_export, published
+from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..errors import ConfigError
+from ..evaluation.chunks import RESULTS_FILE
 from ..inference.weights import LAB_MODEL
+from ..report.run_files import REPORT_FILE
 
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 CARD = "README.md"
 FACTS_FILE = "training.json"
 METRICS_FILE = "metrics.json"
-REPORT_FILE = "report.json"
 RESULTS_DIRECTORY = ".eval_results"
 TAGS = ("sgpo", "strategy-bank", "trl", "trl-sgpo")
 
@@ -132,7 +133,7 @@ def _public(name: str) -> str:
 
 
 def on_hub(name: str) -> bool:
-    """Whether a name may be that of a model or a dataset on the Hub."""
+    """Whether a name has the form of a model or dataset on the Hub."""
     return bool(HUB_NAME.fullmatch(name)) and name != LAB_MODEL and not name.startswith(_LOCAL_DATA)
 
 
@@ -192,18 +193,18 @@ def _metadata(
     adapter: bool,
     evaluation: Path | None,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = dict(license)
-    found["library_name"] = "peft" if adapter else "transformers"
-    found["pipeline_tag"] = "text-generation"
+    metadata: dict[str, Any] = dict(license)
+    metadata["library_name"] = "peft" if adapter else "transformers"
+    metadata["pipeline_tag"] = "text-generation"
     if on_hub(facts.base_model):
-        found["base_model"] = facts.base_model
-        found["base_model_relation"] = "adapter" if adapter else "finetune"
+        metadata["base_model"] = facts.base_model
+        metadata["base_model_relation"] = "adapter" if adapter else "finetune"
     if datasets := [name for name in facts.datasets if on_hub(name)]:
-        found["datasets"] = datasets
-    found["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
+        metadata["datasets"] = datasets
+    metadata["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
     if entries := [*_measured(directory, facts), *_evaluated(evaluation)]:
-        found["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
-    return found
+        metadata["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
+    return metadata
 
 
 def _report(directory: Path) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def _before_and_after(directory: Path) -> str:
 def _suites(evaluation: Path | None) -> str:
     if evaluation is None:
         return ""
-    suites = json.loads((evaluation / "results.json").read_text())["suites"]
+    suites = json.loads((evaluation / RESULTS_FILE).read_text())["suites"]
     lines = [
         "By `trl-sgpo eval`, greedy, with 95% intervals:",
         "",
@@ -358,9 +359,9 @@ def _bank(directory: Path, repo_id: str) -> str:
     return f"""## Strategy bank
 
 {manifest["count"]} strategies ({trust}) of {manifest["classes"]} classes, in
-`{BANK_DIRECTORY}/{manifest["file"]}`, with where each comes from and its verified executions. Only trusted ones are
-shown when the model is used. To start the training of another model with them, in quarantine until its own verified
-executions speak for them:
+`{BANK_DIRECTORY}/{manifest["file"]}`, with their provenance and verified executions. Only trusted ones
+are shown when the model is used. To start the training of another model with them, in quarantine until they prove
+useful in its own verified executions:
 
 ```python
 from trl_sgpo import StrategyBank
@@ -394,9 +395,9 @@ _LIMITS = """\
 - What it was trained and measured on is above. Nothing is known of its answers to other kinds of problems, other
   languages, or of its safety. It has the limits and biases of its base model.
 - **Strategies are text that a model wrote.** They enter prompts. They are never executed as code, and they may be
-  wrong, or mislead whoever reads them. Those called trusted helped with problems that the training's verifier checked;
-  they are as good as that verifier.
-- Whoever publishes a model can make it, and the bank beside it, say anything: use both from people you trust, and pin
+  wrong or misleading. Those called trusted helped with problems that the training's verifier checked, and are as
+  reliable as that verifier.
+- A model and its bank can contain any text: use both only from people you trust, and pin
   the commit. Strategies that are imported into another bank are in quarantine there.
 - Check answers that matter. A sound strategy may be executed wrongly."""
 

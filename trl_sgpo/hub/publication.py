@@ -1,5 +1,5 @@
 """
-What of a run is published on the Hugging Face Hub, written to a folder.
+The published files of a run, for the Hugging Face Hub.
 
 Published are the files that others need to use the model: weights and tokenizer, prompts and limits (`sgpo.json`), an
 export of the strategy bank, metrics and the model card. The bank's own files, pickles and logged completions are not.
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..bank.exchange import export_bank
-from ..bank.export import published
+from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..errors import ModelError
 from ..inference.loading import ADAPTER_FILE, adapter_base
 from ..inference.settings import SETTINGS_FILE
+from ..report.run_files import REPORT_FILE
 from .model_card import (
     CARD,
     FACTS_FILE,
     HUB_NAME,
     METRICS_FILE,
-    REPORT_FILE,
     RESULTS_DIRECTORY,
     TrainingFacts,
     make_card,
@@ -96,7 +96,7 @@ def merge_adapter(adapter: Path, base: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.random.fork_rng(devices=[]):  # loading draws random numbers, which training must not miss
+        with torch.random.fork_rng(devices=[]):  # keeps the random state
             model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
             model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
         model.merge_and_unload().save_pretrained(target)

@@ -15,14 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
 from ..errors import ModelError
+from ..report.run_files import REPORT_FILE
 from .errors import may_pass, readable_errors
-from .model_card import (
-    FACTS_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    RESULTS_DIRECTORY,
-    TrainingFacts,
-)
+from .model_card import FACTS_FILE, METRICS_FILE, RESULTS_DIRECTORY, TrainingFacts
 from .publication import MODEL_FILES, stage, stage_checkpoint
 
 
@@ -183,16 +178,18 @@ def _push(folder: Path, repo_id: str, message: str, token: str | None, revision:
     api = HfApi(token=token)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    found = api.model_info(repo_id, revision=revision)
+    current = api.model_info(repo_id, revision=revision)
     added = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     folders = {name.split("/")[0] for name in added if "/" in name}
-    old = {sibling.rfilename for sibling in found.siblings or ()} - added.keys()
-    gone = [name for name in sorted(old) if name.split("/")[0] in folders or _is_replaced(name)]
+    old = {sibling.rfilename for sibling in current.siblings or ()} - added.keys()
+    outdated = [name for name in sorted(old) if name.split("/")[0] in folders or _is_replaced(name)]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, path) for name, path in added.items()),
-        *(CommitOperationDelete(name) for name in gone),
+        *(CommitOperationDelete(name) for name in outdated),
     ]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=found.sha)
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, revision=revision, parent_commit=current.sha
+    )
     return commit.oid
 
 

@@ -1,5 +1,5 @@
 """
-The Hub part of a trainer: a push is one commit of what others need, with an export of the bank.
+Pushes of a trainer to the Hub: one commit with the published files and an export of the bank.
 
 What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `init_hf_repo`,
 `create_model_card`, `push_to_hub`, `_push_from_checkpoint`, `_finish_current_push`, `push_in_progress`.
@@ -31,11 +31,11 @@ logger = transformers.utils.logging.get_logger(__name__)
 
 class HubTrainer(GRPOTrainer):
     """
-    Pushes model, bank export, metrics and card in one commit, at the end of training and while it goes on.
+    Pushes model, bank export, metrics and card in one commit, at the end of training and during training.
 
     Attributes:
-        facts ([`~trl_sgpo.hub.model_card.TrainingFacts`]): What the model card says of the training. It may be
-            replaced by one that knows more.
+        facts ([`~trl_sgpo.hub.model_card.TrainingFacts`]): Facts of the training for the model card. They may be
+            replaced by more complete ones.
     """
 
     _tag_names: ClassVar = ["trl", "sgpo", "trl-sgpo"]
@@ -52,7 +52,7 @@ class HubTrainer(GRPOTrainer):
         return None
 
     def training_facts(self) -> TrainingFacts:
-        """What is known of the training when it begins."""
+        """Facts of the training that are known at its start."""
         name = get_config_model_id(self.model.config) or ""
         earlier = TrainingFacts.load(name).base_model if os.path.isdir(name) else ""
         return TrainingFacts.of(self.args, earlier or name, self.reward_func_names)
@@ -144,7 +144,7 @@ class HubTrainer(GRPOTrainer):
         return pushing.result() if blocking else pushing
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes what others need, and with some strategies the checkpoint too, in one commit, in the background."""
+        """Pushes the published files, and with some hub strategies the checkpoint, in one commit in the background."""
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return

@@ -30,8 +30,8 @@ def adapter_base(directory: str | Path) -> str | None:
             Directory of a model or an adapter.
 
     Returns:
-        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. If the directory on record is gone,
-        one of the same name in the run's folder is taken: a run that was moved still holds its warm-started model.
+        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. If the recorded directory does
+        not exist, one of the same name in the run's folder: where a run that was moved has its warm-started model.
     """
     try:
         base = json.loads(Path(directory, ADAPTER_FILE).read_text())["base_model_name_or_path"]
@@ -48,7 +48,7 @@ def adapter_base(directory: str | Path) -> str | None:
 
 def how_trained(model: PreTrainedModel) -> dict[str, Any]:
     """
-    Data type and quantization of the base model an adapter was trained on. An adapter fits the rounded weights only.
+    Data type and quantization of the base model an adapter was trained on. Valid for these weights only.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

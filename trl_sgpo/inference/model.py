@@ -46,7 +46,7 @@ class Decoding:
 
 
 class _Streamer(TextStreamer):
-    """Hands on the text of one sequence while it is generated."""
+    """Passes on the text of one sequence while it is generated."""
 
     def __init__(self, tokenizer: Any, stream: Stream):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -103,7 +103,7 @@ class TwoPhaseModel:
         **model_kwargs: Any,
     ) -> "TwoPhaseModel":
         """
-        Loads a model, or an adapter together with the model it belongs to, which is quantized as it was in training.
+        Loads a model, or an adapter with its base model, which is quantized as in training.
 
         Args:
             name (`str`):
@@ -115,8 +115,8 @@ class TwoPhaseModel:
             device (`str` or `torch.device`, *optional*):
                 Where to run. If `None`, the accelerator, if there is one.
             **model_kwargs:
-                Passed on to `from_pretrained`, such as `dtype` or `quantization_config`, and winning over what is
-                saved beside an adapter.
+                Passed on to `from_pretrained`, such as `dtype` or `quantization_config`, with precedence over the
+                values saved with an adapter.
 
         Raises:
             [`ModelError`]: There are no such weights.

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from ..bank import StrategyBank
-from ..bank.export import is_export
+from ..bank.export_files import is_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import open_copy, open_export
@@ -59,7 +59,7 @@ class SGPOPipeline:
         self.model = model
         self.bank = bank
         self.pulled: str | None = None
-        self._opened = ExitStack()
+        self._resources = ExitStack()
 
     @classmethod
     def from_pretrained(
@@ -85,9 +85,9 @@ class SGPOPipeline:
             name (`str`):
                 A run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id.
             bank (`str`, `Path` or [`StrategyBank`], *optional*, defaults to `"auto"`):
-                A bank, or the directory of one, of a checkpoint or of a run, which is read from a copy and not kept
-                locked; or, with `trust_bank`, an export or the Hub id of a model with one. `"auto"` is the one in
-                `run`, if it has one, and `None` is none.
+                A bank, or the directory of one, of a checkpoint or of a run, which is copied and stays unlocked; or,
+                with `trust_bank`, an export or the Hub id of a model with one. `"auto"` is the one in `run`, if it has
+                one, and `None` is none.
             run (`str`, *optional*):
                 Output folder of the training run, with its `sgpo.json` and bank, or Hub id of what was pushed of it.
                 If `None`, that of the model. Name it for a model that was merged or converted to another place.
@@ -116,11 +116,11 @@ class SGPOPipeline:
                 model_kwargs["use_safetensors"] = True
             directory = name if pulled is None else str(pulled)
             run = None if run is None else str(pull_run(run) or run)
-            found = _open_bank(bank, run or directory, trust_bank, opened)
+            opened_bank = _open_bank(bank, run or directory, trust_bank, opened)
             settings = settings or _settings(run)
             model_kwargs.setdefault("dtype", "auto")
             model = TwoPhaseModel.from_pretrained(directory, settings, batch_size, device, **model_kwargs)
-            pipeline = cls(model, found)._keeping(opened)
+            pipeline = cls(model, opened_bank)._owning(opened)
             pipeline.pulled = None if pulled is None else f"{name}@{pulled.name}"
             return pipeline
 
@@ -178,13 +178,13 @@ class SGPOPipeline:
             pulled = None if run is None else pull_run(run, revision)
             directory = run if pulled is None else str(pulled)
             model.settings = settings or _settings(directory) or TwoPhaseSettings()
-            pipeline = cls(model, _open_bank(bank, directory, trust_bank, opened))._keeping(opened)
+            pipeline = cls(model, _open_bank(bank, directory, trust_bank, opened))._owning(opened)
             pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
             return pipeline
 
-    def _keeping(self, opened: ExitStack) -> "SGPOPipeline":
-        """Moves open resources to this pipeline, which closes them."""
-        self._opened = opened.pop_all()
+    def _owning(self, opened: ExitStack) -> "SGPOPipeline":
+        """Transfers open resources to this pipeline, which closes them."""
+        self._resources = opened.pop_all()
         return self
 
     def prepare(
@@ -207,14 +207,14 @@ class SGPOPipeline:
         Raises:
             [`DataError`]: A problem is empty.
         """
-        found = []
+        prepared = []
         for prompt, name in zip(problems, classes or [None] * len(problems), strict=True):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             problem = Problem(with_system_prompt(messages, self.model.settings.system_prompt), name or "")
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
-            found.append(problem)
-        return with_retrieved(found, self.bank if retrieve else None, self.model.settings.num_retrieved)
+            prepared.append(problem)
+        return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
 
     def solve(
         self,
@@ -231,7 +231,7 @@ class SGPOPipeline:
             problems (`Sequence[Problem]`):
                 Result of [`SGPOPipeline.prepare`].
             strategy (`str`, *optional*):
-                A strategy to execute on all problems, instead of those that the model writes.
+                A strategy to execute on all problems. If `None`, the model writes one for each problem.
             samples (`int`, *optional*, defaults to `1`):
                 Attempts at each problem, each with a strategy of its own. The answer that most agree on is chosen.
             decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
@@ -285,7 +285,7 @@ class SGPOPipeline:
 
     def close(self) -> None:
         """Close the bank, if it was opened here."""
-        self._opened.close()
+        self._resources.close()
 
     def __enter__(self) -> Self:
         return self
@@ -313,9 +313,9 @@ def _open_bank(
         if is_export(directory):
             _require_trust(trust_bank, bank)
             return opened.enter_context(open_export(directory, _embedding_model(run)))
-    found = opened.enter_context(open_copy(bank))
-    found.embedding_model = found.made_with or found.embedding_model
-    return found
+    copy = opened.enter_context(open_copy(bank))
+    copy.embedding_model = copy.made_with or copy.embedding_model
+    return copy
 
 
 def _require_trust(trust_bank: bool, bank: str | Path) -> None:

@@ -41,13 +41,13 @@ class ServerModel:
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for an answer.
         retries (`int`, *optional*, defaults to `5`):
-            How often a request is repeated after a dropped connection, a timeout, status 429 or 5xx.
+            Number of times that a request is repeated after a dropped connection, a timeout, status 429 or 5xx.
         first_wait (`float`, *optional*, defaults to `1.0`):
             Seconds before the first repetition, doubled for each further one, unless the server says how long.
 
     Attributes:
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
-        listed (`list[str]`): Names of models that the server lists, once [`ServerModel.list_models`] asked for them.
+        listed (`list[str]`): Names of models that the server lists, after [`ServerModel.list_models`].
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class ServerModel:
 
     def list_models(self) -> list[str]:
         """
-        Asks the server, without repetition, which models it has. A server need not tell.
+        Requests the list of models, without repetition. Not every server has one.
 
         Returns:
-            `list[str]`: Names, none if it does not tell.
+            `list[str]`: Names, empty if the server has no list.
 
         Raises:
             [`ModelError`]: There is no server.
@@ -169,7 +169,7 @@ class ServerModel:
         return [(text, truncated) for text, truncated, _ in answers]
 
     def _post(self, body: dict[str, Any], stream: Stream | None = None) -> tuple[str, bool, int]:
-        """Text, whether it was cut off, and its tokens. Nothing is repeated once text was handed to `stream`."""
+        """Text, whether it was cut off, and its tokens. A request is not repeated after `stream` received text."""
         for attempt in range(self.retries + 1):
             wait = min(self.first_wait * 2**attempt, _LONGEST_WAIT)
             try:
@@ -215,7 +215,7 @@ class ServerModel:
         return f"`{self.name}`{listed}"
 
     def _read_stream(self, response: httpx.Response, stream: Stream) -> tuple[str, bool, int]:
-        """Reads server-sent events and hands on their text."""
+        """Reads server-sent events and passes on their text."""
         text, truncated, tokens = "", False, 0
         try:
             for line in response.iter_lines():
@@ -247,7 +247,7 @@ class ServerModel:
         try:
             answer = response.json()
             choice = answer["choices"][0]
-            text = choice["message"]["content"] or ""  # none if all was spent on reasoning
+            text = choice["message"]["content"] or ""  # `None` if the reasoning part used all tokens
             tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
             return str(text), choice.get("finish_reason") == "length", int(tokens)
         except (ValueError, LookupError, TypeError, AttributeError) as error:

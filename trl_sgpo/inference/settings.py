@@ -1,4 +1,4 @@
-"""`sgpo.json`: what a model's two phases look like."""
+"""`sgpo.json`: prompts, limits and conversation format of a model's two phases."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +30,7 @@ SETTINGS_FILE = "sgpo.json"
 @dataclass(frozen=True)
 class TwoPhaseSettings:
     """
-    What a model's two phases look like. Every run saves it beside its model, as `sgpo.json`.
+    Prompts, limits and conversation format of the two phases. Every run saves them with its model, as `sgpo.json`.
 
     Args:
         strategy_prompt (`str`, *optional*):
@@ -46,7 +46,7 @@ class TwoPhaseSettings:
         num_retrieved (`int`, *optional*, defaults to `1`):
             Strategies of a bank shown with each problem.
         embedding_model (`str`, *optional*):
-            What that bank embeds with.
+            Embedding model of that bank.
         system_prompt (`str`, *optional*):
             System message of the problems that the model was trained on, `None` if they had none.
         trained_on (`dict`, *optional*):

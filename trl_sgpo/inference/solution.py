@@ -75,7 +75,7 @@ class Solution:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with votes and all attempts if there are several."""
-        found = {
+        solution = {
             "problem": self.problem.text,
             "problem_class": self.problem.problem_class,
             **self.attempts[self.chosen].to_dict(),
@@ -85,9 +85,9 @@ class Solution:
             ],
         }
         if len(self.attempts) == 1:
-            return found
+            return solution
         votes = [{"answer": answer, "votes": count} for answer, count in self.votes]
-        return found | {"votes": votes, "attempts": [attempt.to_dict() for attempt in self.attempts]}
+        return solution | {"votes": votes, "attempts": [attempt.to_dict() for attempt in self.attempts]}
 
 
 def vote(problem: Problem, attempts: Sequence[Attempt]) -> Solution:

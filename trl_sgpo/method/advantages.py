@@ -1,5 +1,5 @@
 """
-From outcome matrices to advantages: pure functions.
+Advantages from outcome matrices (pure functions).
 
 Shapes: N blocks, K problems a block, n strategies a problem, S = n * K + b strategies a block. An outcome is NaN where
 no reward function applies to the row; such outcomes enter no mean and get no advantage.
@@ -52,7 +52,7 @@ def strategy_outcomes(
     outcomes: torch.Tensor, own: int, correctness_weight: float = 1.0, transfer_weight: float = 1.0
 ) -> torch.Tensor:
     """
-    What a strategy's executions earn it: w_c * o[s, own] + w_t * mean o[s, siblings].
+    Outcome of a strategy: w_c * o[s, own] + w_t * mean o[s, siblings].
 
     Pass outcomes centred by problem to compare strategies of problems of different difficulty.
 
@@ -83,11 +83,11 @@ def strategy_advantages(rewards: torch.Tensor, scaled: bool = True) -> torch.Ten
     Compares each strategy with the others of its block.
 
     The advantage of a strategy is that of its outcomes, scaled, plus that of w_k * coherence - w_l * leak, not scaled:
-    where all executions of a block earn the same, scaling would blow a minute difference in coherence up to full size.
+    if all executions of a block have the same outcome, scaling would magnify a small difference in coherence.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, n * K)`):
-            What each strategy earned.
+            Reward of each strategy.
         scaled (`bool`, *optional*, defaults to `True`):
             Whether to divide by the block's standard deviation.
 

@@ -1,4 +1,4 @@
-"""Rollouts in checkpoints: those that were generated and that later optimizer steps still train on."""
+"""Rollouts in checkpoints: those that are generated and that optimizer steps after it still train on."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 
 def rollouts_file(checkpoint: str | Path, rank: int) -> Path:
-    """Where a checkpoint keeps the rollouts of a rank."""
+    """Path of a rank's rollouts in a checkpoint."""
     return Path(checkpoint) / f"rollouts_{rank}.safetensors"
 
 
@@ -36,7 +36,7 @@ def save_rollouts(path: Path, step: int, batches: list[dict[str, Any]]) -> None:
 
 def load_rollouts(path: Path, count: int, device: torch.device) -> tuple[int, list[dict[str, torch.Tensor]]]:
     """
-    Reads what [`save_rollouts`] wrote.
+    Reads a file of [`save_rollouts`].
 
     Args:
         path (`Path`):
@@ -44,7 +44,7 @@ def load_rollouts(path: Path, count: int, device: torch.device) -> tuple[int, li
         count (`int`):
             Micro-batches of a generation batch.
         device (`torch.device`):
-            Where to.
+            Device of the tensors.
 
     Returns:
         `tuple`: Number of micro-batches trained so far, and the micro-batches, none if all were trained.

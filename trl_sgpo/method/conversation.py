@@ -8,6 +8,7 @@ model cards build their tokens here, so that a model is used with the tokens it 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from ..errors import ConfigError
@@ -157,7 +158,7 @@ class Conversation:
 
     def parse(self, prompt: Prompt, ids: Sequence[int], truncated: bool = False) -> ParsedStrategy:
         """Reads the strategy that was generated for a problem. `truncated` says that it was cut off by length."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._decoded(ids)
         opened = self._is_chat(prompt) and self._opens_reasoning
         return parse_strategy(text, self.strategy_format, truncated, opened)
 
@@ -185,6 +186,21 @@ class Conversation:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        """Returns generated tokens as text, without special tokens other than the marks of a reasoning part."""
+        marks = self._special_marks
+        return "".join(
+            mark * len(list(group)) if mark else self.tokenizer.decode(list(group), skip_special_tokens=True)
+            for mark, group in groupby(ids, marks.get)
+        )
+
+    @cached_property
+    def _special_marks(self) -> dict[int, str]:
+        """Marks of a reasoning part that are special tokens, which decoding would leave out."""
+        added = self.tokenizer.get_added_vocab()
+        marks = {added[mark]: mark for mark in (REASONING_START, REASONING_END) if mark in added}
+        return {token: mark for token, mark in marks.items() if self._is_special(token)}
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.tokenizer, prompt, self.chat_template_kwargs)

@@ -20,7 +20,7 @@ Spread = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Credit:
     """
-    What a rank's B rows earned.
+    Advantages, metrics and outcomes of a rank's B rows.
 
     Args:
         strategy (`torch.Tensor` of shape `(B,)`):
@@ -54,7 +54,7 @@ def assign_credit(
     spread: Spread,
 ) -> Credit:
     """
-    Compares the strategies of each block with each other, and its executions.
+    Compares the strategies of each block with each other, and the executions with their baseline.
 
     Args:
         rollouts (`Sequence[Rollout]` of length B):
@@ -62,7 +62,7 @@ def assign_credit(
         rewards (`torch.Tensor` of shape `(B, number of reward functions)`):
             Their rewards, NaN where a function does not apply. The first function is the verifier.
         batch ([`~trl_sgpo.method.rollout.RolloutBatch`]):
-            What was generated.
+            Problems and bank strategies of the rows.
         args ([`SGPOConfig`]):
             Weights, execution baseline and `scale_rewards`.
         reward_weights (`torch.Tensor` of shape `(number of reward functions,)`):

@@ -1,4 +1,4 @@
-"""A trainer's rollouts outside training: what they need to leave no trace."""
+"""A trainer's rollouts outside training, without effect on training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A problem as rollouts see it."""
+"""A problem, its class, its answer and the strategies retrieved for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from .prompts import Prompt, problem_text
 @dataclass(frozen=True)
 class Problem:
     """
-    A problem as the rollout sees it.
+    A problem to write a strategy for and to execute strategies on.
 
     Args:
         prompt (`str` or `list[dict]`):
@@ -39,6 +39,6 @@ class Problem:
 
 
 def as_problem(row: dict[str, Any], class_column: str = "problem_class", answer_column: str = "solution") -> Problem:
-    """Reads a dataset row as a problem. A class it lacks is `""`, an answer it lacks is `None`."""
+    """Reads a dataset row as a problem. A missing class is `""`, a missing answer `None`."""
     name, answer = row.get(class_column), row.get(answer_column)
     return Problem(row["prompt"], "" if name is None else str(name), None if answer is None else str(answer))

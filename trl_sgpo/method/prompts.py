@@ -1,4 +1,4 @@
-"""The texts of both phases: what asks for a strategy, what asks to execute it, and how a strategy is read back."""
+"""Texts of both phases: the requests for a strategy and for its execution, and the parsing of strategies."""
 
 import re
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class ParsedStrategy:
 
     @property
     def as_written(self) -> str:
-        """Reasoning and strategy: what the model wrote, which its execution reads."""
+        """Reasoning and strategy, as they precede the execution."""
         return self.reasoning + self.text
 
 
@@ -82,7 +82,7 @@ def parse_strategy(
     text: str, strategy_format: str = "text", truncated: bool = False, reasoning_opened: bool = False
 ) -> ParsedStrategy:
     """
-    Reads a strategy; a bad one is described, never refused.
+    Parses a strategy. A malformed one is returned with its flaw and raises no error.
 
     Args:
         text (`str`):
@@ -185,7 +185,7 @@ def with_system_prompt(prompt: Prompt, system_prompt: str | None) -> Prompt:
 
 def strategy_prompt(prompt: Prompt, template: str, retrieved: Sequence[tuple[str, str]], chat: bool) -> Prompt:
     """
-    Builds what the model reads in the strategy phase.
+    Builds the prompt of the strategy phase.
 
     Args:
         prompt (`str` or `list[dict]`):

@@ -1,4 +1,4 @@
-"""What SGPO cannot work with, refused before any long work."""
+"""Checks of arguments and model, before any long work."""
 
 from typing import Any
 

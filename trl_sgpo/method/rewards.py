@@ -1,7 +1,7 @@
 """
-What a strategy earns besides its outcomes: coherence and leak, both read from text alone.
+Rewards of a strategy besides its outcomes: coherence and leak, computed from its text.
 
-Coherence is no judge of taste. A strategy is coherent when it is well formed (parses, ended by itself, does not repeat
+A strategy is coherent when it is well formed (parses, ended by itself, does not repeat
 itself, says when it applies) and general (uses no numbers or quotations of its instance).
 """
 
@@ -96,9 +96,9 @@ def coherence(strategy: ParsedStrategy, problem: str) -> float:
 
 def leak(strategy: str, problem: str, answer: str | None) -> float:
     """
-    Whether a strategy gives its answer away.
+    Whether a strategy contains the answer of its problem.
 
-    It does when it contains the answer as a word of its own, unless the problem contains it too, or when it carries
+    It does if it contains the answer as a word of its own, unless the problem contains it too, or if it has
     the mark-up of a final answer followed by a number. Numbers of numbered steps are not read.
 
     Args:

@@ -36,7 +36,7 @@ def rollout_func_accepted() -> Iterator[None]:
 @dataclass(frozen=True)
 class RolloutBatch:
     """
-    What one rank generates at a time.
+    Problems and bank strategies of the rows that a rank generates at a time.
 
     Args:
         problems (`list[Problem]`):
@@ -44,7 +44,7 @@ class RolloutBatch:
         geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
             Shape of the blocks.
         bank (`list[list[Strategy]]`):
-            Strategies each block executes as they are, at most b.
+            Strategies of the bank that each block executes, at most b.
     """
 
     problems: list[Problem]
@@ -91,7 +91,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class _Source:
-    """A strategy as a row has it. Own and borrowed ones have the tokens and log-probabilities of their generation."""
+    """Strategy of a row. Own and borrowed ones have the tokens and log-probabilities of their generation."""
 
     kind: str
     ids: list[int]
@@ -112,8 +112,8 @@ def two_phase_rollout(
     Writes the strategies of a batch, executes them and returns one row each, as a TRL `rollout_func` does.
 
     A row is the request, then strategy + turn + execution. `env_mask` leaves out the turn and, unless the strategy is
-    the problem's own, the strategy, so that no token is trained twice. Counting a borrowed strategy to the prompt
-    would do the same, but own and borrowed rows would then pad each other on both sides.
+    the problem's own, the strategy, so that no token is trained twice. Borrowed strategies are not made a part of the
+    prompt, because own and borrowed rows would then need padding on both sides.
 
     Args:
         batch ([`RolloutBatch`]):
@@ -197,7 +197,7 @@ def _plan(problems: int, geometry: BlockGeometry) -> list[tuple[int, int]]:
 def _source(
     batch: RolloutBatch, written: list[_Source], position: int, strategy: int, conversation: Conversation
 ) -> _Source:
-    """A strategy of a block, as one of its problems sees it."""
+    """Strategy of a row, given its problem and the number of the strategy in the block."""
     geometry = batch.geometry
     block, local = divmod(position, geometry.problems)
     writer = geometry.writer(strategy)

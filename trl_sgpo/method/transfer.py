@@ -1,5 +1,5 @@
 """
-Transfer blocks: which problems stand side by side, who executes what, and the outcome matrix.
+Transfer blocks: their problems and executions, their order in an epoch, and the outcome matrix.
 
 A block is K problems of one class. Each writes n strategies, numbered so that strategy `s` belongs to problem
 `s // n`; the strategies `n * K … G - 1` come from the bank. Row `s` of every problem executes strategy `s`, so the
@@ -75,11 +75,11 @@ def rows_of(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.transpose(1, 2).reshape(-1)
 
 
-def _deal(members: list[int], answers: Sequence[str] | None, size: int, rng: random.Random) -> list[list[int]]:
-    """Deals the problems of one class into blocks of `size`, problems with equal answers into different ones."""
+def _distribute(members: list[int], answers: Sequence[str] | None, size: int, rng: random.Random) -> list[list[int]]:
+    """Distributes the problems of a class over blocks of `size`, those with equal answers over different ones."""
     members = rng.sample(members, len(members))
     if answers is not None:
-        # Equal answers next to each other, then dealt round: they share a block only if more than the blocks there are
+        # Equal answers one after the other, distributed in turn: they share a block only if there are more than blocks
         groups = defaultdict(list)
         for index in members:
             groups[answers[index]].append(index)
@@ -128,7 +128,7 @@ def block_order(
         by_class[problem_class].append(index)
     placed = []
     for name in sorted(by_class):
-        blocks = _deal(by_class[name], answers, size, rng)
+        blocks = _distribute(by_class[name], answers, size, rng)
         rng.shuffle(blocks)
         # Spread evenly over the epoch, so that every generation batch sees the classes in proportion
         placed += [((position + rng.random()) / len(blocks), block) for position, block in enumerate(blocks)]
@@ -140,8 +140,8 @@ class TransferBlockSampler(Sampler[int]):
     Samples transfer blocks in the order TRL's [`~trl.trainer.utils.RepeatSampler`] expects: each problem repeated
     `num_generations` times, each generation batch repeated for every time it is reused.
 
-    The last generation batch of an epoch is filled up with blocks from the epoch's beginning, so no problem is
-    dropped. The order depends on seed and epoch only, which is what makes a resumed run see the same problems.
+    The last generation batch of an epoch is filled up with blocks from the epoch's beginning, so that no problem is
+    dropped. The order depends on seed and epoch only, so that a resumed run has the same problems.
 
     Args:
         classes (`Sequence[str]`):

@@ -1,4 +1,4 @@
-"""Geometry of the report's charts: numbers in, SVG coordinates out (pure functions). The template draws them."""
+"""Geometry of the report's charts: SVG coordinates from numbers (pure functions). The template draws them."""
 
 import math
 from collections import Counter

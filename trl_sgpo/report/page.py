@@ -271,14 +271,14 @@ def _with_interval(rate: float, trials: int) -> str:
 
 
 def _matrices(run: Run) -> list[Matrix]:
-    found = []
+    matrices = []
     for name, results in run.evaluations.items():
         for suite, report in results["transfer"].items():
             rows = list(zip(report["classes"], report["matrix"], strict=True))
             note = "Measured on unseen problems by trl-sgpo eval: mean outcome of the trained model's strategies."
-            found.append(Matrix(f"Transfer between classes: {suite} ({name})", note, report["classes"], rows))
+            matrices.append(Matrix(f"Transfer between classes: {suite} ({name})", note, report["classes"], rows))
     if run.bank is not None:
-        executions = [(each, found) for each in run.bank.strategies for found in run.bank.executions[each.id]]
+        executions = [(each, matrices) for each in run.bank.strategies for matrices in run.bank.executions[each.id]]
         pairs = transfer(executions, lambda strategy, execution: (strategy.problem_class, execution.problem_class))
         if pairs:
             classes = sorted({name for pair in pairs for name in pair})
@@ -288,8 +288,8 @@ def _matrices(run: Run) -> list[Matrix]:
                 "From training: mean outcome of the bank's strategies on problems they were not written for. Classes "
                 "meet only where strategies are shown across classes."
             )
-            found.append(Matrix("Transfer of the bank's strategies", note, classes, rows))
-    return found
+            matrices.append(Matrix("Transfer of the bank's strategies", note, classes, rows))
+    return matrices
 
 
 # Bank
@@ -319,18 +319,18 @@ def _strategy_view(run: Run, strategy: Strategy) -> dict[str, Any]:
 
 def _lineage(by_id: dict[str, Strategy], strategy: Strategy) -> list[tuple[int, str, Strategy | None]]:
     """Depth, id and record of the ancestors, each once, parents before grandparents of the same line."""
-    found: list[tuple[int, str, Strategy | None]] = []
+    ancestors: list[tuple[int, str, Strategy | None]] = []
     seen = {strategy.id}
     waiting = [(1, key) for key in reversed(strategy.parents)]
-    while waiting and len(found) < MAX_ANCESTORS:
+    while waiting and len(ancestors) < MAX_ANCESTORS:
         depth, key = waiting.pop()
         if key in seen:
             continue
         seen.add(key)
-        found.append((depth, key, by_id.get(key)))
+        ancestors.append((depth, key, by_id.get(key)))
         if key in by_id:
             waiting += [(depth + 1, parent) for parent in reversed(by_id[key].parents)]
-    return found
+    return ancestors
 
 
 # Rollouts

@@ -14,16 +14,17 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
 from ..errors import BankError, ConfigError
+from ..evaluation.chunks import RESULTS_FILE
 from ..method.prompts import problem_text
+from .run_files import REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
 
 
-STATE, SETTINGS = "trainer_state.json", "settings.json"
 TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One logged row: a strategy, its execution, and what they earned."""
+    """One logged row: a strategy, its execution, and their rewards."""
 
     source: str
     strategy: str
@@ -56,11 +57,11 @@ class BankRecord:
     @cached_property
     def children(self) -> dict[str, list[str]]:
         """Id of a strategy → ids of the strategies adapted from it."""
-        found = defaultdict(list)
+        children = defaultdict(list)
         for strategy in self.strategies:
             for parent in strategy.parents:
-                found[parent].append(strategy.id)
-        return found
+                children[parent].append(strategy.id)
+        return children
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Run:
         logged_steps (`int`):
             Steps with logged rollouts.
         missing (`dict[str, str]`):
-            Part of the report → the record it lacks and how to get it.
+            Part of the report → the missing record and how to get it.
     """
 
     path: Path
@@ -109,8 +110,8 @@ class Run:
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Steps and values of a metric. A step that was logged again after a resume counts once."""
-        found = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
-        return sorted((step, value) for step, value in found.items() if np.isfinite(value))
+        values = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
+        return sorted((step, value) for step, value in values.items() if np.isfinite(value))
 
 
 def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 40) -> Run:
@@ -134,7 +135,7 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
     run = Run(Path(path))
     _read_history(run)
     _read_settings(run)
-    run.measured = _read_json(run.path / "report.json") or {}
+    run.measured = _read_json(run.path / REPORT_FILE) or {}
     _read_evaluations(run, evaluations)
     _read_bank(run)
     _read_rollouts(run, problems)
@@ -156,12 +157,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _with_checkpoints(run: Run, name: str) -> list[Path]:
     """Files or directories of that name in the run and its checkpoints, the newest first."""
-    found = [path for path in (run.path / name, *run.path.glob(f"checkpoint-*/{name}")) if path.exists()]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = [path for path in (run.path / name, *run.path.glob(f"checkpoint-*/{name}")) if path.exists()]
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _read_history(run: Run) -> None:
-    state = next(filter(None, map(_read_json, _with_checkpoints(run, STATE))), None)
+    state = next(filter(None, map(_read_json, _with_checkpoints(run, STATE_FILE))), None)
     if state is None:
         run.missing["curves"] = (
             "No metrics yet: they are written with each checkpoint and at the end of training. For earlier ones, set "
@@ -173,18 +174,18 @@ def _read_history(run: Run) -> None:
 
 
 def _read_settings(run: Run) -> None:
-    run.settings = _read_json(run.path / SETTINGS) or _read_json(run.path.parent / SETTINGS) or {}
+    run.settings = _read_json(run.path / RUN_SETTINGS_FILE) or _read_json(run.path.parent / RUN_SETTINGS_FILE) or {}
     if not run.settings:
-        run.missing["settings"] = f"No {SETTINGS}: the run is of a version that did not write it."
+        run.missing["settings"] = f"No {RUN_SETTINGS_FILE}: the run is of a version that did not write it."
 
 
 def _read_evaluations(run: Run, named: Sequence[str]) -> None:
     for directory in named:
-        if not _is_evaluation(_read_json(Path(directory) / "results.json")):
+        if not _is_evaluation(_read_json(Path(directory) / RESULTS_FILE)):
             raise ConfigError(f"{directory} holds no evaluation: name the `--output_dir` of `trl-sgpo eval`.")
-    inside = [found.parent for found in sorted(run.path.glob("**/results.json"))]
+    inside = [path.parent for path in sorted(run.path.glob(f"**/{RESULTS_FILE}"))]
     for folder in dict.fromkeys([*inside, *map(Path, named)]):
-        results = _read_json(folder / "results.json")
+        results = _read_json(folder / RESULTS_FILE)
         if results is not None and _is_evaluation(results):
             run.evaluations[folder.name] = results
     if not any(results["transfer"] for results in run.evaluations.values()):

@@ -1,7 +1,7 @@
 """
 Start check of the fast paths: one tiny forward pass of packed rows and one from shared prefixes, against plain ones.
 
-An architecture whose attention ignores or refuses what the fast paths pass is found here, and not by wrong gradients.
+It detects architectures whose attention ignores or refuses the arguments of the fast paths.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Score = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 
 
 class PathDiffers(Exception):
-    """A fast path gives other values than the plain one. The message says how much, or what it raised."""
+    """A fast path gives other values than the plain one. The message has the difference or the error."""
 
 
 def _tokens(vocab_size: int, shift: int) -> list[int]:
@@ -30,8 +30,8 @@ def _tokens(vocab_size: int, shift: int) -> list[int]:
 
 def _expect_equal(fast: torch.Tensor, plain: torch.Tensor, other: torch.Tensor, exact: bool) -> None:
     """
-    Raises [`PathDiffers`] unless `fast` is nearer to `plain` than rounding explains. `other` are the values of other
-    prompts: how far these are from `plain` is how much the model depends on its prompt.
+    Raises [`PathDiffers`] if `fast` differs from `plain` by more than rounding. `other` are the values for other
+    prompts: their difference from `plain` is the scale.
     """
     difference = (fast - plain).abs().mean().item()
     effect = (other - plain).abs().mean().item()
@@ -42,7 +42,7 @@ def _expect_equal(fast: torch.Tensor, plain: torch.Tensor, other: torch.Tensor, 
 
 def check_packed_rows(score: Score, vocab_size: int, device: torch.device, exact: bool) -> None:
     """
-    Scores rows of two prompts packed and apart.
+    Compares the log-probabilities of packed rows with those of separate rows.
 
     Args:
         score (`Callable`):
@@ -52,7 +52,7 @@ def check_packed_rows(score: Score, vocab_size: int, device: torch.device, exact
         device (`torch.device`):
             Device of the model.
         exact (`bool`):
-            Whether the model computes in float32, so that only the last digits may differ.
+            Whether the model computes in float32, with the smaller tolerance.
 
     Raises:
         [`PathDiffers`]: Log-probabilities differ.
@@ -69,11 +69,11 @@ def check_packed_rows(score: Score, vocab_size: int, device: torch.device, exact
 
     def scored(shift: int) -> torch.Tensor:
         # A prompt at a time: without padding on the left, absolute positions are those of packed rows
-        found = []
+        log_probs = []
         for group in _PROBE:
             ids, mask, width = rows(shift, (group,))
-            found.append(score(ids, mask, width, False)[mask[:, width:].bool()])
-        return torch.cat(found)
+            log_probs.append(score(ids, mask, width, False)[mask[:, width:].bool()])
+        return torch.cat(log_probs)
 
     ids, mask, width = rows(0, _PROBE)
     packed = score(ids, mask, width, True)[mask[:, width:].bool()]
@@ -82,7 +82,7 @@ def check_packed_rows(score: Score, vocab_size: int, device: torch.device, exact
 
 def check_shared_prefixes(model: PreTrainedModel, vocab_size: int, exact: bool) -> None:
     """
-    Continues two prompts from the KV cache of their prefixes, and reads them whole.
+    Compares the next token's log-probabilities from the KV cache of prefixes with those of whole prompts.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -101,11 +101,11 @@ def check_shared_prefixes(model: PreTrainedModel, vocab_size: int, exact: bool) 
     rests = [[tokens[place] for place in own[0]] for _, own in _PROBE]
 
     def whole(shift: int) -> torch.Tensor:
-        found = []
+        logits = []
         for (prompt, _), rest in zip(_PROBE, rests, strict=True):
             ids = [*(_tokens(vocab_size, shift)[place] for place in prompt), *rest]
-            found.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, -1])
-        return torch.stack(found).float().log_softmax(dim=-1)
+            logits.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, -1])
+        return torch.stack(logits).float().log_softmax(dim=-1)
 
     prefix_ids, prefix_mask = left_padded(prefixes, 0, device)
     rest_ids, rest_mask = left_padded(rests, 0, device)

@@ -1,8 +1,8 @@
 """
 Faster generation with transformers, as context managers around calls of `model.generate`.
 
-- [`shared_prefixes`]: prompts that begin alike continue from one KV cache, and finished rows leave the batch.
-- [`AdapterMerge`]: LoRA adapters are merged into the base weights meanwhile.
+- [`shared_prefixes`]: rows with a common prefix continue from one KV cache, and finished rows leave the batch.
+- [`AdapterMerge`]: LoRA adapters are merged into the base weights while generating.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +70,7 @@ def prefix_cache(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) 
 
 
 class _PrefixGenerate:
-    """Stands in for `model.generate`, see [`shared_prefixes`]."""
+    """Replaces `model.generate`, see [`shared_prefixes`]."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ def shared_prefixes(
     drop_finished: bool = True,
 ) -> Iterator[None]:
     """
-    Lets `model.generate` read prompts once for all the rows that begin with them, and continue from their KV cache.
+    Makes `model.generate` compute the KV cache of each prompt once and continue all rows of the prompt from it.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -160,7 +160,7 @@ def shared_prefixes(
         generation_config ([`~transformers.GenerationConfig`]):
             Configuration that `generate` is called with.
         prompts (`Sequence[Sequence[int]]`):
-            Token ids of the prompts. All rows that are generated within begin with one of them.
+            Token ids of the prompts. All rows that are generated within the block begin with one of them.
         calls (`int`, *optional*, defaults to `1`):
             Number of calls of `generate`. The KV cache of the prompts is freed during the last one.
         drop_finished (`bool`, *optional*, defaults to `True`):
@@ -168,7 +168,7 @@ def shared_prefixes(
     """
     configs = (generation_config, base_of(model).generation_config)
     if any(config.cache_implementation is not None for config in configs):
-        yield  # `generate` accepts no cache but the one it makes itself then
+        yield  # with these, `generate` accepts no KV cache
         return
     model.generate = _PrefixGenerate(model, generation_config, prompts, calls, drop_finished)
     try:
@@ -182,7 +182,7 @@ class AdapterMerge:
     Merges LoRA adapters while generating and restores the base weights exactly.
 
     Subtracting the adapters again would leave rounding errors that grow with every step, so the base weights are
-    copied back from host memory, where they are kept from the first use on.
+    copied back from host memory, to which they are copied at the first use.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -211,7 +211,7 @@ class AdapterMerge:
 
 @contextmanager
 def token_progress(model: PreTrainedModel | PeftModel, limit: int, description: str) -> Iterator[None]:
-    """Shows how many of at most `limit` tokens a row have been generated."""
+    """Shows a progress bar of the tokens generated for each row, at most `limit`."""
     with tqdm(total=limit, desc=description, unit="token", leave=False, mininterval=1.0) as bar:
 
         def count(module: torch.nn.Module, args: tuple[Any, ...]) -> None:

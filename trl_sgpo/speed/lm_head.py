@@ -1,4 +1,4 @@
-"""Two remedies for the LM head on CPUs, each in force only within a `with` block."""
+"""Two speedups of the LM head on CPUs, as context managers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ def project_labelled_tokens_only(device: torch.device) -> Iterator[None]:
     """
     Leaves tokens without a label out of the vocabulary projection on CPUs.
 
-    Without Triton, TRL 1.16 projects prompts too, which is most of a training step on a CPU. Its path that leaves
-    them out does not need Triton; TRL avoids it for devices that compile one program a shape.
+    Without Triton, TRL 1.16 projects prompt tokens too, which takes most of a training step on a CPU. The TRL path
+    without them does not need Triton, but TRL uses it only with Triton, for devices that compile a program a shape.
 
     Args:
         device (`torch.device`):
@@ -38,9 +38,9 @@ def _contiguous(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[
 @contextmanager
 def contiguous_head_input(model: Any) -> Iterator[None]:
     """
-    Hands contiguous hidden states to the LM head of `model`.
+    Passes contiguous hidden states to the LM head of `model`.
 
-    At the end of a prefill transformers hands over a strided slice, for which a CPU's `matmul` copies the whole
+    At the end of a prefill transformers passes a strided slice, for which a CPU's `matmul` copies the whole
     vocabulary projection once a row: 2.7 s and 2.7 GB for 48 rows of SmolLM2-135M.
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(_contiguous)

@@ -6,7 +6,7 @@ import torch
 def keep_4bit_layout(model: torch.nn.Module) -> None:
     """
     On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first forward pass without
-    gradients, which generation is. Gradients are wrong from then on, and logits differ from those of training.
+    gradients, such as in generation. Later gradients are wrong, and logits differ from those of training.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

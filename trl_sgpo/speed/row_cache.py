@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 BLOCK = 32
-"""Tokens by which a layer grows."""
+"""Tokens that a layer allocates at a time."""
 
 
 class _BlockLayer(DynamicLayer):

@@ -11,30 +11,30 @@ from .shared_prompts import packed_attention, share_prompts, within_window
 
 class RowScorer:
     """
-    Stands in for the model where TRL scores completions, and returns what the model would.
+    Replaces the model where TRL scores completions, with the same results.
 
-    It reads the prompt of consecutive rows once, and projects only trained tokens onto the vocabulary.
+    It computes the prompt of consecutive rows once, and projects only trained tokens onto the vocabulary.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Model, as TRL wrapped it.
         prompt_width (`int`):
             Columns of a row that hold the prompt.
-        trained (`torch.Tensor` of shape `(B, T)`, *optional*):
+        trained_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
             1 where a completion's token is trained. If `None`, all tokens are scored.
         share (`bool`, *optional*, defaults to `True`):
             Whether rows may be packed.
     """
 
-    def __init__(self, model: Any, prompt_width: int, trained: torch.Tensor | None = None, share: bool = True):
-        self.model, self.prompt_width, self.trained, self.share = model, prompt_width, trained, share
+    def __init__(self, model: Any, prompt_width: int, trained_mask: torch.Tensor | None = None, share: bool = True):
+        self.model, self.prompt_width, self.trained_mask, self.share = model, prompt_width, trained_mask, share
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any):
-        if self.trained is not None:
+        if self.trained_mask is not None:
             labels = torch.cat(
                 [
                     labels[:, : self.prompt_width],
-                    labels[:, self.prompt_width :].masked_fill(self.trained == 0, -100),
+                    labels[:, self.prompt_width :].masked_fill(self.trained_mask == 0, -100),
                 ],
                 dim=1,
             )
@@ -59,7 +59,7 @@ class RowScorer:
 
 
 def fits_window(config: Any, attention_mask: torch.Tensor) -> bool:
-    """Whether no layer's attention slides within the longest of the rows."""
+    """Whether the sliding window of all layers, if there is one, contains the longest of the rows."""
     return within_window(config, int(attention_mask.sum(dim=1).max()))
 
 

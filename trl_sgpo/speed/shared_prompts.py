@@ -1,5 +1,5 @@
 """
-Packed rows: a forward pass reads a prompt once for all of its completions, and no padding.
+Packed rows: a forward pass computes a prompt once for all of its completions, without padding.
 
 Rows with the same prompt become one sequence: the prompts, then the completions. A completion attends to its prompt
 and to itself; attention is computed in the shape of rows, so that almost none of it is masked. All other layers
@@ -56,7 +56,7 @@ class SharedPrompts:
 
     def next_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
-        What each token is to predict.
+        Label of each token.
 
         Args:
             labels (`torch.Tensor` of shape `(B, width)`):
@@ -70,15 +70,15 @@ class SharedPrompts:
 
     def to_rows(self, values: torch.Tensor) -> torch.Tensor:
         """
-        Puts one value a token back where the token comes from.
+        Arranges one value a token in rows.
 
         Args:
             values (`torch.Tensor` of shape `(1, T)`):
                 Values.
 
         Returns:
-            `torch.Tensor` of shape `(B, width)`: 0 where no token was read, as in padding and in the prompts of all
-            but the first row of a problem.
+            `torch.Tensor` of shape `(B, width)`: 0 for tokens that are not in the sequence: padding, and the prompts
+            of all but the first row of a problem.
         """
         rows = values.new_zeros(self.shape[0] * self.shape[1])
         return rows.scatter(0, self.source, values[0]).view(self.shape)
@@ -87,7 +87,7 @@ class SharedPrompts:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """
-        Attention of all tokens to what stands before them in their rows.
+        Attention of all tokens to the tokens before them in their rows.
 
         Args:
             module (`torch.nn.Module`):
@@ -115,7 +115,7 @@ class SharedPrompts:
         return torch.cat([output.flatten(0, 1) for output in outputs])[self.unpadded].unsqueeze(0)
 
     def _bias(self, groups: int, dtype: torch.dtype) -> torch.Tensor:
-        """The mask as attention adds it, made once for all layers, which keep it for their backward passes."""
+        """The mask as an additive bias, made once for all layers, which keep it for their backward passes."""
         if (groups, dtype) not in self._biases:
             bias = torch.zeros_like(self.attention_mask, dtype=dtype).masked_fill(~self.attention_mask, -torch.inf)
             self._biases[groups, dtype] = bias.repeat(1, 1, groups, 1)
@@ -141,8 +141,8 @@ def _grouped_sdpa(
     **kwargs: Any,
 ) -> torch.Tensor:
     """
-    Attention where the query heads of a group are more tokens of one head. transformers copies keys and values for
-    each of them instead, and the backward pass keeps the copies.
+    Grouped-query attention in which the query heads of a group become further tokens of one head. transformers copies
+    keys and values for each head instead, and the backward pass keeps the copies.
     """
     groups = bias.size(2) // query.size(2)
     output = torch.nn.functional.scaled_dot_product_attention(
@@ -241,13 +241,13 @@ def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_
 
 
 def _places(lengths: torch.Tensor, start: torch.Tensor | int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places in a sequence of parts that follow each other, a part a row, and which of them are not padding."""
+    """Places of consecutive parts in a sequence, one part a row, and which of them are not padding."""
     offset = torch.arange(int(lengths.max()), device=lengths.device)
     places = start + (lengths.cumsum(dim=0) - lengths).unsqueeze(1) + offset
     return places.clamp(max=end - 1), offset < lengths.unsqueeze(1)
 
 
 def within_window(config: PreTrainedConfig, length: int) -> bool:
-    """Whether a row of this length is seen whole by every layer, so that no attention slides within it."""
+    """Whether the sliding window of the attention, if there is one, contains a row of this length."""
     window = vars(config.get_text_config()).get("sliding_window")
     return window is None or length <= window

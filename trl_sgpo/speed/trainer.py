@@ -9,7 +9,7 @@
    (`equivalence.py`).
 
 What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_generate_single_turn`, `_prepare_inputs`,
-`_buffered_inputs`, `_step`, `_get_per_token_logps_and_entropies`, and `compute_loss` calling its model only to score.
+`_buffered_inputs`, `_step`, `_get_per_token_logps_and_entropies`, and that `compute_loss` only scores with its model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 class SharedPromptGRPOTrainer(GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] that reads each prompt once for all of its rows, in training and in generation.
+    [`~trl.GRPOTrainer`] that computes each prompt once for all of its rows, in training and in generation.
 
     It takes the place of [`~trl.GRPOTrainer`] without other changes. Where a model, a backend or a setting does not
     allow a fast path, the plain one is used.
@@ -93,7 +93,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self.adapters = AdapterMerge(self.model) if merge_adapters and self._can_merge_adapters() else None
         self.merges_adapters = self.adapters is not None
         self.shares_prompts, self.shares_prefixes = self._check_paths() if share_prompts else (False, False)
-        self.drops_finished_rows = not self.args.generation_kwargs  # which may count from where a call begins
+        self.drops_finished_rows = not self.args.generation_kwargs  # which may depend on where a call begins
 
     def _is_quantized(self) -> bool:
         return "quantization_config" in vars(self.model.config)
@@ -106,7 +106,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         model, ids = base_of(self.model), torch.zeros((1, 2), dtype=torch.long, device=self.model.device)
         try:
             return bool(model(input_ids=ids, output_router_logits=True).router_logits)
-        except LookupError:  # of a load-balancing loss over no layers
+        except LookupError:  # from a load-balancing loss over no layers
             return False
 
     def _can_merge_adapters(self) -> bool:
@@ -122,15 +122,15 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     # Which paths are used
 
     def _check_paths(self) -> tuple[bool, bool]:
-        """Whether rows may be packed in training, and prompts read once in generation. Rank 0 decides for all."""
-        verdict = [False, False]
+        """Whether rows may be packed in training, and prompts computed once in generation. Rank 0 decides."""
+        usable = [False, False]
         if self.accelerator.is_main_process:
-            verdict = [
-                self._agrees("Rows of a prompt are trained apart", self._check_packed),
+            usable = [
+                self._passes("Rows of a prompt are trained apart", self._check_packed),
                 not self._generates_elsewhere()
-                and self._agrees("Prompts are read for each row in generation", self._check_prefixes),
+                and self._passes("Prompts are read for each row in generation", self._check_prefixes),
             ]
-        shares_prompts, shares_prefixes = broadcast_object_list(verdict)
+        shares_prompts, shares_prefixes = broadcast_object_list(usable)
         return shares_prompts, shares_prefixes
 
     def _generates_elsewhere(self) -> bool:
@@ -138,7 +138,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return self.use_vllm or self.use_transformers_continuous_batching or sharded
 
     @torch.no_grad()
-    def _agrees(self, consequence: str, check: Callable[[], None]) -> bool:
+    def _passes(self, consequence: str, check: Callable[[], None]) -> bool:
         training = self.model.training
         self.model.eval()
         try:
@@ -199,7 +199,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     @contextmanager
     def fast_generation(self, prompts: Sequence[Sequence[int]], calls: int = 1) -> Iterator[None]:
         """
-        Merges adapters and shares prefixes among all that is generated within the block.
+        Merges adapters and shares prefixes in all calls of `generate` within the block.
 
         Args:
             prompts (`Sequence[Sequence[int]]`):
@@ -224,7 +224,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         num_generations: int = 1,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """
-        Continues prompts with TRL's sampling, whichever backend is used.
+        Continues prompts with TRL's sampling and backend.
 
         Args:
             prompt_ids (`list[list[int]]`):
@@ -232,7 +232,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             max_new_tokens (`int`):
                 Maximum number of new tokens of a row.
             description (`str`, *optional*, defaults to `"completions"`):
-                What the progress bar says is generated.
+                Description in the progress bar.
             num_generations (`int`, *optional*, defaults to `1`):
                 Number of consecutive rows with the same prompt: vLLM's server is asked for every n-th prompt only.
 
@@ -303,28 +303,28 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def training_step(self, model, inputs, num_items_in_batch):
-        with packed_attention():  # until the backward pass is done, in which checkpointed layers run again
+        with packed_attention():  # including the backward pass, in which checkpointed layers run again
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if isinstance(self.processing_class, ProcessorMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = without_padding(inputs)
-        trained = inputs["completion_mask"]
+        trained_mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
-            trained = trained * inputs["tool_mask"]
+            trained_mask = trained_mask * inputs["tool_mask"]
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        scorer = self._scorer(model, mask, inputs["prompt_ids"].size(1), trained)
+        scorer = self._scorer(model, mask, inputs["prompt_ids"].size(1), trained_mask)
         return super().compute_loss(scorer, inputs, return_outputs, num_items_in_batch)
 
     def _scorer(
-        self, model: Any, mask: torch.Tensor, prompt_width: int, trained: torch.Tensor | None = None
+        self, model: Any, mask: torch.Tensor, prompt_width: int, trained_mask: torch.Tensor | None = None
     ) -> RowScorer:
         share = self.shares_prompts and fits_window(self.model.config, mask)
-        return RowScorer(model, prompt_width, trained, share)
+        return RowScorer(model, prompt_width, trained_mask, share)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if not isinstance(model, RowScorer):  # which the loss brings along, with the tokens that it trains
+        if not isinstance(model, RowScorer):  # `compute_loss` passes a scorer with its trained tokens
             model = self._scorer(model, attention_mask, input_ids.size(1) - logits_to_keep)
         with project_labelled_tokens_only(self.accelerator.device):
             return super()._get_per_token_logps_and_entropies(

@@ -1,4 +1,4 @@
-"""The cheapest change that makes a recipe fit."""
+"""The cheapest change by which a recipe fits into memory."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ def cheapest_change(
         recipe ([`~trl_sgpo.recipe.Recipe`]):
             A recipe that does not fit. It is not changed.
         vram_gb (`float`):
-            Memory it has to fit into.
+            Available memory.
         estimate (`Callable[[Recipe], Estimate]`):
             Estimates a recipe.
 

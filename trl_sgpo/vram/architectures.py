@@ -27,8 +27,8 @@ def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConf
         `ModelError`: If no config is found.
     """
     try:
-        found = require_model(name)
-        return AutoConfig.from_pretrained(found, revision=revision), found
+        source = require_model(name)
+        return AutoConfig.from_pretrained(source, revision=revision), source
     except (ModelError, OSError) as error:
         known = architectures()
         if name not in known:

@@ -36,14 +36,14 @@ def estimate_recipe(recipe: Recipe, path: str, vram_gb: float | None, device: st
     def estimate(changed: Recipe) -> Estimate:
         return estimator(changed, assumed_lengths(changed))
 
-    found = estimate(recipe)
+    memory = estimate(recipe)
     result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}
     if vram_gb is not None:
-        result["fits"] = found.fits(vram_gb)
+        result["fits"] = memory.fits(vram_gb)
         if not result["fits"] and (change := cheapest_change(recipe, vram_gb, estimate)) is not None:
             result["change"], changed = change
             result["peak_with_change"] = changed.peak
-    return {**result, **found.to_dict()}
+    return {**result, **memory.to_dict()}
 
 
 @cache

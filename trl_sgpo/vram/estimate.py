@@ -18,7 +18,7 @@ from .simulate import SimulatedModel, Weights
 
 GIB = 2**30
 HEADROOM = 0.05
-"""Part of a card that an estimate has to leave free to count as fitting."""
+"""Part of a GPU's memory that must stay free for a recipe to fit."""
 
 CONTEXT = 600 * 2**20
 """Bytes of the CUDA context and of the workspaces of its libraries. Assumed, not measured."""
@@ -27,7 +27,7 @@ FRAGMENTATION = 0.1
 """Bytes that CUDA's allocator holds beyond those in use, for a byte that is not a weight. Assumed, not measured."""
 
 PROBLEM_TOKENS = 256
-"""What is assumed of the longest problem: few of GSM8K have more."""
+"""Assumed tokens of the longest problem: few problems of GSM8K have more."""
 
 _MARKS = 16  # tokens that a chat template, or the list of retrieved strategies, adds to a text
 
@@ -197,7 +197,7 @@ class Estimator:
         config ([`~transformers.PreTrainedConfig`]):
             The model's config.
         device (`str`, *optional*, defaults to `"cuda"`):
-            `"cuda"` or `"cpu"`, for which only tensors are counted, not what Python and its libraries take.
+            `"cuda"` or `"cpu"`. On a CPU only tensors are counted, not the memory of Python and its libraries.
     """
 
     def __init__(self, config: PreTrainedConfig, device: str = "cuda"):
@@ -235,9 +235,9 @@ class Estimator:
         if self.device == "cpu":
             resident[_RESTORED] = kept
         moments: dict[str, dict[str, int]] = {
-            "strategies": {"optimizer states": states, **_generating(written, "KV cache of strategies")},
-            "executions": {"optimizer states": states, **_generating(executed, "KV cache of executions")},
-            "training": {"optimizer states": states, "gradients": weights.gradients, **_learning(training)},
+            "strategies": {"optimizer states": states, **_generation_parts(written, "KV cache of strategies")},
+            "executions": {"optimizer states": states, **_generation_parts(executed, "KV cache of executions")},
+            "training": {"optimizer states": states, "gradients": weights.gradients, **_training_parts(training)},
             "optimizer step": {"optimizer states": states, "gradients": weights.gradients},
         }
         totals = {}
@@ -294,13 +294,13 @@ _SAMPLING_BYTES = 2 + 4 + 4  # logits, their copy in 32 bits, and probabilities
 _SORTING_BYTES = 4 + 8 + 4 + 4
 
 
-def _generating(moments: dict[str, int], name: str) -> dict[str, int]:
+def _generation_parts(moments: dict[str, int], name: str) -> dict[str, int]:
     kept = moments["cache"]
     peak = max(value for moment, value in moments.items() if moment != "cache")
     return {name: kept, "work of generation": max(peak - kept, 0)}
 
 
-def _learning(moments: dict[str, int]) -> dict[str, int]:
+def _training_parts(moments: dict[str, int]) -> dict[str, int]:
     """The LM head's share is the memory that its peak adds to the hidden states."""
     peak = max(moments.values())
     head = max(moments["head"] - moments["forward"], 0)

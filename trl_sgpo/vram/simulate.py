@@ -1,8 +1,8 @@
 """
-Memory that a model's forward and backward passes allocate, found by running them on tensors without data.
+Memory that a model's forward and backward passes allocate, measured by running them on tensors without data.
 
 The model is built from its config and run as transformers, peft and torch would run it, under `FakeTensorMode`: shapes
-and lifetimes of all tensors are real, but they have no content. No architecture needs formulas of its own.
+and lifetimes of all tensors are real, but they have no content. So no architecture needs formulas.
 """
 
 import copy
@@ -277,12 +277,12 @@ class SimulatedModel:
     def generation(
         self,
         rows: int,
-        heads: int,
-        head_length: int,
+        prefixes: int,
+        prefix_length: int,
         rest_length: int,
         new_tokens: int,
         logit_bytes: int,
-        keep_heads: bool,
+        keep_prefixes: bool,
     ) -> dict[str, int]:
         """
         Memory of `generate`, in addition to weights.
@@ -290,7 +290,7 @@ class SimulatedModel:
         Args:
             rows (`int`):
                 Sequences generated at once.
-            heads (`int`), head_length (`int`):
+            prefixes (`int`), prefix_length (`int`):
                 Number of prefixes that are computed first and shared by the rows, and their tokens. `0` shares none.
             rest_length (`int`):
                 Tokens of the context after that.
@@ -298,7 +298,7 @@ class SimulatedModel:
                 Tokens generated.
             logit_bytes (`int`):
                 Bytes that sampling takes for each row and word of the vocabulary.
-            keep_heads (`bool`):
+            keep_prefixes (`bool`):
                 Whether the prefixes' KV cache is kept for later use.
 
         Returns:
@@ -308,15 +308,15 @@ class SimulatedModel:
         with self.mode, torch.no_grad(), _Live() as live:
             cache: Cache = DynamicCache(config=self.config.get_text_config())
             moments = {}
-            if heads:
-                read = DynamicCache()
-                self._decoder(torch.zeros(heads, head_length, dtype=torch.long), read)
+            if prefixes:
+                prefix_cache = DynamicCache()
+                self._decoder(torch.zeros(prefixes, prefix_length, dtype=torch.long), prefix_cache)
                 moments["requests"] = live.moment()
-                length = head_length + rest_length
-                cache = row_cache(read, torch.zeros(rows, dtype=torch.long), length, length + new_tokens)
+                length = prefix_length + rest_length
+                cache = row_cache(prefix_cache, torch.zeros(rows, dtype=torch.long), length, length + new_tokens)
                 moments["copies"] = live.moment()
-                if not keep_heads:
-                    del read
+                if not keep_prefixes:
+                    del prefix_cache
             self._next_token(rows, rest_length, cache, logit_bytes)
             moments["contexts"] = live.moment()
             if new_tokens > 2:

@@ -1,5 +1,5 @@
 """
-One step at its largest, before the first real one, so that a run that will not fit says so in the first minute.
+The largest possible step, taken before the first real one, so that a run that does not fit fails in the first minute.
 
 What this file relies on in TRL 1.16: `_get_per_token_logps_and_entropies`.
 """
@@ -24,12 +24,12 @@ from ..speed.trainer import SharedPromptGRPOTrainer
 
 logger = transformers.utils.logging.get_logger(__name__)
 
-_CANDIDATES = 16  # longest problems by characters, of which the longest by tokens are taken
+_CANDIDATES = 16  # longest problems by characters, among which the longest by tokens are chosen
 
 
 def longest_requests(prompts: list[Prompt], count: int, conversation: Conversation, args: Any) -> list[list[int]]:
     """
-    Requests for a strategy at their longest.
+    The longest requests for a strategy.
 
     Args:
         prompts (`list`):
@@ -39,7 +39,7 @@ def longest_requests(prompts: list[Prompt], count: int, conversation: Conversati
         conversation ([`~trl_sgpo.method.conversation.Conversation`]):
             Builds the tokens.
         args ([`SGPOConfig`]):
-            Says how many strategies are shown and how long they may be.
+            Number and maximum length of the strategies that are shown.
 
     Returns:
         `list[list[int]]`: Token ids, longest first.
@@ -54,48 +54,48 @@ def take_worst_case_step(
     trainer: SharedPromptGRPOTrainer, conversation: Conversation, geometry: BlockGeometry, peaks: dict[str, int]
 ) -> None:
     """
-    Lets the optimizer allocate its states, generates both phases at full length from the longest problems, and goes
-    forward and backward once. Weights, optimizer, random state, bank and metrics are as before.
+    Lets the optimizer allocate its states, generates both phases at full length from the longest problems, and runs
+    one forward and backward pass. Weights, optimizer, random state, bank and metrics are restored.
 
     Args:
         trainer ([`SGPOTrainer`]):
-            Trainer that is about to start.
+            Trainer, before its first step.
         conversation ([`~trl_sgpo.method.conversation.Conversation`]):
             Builds the tokens of its prompts.
         geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
             Shape of its transfer blocks.
         peaks (`dict[str, int]`):
-            Gets the most bytes that PyTorch had allocated on a GPU during `"optimizing"`, `"generating"` and
-            `"training"`, as far as it came, and `"reserved"`, the most it had taken from the GPU.
+            Receives the peaks of the bytes that PyTorch allocated on a GPU during `"optimizing"`, `"generating"` and
+            `"training"`, of the stages that were reached, and of the bytes that it `"reserved"`.
 
     Raises:
-        [`ModelError`]: Memory is not enough. Names what to change.
+        [`ModelError`]: Memory is not enough. The message names settings to change.
     """
     device = trainer.accelerator.device
     on_gpu = device.type == "cuda"
-    doing = ""
+    stage = ""
 
     def note_peak() -> None:
         if on_gpu:
-            peaks[doing] = torch.cuda.max_memory_allocated(device)
+            peaks[stage] = torch.cuda.max_memory_allocated(device)
             peaks["reserved"] = max(peaks.get("reserved", 0), torch.cuda.max_memory_reserved(device))
             torch.cuda.reset_peak_memory_stats(device)
 
-    with _nothing_kept(trainer):
+    with _restored_state(trainer):
         try:
-            trainer.model.train()  # as loaded, layers are in evaluation mode, in which they keep all activations
-            doing = "optimizing"
+            trainer.model.train()  # in evaluation mode, as after loading, layers keep all activations
+            stage = "optimizing"
             _allocate_optimizer(trainer)
             note_peak()
-            doing = "generating"
+            stage = "generating"
             requests, completion = _generate_at_full_length(trainer, conversation, geometry)
             note_peak()
-            doing = "training"
+            stage = "training"
             _train_at_full_length(trainer, geometry, requests[0], completion)
             note_peak()
         except (torch.OutOfMemoryError, MemoryError) as error:
             note_peak()
-            raise ModelError(_advice(doing, trainer.args, error)) from error
+            raise ModelError(_advice(stage, trainer.args, error)) from error
     if on_gpu:
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
         taken = peaks["reserved"] / 2**30
@@ -112,7 +112,7 @@ def _generate_at_full_length(
     prompts = trainer.train_dataset["prompt"]
     requests = longest_requests(prompts, problems, conversation, args)
     turn = conversation.turn(prompts[0]).bridge
-    with trainer.fast_generation(requests, calls=2), _never_ending(trainer):
+    with trainer.fast_generation(requests, calls=2), _without_end_tokens(trainer):
         own = [request for request in requests for _ in range(geometry.own)]
         written = trainer.generate(own, args.max_strategy_length, "strategies at their longest")[0]
         begun = [request for request in requests for _ in range(geometry.executions)]
@@ -127,7 +127,7 @@ def _train_at_full_length(
     args, device = trainer.args, trainer.accelerator.device
     rows = args.per_device_train_batch_size
     problems = [row // geometry.executions for row in range(rows)]
-    # Turned, so that the problems of a micro-batch differ and are equally long
+    # Rotated, so that the problems of a micro-batch differ and are equally long
     ids = torch.tensor([request[by:] + request[:by] + completion for by in problems], device=device)
     mask = torch.ones_like(ids)
     with packed_attention(), trainer.accelerator.no_sync(trainer.model_wrapped):
@@ -138,7 +138,7 @@ def _train_at_full_length(
 
 
 def _allocate_optimizer(trainer: SharedPromptGRPOTrainer) -> None:
-    """Steps with gradients and a learning rate of 0, which changes no weight."""
+    """Takes a step with gradients and a learning rate of 0, which changes no weight."""
     optimizer = trainer.optimizer.optimizer
     if optimizer.state:
         return  # a resumed run has them already
@@ -156,7 +156,7 @@ def _allocate_optimizer(trainer: SharedPromptGRPOTrainer) -> None:
 
 
 @contextmanager
-def _nothing_kept(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
+def _restored_state(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
     device, optimizer = trainer.accelerator.device, trainer.optimizer.optimizer
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -178,7 +178,7 @@ def _nothing_kept(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
 
 
 @contextmanager
-def _never_ending(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
+def _without_end_tokens(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
     before = trainer.generation_config.suppress_tokens
     trainer.generation_config.suppress_tokens = list(trainer.eos_token_ids)
     try:
@@ -187,7 +187,7 @@ def _never_ending(trainer: SharedPromptGRPOTrainer) -> Iterator[None]:
         trainer.generation_config.suppress_tokens = before
 
 
-def _advice(doing: str, args: Any, error: BaseException) -> str:
+def _advice(stage: str, args: Any, error: BaseException) -> str:
     rows, repeats = args.per_device_train_batch_size, args.gradient_accumulation_steps
     changes = {
         "generating": [
@@ -207,9 +207,9 @@ def _advice(doing: str, args: Any, error: BaseException) -> str:
             "a smaller `max_completion_length`",
         ],
         "optimizing": ["`optim: paged_adamw_8bit`", "LoRA instead of full fine-tuning (`use_peft: true`)"],
-    }[doing]
+    }[stage]
     reason = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # with how much could not be allocated
     return (
-        f"Memory is not enough: {doing} ran out of it in the largest step this run can come to, before any training "
+        f"Memory is not enough: {stage} ran out of it in the largest step this run can come to, before any training "
         f"({reason}). To make it fit, set {'; or '.join(changes)}. `trl-sgpo estimate` says what each part takes."
     )

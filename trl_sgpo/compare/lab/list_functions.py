@@ -10,7 +10,8 @@ wrong on all others, while a strategy that is executed step by step transfers.
 Worked solutions are shortcuts for the training problems themselves, and general strategies shown on other lists.
 
 Parts: `seen` (16 compositions), `held_out` (48 others, none the same function as a seen one) and `longer` (48
-compositions of four operations).
+compositions of four operations). A change of problems or worked solutions needs another `LAB_VERSION` in
+`inference/weights.py`.
 """
 
 import hashlib
@@ -23,7 +24,6 @@ from typing import Any
 
 
 FAMILY = "list_functions"
-VERSION = 3  # of problems and worked solutions: what was made of an earlier one is made anew
 PARTS = ("seen", "held_out", "longer")
 LENGTH = 4
 _SEEN, _HELD_OUT = 16, 48

@@ -1,5 +1,5 @@
 """
-The laboratory's model: 0.6M parameters, trained from scratch on list functions when a command first names it.
+The laboratory's model: 0.6M parameters, trained from scratch on list functions when a command first uses it.
 
 Its training data is common to all arms of an experiment: problems of one, two and four operations with their
 strategies, and executions of given strategies, also of answers to other problems written in place of a strategy. The
@@ -126,7 +126,7 @@ def build_lab_model(directory: Path) -> None:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    from ...data.bootstrap import warmstart
+    from ...data.warmstart import warmstart
     from ...sgpo_config import SGPOConfig
 
     print(f"Training the laboratory's model from scratch into {directory} (once, about 6 minutes)", flush=True)

@@ -2,7 +2,7 @@
 The files of an export, by which banks exchange strategies.
 
 An export is a directory with one file of strategies in JSONL and a manifest. It has no embeddings, which the importing
-bank makes itself, and nothing that is executed or unpacked when read. It may come from a stranger: all of it is
+bank makes itself, and nothing that is executed or unpacked when read. It is untrusted: all of it is
 checked before a bank is changed, and no other file of the directory is opened.
 """
 
