@@ -16,6 +16,7 @@ from trl_sgpo.data.worked import traces
 from trl_sgpo.errors import ModelError
 from trl_sgpo.inference.weights import local_weights, require_model
 from trl_sgpo.sgpo_config import SGPOConfig
+from trl_sgpo.vram.architectures import architectures
 
 
 def test_every_word_of_problems_and_solutions_is_known() -> None:
@@ -88,6 +89,15 @@ def test_a_directory_of_that_name_is_used_and_nothing_is_built(monkeypatch: pyte
     assert lab.fetch_model("trl-sgpo/lab") == local_weights("trl-sgpo/lab") == "trl-sgpo/lab"
 
 
+def test_an_estimate_needs_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of configurations has that of the laboratory's model, which is not trained for an estimate."""
+    monkeypatch.setattr(lab, "build_lab_model", None)
+    known = architectures()[lab.LAB_MODEL]
+    config = lab.lab_config(lab.lab_tokenizer()).to_dict()
+    assert {name: config[name] for name in known} == known
+    assert main(["estimate", "--config", RECIPE]) == 0
+
+
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "lab" / "sgpo.yaml")
 
 
@@ -98,7 +108,6 @@ RECIPE = str(Path(__file__).parents[1] / "recipes" / "lab" / "sgpo.yaml")
         "warmstart --config RECIPE",
         "bootstrap --config RECIPE --output_dir out",
         "compare --config COMPARE --arms grpo --seeds 1",
-        "estimate --config RECIPE",
         "bench step --config RECIPE",
         "bench fit --config RECIPE --output out",
         "eval --model trl-sgpo/lab --suites seen=list_functions/seen?size=8 --no_plots",

@@ -17,14 +17,12 @@ def main(argv: list[str]) -> int:
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
 
-    from ..compare.lab.model import prepare_model
     from ..recipe import read_recipe
     from ..vram.check import estimate_recipe
 
     results = []
     for path in options.config:
         recipe = read_recipe(["--config", path, *overrides], "trl-sgpo estimate")
-        prepare_model(recipe.model.model_name_or_path)
         results.append(estimate_recipe(recipe, path, options.vram or recipe.script.vram_gb, options.device))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)

@@ -121,18 +121,15 @@ def lab_traces(size: int, seed: int) -> list[Trace]:
     return traces
 
 
-def build_lab_model(directory: Path) -> None:
-    """Trains the laboratory's model and saves it. The directory appears only when it is complete."""
-    import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
 
-    from ...data.warmstart import warmstart
-    from ...sgpo_config import SGPOConfig
 
-    print(f"Training the laboratory's model from scratch into {directory} (once, about 6 minutes)", flush=True)
-    tokenizer = lab_tokenizer()
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = LlamaConfig(
+def lab_config(tokenizer: Any) -> Any:
+    """Configuration of the laboratory's model, a [`~transformers.LlamaConfig`]."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=384,
@@ -141,15 +138,28 @@ def build_lab_model(directory: Path) -> None:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        **ids,
+        **_special_ids(tokenizer),
     )
+
+
+def build_lab_model(directory: Path) -> None:
+    """Trains the laboratory's model and saves it. The directory appears only when it is complete."""
+    import torch
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    from ...data.warmstart import warmstart
+    from ...sgpo_config import SGPOConfig
+
+    print(f"Training the laboratory's model from scratch into {directory} (once, about 6 minutes)", flush=True)
+    tokenizer = lab_tokenizer()
+    config = lab_config(tokenizer)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         untrained = Path(temporary, "untrained")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = LlamaForCausalLM(config)
-        model.generation_config = GenerationConfig(**ids)
+        model.generation_config = GenerationConfig(**_special_ids(tokenizer))
         model.save_pretrained(untrained)
         tokenizer.save_pretrained(untrained)
         warmstart(
