@@ -2,18 +2,22 @@
 
 import subprocess
 import sys
+from threading import Barrier, Thread
 
 import pytest
 import torch
 import trl.trainer.utils
 from models import ROWS_APART, evenness, problems, save_tiny_model
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLayer
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SharedPromptGRPOTrainer
+from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 from trl_sgpo.speed.row_cache import _BlockLayer
-from trl_sgpo.speed.shared_prompts import SharedPrompts
+from trl_sgpo.speed.shared_prompts import SharedPrompts, packed_attention
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -136,6 +140,81 @@ def test_libraries_are_as_before_after_training(model, tmp_path):
     trainer.train()
     assert (trl.trainer.utils._use_triton, ALL_ATTENTION_FUNCTIONS["sdpa"]) == before
     assert "generate" not in vars(trainer.model)
+
+
+def test_a_failed_merge_and_a_replaced_generate_are_undone(model, tmp_path, monkeypatch):
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA)
+    weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    merge = LoraLayer.merge
+
+    def fail(layer, *args, **kwargs):
+        if layer is trainer.adapters.layers[-1]:
+            raise torch.OutOfMemoryError("no memory for this layer")
+        merge(layer, *args, **kwargs)
+
+    monkeypatch.setattr(LoraLayer, "merge", fail)
+    with pytest.raises(torch.OutOfMemoryError), trainer.fast_generation([[5, 6, 7]]):
+        pass
+    assert not any(layer.merged for layer in trainer.adapters.layers)
+    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.named_parameters())
+
+    monkeypatch.undo()
+    replaced = trainer.model.generate
+    trainer.model.generate = replaced
+    with trainer.fast_generation([[5, 6, 7]]):
+        assert trainer.model.generate is not replaced
+    assert vars(trainer.model)["generate"] is replaced
+
+
+def test_changes_to_libraries_end_with_the_last_of_several_threads():
+    before = trl.trainer.utils._use_triton, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    first, second = Barrier(2), Barrier(2)
+    inside = []
+
+    def overlap(leaves_first):
+        with packed_attention(), project_labelled_tokens_only(torch.device("cpu")):
+            first.wait(30)
+            if not leaves_first:
+                second.wait(30)
+        if leaves_first:
+            inside.append((trl.trainer.utils._use_triton, ALL_ATTENTION_FUNCTIONS["sdpa"]))
+            second.wait(30)
+
+    threads = [Thread(target=overlap, args=(leaves_first,)) for leaves_first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside[0][0] is not before[0] and inside[0][1] is not before[1]  # the other thread still needs them
+    assert (trl.trainer.utils._use_triton, ALL_ATTENTION_FUNCTIONS["sdpa"]) == before
+
+
+def test_adapters_on_tied_or_trained_weights_are_not_merged(tmp_path):
+    """Merging would change the LM head too, or undo what the base weight has learnt."""
+    tied = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    assert not make(SharedPromptGRPOTrainer, tied, tmp_path, lora).merges_adapters
+    assert make(SharedPromptGRPOTrainer, tied, tmp_path, LORA).merges_adapters
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), LORA)
+    policy.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight.requires_grad_(True)
+    assert not make(SharedPromptGRPOTrainer, policy, tmp_path).merges_adapters
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "settings"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), {}),
+        (LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM"), {}),
+        (None, {"generation_kwargs": {"use_cache": False}}),
+        (None, {"generation_kwargs": {"num_beams": 2}}),
+    ],
+    ids=["prompt tuning", "trainable tokens", "no cache", "beams"],
+)
+def test_what_trl_trains_is_trained(model, tmp_path, peft_config, settings):
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, peft_config, max_steps=1, **settings)
+    assert trainer.shares_prompts == (not isinstance(peft_config, PromptTuningConfig))
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] >= 0
 
 
 _IMPORT = """

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from ..inference.retrieval import with_retrieved
@@ -59,7 +60,7 @@ class BankSession:
 
     Args:
         bank ([`StrategyBank`], *optional*):
-            A bank that is open already. If `None`, one is opened as `args` says, unless `args.use_bank` is false.
+            A bank that is open already. If `None`, one is opened as `args` says. Ignored without `args.use_bank`.
         args ([`SGPOConfig`]):
             Configuration of the run.
 
@@ -70,6 +71,8 @@ class BankSession:
     def __init__(self, bank: StrategyBank | None, args: SGPOConfig):
         self.args = args
         self.starts_empty = bank is None and args.bank_path is None
+        if not args.use_bank:
+            bank = None
         if args.process_index > 0 and bank is not None:
             bank.close()  # one process may have a bank open
             bank = None
@@ -218,6 +221,10 @@ class BankSession:
         if bank is None or not self.starts_empty or len(bank) == 0:
             return
         kept = Path(self.args.output_dir) / f"{BANK_DIRECTORY}.previous"
+        for number in count(2):
+            if not kept.exists():
+                break
+            kept = kept.with_name(f"{BANK_DIRECTORY}.previous-{number}")
         bank.snapshot(kept)
         logger.warning(
             f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "

@@ -5,6 +5,7 @@ Faster generation with transformers, as context managers around calls of `model.
 - [`AdapterMerge`]: LoRA adapters are merged into the base weights while generating.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -167,14 +168,31 @@ def shared_prefixes(
             Whether finished rows leave the batch.
     """
     configs = (generation_config, base_of(model).generation_config)
-    if any(config.cache_implementation is not None for config in configs):
+    if any(
+        config.cache_implementation is not None or config.use_cache is False or (config.num_beams or 1) > 1
+        for config in configs
+    ):
         yield  # with these, `generate` accepts no KV cache
         return
+    before = vars(model).get("generate")
     model.generate = _PrefixGenerate(model, generation_config, prompts, calls, drop_finished)
     try:
         yield
     finally:
         del model.generate
+        if before is not None:
+            model.generate = before
+
+
+def can_merge(model: PeftModel) -> bool:
+    """
+    Whether merging changes nothing but the adapted layers: their weights are not trained themselves, and no other
+    layer uses them, as a tied LM head does.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    weights = [layer.get_base_layer().weight for layer in layers]
+    return all(uses[id(weight)] == 1 and not weight.requires_grad for weight in weights)
 
 
 class AdapterMerge:
@@ -199,8 +217,8 @@ class AdapterMerge:
         """Merges the adapters within the block."""
         if self.base_weights is None:
             self.base_weights = [layer.get_base_layer().weight.detach().to("cpu", copy=True) for layer in self.layers]
-        self.model.merge_adapter()
         try:
+            self.model.merge_adapter()
             yield
         finally:
             self.model.unmerge_adapter()

@@ -1,11 +1,20 @@
 """Two speedups of the LM head on CPUs, as context managers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import trl.trainer.utils
+
+from .patches import CountedPatch
+
+
+def _set_use_triton(function: Any) -> None:
+    trl.trainer.utils._use_triton = function
+
+
+_labelled_only = CountedPatch(lambda: trl.trainer.utils._use_triton, _set_use_triton, lambda device: True)
 
 
 @contextmanager
@@ -20,15 +29,8 @@ def project_labelled_tokens_only(device: torch.device) -> Iterator[None]:
         device (`torch.device`):
             Device of the model. On any other than a CPU nothing changes.
     """
-    if device.type != "cpu":
+    with _labelled_only if device.type == "cpu" else nullcontext():
         yield
-        return
-    before = trl.trainer.utils._use_triton
-    trl.trainer.utils._use_triton = lambda device: True
-    try:
-        yield
-    finally:
-        trl.trainer.utils._use_triton = before
 
 
 def _contiguous(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

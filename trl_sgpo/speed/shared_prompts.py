@@ -6,14 +6,14 @@ and to itself; attention is computed in the shape of rows, so that almost none o
 process tokens one by one and take the sequence as it is.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .patches import CountedPatch
 
 
 @dataclass(frozen=True)
@@ -174,19 +174,20 @@ def _packed_sdpa(
     return shared_prompts.attend(module, query, key, value, **kwargs), None
 
 
-@contextmanager
-def packed_attention() -> Iterator[None]:
+# In place of `sdpa`, and not under another name, because transformers and TRL treat that name specially
+_packed = CountedPatch(
+    lambda: ALL_ATTENTION_FUNCTIONS["sdpa"],
+    lambda function: AttentionInterface.register("sdpa", function),
+    _packed_sdpa,
+)
+
+
+def packed_attention() -> CountedPatch:
     """
-    Makes models with `sdpa` attention accept `shared_prompts`. With gradient checkpointing the backward pass has to be
-    within the block too.
+    A context manager within which models with `sdpa` attention accept `shared_prompts`. With gradient checkpointing
+    the backward pass has to be within it too.
     """
-    # In place of `sdpa`, and not under another name, because transformers and TRL treat that name specially
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    AttentionInterface.register("sdpa", _packed_sdpa)
-    try:
-        yield
-    finally:
-        AttentionInterface.register("sdpa", before)
+    return _packed
 
 
 def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_width: int) -> SharedPrompts | None:

@@ -1,5 +1,5 @@
 """
-`SharedPromptGRPOTrainer`: TRL's `GRPOTrainer`, faster, with the same results.
+`SharedPromptGRPOTrainer`: TRL's `GRPOTrainer`, faster.
 
 1. Training: rows of a prompt are packed, so that the prompt is read once, without padding, and only trained tokens are
    projected onto the vocabulary (`shared_prompts.py`, `scoring.py`).
@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
-from .generation import AdapterMerge, base_of, limited, shared_prefixes, token_progress
+from .generation import AdapterMerge, base_of, can_merge, limited, shared_prefixes, token_progress
 from .lm_head import contiguous_head_input, project_labelled_tokens_only
 from .quantization import keep_4bit_layout, keep_adapters_in_float32
 from .scoring import RowScorer, fits_window, problems_together, without_padding
@@ -43,6 +43,10 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     It takes the place of [`~trl.GRPOTrainer`] without other changes. Where a model, a backend or a setting does not
     allow a fast path, the plain one is used.
+
+    Results are equal up to rounding, with two exceptions. Finished rows leave the batch in generation, which assigns
+    random numbers to other tokens. Rows of a prompt are trained in the same micro-batch where possible, so that with
+    `steps_per_generation` above `gradient_accumulation_steps` an optimizer step trains whole problems.
 
     Example:
 
@@ -117,7 +121,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return all(
             config.peft_type == PeftType.LORA and not config.target_parameters and not config.lora_bias
             for config in self.model.peft_config.values()
-        )
+        ) and can_merge(self.model)
 
     # Which paths are used
 
@@ -164,14 +168,16 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             raise PathDiffers("the model has a processor, which may add images to a prompt")
         if kinds or base_of(self.model)._is_stateful:
             raise PathDiffers(f"layers without a KV cache of single tokens ({', '.join(kinds) or 'recurrent'})")
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise PathDiffers("prompt tuning puts virtual tokens before a prompt")
         if is_deepspeed_zero3_enabled():
             raise PathDiffers("with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs")
         if config._attn_implementation not in attention:
             raise PathDiffers(f"this needs `attn_implementation: sdpa`, and it is {config._attn_implementation}")
 
     def _computes_in_float32(self) -> bool:
-        weights = self.model.get_input_embeddings().weight
-        return weights.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16 or self._is_quantized())
+        mixed = self.args.bf16 or self.args.fp16 or self._is_quantized()
+        return base_of(self.model).dtype == torch.float32 and not mixed
 
     def _check_packed(self) -> None:
         self._check_layers(("sdpa",))
@@ -184,13 +190,13 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
                 scorer, ids, mask, ids.size(1) - width
             )[0]
 
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = self.model.config.get_text_config().vocab_size
         check_packed_rows(score, vocab_size, self.accelerator.device, self._computes_in_float32())
 
     def _check_prefixes(self) -> None:
         self._check_layers(("sdpa", "eager"))
         base = base_of(self.model)
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = self.model.config.get_text_config().vocab_size
         with self.accelerator.autocast():
             check_shared_prefixes(base, vocab_size, self._computes_in_float32())
 
@@ -297,7 +303,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before:
+        if self._buffered_inputs is before or isinstance(self.processing_class, ProcessorMixin):
             return inputs
         self._buffered_inputs = problems_together(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
