@@ -17,8 +17,10 @@ import trl_sgpo.bank.embedding
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.files import LEDGER
+from trl_sgpo.bank.session import BankSession
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError, ConfigError, DataError
+from trl_sgpo.method.transfer import BlockGeometry
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -744,6 +746,34 @@ def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model
     if not named:
         with StrategyBank.restore(previous, args.embedding_model) as kept:
             assert [strategy.text for strategy in kept.strategies()] == ["qqq of yesterday"]
+
+
+def test_the_copy_of_an_old_bank_is_never_overwritten(make, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(trl_sgpo.bank.embedding, "load_embedder", lambda name: hash_embedder)
+    args = make(max_steps=1).args
+    args.use_bank, args.bank_path = True, None
+    for day in ("monday", "tuesday"):
+        with StrategyBank(tmp_path / "out" / "strategy_bank", args.embedding_model) as bank:
+            bank.clear()
+            bank.add([Strategy(text=f"qqq of {day}", problem_class="kind-0", source_problems=("elsewhere",))])
+        session = BankSession(None, args)
+        session.set_aside_old_bank()
+        session.bank.close()
+    for name, day in (("strategy_bank.previous", "monday"), ("strategy_bank.previous-2", "tuesday")):
+        with StrategyBank.restore(tmp_path / "out" / name, args.embedding_model) as kept:
+            assert [strategy.text for strategy in kept.strategies()] == [f"qqq of {day}"]
+
+
+def test_a_bank_that_is_passed_is_not_used_without_use_bank(make, tmp_path, model):
+    with StrategyBank(tmp_path / "given", embedding_model=hash_embedder) as bank:
+        bank.add([Strategy(text="qqq", problem_class="kind-0", source_problems=("elsewhere",), trust="trusted")])
+        args = make(use_bank=False, max_steps=1).args
+        trainer = SGPOTrainer(model, evenness, args, problems(), strategy_bank=bank)
+        assert trainer.strategy_bank is None
+        rollouts, _ = trainer.execute_blocks([dict(row) for row in problems(2, 1)], BlockGeometry(2, 1, 1))
+        assert {rollout.source for rollout in rollouts} == {"own", "borrowed"}
+        trainer.train()
+        assert "sgpo/bank_size" not in trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("best", [True, False])
