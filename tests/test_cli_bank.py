@@ -216,6 +216,10 @@ class TestStats:
         StrategyBank(tmp_path, hashed_words).close()
         assert json_of("stats", tmp_path)["classes"] == [] and run("stats", tmp_path)[0] == 0
         assert json_of("list", tmp_path) == [] and json_of("audit", tmp_path)["findings"] == []
+        out = run("stats", tmp_path)[1]
+        assert "empty: no strategy was stored" in out and "None" not in out
+        out = run("list", tmp_path)[1]
+        assert "malformed" in out and "better than" in out
         assert json_of("verify", tmp_path)["intact"] and json_of("search", tmp_path, "x") == []
 
 

@@ -235,7 +235,7 @@ class TestFaults:
             ("drop", "/commit/", "no connection.*check the network"),
             ("break", "/upload/", "no connection.*check the network"),
             ("break", "/commit/", "no connection"),
-            (429, "/commit/", "status 429.*the Hub asks for a pause"),
+            (429, "/commit/", "status 429.*too many requests"),
             (403, "/commit/", "status 403.*permission"),
             (412, "/commit/", "status 412.*try again"),
         ],

@@ -2,7 +2,8 @@
 Rules of the source tree, checked on source text: the package is not imported.
 
 Each rule is a function from a package's directory to the violations in it. It is run on this package, and on a small
-package with a planted violation.
+package with a planted violation. They do not find names that are computed at run time, a renamed `import_module`, or
+private names of a library's object where a class of the package defines the same name.
 """
 
 import ast
@@ -32,6 +33,7 @@ PRIVATE_NAMES = {
 }
 CHROMA = {"bank/index.py"}
 CHAT_TEMPLATE = {"method/conversation.py"}
+CHAT_TEMPLATE_FUNCTIONS = {"apply_chat_template", "maybe_apply_chat_template", "render_jinja_template"}
 MAX_FILES_ON_TOP = 9
 MAX_LINES_OF_TRAINER = 350
 
@@ -66,18 +68,57 @@ def syntax_tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def root_name(node: ast.expr) -> str:
+    """`a` for `a.b.c`, an empty string for what does not start with a name."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def absolute(name: str, level: int, package: str) -> str:
+    """Absolute name of a module that is imported with `level` dots within a package."""
+    base = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+    return ".".join([*base, *([name] if name else [])])
+
+
+def imported_by_call(node: ast.Call, package: str) -> str | None:
+    """Module that `import_module("…")` or `__import__("…")` imports."""
+    if ast.unparse(node.func).split(".")[-1] not in ("import_module", "__import__"):
+        return None
+    for value in [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "name")]:
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            name = value.value.lstrip(".")
+            return absolute(name, len(value.value) - len(name), package)
+    return None
+
+
 def imported(module: str, path: Path, modules: set[str]) -> Iterator[str]:
-    """Modules that a file imports: at the top, within functions and for type checking alike."""
+    """
+    Modules that a file imports: at the top, within functions and for type checking alike. After `import a`, `a.b`
+    counts as an import of the module `a.b`.
+    """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(syntax_tree(path)):
+    nodes = list(ast.walk(syntax_tree(path)))
+    names: dict[str, str] = {}  # name in the file → what it stands for
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                names |= {alias.asname: alias.name} if alias.asname else {top: top}
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
+            source = absolute(node.module or "", node.level, package)
             for alias in node.names:
                 name = f"{source}.{alias.name}"
                 yield name if name in modules else source
+                names[alias.asname or alias.name] = name
+        elif isinstance(node, ast.Call) and (name := imported_by_call(node, package)):
+            yield name
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and (root := root_name(node)) in names:
+            name = names[root] + ast.unparse(node).removeprefix(root)
+            if name in modules:
+                yield name
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
@@ -177,22 +218,25 @@ class PrivateNames(ast.NodeVisitor):
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self.in_subclass.append(node.name in self.subclasses)
         for item in node.body if self.in_subclass[-1] else ():
-            if isinstance(item, ast.FunctionDef) and item.name in self.of_libraries and is_private(item.name):
-                self.note(item, item.name)
+            for name in defined(item):
+                if name in self.of_libraries and is_private(name):
+                    self.note(item, name)
         self.generic_visit(node)
         self.in_subclass.pop()
 
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if root_name(node.value) in self.modules:
+            self.modules |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        self.generic_visit(node)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        root: ast.expr = node.value
-        while isinstance(root, ast.Attribute):
-            root = root.value
-        name = root.id if isinstance(root, ast.Name) else ""
+        owner = ast.unparse(node.value)
+        if owner == "self":
+            of_library = self.in_subclass[-1]
+        else:
+            of_library = node.attr not in self.own or (self.in_subclass[-1] and owner.startswith("super("))
         if is_private(node.attr) and (
-            name in self.modules
-            or (
-                node.attr in self.of_libraries
-                and (self.in_subclass[-1] if ast.unparse(node.value) == "self" else node.attr not in self.own)
-            )
+            root_name(node) in self.modules or (of_library and node.attr in self.of_libraries)
         ):
             self.note(node, ast.unparse(node))
         self.generic_visit(node)
@@ -201,6 +245,15 @@ class PrivateNames(ast.NodeVisitor):
         """`setattr(trainer, "_name", …)`"""
         if isinstance(node.value, str) and is_private(node.value) and node.value in self.of_libraries - self.own:
             self.note(node, repr(node.value))
+
+
+def defined(item: ast.stmt) -> list[str]:
+    """Names that a statement of a class body defines."""
+    if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
+        return [item.name]
+    if isinstance(item, ast.AnnAssign):
+        return [ast.unparse(item.target)]
+    return [ast.unparse(target) for target in item.targets] if isinstance(item, ast.Assign) else []
 
 
 def is_private(name: str) -> bool:
@@ -271,10 +324,14 @@ def nothing_imports_commands(package: Path) -> list[str]:
         within = module == cli or module.startswith(f"{cli}.")
         wrong = {name for name in names if name == cli or name.startswith(f"{cli}.")}
         found += [f"{module} imports {name}" for name in sorted(wrong & commands(package) if within else wrong)]
+    # A command may name itself, as the launcher in `cli/train.py` does
     for module, path in source_files(package).items():
-        if not module.startswith(cli):
-            texts = [node.value for node in ast.walk(syntax_tree(path)) if isinstance(node, ast.Constant)]
-            found += [f"{module} names {text}" for text in texts if isinstance(text, str) and text.startswith(cli)]
+        within = module == cli or module.startswith(f"{cli}.")
+        others = commands(package) - {module} if within else {cli}
+        pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in sorted(others)))
+        for node in ast.walk(syntax_tree(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and (name := pattern.search(node.value)):
+                found.append(f"{module}:{node.lineno} names {name[0]}")
     return found
 
 
@@ -294,13 +351,15 @@ def nothing_imports_tests(package: Path) -> list[str]:
 
 
 def chat_templates_are_applied_in_one_file(package: Path) -> list[str]:
-    return [
-        f"{path.relative_to(package).as_posix()}:{node.lineno}"
-        for path in sorted(package.rglob("*.py"))
-        for node in ast.walk(syntax_tree(path))
-        if isinstance(node, ast.Attribute) and node.attr == "apply_chat_template"
-        if path.relative_to(package).as_posix() not in CHAT_TEMPLATE
-    ]
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        for node in ast.walk(syntax_tree(path)) if name not in CHAT_TEMPLATE else ():
+            match node:
+                case ast.Attribute(attr=used) | ast.alias(name=used) | ast.Constant(value=used):
+                    if used in CHAT_TEMPLATE_FUNCTIONS:
+                        found.append(f"{name}:{node.lineno}")
+    return found
 
 
 def few_files_on_top(package: Path) -> list[str]:
@@ -324,10 +383,34 @@ PLANTED: list[tuple[Rule, str, str]] = [
         "compare/methods.py",
         "from trl import GRPOTrainer\n\nclass A(GRPOTrainer): ...\n\nclass B(A):\n    def _generate(self): ...\n",
     ),
+    (
+        private_names_only_where_listed,
+        "compare/methods.py",
+        "from trl import GRPOTrainer\n\nclass A(GRPOTrainer):\n    def f(self):\n        super()._metrics\n",
+    ),
+    (
+        private_names_only_where_listed,
+        "compare/methods.py",
+        'from trl import GRPOTrainer\n\nclass A(GRPOTrainer):\n    _tag_names = ["a"]\n',
+    ),
+    (
+        private_names_only_where_listed,
+        "compare/methods.py",
+        "from trl import GRPOTrainer\n\nclass A(GRPOTrainer):\n    _tag_names: list[str] = []\n",
+    ),
+    (private_names_only_where_listed, "bank/policy.py", "import trl\n\nu = trl.trainer\nu.utils._unknown\n"),
     (chroma_only_in_the_index, "bank/shared.py", "def connect():\n    import chromadb.config\n"),
+    (chroma_only_in_the_index, "bank/shared.py", 'import importlib\n\nimportlib.import_module("chromadb.config")\n'),
+    (chroma_only_in_the_index, "bank/shared.py", '__import__("chromadb")\n'),
     (nothing_imports_commands, "vram/check.py", "def f():\n    from ..cli.train import main\n"),
     (nothing_imports_commands, "vram/check.py", 'COMMAND = ["-m", "trl_sgpo.cli.train"]\n'),
+    (nothing_imports_commands, "vram/check.py", 'COMMAND = "python -m trl_sgpo.cli.train"\n'),
+    (nothing_imports_commands, "vram/check.py", "import trl_sgpo\n\ntrl_sgpo.cli.train.main()\n"),
+    (nothing_imports_commands, "vram/check.py", "import trl_sgpo as package\n\npackage.cli.train.main()\n"),
+    (nothing_imports_commands, "vram/check.py", 'import_module("..cli.train", __package__)\n'),
     (nothing_imports_commands, "cli/eval.py", "from .train import main\n"),
+    (nothing_imports_commands, "cli/eval.py", 'import_module(".train", package=__package__)\n'),
+    (nothing_imports_commands, "cli/eval.py", 'COMMAND = "python -m trl_sgpo.cli.train"\n'),
     (nothing_imports_commands, "cli/text.py", "from . import train\n"),
     (no_import_circles, "bank/policy.py", "def f():\n    from .index import g\n"),
     (
@@ -335,13 +418,27 @@ PLANTED: list[tuple[Rule, str, str]] = [
         "bank/policy.py",
         "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from . import index\n",
     ),
+    (no_import_circles, "bank/policy.py", 'def f():\n    import_module(".index", __package__)\n'),
+    (no_import_circles, "bank/policy.py", '__import__("trl_sgpo.bank.index")\n'),
+    (no_import_circles, "bank/policy.py", "import trl_sgpo\n\ndef f():\n    trl_sgpo.bank.index.g()\n"),
     (nothing_imports_tests, "bank/policy.py", "from tests.models import tiny\n"),
+    (nothing_imports_tests, "bank/policy.py", 'import_module("tests.models")\n'),
     (nothing_imports_tests, "bank/policy.py", "def f():\n    import conftest\n"),
     (
         chat_templates_are_applied_in_one_file,
         "cli/solve.py",
         "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
     ),
+    (
+        chat_templates_are_applied_in_one_file,
+        "cli/solve.py",
+        'def f(tokenizer):\n    getattr(tokenizer, "apply_chat_template")([])\n',
+    ),
+    *[
+        (chat_templates_are_applied_in_one_file, "cli/solve.py", text)
+        for name in sorted(CHAT_TEMPLATE_FUNCTIONS)
+        for text in (f"import trl\n\ntrl.data_utils.{name}([])\n", f"from trl.data_utils import {name} as f\n")
+    ],
     (few_files_on_top, "one_more.py", ""),
     (the_trainer_is_short, "sgpo_trainer.py", "x = 1\n" * 351),
 ]

@@ -135,7 +135,7 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
     Raises:
         [`ConfigError`]: A file that cannot be read, an unknown key or an invalid value.
     """
-    argv = [  # TRL's parser knows `--config FILE` only as two words
+    argv = [  # TRL's parser accepts `--config FILE` only as two words
         part
         for argument in argv
         for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])

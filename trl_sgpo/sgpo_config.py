@@ -259,7 +259,7 @@ class SGPOConfig(GRPOConfig):
         return (self.num_generations - self.num_bank_rollouts) // self.transfer_block_size
 
     def to_grpo(self, **changes: Any) -> GRPOConfig:
-        """The part that [`~trl.GRPOTrainer`] knows, with changes: the same training without SGPO."""
+        """The settings that [`~trl.GRPOTrainer`] has too, with changes: the same training without SGPO."""
         known = {item.name for item in fields(GRPOConfig) if item.init}
         settings = {name: value for name, value in vars(self).items() if name in known}
         derived = {"generation_batch_size": None, "steps_per_generation": self.steps_per_generation}

@@ -1,23 +1,25 @@
 """
 `SGPOTrainer`: what differs from `GRPOTrainer`.
 
-1. Sampling: K problems of one class form a transfer block (`_get_train_sampler`, `method/transfer.py`).
-2. Generation: two phases instead of one (`_roll_out`, `method/rollout.py`, `method/conversation.py`). Each problem
-   writes n strategies; every strategy of a block is executed on every problem of the block.
+A transfer block has K problems of one class. For each, n strategies are written; b more come from the bank. All
+G = K * n + b strategies (`num_generations`) are executed on each problem of the block.
+
+1. Sampling: batches consist of whole transfer blocks (`_get_train_sampler`, `method/transfer.py`).
+2. Generation: strategies first, then executions (`_roll_out`, `method/rollout.py`, `method/conversation.py`).
 3. Rewards: reward functions see the execution only (`_calculate_rewards`). Their weighted sum fills the outcome
    matrix; the first one is the verifier, whose outcomes transfer score and bank use.
-4. Credit: strategy tokens and execution tokens have advantages of their own (`_generate_and_score_completions`,
-   `method/credit.py`, `method/advantages.py`).
-5. Bank: strategies are retrieved before the first phase and stored after the optimizer step (`bank/session.py`).
-6. Checkpoints: they contain the bank at their step, and the rollouts that later steps still train on
-   (`_save_checkpoint`, `method/buffer.py`).
+4. Credit: strategy tokens and execution tokens have separate advantages (`credit_of`, `method/credit.py`).
+5. Bank: strategies are retrieved before generation (`_plan_rollouts`, on rank 0 for all) and, in training, stored
+   after the optimizer step (`bank/session.py`, `callbacks.py`).
+6. Measuring transfer: whole blocks are executed outside training (`execute_blocks`, `method/measuring.py`).
+7. Checkpoints: they contain the bank and the rollouts that later steps train on (`method/buffer.py`).
+
+One generation calls `_plan_rollouts` → TRL's `_generate_and_score_completions` → `_roll_out` → `_calculate_rewards`
+(sets `_credit`) → `token_advantages` (`method/advantages.py`). In evaluation each row executes its own strategy.
 
 Two base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
-faster, [`HubTrainer`] (`hub/trainer.py`) pushes a run to the Hub.
-
-In evaluation each row writes and executes its own strategy, and nothing is written to the bank.
-
-What this file relies on in TRL 1.16 is listed and tested in `tests/test_trl_contract.py`.
+faster, [`HubTrainer`] (`hub/trainer.py`) pushes a run to the Hub. What this file relies on in TRL 1.16 is listed and
+tested in `tests/test_trl_contract.py`.
 """
 
 import math
@@ -49,7 +51,7 @@ from .method.measuring import measuring
 from .method.metrics import phase_columns, phase_metrics
 from .method.problem import as_problem
 from .method.requirements import check_arguments, check_model
-from .method.rollout import Rollout, RolloutBatch, rollout_func_accepted, two_phase_rollout
+from .method.rollout import Rollout, RolloutBatch, two_phase_rollout, without_experimental_warning
 from .method.transfer import BlockGeometry, TransferBlockSampler
 from .sgpo_config import SGPOConfig
 from .speed.trainer import SharedPromptGRPOTrainer
@@ -127,7 +129,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self.geometry = BlockGeometry(args.transfer_block_size, args.own_strategies, args.num_bank_rollouts)
         self.bank_session = BankSession(strategy_bank, args)
         train_dataset = with_classes(train_dataset, args, self.strategy_bank)
-        with rollout_func_accepted():
+        with without_experimental_warning():
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -147,7 +149,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
         self.facts = self.training_facts()
-        # TRL calls the hooks for rollouts and rewards without a place for these two, so they are handed over here
+        # These are attributes, because TRL fixes the arguments of `_roll_out` and the result of `_calculate_rewards`
         self._batch = RolloutBatch([], self.geometry)
         self._credit: Credit | None = None
         self.run_record = RunRecordCallback(self)
@@ -155,11 +157,6 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         bank_callback = StrategyBankCallback(self.bank_session, self._log_metric)
         for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback()):
             self.add_callback(callback)
-
-    @property
-    def strategy_bank(self) -> StrategyBank | None:
-        """The bank, on rank 0 only, which reads and writes for all."""
-        return self.bank_session.bank
 
     # 1. Sampling
 
@@ -191,22 +188,6 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             )
         return output
 
-    def _plan_rollouts(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
-        """Problems of the local batch with the strategies retrieved for them, by rank 0 for all ranks."""
-        geometry = self.geometry if self.model.training else BlockGeometry(problems=1, own=1)
-        class_column = CLASS_COLUMN if self.model.training else self.args.class_column or "problem_class"
-        problems = [as_problem(row, class_column, self.args.answer_column) for row in inputs[:: geometry.executions]]
-        if not self.args.use_bank:
-            return RolloutBatch.without_bank(problems, geometry)
-        everyone = gather_object(problems)
-        plans: list[Any] = [None] * self.accelerator.num_processes
-        if self.accelerator.is_main_process:
-            plan = self.bank_session.plan(everyone, geometry, self.model.training, self.state.global_step)
-            blocks = len(problems) // geometry.problems
-            ranks = zip(in_blocks(plan.problems, len(problems)), in_blocks(plan.bank, blocks), strict=True)
-            plans = [RolloutBatch(theirs, geometry, drawn) for theirs, drawn in ranks]
-        return broadcast_object_list(plans)[self.accelerator.process_index]
-
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         return two_phase_rollout(self._batch, self, self.conversation)
 
@@ -223,10 +204,9 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             self._log_credit(self._credit)
             if self.args.use_bank:
                 name, step = get_config_model_id(self.model.config) or "", self.state.global_step + 1
-                for each in gather_object(
-                    [self.bank_session.observe(self._batch, rollouts, self._credit, name, step)]
-                ):
-                    self.bank_session.note(each)
+                local_observation = self.bank_session.observe(self._batch, rollouts, self._credit, name, step)
+                for observation in gather_object([local_observation]):
+                    self.bank_session.note(observation)
         return rewards
 
     def _reward_executions(
@@ -248,11 +228,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             rewards (`torch.Tensor` of shape `(B, number of reward functions)`):
                 Their rewards.
         """
-
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            return nanstd(self.accelerator.gather(values))
-
-        return assign_credit(rollouts, rewards, self._batch, self.args, self.reward_weights, spread)
+        gather, weights = self.accelerator.gather, self.reward_weights
+        return assign_credit(rollouts, rewards, self._batch, self.args, weights, spread=lambda x: nanstd(gather(x)))
 
     def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
         metrics = phase_metrics(rollouts, self.args.max_completion_length, self.eos_token_ids)
@@ -281,7 +258,30 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         if not torch.isnan(values).all():
             self._log_metric(f"sgpo/{name}", torch.nanmean(values.float()).item())
 
-    # Measuring transfer
+    # 5. Bank
+
+    @property
+    def strategy_bank(self) -> StrategyBank | None:
+        """The bank, on rank 0 only, which reads and writes for all."""
+        return self.bank_session.bank
+
+    def _plan_rollouts(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
+        """Problems of the local batch with the strategies retrieved for them, by rank 0 for all ranks."""
+        geometry = self.geometry if self.model.training else BlockGeometry(problems=1, own=1)
+        class_column = CLASS_COLUMN if self.model.training else self.args.class_column or "problem_class"
+        problems = [as_problem(row, class_column, self.args.answer_column) for row in inputs[:: geometry.executions]]
+        if not self.args.use_bank:
+            return RolloutBatch.without_bank(problems, geometry)
+        everyone = gather_object(problems)
+        plans: list[Any] = [None] * self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            plan = self.bank_session.plan(everyone, geometry, self.model.training, self.state.global_step)
+            blocks = len(problems) // geometry.problems
+            ranks = zip(in_blocks(plan.problems, len(problems)), in_blocks(plan.bank, blocks), strict=True)
+            plans = [RolloutBatch(theirs, geometry, drawn) for theirs, drawn in ranks]
+        return broadcast_object_list(plans)[self.accelerator.process_index]
+
+    # 6. Measuring transfer
 
     @torch.no_grad()
     def execute_blocks(
@@ -313,7 +313,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             rewards = self._reward_executions(repeated, [row["prompt"] for row in repeated], rollouts)
         return rollouts, rewards[:, 0]
 
-    # 6. Checkpoints
+    # 7. Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -21,6 +21,8 @@ from ..errors import BankError, ConfigError
 from .text import print_facts, print_json, print_table, printable, rate
 
 
+_EMPTY = "empty: no strategy was stored"
+
 SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "utility": lambda strategy: policy.utility(strategy.successes, strategy.trials),
     "lift": lambda strategy: strategy.lift,
@@ -88,6 +90,12 @@ def list_strategies(options: argparse.Namespace) -> int:
     shown = chosen[: options.limit]
     if options.json:
         print_json([_record(strategy) for strategy in shown])
+        return 0
+    if not everything:
+        print(
+            f"{_EMPTY}. A run stores none that is malformed, contains its problem's answer, fails on its own problem"
+            " or is not better than its block. See `sgpo/malformed` and `sgpo/frac_blocks_no_signal` of the run."
+        )
         return 0
     short = _short_ids(everything)
     print_table(
@@ -241,6 +249,9 @@ def stats(options: argparse.Namespace) -> int:
                 ],
             }
         )
+        return 0
+    if not everything:
+        print(_EMPTY)
         return 0
 
     def optional(value: float | None, form: str) -> str:

@@ -12,7 +12,7 @@ _ADVICE = {
     404: "check the name and the revision and, if it is private, log in with `hf auth login` or pass a `token`",
     409: "someone else is changing it: try again",
     412: "someone else has changed it meanwhile: try again, or without `parent_commit` if you pass it",
-    429: "the Hub asks for a pause: try again in a few minutes",
+    429: "too many requests: try again in a few minutes",
 }
 
 

@@ -88,7 +88,7 @@ def parse_strategy(
         text (`str`):
             What the model wrote in the strategy phase. A reasoning part at its start is cut off.
         strategy_format (`str`, *optional*, defaults to `"text"`):
-            `"text"` accepts any non-empty text, `"steps"` wants at least two numbered lines and nothing else.
+            `"text"` accepts any non-empty text, `"steps"` requires at least two numbered lines and nothing else.
         truncated (`bool`, *optional*, defaults to `False`):
             Whether the phase ended by length.
         reasoning_opened (`bool`, *optional*, defaults to `False`):

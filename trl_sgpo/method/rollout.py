@@ -19,8 +19,8 @@ from .transfer import BlockGeometry
 
 
 @contextmanager
-def rollout_func_accepted() -> Iterator[None]:
-    """Keeps TRL from warning that `rollout_func` is experimental, which it does unless this variable is set."""
+def without_experimental_warning() -> Iterator[None]:
+    """Silences TRL's warning that `rollout_func` is experimental."""
     name = "TRL_EXPERIMENTAL_SILENCE"
     before = os.environ.get(name)
     os.environ[name] = before or "1"
