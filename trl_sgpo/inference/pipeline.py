@@ -207,14 +207,15 @@ class SGPOPipeline:
         Raises:
             [`DataError`]: A problem is empty.
         """
-        prepared = []
+        settings, prepared = self.model.settings, []
         for prompt, name in zip(problems, classes or [None] * len(problems), strict=True):
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            problem = Problem(with_system_prompt(messages, self.model.settings.system_prompt), name or "")
+            if isinstance(prompt, str) and not settings.plain_text:
+                prompt = [{"role": "user", "content": prompt}]
+            problem = Problem(with_system_prompt(prompt, settings.system_prompt), name or "")
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
             prepared.append(problem)
-        return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
+        return with_retrieved(prepared, self.bank if retrieve else None, settings.num_retrieved)
 
     def solve(
         self,
@@ -257,8 +258,7 @@ class SGPOPipeline:
         else:
             written = self.model.write_strategies(rows, decoding, stream=_phase(watch, "strategy"))
         executing = replace(decoding, seed=derived_seed(decoding.seed, "execution"))
-        texts = [each.as_written for each in written]
-        executions = self.model.execute(rows, texts, executing, stream=_phase(watch, "execution"))
+        executions = self.model.execute(rows, written, executing, stream=_phase(watch, "execution"))
         attempts = [
             Attempt(each.text, execution, final_answer(execution), each.flaw)
             for each, execution in zip(written, executions, strict=True)
