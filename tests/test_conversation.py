@@ -516,7 +516,9 @@ class TestTextPrompts:
         monkeypatch.setattr(model, "_generate", generate)
         SGPOPipeline(model)(PROBLEM)
         SGPOPipeline(model)(PROBLEM, strategy=strategy)
-        assert seen == [request, context, context]
+        rows = [{"prompt": [{"role": "user", "content": PROBLEM}], "solution": "3"}]
+        _attempt(model, "problem_class", rows, evenness, Protocol(samples=0), None, "")
+        assert seen == [request, context, context, request, context]
 
         scripted = ScriptedModel([reply, execution])
         monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tok)
@@ -533,7 +535,8 @@ class TestTextPrompts:
         server = ServerModel("http://nowhere/v1", "m", settings)
         monkeypatch.setattr(server, "_post", lambda body, stream: bodies.append(body) or (strategy, False, 0))
         SGPOPipeline(server)(PROBLEM)
-        assert [body["prompt"] for body in bodies] == [asked, f"{asked}{strategy}{case.eos}{turn}"]
+        server.answer([PROBLEM])
+        assert [body["prompt"] for body in bodies] == [asked, f"{asked}{strategy}{case.eos}{turn}", PROBLEM]
 
     def test_end_of_turn_is_eos_and_generation_stops_as_in_training(self, case: Case, tmp_path: Path) -> None:
         tok = case.tokenizer()

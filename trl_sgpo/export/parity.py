@@ -77,7 +77,7 @@ def probes(tokenizer: Any, settings: TwoPhaseSettings) -> list[list[int]]:
     conversation = settings.conversation(tokenizer)
     sequences = []
     for problem, strategy, execution in _PROBES:
-        prompt: Prompt = problem if settings.plain_text else [{"role": "user", "content": problem}]
+        prompt: Prompt = [{"role": "user", "content": problem}]
         context = conversation.execution_request(prompt, [], strategy)
         sequences.append([*context, *conversation.content(prompt, execution)])
     return sequences

@@ -207,15 +207,14 @@ class SGPOPipeline:
         Raises:
             [`DataError`]: A problem is empty.
         """
-        settings, prepared = self.model.settings, []
+        prepared = []
         for prompt, name in zip(problems, classes or [None] * len(problems), strict=True):
-            if isinstance(prompt, str) and not settings.plain_text:
-                prompt = [{"role": "user", "content": prompt}]
-            problem = Problem(with_system_prompt(prompt, settings.system_prompt), name or "")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            problem = Problem(with_system_prompt(messages, self.model.settings.system_prompt), name or "")
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
             prepared.append(problem)
-        return with_retrieved(prepared, self.bank if retrieve else None, settings.num_retrieved)
+        return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
 
     def solve(
         self,

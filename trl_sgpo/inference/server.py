@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import ModelError
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
-from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, plain_bridge, strategy_prompt
+from ..method.prompts import ParsedStrategy, Prompt, as_text, parse_strategy, plain_bridge, strategy_prompt
 from .model import Decoding, Stream
 from .settings import TwoPhaseSettings
 
@@ -139,7 +139,8 @@ class ServerModel:
         return [text.strip() for text, _ in completed]
 
     def _request(self, problem: Problem) -> Prompt:
-        return self._prompt(strategy_prompt(problem.prompt, self.settings.strategy_prompt, problem.shown, chat=True))
+        chat = not self.settings.plain_text
+        return self._prompt(strategy_prompt(problem.prompt, self.settings.strategy_prompt, problem.shown, chat))
 
     def _execution_request(self, problem: Problem, strategy: str | ParsedStrategy) -> Prompt:
         if isinstance(strategy, ParsedStrategy):
@@ -150,9 +151,9 @@ class ServerModel:
         return execution_messages(request, strategy, execution_prompt)
 
     def _prompt(self, prompt: Prompt) -> Prompt:
-        if isinstance(prompt, str) and not self.settings.plain_text:
-            return [{"role": "user", "content": prompt}]
-        return prompt
+        if self.settings.plain_text:
+            return as_text(prompt)
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
     def _complete(
         self,

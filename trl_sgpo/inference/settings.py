@@ -56,7 +56,7 @@ class TwoPhaseSettings:
         turn_end (`str`, *optional*):
             Token that ends an assistant's turn. If `None`, it is read off the chat template.
         plain_text (`bool`, *optional*, defaults to `False`):
-            Whether the model was trained on texts instead of conversations.
+            Whether the model was trained on texts. Conversations are flattened to text then.
         opens_reasoning (`bool`, *optional*, defaults to `False`):
             Whether the chat template starts an assistant's turn within a reasoning part.
     """

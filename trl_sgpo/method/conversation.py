@@ -96,7 +96,7 @@ class Conversation:
             Token that ends the assistant's turn. If `None`, or unknown to the tokenizer, it is read off the chat
             template; without one it is the tokenizer's EOS token.
         plain_text (`bool`, *optional*, defaults to `False`):
-            Whether the model was trained on texts, whose turns end with the EOS token.
+            Whether the model was trained on texts. Conversations are flattened to text then.
     """
 
     tokenizer: Any
@@ -168,23 +168,22 @@ class Conversation:
     @property
     def end_token(self) -> str:
         """The token that ends an assistant's turn."""
-        chat = self._has_template and not self.plain_text
-        return self.tokenizer.convert_ids_to_tokens(self._chat_end if chat else self._eos)
+        return self.tokenizer.convert_ids_to_tokens(self._chat_end if self._has_template else self._eos)
 
     @property
     def opens_reasoning(self) -> bool:
         """Whether a strategy starts within a reasoning part."""
-        return self._has_template and not self.plain_text and self._template_opens_reasoning
+        return self._has_template and self._template_opens_reasoning
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a generation: the end of the turn and the tokenizer's EOS token."""
-        ends = [self._eos, self._chat_end] if self._has_template else [self._eos]
+        ends = [self._eos] if self.tokenizer.chat_template is None else [self._eos, self._chat_end]
         return [token for token in dict.fromkeys(ends) if token is not None]
 
     @property
     def _has_template(self) -> bool:
-        return self.tokenizer.chat_template is not None
+        return self.tokenizer.chat_template is not None and not self.plain_text
 
     def _is_chat(self, prompt: Prompt) -> bool:
         return self._has_template and not isinstance(prompt, str)
