@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import transformers
@@ -20,10 +21,12 @@ from trl_sgpo.bank import Strategy
 from trl_sgpo.data.warmstart import two_phase_examples, warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError
+from trl_sgpo.evaluation.digest import settings_record
 from trl_sgpo.evaluation.runner import Protocol, _attempt
+from trl_sgpo.evaluation.transfer_score import _execute, _write, _written
 from trl_sgpo.export.parity import _PROBES, probes
 from trl_sgpo.hub.snippet import transformers_snippet
-from trl_sgpo.inference.model import TwoPhaseModel
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.server import ServerModel
 from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
 from trl_sgpo.method.conversation import Conversation
@@ -194,7 +197,7 @@ class TestSameTokens:
 
         def record(contexts: Any, *rest: Any) -> Any:
             seen.extend(contexts)
-            return [([], True)] * len(contexts)
+            return [([], tok.eos_token_id)] * len(contexts)
 
         monkeypatch.setattr(model, "_generate", record)
         shown = Strategy(self.SHOWN[0][1], self.SHOWN[0][0], ("elsewhere",))
@@ -482,11 +485,102 @@ class TestEndOfTurn:
         assert conversation.turn(PROBLEM)
 
 
+class TestTextPrompts:
+    """Of a model with a chat template, too: what is trained on texts is used with texts."""
+
+    def settings(self, case: Case, tok: Any, directory: Path) -> TwoPhaseSettings:
+        config = SGPOConfig(str(directory), chat_template_kwargs=case.kwargs, bf16=False, num_generations=4)
+        TwoPhaseSettings.from_config(config, PROBLEM).of_model(tok).save(directory)
+        return TwoPhaseSettings.load(directory)
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    def test_same_tokens(self, case: Case, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tok, seen, bodies = case.tokenizer(), [], []
+        settings = self.settings(case, tok, tmp_path)
+        asked = strategy_prompt(PROBLEM, STRATEGY_PROMPT, [], chat=True)
+        turn = f"\n\n{EXECUTION_PROMPT}\n\nExecution:"
+        request, reply = plain_ids(tok, asked), [*plain_ids(tok, strategy), tok.eos_token_id]
+        execution = [*plain_ids(tok, EXECUTION), tok.eos_token_id]
+        context = [*request, *reply, *plain_ids(tok, turn)]
+
+        config = SGPOConfig(str(tmp_path), use_bank=False, bf16=False, num_generations=4)
+        (example,) = two_phase_examples([Trace(PROBLEM, strategy, EXECUTION, "sums")], tok, config, seed=0)
+        assert example["input_ids"] == [*context, *execution]
+
+        model = TwoPhaseModel(tiny_model(tok), tok, settings)
+
+        def generate(contexts: Any, *rest: Any) -> Any:
+            seen.extend(contexts)
+            return [(reply[:-1], reply[-1])] * len(contexts)
+
+        monkeypatch.setattr(model, "_generate", generate)
+        SGPOPipeline(model)(PROBLEM)
+        SGPOPipeline(model)(PROBLEM, strategy=strategy)
+        rows = [{"prompt": [{"role": "user", "content": PROBLEM}], "solution": "3"}]
+        _attempt(model, "problem_class", rows, evenness, Protocol(samples=0), None, "")
+        assert seen == [request, context, context, request, context]
+
+        scripted = ScriptedModel([reply, execution])
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tok)
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: scripted)
+        code = transformers_snippet("m", settings, PROBLEM, chat=case.template is not None)
+        exec(compile(code, "snippet", "exec"), {})
+        assert scripted.seen == [request, context]
+
+        conversation = settings.conversation(tok)
+        for sequence, (problem, probe, executed) in zip(probes(tok, settings), _PROBES, strict=True):
+            asked_for = conversation.execution_request(problem, [], probe)
+            assert sequence == [*asked_for, *conversation.content(problem, executed)]
+
+        server = ServerModel("http://nowhere/v1", "m", settings)
+        monkeypatch.setattr(server, "_post", lambda body, stream: bodies.append(body) or (strategy, False, 0))
+        SGPOPipeline(server)(PROBLEM)
+        server.answer([PROBLEM])
+        assert [body["prompt"] for body in bodies] == [asked, f"{asked}{strategy}{case.eos}{turn}", PROBLEM]
+
+    def test_end_of_turn_is_eos_and_generation_stops_as_in_training(self, case: Case, tmp_path: Path) -> None:
+        tok = case.tokenizer()
+        settings = self.settings(case, tok, tmp_path)
+        assert (settings.plain_text, settings.turn_end) == (True, case.eos)
+        assert settings.conversation(tok).end_token == case.eos
+        assert set(settings.conversation(tok).stop_ids) == set(settings_of(case).conversation(tok).stop_ids)
+
+    def test_run_saves_the_kind_of_its_prompts(self, tmp_path: Path) -> None:
+        case = CASES["turn end is not EOS"]
+        trainer = make_trainer(case, tmp_path)
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"prompt": row["prompt"][-1]["content"]})
+        trainer.save_model()
+        saved = TwoPhaseSettings.load(trainer.args.output_dir)
+        assert (saved.plain_text, saved.turn_end) == (True, case.eos)
+
+    def test_completions_of_a_server(self) -> None:
+        settings = TwoPhaseSettings(plain_text=True, turn_end="<eos>")
+        model, asked = ServerModel("http://nowhere/v1", "m", settings), []
+        answer = {"choices": [{"text": " Add.", "finish_reason": "stop"}]}
+
+        def reply(request: httpx.Request) -> httpx.Response:
+            asked.append((request.url.path, json.loads(request.content)))
+            if not asked[-1][1].get("stream"):
+                return httpx.Response(200, json=answer)
+            events = f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n"
+            return httpx.Response(200, text=events, headers={"Content-Type": "text/event-stream"})
+
+        model._client = httpx.Client(transport=httpx.MockTransport(reply))
+        pieces: list[str] = []
+        for stream in (None, pieces.append):
+            (parsed,) = model.write_strategies([Problem(PROBLEM)], stream=stream)
+            assert parsed.text == "Add."
+        assert {path for path, _ in asked} == {"/v1/completions"} and pieces == [" Add."]
+
+
 class TestSettings:
     def test_of_an_earlier_version_load(self, tmp_path: Path) -> None:
         (tmp_path / SETTINGS_FILE).write_text('{"strategy_prompt": "{problem}", "max_strategy_length": 9}')
         loaded = TwoPhaseSettings.load(tmp_path)
         assert (loaded.max_strategy_length, loaded.chat_template_kwargs, loaded.turn_end) == (9, None, None)
+        assert (loaded.plain_text, loaded.opens_reasoning) == (False, False)
+        assert not {"plain_text", "opens_reasoning"} & settings_record(loaded).keys()
+        assert settings_record(replace(loaded, plain_text=True))["plain_text"]
 
 
 class TestReasoning:
@@ -572,31 +666,69 @@ class TestReasoning:
         assert (parsed.text, parsed.flaw) == ("Add both.", None)
         assert conversation.content(PROBLEM, "Add both.") == plain_ids(tok, "Add both.")
 
-    @pytest.mark.parametrize("name", ["qwen3", "qwen3.5"])
-    @pytest.mark.parametrize("user", ["solve", "eval"])
+    @pytest.mark.parametrize("name", ["qwen3", "qwen3.5", "turn end is not EOS", "no template"])
+    @pytest.mark.parametrize("user", ["solve", "eval", "transfer", "snippet"])
+    @pytest.mark.parametrize(
+        "written",
+        [f"{REASONING}Add both.", " \n Add both. \n\n", "It is a sum"],
+        ids=["reasoning", "space", "unfinished"],
+    )
+    @pytest.mark.parametrize("stop", ["end", "eos", "length"])
     def test_strategies_are_executed_as_sampled_outside_training(
-        self, user: str, name: str, monkeypatch: pytest.MonkeyPatch
+        self, stop: str, written: str, user: str, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         case = CASES[name]
         tok, seen = case.tokenizer(), []
         model = TwoPhaseModel(tiny_model(tok), tok, settings_of(case))
-        sampled = plain_ids(tok, f"{self.REASONING.removeprefix(case.opening)}Add both.")
+        sampled = plain_ids(tok, written.removeprefix(case.opening))
+        end = {"end": tok.convert_tokens_to_ids(case.end), "eos": tok.eos_token_id, "length": None}[stop]
+        ids = sampled if end is None else [*sampled, end]
 
         def generate(contexts: Any, *rest: Any) -> Any:
             seen.extend(contexts)
-            return [(sampled, True)] * len(contexts)
+            return [(sampled, end)] * len(contexts)
 
         monkeypatch.setattr(model, "_generate", generate)
         problem = Problem(case.prompt(PROBLEM))
+        rows = [{"prompt": problem.prompt, "solution": "3"}]
         if user == "solve":
-            (solution,) = SGPOPipeline(model).solve([problem])
-            assert solution.strategy == "Add both."
+            SGPOPipeline(model).solve([problem])
+        elif user == "eval":
+            _attempt(model, "problem_class", rows, evenness, Protocol(samples=0), None, "")
+        elif user == "transfer":
+            chunk = json.loads(json.dumps(_write(model, rows, "problem_class", Decoding(), None)))
+            _execute(model, rows, "problem_class", [_written(chunk["strategies"][0])], evenness, Decoding(), None)
         else:
-            rows = [{"prompt": problem.prompt, "solution": "3"}]
-            chunk = _attempt(model, "problem_class", rows, evenness, Protocol(samples=0), None, "")
-            assert chunk["results"][0]["attempts"][0]["strategy"] == "Add both."
-        request, end = expected(case, tok, "")[0], tok.convert_tokens_to_ids(case.end)
-        assert seen == [request, [*request, *sampled, end, *expected(case, tok, "")[2]]]
+            scripted = ScriptedModel([ids, plain_ids(tok, EXECUTION)])
+            monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tok)
+            monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **kw: scripted)
+            chat = case.template is not None
+            exec(compile(transformers_snippet("m", settings_of(case), PROBLEM, chat), "snippet", "exec"), {})
+            seen = scripted.seen
+        conversation = model.conversation
+        request = expected(case, tok, "")[0]
+        assert seen == [request, [*request, *ids, *conversation.turn(problem.prompt).after(ids)]]
+
+    def test_served_strategies_are_executed_as_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, bodies = ServerModel("http://nowhere/v1", "m"), []
+        text = " \n<think>\nA sum.\n</think>\n\nAdd both. \n"
+        monkeypatch.setattr(model, "_post", lambda body, stream: bodies.append(body) or (text, False, 0))
+        (solution,) = SGPOPipeline(model).solve([Problem(self.CASE.prompt(PROBLEM))])
+        assert solution.strategy == "Add both."
+        assert bodies[1]["messages"][-2]["content"] == text
+
+    @pytest.mark.parametrize("separated", [False, True])
+    def test_served_reasoning_that_the_prompt_opens(self, separated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is parsed as the local model does, unless the server takes reasoning out of the content."""
+        case = CASES["qwen3.5"]
+        settings = settings_of(case).of_model(case.tokenizer())
+        model = ServerModel("http://nowhere/v1", "m", settings)
+        message = {"content": "It is a sum"} | ({"reasoning_content": "Hm."} if separated else {})
+        answer = {"choices": [{"message": message, "finish_reason": "length"}]}
+        monkeypatch.setattr(model._client, "post", lambda url, json: httpx.Response(200, json=answer))
+        (parsed,) = model.write_strategies([Problem(case.prompt(PROBLEM))])
+        assert (parsed.text, parsed.reasoning) == (("It is a sum", "") if separated else ("", "It is a sum"))
+        assert parsed.flaw == "truncated"
 
     @pytest.mark.parametrize("opened", [False, True])
     def test_marks_may_be_special_tokens(self, opened: bool) -> None:

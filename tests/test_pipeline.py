@@ -96,7 +96,7 @@ class TestPipeline:
             assert problems[0].retrieved == solution.retrieved
             (written,) = model.write_strategies(problems)
             assert solution.strategy == written.text
-            assert solution.execution == model.execute(problems, [written.text])[0]
+            assert solution.execution == model.execute(problems, [written])[0]
             one_class = pipeline(PROBLEM, problem_class="sums")
             assert [s.problem_class for s in one_class.retrieved] == ["sums"]
             assert one_class.strategy != solution.strategy

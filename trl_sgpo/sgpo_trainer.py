@@ -319,7 +319,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
         settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
-        settings = replace(settings, turn_end=self.conversation.end_token)
+        settings = settings.of_model(self.processing_class)
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(directory)

@@ -44,6 +44,7 @@ class KnownModel:
         self.generated_tokens += len(given_problems)
         texts = []
         for problem, strategy in zip(given_problems, strategies, strict=True):
+            strategy = strategy if isinstance(strategy, str) else strategy.as_written
             self.executed.append((strategy, problem.text))
             name, _, source = strategy.partition("|")
             works = source == problem.text or name == problem.problem_class == "a" or bool(problem.retrieved)

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,7 @@ def warmstart(
         tokenizer = AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
-    two_phase = TwoPhaseSettings.from_config(config, traces[0].prompt)
-    two_phase = replace(two_phase, turn_end=two_phase.conversation(tokenizer).end_token)
+    two_phase = TwoPhaseSettings.from_config(config, traces[0].prompt).of_model(tokenizer)
     settings = [model, learning_rate, config.strategy_prompt, config.execution_prompt, config.use_bank, config.seed]
     settings += [batch_size, plain_share, full]
     # Added only where they matter, so that warm starts made without them are kept

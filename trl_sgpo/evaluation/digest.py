@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..inference.settings import TwoPhaseSettings
 
 
-_NEWER = ("chat_template_kwargs", "turn_end")
+_NEWER = {"chat_template_kwargs": None, "turn_end": None, "plain_text": False, "opens_reasoning": False}
 
 
 def digest(value: Any) -> str:
@@ -20,8 +20,8 @@ def digest(value: Any) -> str:
 
 
 def settings_record(settings: "TwoPhaseSettings") -> dict[str, Any]:
-    """Settings for a record. Keys that earlier versions lack are left out if `None`: their records continue."""
-    return {key: value for key, value in asdict(settings).items() if value is not None or key not in _NEWER}
+    """Settings for a record. Keys that earlier versions lack are left out at their default: their records continue."""
+    return {key: value for key, value in asdict(settings).items() if key not in _NEWER or value != _NEWER[key]}
 
 
 def weights_digest(model: "TwoPhaseModel") -> str:

@@ -136,7 +136,7 @@ def _attempt(
             texts = model.answer([problem.prompt for problem in problems], executing)
         else:
             written = model.write_strategies(problems, decoding)
-            texts = model.execute(problems, [strategy.as_written for strategy in written], executing)
+            texts = model.execute(problems, written, executing)
         for position, (text, outcome) in enumerate(zip(texts, verify(verifier, rows, texts), strict=True)):
             strategy = None if written is None else written[position]
             results[position]["attempts"].append(

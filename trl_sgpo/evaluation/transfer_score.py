@@ -12,6 +12,7 @@ from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.retrieval import with_retrieved
 from ..inference.verifier import Verifier, verify
 from ..method.problem import as_problem
+from ..method.prompts import ParsedStrategy
 from .chunks import Chunk, RunChunk, run_now
 from .statistics import Estimate, class_mean_estimate, derived_seed
 from .transfer_plan import CONDITIONS, WITH_BANK, PlannedExecution, TransferPlan, plan_transfer
@@ -240,13 +241,13 @@ def measure_plan(
             group = planned[start : start + chunk_size]
             key = f"transfer/{name}/{condition}/{start}"
             chosen = replace(decoding, seed=derived_seed(seed, key))
-            texts = ["" if e.writer is None else written[e.writer, with_bank]["text"] for e in group]
+            strategies = ["" if e.writer is None else _written(written[e.writer, with_bank]) for e in group]
             compute = partial(
                 _execute,
                 model,
                 [rows[e.problem] for e in group],
                 class_column,
-                None if condition == "none" else texts,
+                None if condition == "none" else strategies,
                 verifier,
                 chosen,
                 bank if with_bank else None,
@@ -280,18 +281,28 @@ def _write(
     strategies = model.write_strategies(problems, decoding)
     return {
         "strategies": [
-            {"problem": problem_id(problem.prompt), "text": strategy.as_written, "flaw": strategy.flaw}
+            {
+                "problem": problem_id(problem.prompt),
+                "text": strategy.as_written,
+                "flaw": strategy.flaw,
+                "sampled": strategy.sampled,
+            }
             for problem, strategy in zip(problems, strategies, strict=True)
         ],
         "tokens": model.generated_tokens - before,
     }
 
 
+def _written(strategy: dict[str, Any]) -> ParsedStrategy:
+    """A strategy of a chunk. Those of earlier versions hold no sampled tokens."""
+    return ParsedStrategy(strategy["text"], sampled=strategy.get("sampled"))
+
+
 def _execute(
     model: TwoPhaseModel,
     rows: Sequence[dict[str, Any]],
     class_column: str,
-    strategies: Sequence[str] | None,
+    strategies: Sequence[str | ParsedStrategy] | None,
     verifier: Verifier,
     decoding: Decoding,
     bank: "StrategyBank | None",

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..inference.settings import TwoPhaseSettings
+from ..method.prompts import Prompt
 
 
 # Problem, strategy, execution
@@ -76,7 +77,7 @@ def probes(tokenizer: Any, settings: TwoPhaseSettings) -> list[list[int]]:
     conversation = settings.conversation(tokenizer)
     sequences = []
     for problem, strategy, execution in _PROBES:
-        prompt: Any = problem if tokenizer.chat_template is None else [{"role": "user", "content": problem}]
+        prompt: Prompt = [{"role": "user", "content": problem}]
         context = conversation.execution_request(prompt, [], strategy)
         sequences.append([*context, *conversation.content(prompt, execution)])
     return sequences

@@ -27,7 +27,11 @@ def say(ids, limit):
     output = model.generate(
         ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=stops
     )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    return output[:, ids.shape[1] :].cpu()
+
+
+def text(ids):
+    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
 
 def request(problem, shown):
@@ -39,9 +43,9 @@ def request(problem, shown):
 
 
 def execute(asked, strategy, turn):
-    rest = strategy + TURN_END + turn.split(TURN_END, 1)[-1]
-    ids = tokenizer(rest, add_special_tokens=False, return_tensors="pt").input_ids
-    return say(torch.cat([asked, ids], dim=1), {execution_limit})
+    ids = tokenizer(turn, add_special_tokens=False, return_tensors="pt").input_ids
+    ended = strategy[0, -1] == ids[0, 0]
+    return text(say(torch.cat([asked, strategy, ids[:, int(ended) :]], dim=1), {execution_limit}))
 
 '''
 
@@ -53,6 +57,7 @@ def solve(problem, shown=()):
     strategy = say(asked, {strategy_limit})
     messages += [{{"role": "assistant", "content": "@strategy@"}}, {{"role": "user", "content": EXECUTE}}]
     turn = tokenizer.apply_chat_template(messages, tokenize=False, **options).split("@strategy@")[-1]
+    turn = TURN_END + turn.split(TURN_END, 1)[-1]
     return {shown_strategy}, execute(asked, strategy, turn)
 
 """
@@ -95,6 +100,7 @@ def transformers_snippet(
         of class and text, and ends with a call that prints strategy and execution.
     """
     system = settings.system_prompt
+    chat = chat and not settings.plain_text
     if chat:
         before = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
     else:
@@ -115,5 +121,5 @@ def transformers_snippet(
         problem=problem,
         turn_end="tokenizer.eos_token" if settings.turn_end is None else repr(settings.turn_end),
         template_kwargs="".join(f", {name!r}: {value!r}" for name, value in kwargs.items()),
-        shown_strategy=f"strategy.split({REASONING_END!r})[-1].strip()",
+        shown_strategy=f"text(strategy).split({REASONING_END!r})[-1].strip()",
     )

@@ -1,7 +1,7 @@
 """A model outside training: it writes strategies, executes them, or answers at once, in batches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,14 +170,17 @@ class TwoPhaseModel:
         limit = self.settings.max_strategy_length
         written = self._generate(requests, limit, decoding or Decoding(), progress, stream)
         return [
-            conversation.parse(problem.prompt, ids, truncated=not ended and len(ids) > 0)
-            for problem, (ids, ended) in zip(problems, written, strict=True)
+            replace(
+                conversation.parse(problem.prompt, ids, truncated=end is None and len(ids) > 0),
+                sampled=ids if end is None else [*ids, end],
+            )
+            for problem, (ids, end) in zip(problems, written, strict=True)
         ]
 
     def execute(
         self,
         problems: Sequence["Problem"],
-        strategies: Sequence[str],
+        strategies: Sequence[str | ParsedStrategy],
         decoding: Decoding | None = None,
         progress: str | None = None,
         stream: Stream | None = None,
@@ -188,8 +191,9 @@ class TwoPhaseModel:
         Args:
             problems (`Sequence[Problem]`):
                 Problems with the strategies retrieved for them.
-            strategies (`Sequence[str]`):
-                A strategy for each, which may be empty or begin with a reasoning part.
+            strategies (`Sequence[str | ParsedStrategy]`):
+                A strategy for each. A text may be empty or begin with a reasoning part. What
+                [`TwoPhaseModel.write_strategies`] returned is executed as it was sampled.
             decoding ([`Decoding`], *optional*):
                 How to decode, greedily by default.
             progress (`str`, *optional*):
@@ -202,7 +206,7 @@ class TwoPhaseModel:
         """
         conversation = self.conversation
         contexts = [
-            conversation.execution_request(problem.prompt, problem.shown, strategy)
+            conversation.execution_request(problem.prompt, problem.shown, _sampled(strategy))
             for problem, strategy in zip(problems, strategies, strict=True)
         ]
         return self._complete(contexts, decoding, progress, stream)
@@ -270,8 +274,8 @@ class TwoPhaseModel:
         decoding: Decoding,
         progress: str | None,
         stream: Stream | None = None,
-    ) -> list[tuple[list[int], bool]]:
-        """Tokens generated after each prompt, without the end token, and whether there was one."""
+    ) -> list[tuple[list[int], int | None]]:
+        """Tokens generated after each prompt, without the end token, and the end token, if there was one."""
         own = self.model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         ends = sorted({token for token in (*ends, *self.conversation.stop_ids) if token is not None})
@@ -285,7 +289,7 @@ class TwoPhaseModel:
             **({} if decoding.greedy else sampling),
         )
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-        results: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
+        results: list[tuple[list[int], int | None]] = [([], None)] * len(prompts)
         with (
             tqdm(total=len(prompts), desc=progress, unit="text", leave=False, disable=progress is None) as bar,
             torch.random.fork_rng(),
@@ -296,7 +300,7 @@ class TwoPhaseModel:
                 generated = self._generate_batch([prompts[i] for i in batch], config, stream)
                 for index, ids in zip(batch, generated, strict=True):
                     cut = next((position for position, token in enumerate(ids) if token in ends), None)
-                    results[index] = (ids[:cut], cut is not None)
+                    results[index] = (ids[:cut], None if cut is None else ids[cut])
                     self.generated_tokens += len(ids) if cut is None else cut + 1
                 bar.update(len(batch))
         return results
@@ -308,3 +312,9 @@ class TwoPhaseModel:
         streamer = None if stream is None else _Streamer(self.tokenizer, stream)
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
         return output[:, ids.size(1) :].tolist()
+
+
+def _sampled(strategy: str | ParsedStrategy) -> str | Sequence[int]:
+    if isinstance(strategy, str):
+        return strategy
+    return strategy.as_written if strategy.sampled is None else strategy.sampled

@@ -257,8 +257,7 @@ class SGPOPipeline:
         else:
             written = self.model.write_strategies(rows, decoding, stream=_phase(watch, "strategy"))
         executing = replace(decoding, seed=derived_seed(decoding.seed, "execution"))
-        texts = [each.as_written for each in written]
-        executions = self.model.execute(rows, texts, executing, stream=_phase(watch, "execution"))
+        executions = self.model.execute(rows, written, executing, stream=_phase(watch, "execution"))
         attempts = [
             Attempt(each.text, execution, final_answer(execution), each.flaw)
             for each, execution in zip(written, executions, strict=True)

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import ModelError
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
-from ..method.prompts import ParsedStrategy, Prompt, parse_strategy, strategy_prompt
+from ..method.prompts import ParsedStrategy, Prompt, as_text, parse_strategy, plain_bridge, strategy_prompt
 from .model import Decoding, Stream
 from .settings import TwoPhaseSettings
 
@@ -26,6 +27,7 @@ _LONGEST_WAIT = 60.0
 class ServerModel:
     """
     Writes and executes strategies by chat completions of a server: vLLM, llama.cpp, `transformers serve` or others.
+    Problems of a model that was trained on texts are completed as texts.
 
     Args:
         url (`str`):
@@ -67,6 +69,7 @@ class ServerModel:
         self.settings = settings or TwoPhaseSettings()
         self.concurrency, self.retries, self.first_wait = concurrency, retries, first_wait
         self.generated_tokens = 0
+        self._separates_reasoning = False
         self.listed: list[str] = []
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
@@ -106,20 +109,23 @@ class ServerModel:
         """Writes a strategy for each problem."""
         requests = [self._request(problem) for problem in problems]
         written = self._complete(requests, self.settings.max_strategy_length, decoding, progress, stream)
-        return [parse_strategy(text, self.settings.strategy_format, truncated) for text, truncated in written]
+        opened = self.settings.opens_reasoning and not self._separates_reasoning
+        return [
+            replace(parse_strategy(text, self.settings.strategy_format, truncated, opened), sampled=text)
+            for text, truncated in written
+        ]
 
     def execute(
         self,
         problems: Sequence[Problem],
-        strategies: Sequence[str],
+        strategies: Sequence[str | ParsedStrategy],
         decoding: Decoding | None = None,
         progress: str | None = None,
         stream: Stream | None = None,
     ) -> list[str]:
         """Executes a strategy on each problem."""
         requests = [
-            execution_messages(self._request(problem), strategy, self.settings.execution_prompt)
-            for problem, strategy in zip(problems, strategies, strict=True)
+            self._execution_request(problem, strategy) for problem, strategy in zip(problems, strategies, strict=True)
         ]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress, stream)
         return [text.strip() for text, _ in completed]
@@ -128,16 +134,30 @@ class ServerModel:
         self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
     ) -> list[str]:
         """Answers prompts as they are, without a strategy."""
-        requests = [_messages(prompt) for prompt in prompts]
+        requests = [self._prompt(prompt) for prompt in prompts]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
         return [text.strip() for text, _ in completed]
 
-    def _request(self, problem: Problem) -> list[dict[str, Any]]:
-        return _messages(strategy_prompt(problem.prompt, self.settings.strategy_prompt, problem.shown, chat=True))
+    def _request(self, problem: Problem) -> Prompt:
+        chat = not self.settings.plain_text
+        return self._prompt(strategy_prompt(problem.prompt, self.settings.strategy_prompt, problem.shown, chat))
+
+    def _execution_request(self, problem: Problem, strategy: str | ParsedStrategy) -> Prompt:
+        if isinstance(strategy, ParsedStrategy):
+            strategy = strategy.sampled if isinstance(strategy.sampled, str) else strategy.as_written
+        request, execution_prompt = self._request(problem), self.settings.execution_prompt
+        if isinstance(request, str):
+            return f"{request}{strategy}{self.settings.turn_end or ''}{plain_bridge(execution_prompt)}"
+        return execution_messages(request, strategy, execution_prompt)
+
+    def _prompt(self, prompt: Prompt) -> Prompt:
+        if self.settings.plain_text:
+            return as_text(prompt)
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
     def _complete(
         self,
-        requests: list[list[dict[str, Any]]],
+        requests: list[Prompt],
         limit: int,
         decoding: Decoding | None,
         progress: str | None,
@@ -151,8 +171,12 @@ class ServerModel:
         if self.settings.chat_template_kwargs:
             common["chat_template_kwargs"] = self.settings.chat_template_kwargs
         bodies = [
-            {**common, "messages": messages, "seed": decoding.seed + position}
-            for position, messages in enumerate(requests)
+            {
+                **common,
+                ("prompt" if isinstance(request, str) else "messages"): request,
+                "seed": decoding.seed + position,
+            }
+            for position, request in enumerate(requests)
         ]
         with ThreadPoolExecutor(self.concurrency) as workers:
             answers = list(
@@ -170,13 +194,14 @@ class ServerModel:
 
     def _post(self, body: dict[str, Any], stream: Stream | None = None) -> tuple[str, bool, int]:
         """Text, whether it was cut off, and its tokens. A request is not repeated after `stream` received text."""
+        url = f"{self.base}/completions" if "prompt" in body else self.url
         for attempt in range(self.retries + 1):
             wait = min(self.first_wait * 2**attempt, _LONGEST_WAIT)
             try:
                 if stream is None:
-                    response = self._client.post(self.url, json=body)
+                    response = self._client.post(url, json=body)
                 else:
-                    with self._client.stream("POST", self.url, json=body | {"stream": True}) as response:
+                    with self._client.stream("POST", url, json=body | {"stream": True}) as response:
                         if response.is_success and "event-stream" in response.headers.get("Content-Type", ""):
                             return self._read_stream(response, stream)
                         response.read()
@@ -227,7 +252,7 @@ class ServerModel:
                 if "choices" not in event:
                     raise ModelError(f"The server at {self.url} stopped with an error: {data[:200]}. See its log.")
                 for choice in event["choices"]:
-                    if piece := (choice.get("delta") or {}).get("content"):
+                    if piece := choice.get("text") or self._content(choice.get("delta") or {}):
                         text += piece
                         stream(piece)
                     truncated = truncated or choice.get("finish_reason") == "length"
@@ -243,11 +268,16 @@ class ServerModel:
             ) from error
         return text, truncated, int(tokens)
 
+    def _content(self, message: dict[str, Any]) -> str:
+        """Content of a message or of its next piece. It is `None` in a reasoning part that the server separates."""
+        self._separates_reasoning |= bool(message.get("reasoning_content") or message.get("reasoning"))
+        return message.get("content") or ""
+
     def _read(self, response: httpx.Response) -> tuple[str, bool, int]:
         try:
             answer = response.json()
             choice = answer["choices"][0]
-            text = choice["message"]["content"] or ""  # `None` if the reasoning part used all tokens
+            text = choice["text"] if "text" in choice else self._content(choice["message"])
             tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
             return str(text), choice.get("finish_reason") == "length", int(tokens)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -255,7 +285,3 @@ class ServerModel:
                 f"The server at {self.url} does not answer like a server of chat completions "
                 f"({response.text[:200]!r}): check `--server`, with its /v1."
             ) from error
-
-
-def _messages(prompt: Prompt) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

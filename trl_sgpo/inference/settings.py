@@ -1,7 +1,7 @@
 """`sgpo.json`: prompts, limits and conversation format of a model's two phases."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,10 @@ class TwoPhaseSettings:
             Passed on to the chat template, such as `{"enable_thinking": False}`.
         turn_end (`str`, *optional*):
             Token that ends an assistant's turn. If `None`, it is read off the chat template.
+        plain_text (`bool`, *optional*, defaults to `False`):
+            Whether the model was trained on texts. Conversations are flattened to text then.
+        opens_reasoning (`bool`, *optional*, defaults to `False`):
+            Whether the chat template starts an assistant's turn within a reasoning part.
     """
 
     strategy_prompt: str = ""
@@ -68,6 +72,8 @@ class TwoPhaseSettings:
     trained_on: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     turn_end: str | None = None
+    plain_text: bool = False
+    opens_reasoning: bool = False
 
     def __post_init__(self) -> None:
         if not self.strategy_prompt:
@@ -75,11 +81,20 @@ class TwoPhaseSettings:
         check_strategy_prompt(self.strategy_prompt)
 
     @classmethod
-    def from_config(cls, config: "SGPOConfig", prompt: Prompt = "") -> "TwoPhaseSettings":
-        """Takes the settings of a training configuration, and the system message of one of its problems."""
-        of_the_model = ("system_prompt", "trained_on", "turn_end")
+    def from_config(cls, config: "SGPOConfig", prompt: Prompt | None = None) -> "TwoPhaseSettings":
+        """Takes the settings of a training configuration, and system message and kind of one of its prompts."""
+        of_the_model = ("system_prompt", "trained_on", "turn_end", "plain_text", "opens_reasoning")
         names = [item.name for item in fields(cls) if item.name not in of_the_model]
-        return cls(**{name: config.__dict__[name] for name in names}, system_prompt=system_prompt_of(prompt))
+        return cls(
+            **{name: config.__dict__[name] for name in names},
+            system_prompt=None if prompt is None else system_prompt_of(prompt),
+            plain_text=isinstance(prompt, str),
+        )
+
+    def of_model(self, tokenizer: Any) -> "TwoPhaseSettings":
+        """Returns the settings with end of turn and opened reasoning of a tokenizer's template, to be saved."""
+        conversation = self.conversation(tokenizer)
+        return replace(self, turn_end=conversation.end_token, opens_reasoning=conversation.opens_reasoning)
 
     def conversation(self, tokenizer: Any) -> Conversation:
         """Returns the conversation of these settings, in the tokens of a tokenizer."""
@@ -90,6 +105,7 @@ class TwoPhaseSettings:
             self.strategy_format,
             self.chat_template_kwargs,
             self.turn_end,
+            self.plain_text,
         )
 
     def save(self, directory: str | Path) -> None:

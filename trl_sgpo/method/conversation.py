@@ -95,6 +95,8 @@ class Conversation:
         turn_end (`str`, *optional*):
             Token that ends the assistant's turn. If `None`, or unknown to the tokenizer, it is read off the chat
             template; without one it is the tokenizer's EOS token.
+        plain_text (`bool`, *optional*, defaults to `False`):
+            Whether the model was trained on texts. Conversations are flattened to text then.
     """
 
     tokenizer: Any
@@ -103,6 +105,7 @@ class Conversation:
     strategy_format: str = "text"
     chat_template_kwargs: dict[str, Any] | None = None
     turn_end: str | None = None
+    plain_text: bool = False
 
     def request(self, prompt: Prompt, shown: Sequence[tuple[str, str]] = ()) -> list[int]:
         """
@@ -122,7 +125,7 @@ class Conversation:
 
     def content(self, prompt: Prompt, text: str) -> list[int]:
         """Returns the tokens of a strategy, execution or answer given as text, without the end of the turn."""
-        if self._is_chat(prompt) and self._opens_reasoning and REASONING_END not in text:
+        if self._is_chat(prompt) and self._template_opens_reasoning and REASONING_END not in text:
             text = f"\n{REASONING_END}\n\n{text}"
         return self._ids(text)
 
@@ -159,7 +162,7 @@ class Conversation:
     def parse(self, prompt: Prompt, ids: Sequence[int], truncated: bool = False) -> ParsedStrategy:
         """Reads the strategy that was generated for a problem. `truncated` says that it was cut off by length."""
         text = self._decoded(ids)
-        opened = self._is_chat(prompt) and self._opens_reasoning
+        opened = self._is_chat(prompt) and self._template_opens_reasoning
         return parse_strategy(text, self.strategy_format, truncated, opened)
 
     @property
@@ -168,14 +171,19 @@ class Conversation:
         return self.tokenizer.convert_ids_to_tokens(self._chat_end if self._has_template else self._eos)
 
     @property
+    def opens_reasoning(self) -> bool:
+        """Whether a strategy starts within a reasoning part."""
+        return self._has_template and self._template_opens_reasoning
+
+    @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a generation: the end of the turn and the tokenizer's EOS token."""
-        ends = [self._eos, self._chat_end] if self._has_template else [self._eos]
+        ends = [self._eos] if self.tokenizer.chat_template is None else [self._eos, self._chat_end]
         return [token for token in dict.fromkeys(ends) if token is not None]
 
     @property
     def _has_template(self) -> bool:
-        return self.tokenizer.chat_template is not None
+        return self.tokenizer.chat_template is not None and not self.plain_text
 
     def _is_chat(self, prompt: Prompt) -> bool:
         return self._has_template and not isinstance(prompt, str)
@@ -227,8 +235,9 @@ class Conversation:
 
     @cached_property
     def _chat_end(self) -> int:
-        if self.turn_end is not None and self.turn_end in self.tokenizer.get_added_vocab():
-            return self.tokenizer.convert_tokens_to_ids(self.turn_end)
+        saved = None if self.plain_text else self.turn_end
+        if saved is not None and saved in self.tokenizer.get_added_vocab():
+            return self.tokenizer.convert_tokens_to_ids(saved)
         return next(filter(self._is_special, self._after_reply), self._eos)
 
     @property
@@ -248,7 +257,7 @@ class Conversation:
         return token in added and added[token].special
 
     @cached_property
-    def _opens_reasoning(self) -> bool:
+    def _template_opens_reasoning(self) -> bool:
         """Whether the template starts the assistant's turn within a reasoning part."""
         text = self._rendered([{"role": "user", "content": _MARK}], add_generation_prompt=True).rpartition(_MARK)[2]
         return text.rfind(REASONING_START) > text.rfind(REASONING_END)

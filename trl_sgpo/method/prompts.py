@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
@@ -43,6 +43,9 @@ class ParsedStrategy:
             Why it is malformed, `None` when it is well formed.
         reasoning (`str`):
             The reasoning part before the strategy, up to its end mark and the white space after it.
+        sampled (`Sequence[int]`, `str` or `None`):
+            What the model generated, with which an execution goes on: tokens, or text if a server generated it. `None`
+            if the strategy was not generated here.
     """
 
     text: str
@@ -50,6 +53,7 @@ class ParsedStrategy:
     placeholders: tuple[str, ...] = ()
     flaw: str | None = None
     reasoning: str = ""
+    sampled: Sequence[int] | str | None = field(default=None, compare=False, repr=False)
 
     @property
     def as_written(self) -> str:
