@@ -417,7 +417,7 @@ def check_files(block: Block, shell: Shell) -> None:
         name, indent = shell.adapt(line).split()[0], len(line) - len(line.lstrip())
         if indent == 0:
             tops = (Path(),) if name.startswith("runs/") else (ROOT, Path(), Path("runs/quickstart"))
-            root = next(top / name for top in tops if (top / name).is_dir())  # a checkout may hold runs of its own
+            root = next(top / name for top in tops if (top / name).exists())  # a checkout may hold runs of its own
         elif indent == 2:
             assert list(root.glob(name)), f"{root} has no {name}"
         for module in re.findall(r"\w+\.py\b", line):

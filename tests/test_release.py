@@ -138,7 +138,9 @@ class User:
         self.environment = {"HOME": str(home), "PATH": os.environ["PATH"], "CI": "1", "OMP_NUM_THREADS": "1"} | hub.env
         venv.create(home / "venv")
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python"]
-        subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+        # Without the tests' own import path, on which pip finds the package of the checkout and installs nothing
+        plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, env=plain)
         # Dependencies are those installed here. An editable install of the package is not among them: the .pth file
         # that makes it one counts in its own environment only.
         (packages,) = (home / "venv").glob("lib/python*/site-packages")
