@@ -158,7 +158,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             return True
         finally:
             self.model.train(training)
-        logger.warning(f"{consequence}: {reason}. This is slower, with equal results.")
+        logger.warning(f"{consequence}: {reason}. This is slower.")
         return False
 
     def _check_layers(self, attention: tuple[str, ...]) -> None:
