@@ -22,7 +22,9 @@ from trl_sgpo.bank.hub import pull_bank
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.cli.bench import SUBJECTS
 from trl_sgpo.cli.main import COMMANDS
-from trl_sgpo.data.tasks import answer_reward, load_problems
+from trl_sgpo.data.answers import AnswerCheck, answer_reward, check_answer
+from trl_sgpo.data.final_answers import final_answer
+from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.data.warmstart import warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
@@ -41,7 +43,7 @@ WIDTH = 110
 PUBLIC: dict[str, list[Any]] = {
     "Training": [
         SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, SGPOScriptArguments, warmstart, Trace,
-        answer_reward, load_problems,
+        answer_reward, check_answer, AnswerCheck, final_answer, load_problems,
     ],
     "Strategy bank": [
         StrategyBank, Strategy, Outcome, Execution, Retrieved, problem_id, load_embedder, export_bank, import_bank,

@@ -28,8 +28,8 @@ class SGPOScriptArguments(GRPOScriptArguments):
             A Hub id, a local `.jsonl`, `.json`, `.parquet` or `.csv` file, or reasoning-gym families such as
             `reasoning_gym/lcm+gcd?size=400`.
         reward_funcs (`list[str]`, *optional*):
-            Names of TRL's reward functions, `answer_reward` (reads the final answer and checks it with the problem
-            family's own verifier or math-verify), or dotted import paths.
+            Names of TRL's reward functions, `answer_reward` (reads the final answer and compares it as text, number,
+            list or mathematics, or with the problem family's own verifier), or dotted import paths.
         system_prompt (`str`, *optional*):
             System message put before conversational prompts that have none.
         warmstart_traces (`int`, *optional*, defaults to `0`):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from trl_sgpo.data.tasks import answer_reward, final_answer, load_problems, same_answer, same_answer_text
+from trl_sgpo.data.answers import answer_reward, same_answer, same_answer_text
+from trl_sgpo.data.final_answers import final_answer
+from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.errors import DataError
 from trl_sgpo.evaluation.suites import load_suites, parse_suite
 from trl_sgpo.evaluation.verifier_check import check_verifier
@@ -45,7 +47,7 @@ def test_forms_of_an_answer(form, gold):
 
 def test_same_answers():
     assert same_answer("0.5", r"\frac{1}{2}") and same_answer("1,000", "1000") and not same_answer("1", "-1")
-    assert same_answer_text("1,000", "1000.0") and not same_answer_text("0.5", r"\frac{1}{2}")
+    assert same_answer_text("1,000", "1000.0") and not same_answer_text(r"\sqrt{12}", r"2\sqrt{3}")
     assert final_answer("#### **3**") == "**3**"
 
 

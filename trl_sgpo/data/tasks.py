@@ -1,32 +1,25 @@
-"""Problems: loading them, reading final answers, and the reward function that checks an answer."""
+"""Problems: loading them."""
 
-import json
-import logging
 import os
-import re
-import threading
-from collections.abc import Callable
 from dataclasses import replace
-from decimal import Decimal
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compare.lab import list_functions
 from ..errors import DataError
-from .generated import GYM, LISTS, gym, materialise
+from .answers import answer_reward, same_answer
+from .final_answers import final_answer
+from .generated import GYM, LISTS, materialise
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from trl import DatasetMixtureConfig
 
-logger = logging.getLogger(__name__)
+__all__ = ["answer_reward", "final_answer", "load_mixture", "load_problems", "same_answer", "to_problems"]
+
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _PROMPT_COLUMNS = ("prompt", "question", "problem")
-_MATH_MARK = re.compile(r"\\?\$|(?<!\\)\\[()]")
-_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?")
 
 
 def load_problems(path: str, split: str = "train", name: str | None = None) -> "Dataset":
@@ -156,155 +149,6 @@ def to_problems(dataset: "Dataset") -> "Dataset":
     if "worked_solution" in features and set(problems["worked_solution"]) == {None}:
         problems = problems.remove_columns("worked_solution")
     return problems
-
-
-def final_answer(text: str) -> str | None:
-    r"""
-    Extracts the final answer of a solution.
-
-    Args:
-        text (`str`):
-            A solution.
-
-    Returns:
-        `str` or `None`: What follows the last `####` on its line (or, if that is empty, on the lines after it), else
-        the content of the last `\boxed{...}`, else what follows the last "answer is" or "Answer:" on its line, else
-        `None`.
-    """
-    _, mark, rest = text.rpartition("####")
-    if mark and (answer := rest.split("\n", 1)[0].strip() or rest.strip()):
-        return answer
-    _, mark, rest = text.rpartition("\\boxed{")
-    if mark:
-        depth = 1
-        for position, character in enumerate(rest):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return rest[:position].strip() or None
-    phrases = list(re.finditer(r"answer(?: is)?:|answer is", text, re.IGNORECASE))
-    if phrases:
-        return text[phrases[-1].end() :].split("\n", 1)[0].strip(" \t*").rstrip(" .*") or None
-    return None
-
-
-def answer_reward(
-    completions: list[str | list[dict[str, Any]]],
-    solution: list[str | None],
-    entry: list[str | None] | None = None,
-    problem_class: list[str | None] | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
-    """
-    TRL reward function: 1.0 where the final answer of a completion is right, else 0.0.
-
-    An answer is right if it is the solution, the same number, what the reasoning-gym family of the row accepts, or,
-    for rows without an `entry`, mathematically equal (by math-verify).
-
-    Args:
-        completions (`list[str | list[dict[str, Any]]]`):
-            Completions, as text or messages, read by [`final_answer`].
-        solution (`list[str | None]`):
-            Short answers.
-        entry (`list[str | None]`, *optional*):
-            reasoning-gym entries as JSON.
-        problem_class (`list[str | None]`, *optional*):
-            Not used, a column of most datasets.
-        **kwargs:
-            Not used, the dataset's other columns.
-
-    Returns:
-        `list[float | None]`: `None` where the solution is `None`.
-
-    Raises:
-        `DataError`: If the package that checks the answer is not installed.
-    """
-    rewards: list[float | None] = []
-    for completion, gold, raw in zip(completions, solution, entry or [None] * len(solution), strict=True):
-        answer = final_answer(completion if isinstance(completion, str) else completion[-1]["content"])
-        if gold is None:
-            rewards.append(None)
-        else:
-            rewards.append(float(answer is not None and _is_right(answer, gold, raw)))
-    return rewards
-
-
-def same_answer(first: str, second: str) -> bool:
-    """
-    Whether two final answers are the same text, the same number or mathematically equal.
-
-    Args:
-        first (`str`):
-            A final answer, as [`final_answer`] reads it.
-        second (`str`):
-            Another one.
-
-    Raises:
-        `DataError`: If math-verify is needed and not installed.
-    """
-    return _is_right(first, second, None)
-
-
-def same_answer_text(first: str, second: str) -> bool:
-    """
-    Whether two final answers are the same text or number, without checking mathematical equality.
-
-    Args:
-        first (`str`):
-            A final answer.
-        second (`str`):
-            Another one.
-    """
-    number = _number(first)
-    return _plain(first) == _plain(second) or (number is not None and number == _number(second))
-
-
-def _is_right(answer: str, gold: str, entry: str | None) -> bool:
-    if answer == gold.strip():
-        return True
-    number, gold_number = _number(answer), _number(gold)
-    if number is not None and number == gold_number:
-        return True
-    if entry is not None:
-        parsed = json.loads(entry)
-        if parsed["metadata"]["source_dataset"] == list_functions.FAMILY:
-            return False  # the solution, which was compared above, is its only right answer
-        try:
-            return _scorer(parsed["metadata"]["source_dataset"])(answer, parsed) >= 0.99
-        except (ArithmeticError, LookupError, TypeError, ValueError):  # raised by some families for malformed answers
-            return False
-    if number is not None and gold_number is not None:
-        return False
-    return _plain(answer) == _plain(gold) or _verify(answer, gold)
-
-
-def _plain(text: str) -> str:
-    """Text without math and emphasis marks, a trailing period, and spaces other than those between digits."""
-    text = _MATH_MARK.sub("", text).strip().strip("*").removesuffix(".")
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-
-
-def _number(text: str) -> Decimal | None:
-    text = _plain(text)
-    if not _NUMBER.fullmatch(text) or not any(character.isdecimal() for character in text):
-        return None
-    return Decimal(text.replace(",", ""))
-
-
-def _verify(answer: str, gold: str) -> bool:
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise DataError("Checking answers that are not plain numbers needs `pip install 'trl-sgpo[math]'`.") from error
-
-    # its time limit is an alarm signal, which only the main thread can set
-    seconds = 2 if threading.current_thread() is threading.main_thread() else None
-    expressions = [parse(f"${_plain(text)}$", parsing_timeout=seconds) for text in (gold, answer)]
-    return verify(*expressions, timeout_seconds=seconds)
-
-
-@cache
-def _scorer(family: str) -> Callable[[str, dict[str, Any]], float]:
-    return gym().get_score_answer_fn(family)
 
 
 def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:

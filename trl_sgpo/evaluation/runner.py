@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..bank.strategy import problem_id
-from ..data.tasks import final_answer, same_answer
+from ..data.answers import same_answer
+from ..data.final_answers import final_answer
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.retrieval import with_retrieved
 from ..inference.verifier import Verifier, verify

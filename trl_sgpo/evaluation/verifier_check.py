@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..data.tasks import same_answer_text
+from tqdm.auto import tqdm
+
+from ..data.answers import same_answer_text
 from ..errors import DataError
 from ..inference.verifier import Verifier, verify
 from .statistics import SOLVED
+
+
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def check_verifier(
     rows: Sequence[dict[str, Any]], verifier: Verifier, rounds: int = 5, seed: int = 42
 ) -> VerifierCheck:
     """
-    Checks a verifier on the worked solution of each problem, and on worked solutions of other problems.
+    Checks a verifier on the worked solution of each problem, and on those of other problems, with a progress bar.
 
     Args:
         rows (`Sequence[dict]`):
@@ -73,15 +78,21 @@ def check_verifier(
         raise DataError("Checking a verifier takes a solution for every problem: remove the rows without one.")
     solutions = [row["solution"] for row in rows]
     worked = [row.get("worked_solution") or f"#### {row['solution']}" for row in rows]
-    gold = verify(verifier, rows, worked)
-    rejected = [i for i, outcome in enumerate(gold) if not outcome >= SOLVED]
     rng = random.Random(seed)
     pairs = []
     for index in range(len(rows)):
         for other in rng.sample(range(len(rows)), min(rounds, len(rows))):
             if not same_answer_text(solutions[index], solutions[other]):
                 pairs.append((index, other))
-    wrong = verify(verifier, [rows[index] for index, _ in pairs], [worked[other] for _, other in pairs])
+    checked = [(index, index) for index in range(len(rows))] + pairs
+    outcomes: list[float] = []
+    with tqdm(total=len(checked), desc="Checking the verifier", unit="text") as bar:
+        for start in range(0, len(checked), BATCH):
+            part = checked[start : start + BATCH]
+            outcomes += verify(verifier, [rows[index] for index, _ in part], [worked[other] for _, other in part])
+            bar.update(len(part))
+    gold, wrong = outcomes[: len(rows)], outcomes[len(rows) :]
+    rejected = [i for i, outcome in enumerate(gold) if not outcome >= SOLVED]
     mistaken = [pair for pair, outcome in zip(pairs, wrong, strict=True) if outcome >= SOLVED]
     return VerifierCheck(
         gold=len(rows),

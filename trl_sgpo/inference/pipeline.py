@@ -13,7 +13,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import open_copy, open_export
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
-from ..data.tasks import final_answer
+from ..data.final_answers import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
 from ..hub.model_card import HUB_NAME

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bank import Strategy
-from ..data.tasks import same_answer, same_answer_text
+from ..data.answers import same_answer, same_answer_text
 from ..evaluation.statistics import majority_vote
 from ..method.problem import Problem
 
@@ -22,7 +22,7 @@ class Attempt:
         execution (`str`):
             Its execution on the problem.
         answer (`str` or `None`):
-            Final answer in the execution, see [`~trl_sgpo.data.tasks.final_answer`].
+            Final answer in the execution, see [`~trl_sgpo.data.final_answers.final_answer`].
         flaw (`str`, *optional*):
             Flaw of the strategy's form, such as `"truncated"`.
     """

@@ -24,7 +24,7 @@ def verify(verifier: Verifier, rows: Sequence[dict[str, Any]], texts: Sequence[s
 
     Args:
         verifier (`Callable`):
-            Reward function, such as [`~trl_sgpo.data.tasks.answer_reward`].
+            Reward function, such as [`~trl_sgpo.data.answers.answer_reward`].
         rows (`Sequence[dict]`):
             The problems' rows, of equal columns.
         texts (`Sequence[str]`):

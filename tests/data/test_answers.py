@@ -1,0 +1,307 @@
+"""The ladder of the answer checker: each rung, what it must not accept, and its limits."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_sgpo.data import mathematics
+from trl_sgpo.data.answers import answer_reward, check_answer, same_answer, same_answer_text
+from trl_sgpo.data.final_answers import final_answer
+from trl_sgpo.data.mathematics import MathWorker
+from trl_sgpo.data.numbers import plain_text, read_number, same_number
+from trl_sgpo.data.tasks import load_problems
+from trl_sgpo.errors import DataError
+
+
+CASES = [json.loads(line) for line in Path(__file__).with_name("answer_cases.jsonl").read_text().splitlines()]
+DATA_DIR = os.environ.get("TRL_SGPO_DATA_DIR")
+# fmt: off
+ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+# fmt: on
+
+
+def in_words(number):
+    """An integer below a million in English."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return TENS[number // 10 - 2] + (f"-{ONES[number % 10]}" if number % 10 else "")
+    if number < 1000:
+        return f"{ONES[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
+    rest = number % 1000
+    return f"{in_words(number // 1000)} thousand" + (f" {in_words(rest)}" if rest else "")
+
+
+FORMS = {
+    "unit": lambda n: f"#### {n} apples",
+    "unit in a sentence": lambda n: f"So the answer is {n} red apples.",
+    "currency": lambda n: f"#### ${n:,}.00",
+    "currency behind": lambda n: f"#### {n} €",
+    "words": lambda n: f"#### {in_words(n)} apples",
+    "boxed": lambda n: rf"Thus \boxed{{{n}\text{{ apples}}}}.",
+    "tags": lambda n: f"<answer>\n{n}\n</answer>",
+    "bold": lambda n: f"**Final answer:** **{n:,}**",
+    "exponent": lambda n: f"#### {n / 10 ** (len(str(n)) - 1)}e{len(str(n)) - 1}",
+    "fraction": lambda n: rf"#### \frac{{{2 * n}}}{{2}}",
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['solution']}|{case['completion']}")
+def test_cases(case):
+    assert answer_reward([case["completion"]], [case["solution"]]) == [case["right"]]
+
+
+@settings(deadline=None)
+@given(number=st.integers(0, 999_999), other=st.integers(0, 999_999), form=st.sampled_from(sorted(FORMS)))
+def test_numbers_in_every_form(number, other, form):
+    text = FORMS[form](number)
+    assert answer_reward([text, text], [str(number), f"{number} (apples)"]) == [1.0, 1.0]
+    assert answer_reward([text], [str(other)]) == [float(number == other)]
+
+
+@pytest.mark.skipif(DATA_DIR is None, reason="TRL_SGPO_DATA_DIR names no directory with gsm8k/ and math500/")
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_real_solutions(form):
+    solutions = load_problems(str(Path(DATA_DIR) / "gsm8k" / "test.jsonl"))["solution"]
+    whole = [int(solution.replace(",", "")) for solution in solutions if solution.replace(",", "").isdecimal()]
+    assert len(whole) >= 0.99 * len(solutions)
+    accepted = answer_reward([FORMS[form](number) for number in whole], list(map(str, whole)))
+    assert sum(accepted) >= 0.98 * len(solutions)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "measure"),
+    [
+        ("−1,234.50", "-1234.5", None),
+        ("1 234 567", "1234567", None),
+        ("1½ cups", "1.5", None),
+        (r"1\frac{1}{2}", "1.5", None),
+        (r"-\dfrac34", "-0.75", None),
+        (r"1{,}234\text{ cm}^2", "1234", "cm^2"),
+        ("6 square centimeters", "6", "cm^2"),
+        ("60 miles per hour", "60", "mi/h"),
+        ("$1.2 million", "1200000", "dollar"),
+        ("Rs. 50", "50", "rupee"),
+        (r"90^\circ", "90", "degree"),
+        (r"1.2 \times 10^{3}", "1200", None),
+        ("10^-2", "0.01", None),
+        ("minus twenty-one", "-21", None),
+        ("two thousand three hundred and five dollars", "2305", "dollar"),
+        ("a dozen eggs", "12", None),
+        ("x = 5", "5", None),
+        ("**9** apples", "9", None),
+        ("5-year-old", "5", None),
+        ("50% of the students", "50", None),
+        ("٣", "3", None),
+    ],
+)
+def test_read_number(text, value, measure):
+    number, wanted = read_number(plain_text(text)), read_number(value)
+    assert number is not None and wanted is not None
+    assert (number.value, number.measure) == (wanted.value, measure)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "5x",
+        "5m",
+        "5xy",
+        "5 sin x",
+        "3*4",
+        "5-3",
+        "3/4/2024",
+        "10:30",
+        "5 out of 10",
+        "5 or 6",
+        "five twenty",
+        "1,23",
+        "5 and a half",
+        "one-half",
+        "2 5 9",
+        "(1,2)",
+        "1/0",
+        "1e999999",
+        "9" * 500,
+        "5 ft 3 in",
+        "eat",
+        "5!",
+        "--5",
+    ],
+)
+def test_texts_that_are_no_number(text):
+    assert read_number(plain_text(text)) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right", "rung"),
+    [
+        ("Tea", "tea", True, "text"),
+        ("(B)", "B", True, "text"),
+        ("x+1", "x + 1", True, "text"),
+        ("eat", "tea", False, "text"),
+        ("cat-dog", "dog-cat", False, "text"),
+        ("no/on", "on/no", False, "text"),
+        ("9 oranges", "9", True, "number"),
+        ("5 cents", "5 dollars", False, "number"),
+        ("$5", "5 dollars", True, "number"),
+        ("10 pm", "10 am", False, "number"),
+        ("50%", "0.5", True, "number"),
+        ("50", "50%", True, "number"),
+        ("0.333333", r"\frac{1}{3}", True, "number"),
+        ("0.33", r"\frac{1}{3}", False, "number"),
+        ("12*13", "156", False, "number"),
+        ("[2, 5, 9]", "2 5 9", True, "list"),
+        ("2, 5 and nine", "2 5 9", True, "list"),
+        ("259", "2 5 9", False, "list"),
+        ("[1, 2]", "(1, 2)", False, "list"),
+        (r"\{2, 1\}", r"\{1, 2\}", True, "list"),
+        ("[[1,2],[3,4]]", "[[1, 2], [4, 3]]", False, "list"),
+        ("[]", "[]", True, "text"),
+        (r"(\sqrt{12}, 1)", r"(2\sqrt{3}, 1)", True, "list"),
+        (r"\sqrt{12}", r"2\sqrt{3}", True, "mathematics"),
+        ("2", r"\sqrt{4}", True, "mathematics"),
+        ("1+x", "x + 1", True, "mathematics"),
+        ("x", "y", False, "mathematics"),
+        ("5x", "5", False, "number"),
+        ("5", "5x", False, "mathematics"),
+    ],
+)
+def test_rungs(answer, gold, right, rung):
+    found = check_answer(answer, gold)
+    assert (found.right, found.rung) == (right, rung)
+    assert same_answer(answer, gold) == right
+
+
+def test_the_family_decides_for_its_problems():
+    row = load_problems("reasoning_gym/game_of_life?size=1")[0]
+    assert check_answer(row["solution"], row["solution"], row["entry"]).right
+    assert check_answer("9", row["solution"], row["entry"]) == check_answer("[[9]]", row["solution"], row["entry"])
+    assert check_answer("9", row["solution"], row["entry"]).rung == "family"
+    number = load_problems("reasoning_gym/gcd?size=1")[0]
+    assert check_answer(f"{number['solution']} apples", number["solution"], number["entry"]).right
+    assert not check_answer("987654", number["solution"], number["entry"]).right
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 3\nNo:\n\\boxed{4}", "4"),
+        ("\\boxed{4}, so\n#### 3", "3"),
+        ("#### Step 1\nadd\n**Answer:** 5", "Step 1"),
+        ("<answer> 5 </answer>", "5"),
+        ("<answer>5", "5"),
+        (r"#### $\boxed{5}$", "5"),
+        ("#### The answer is 5.", "5"),
+        ("The answer is 5. Because 2 + 3 is 5.", "5"),
+        ("The answer is St. Louis.", "St. Louis"),
+        ("The answer to the question is 3.5.", "3.5"),
+        ("**Final Answer**\n\n5", "5"),
+        ("(answer: 5)", "5"),
+        ("So she has **9 apples**.", "9 apples"),
+        ("**Step 1:** add", None),
+        ("<think>The answer is 4</think>I do not know", None),
+        ("<think>The answer is 4</think>\n#### 5", "5"),
+        ("\\boxed{" * 10_000, None),
+        ("#### ####", None),
+    ],
+)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_any_text(first, second):
+    assert same_answer_text(first, first)
+    assert same_answer_text(first, second) in (True, False)
+    found = final_answer(first)
+    assert found is None or found in first
+
+
+@given(st.fractions(max_denominator=1000), st.integers(0, 8))
+def test_numbers_are_exact(value, places):
+    fraction = read_number(f"{value.numerator}/{value.denominator}")
+    assert fraction is not None and fraction.value == value
+    decimal = read_number(f"{float(value):.{places}f}")
+    assert decimal is not None
+    assert same_number(decimal, fraction) == (
+        decimal.value == value or (places >= 6 and abs(decimal.value - value) <= 10**-places / 2)
+    )
+
+
+HOSTILE = [
+    "9^{9^{9^{9}}}+x",
+    "((((9!)!)!)!)+x",
+    "(x+1)^{100000}",
+    "(" * 20_000 + "x",
+    "(" * 400 + "x" + ")" * 400,
+    r"\sum_{n=1}^{10^{12}} n^{x}",
+    "__import__('os').system('touch owned')",
+    "x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: answer[:20])
+def test_hostile_expressions_are_wrong_answers(answer):
+    assert answer_reward([f"#### {answer}", r"#### \sqrt{12}"], ["x + 2", r"2\sqrt{3}"]) == [0.0, 1.0]
+    assert not Path("owned").exists()
+
+
+def test_the_process_is_started_again():
+    worker = MathWorker()
+    try:
+        assert worker.equal("x+1", "1+x")
+        worker._process.kill()
+        worker._process.wait()
+        assert worker.equal("x+1", "1+x") and not worker.equal("x+1", "x+2")
+    finally:
+        worker.close()
+
+
+def test_a_comparison_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(mathematics, "CHECK_SECONDS", 0.0)
+    worker = MathWorker()
+    try:
+        assert worker.equal("x+1", "1+x") is False
+        monkeypatch.undo()
+        assert worker.equal("x+1", "1+x") is True
+    finally:
+        worker.close()
+
+
+def test_comparisons_from_threads():
+    found = {}
+
+    def compare(number):
+        found[number] = same_answer(f"x+{number}", f"{number}+x"), same_answer(f"x+{number}", "x+1000")
+
+    threads = [threading.Thread(target=compare, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(8), (True, False))
+
+
+def test_math_verify_is_missing(monkeypatch):
+    monkeypatch.setattr(mathematics.importlib.util, "find_spec", lambda name: None)
+    worker = MathWorker()
+    with pytest.raises(DataError, match=r"trl-sgpo\[math\]"):
+        worker.equal("x+1", "1+x")
+
+
+@pytest.mark.parametrize("answer", ["9 apples", "five", "1 1/2", "eat", "[1, 2]"])
+def test_numbers_and_words_need_no_mathematics(answer, monkeypatch):
+    monkeypatch.setattr("trl_sgpo.data.answers.equal_expressions", lambda gold, answer: pytest.fail("mathematics"))
+    assert answer_reward([f"#### {answer}"], ["12"]) == [0.0]
