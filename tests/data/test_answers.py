@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from trl_sgpo.data import mathematics
 from trl_sgpo.data.answers import answer_reward, check_answer, same_answer, same_answer_text
+from trl_sgpo.data.arithmetic import calculate
 from trl_sgpo.data.final_answers import final_answer
 from trl_sgpo.data.mathematics import MathWorker
 from trl_sgpo.data.numbers import plain_text, read_number, same_number
@@ -191,6 +193,41 @@ def test_the_family_decides_for_its_problems():
     number = load_problems("reasoning_gym/gcd?size=1")[0]
     assert check_answer(f"{number['solution']} apples", number["solution"], number["entry"]).right
     assert not check_answer("987654", number["solution"], number["entry"]).right
+
+
+@pytest.mark.parametrize("family", ["puzzle24", "countdown", "game_of_life_halting", "rotate_matrix", "sudoku", "gcd"])
+def test_families_accept_their_solutions_only(family):
+    rows = load_problems(f"reasoning_gym/{family}?size=8").to_list()
+    columns = {"solution": [row["solution"] for row in rows], "entry": [row["entry"] for row in rows]}
+    assert (
+        answer_reward([f"#### {solution}\nThat is all." for solution in columns["solution"]], **columns) == [1.0] * 8
+    )
+    for other in columns["solution"]:
+        found = answer_reward([f"#### {other}"] * 8, **columns)
+        assert found == [float(solution == other) for solution in columns["solution"]]
+
+
+def test_another_calculation():
+    entry = json.dumps(
+        {"answer": "10*(8 - 5) - 6", "metadata": {"source_dataset": "puzzle24", "numbers": [8, 5, 10, 6]}}
+    )
+    answers = ["(8-5)*10 - 6", "6*4", "10*(8 - 5) - 6 + 0", "24", "8 - 5/0 + 10 + 6", "9**9**9**9"]
+    assert [check_answer(answer, "10*(8 - 5) - 6", entry).right for answer in answers] == [True] + [False] * 5
+
+
+@given(st.text(alphabet="0123456789+-*/() .ae_", max_size=30))
+def test_calculations(text):
+    found = calculate(text)
+    assert found is None or all(isinstance(number, int) for number in found[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2*(3+4)", 14), ("-3 + 10/4", Fraction(-1, 2)), ("True+1", None), ("a", None), ("2**3", None), ("(" * 90, None)],
+)
+def test_calculate(text, value):
+    found = calculate(text)
+    assert (found and found[0]) == value
 
 
 @pytest.mark.parametrize(

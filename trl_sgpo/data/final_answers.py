@@ -15,7 +15,7 @@ _SENTENCE_END = re.compile(r"(?<=[a-z]{4}|\d\d\d\d)\.\s+(?=[A-Z])|(?<=[\d)}\]$*%
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 
 
-def final_answer(text: str) -> str | None:
+def final_answer(text: str, lines: int = 1) -> str | None:
     r"""
     Extracts the final answer of a solution.
 
@@ -25,27 +25,30 @@ def final_answer(text: str) -> str | None:
     Args:
         text (`str`):
             A solution.
+        lines (`int`, *optional*, defaults to `1`):
+            Lines of the answer, such as rows of a grid, if it follows `####`.
 
     Returns:
-        `str` or `None`: What follows the last `####` on its line (or, if that is empty, on the lines after it), the
+        `str` or `None`: What follows the last `####` on its line (or, if that is empty, on all lines after it), the
         content of `\boxed{...}` or `<answer>`, or the rest of the sentence after the phrase. `None` if no answer is
         stated.
     """
     text = text.rpartition("</think>")[2]
-    stated = _marked(text)
+    stated = _marked(text, lines)
     if stated is None:
         stated = _phrased(text) or _bold(text)
-    while stated is not None and (inner := _marked(stated) or _phrased(stated)) is not None:
+    while stated is not None and (inner := _marked(stated, lines) or _phrased(stated)) is not None:
         stated = inner  # such as \boxed{} after ####
     return stated
 
 
-def _marked(text: str) -> str | None:
+def _marked(text: str, lines: int) -> str | None:
     """Content of the last mark that has any."""
     for mark in reversed(list(_MARK.finditer(text))[-MAX_MARKS:]):
         rest = text[mark.end() :]
         if mark[0] == "####":
-            content = rest.split("\n", 1)[0].strip() or rest.strip()
+            first = rest.split("\n", 1)[0].strip()
+            content = "\n".join(rest.split("\n")[:lines]).strip() if first else rest.strip()
         elif mark[0].startswith("\\"):
             content = _in_braces(rest) or ""
         else:
