@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.data import mathematics
+from trl_sgpo.data import check_process, expressions
 from trl_sgpo.data.answers import answer_reward, check_answer, same_answer, same_answer_text
-from trl_sgpo.data.arithmetic import calculate
+from trl_sgpo.data.check_process import CheckProcess
 from trl_sgpo.data.final_answers import final_answer
-from trl_sgpo.data.mathematics import MathWorker
 from trl_sgpo.data.numbers import plain_text, read_number, same_number
 from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.errors import DataError
@@ -207,27 +206,59 @@ def test_families_accept_their_solutions_only(family):
         assert found == [float(solution == other) for solution in columns["solution"]]
 
 
-def test_another_calculation():
-    entry = json.dumps(
-        {"answer": "10*(8 - 5) - 6", "metadata": {"source_dataset": "puzzle24", "numbers": [8, 5, 10, 6]}}
-    )
+def test_another_calculation(monkeypatch):
+    monkeypatch.setattr("trl_sgpo.data.families.generated_again", lambda reference: puzzle)
+    puzzle = {"answer": "10*(8 - 5) - 6", "metadata": {"numbers": [8, 5, 10, 6]}}
+    entry = "reasoning_gym/puzzle24?size=640&seed=1#0"
     answers = ["(8-5)*10 - 6", "6*4", "10*(8 - 5) - 6 + 0", "24", "8 - 5/0 + 10 + 6", "9**9**9**9"]
     assert [check_answer(answer, "10*(8 - 5) - 6", entry).right for answer in answers] == [True] + [False] * 5
 
 
-@given(st.text(alphabet="0123456789+-*/() .ae_", max_size=30))
-def test_calculations(text):
-    found = calculate(text)
-    assert found is None or all(isinstance(number, int) for number in found[1])
+@given(st.text(alphabet="0123456789+-*/^() .aexlogsin_", max_size=40))
+def test_expressions(text):
+    try:
+        parsed = expressions.parse(text)
+        for algebra in (expressions.EXACT, expressions.DIFFERENTIABLE):
+            expressions.evaluate(parsed, {"x": algebra.number(2)}, algebra)
+    except expressions.NotInGrammar:
+        return
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2*(3+4)", 14), ("-3 + 10/4", Fraction(-1, 2)), ("True+1", None), ("a", None), ("2**3", None), ("(" * 90, None)],
+    [("2*(3+4)", 14), ("-3 + 10/4", Fraction(-1, 2)), ("2^3", 8), ("0.1 + 0.2", Fraction(3, 10))],
 )
-def test_calculate(text, value):
-    found = calculate(text)
-    assert (found and found[0]) == value
+def test_exact_values(text, value):
+    assert expressions.evaluate(expressions.parse(text), {}, expressions.EXACT) == value
+
+
+# fmt: off
+OUTSIDE = [
+    "True+1", "a", "2**0.5", "(" * 90, "9**9**9**9", "2**-1", "1/0", "x.real", "f(1)", "[1]", "1 if 2 else 3", "1" * 500,
+    "((2**64)**64)**64", "x := 3", "__import__('os')", "lambda: 1", "+".join("1" * 190), "-" * 100 + "1", "1j", "''",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text", OUTSIDE, ids=lambda text: text[:20])
+def test_texts_outside_the_grammar(text):
+    with pytest.raises(expressions.NotInGrammar):
+        expressions.evaluate(expressions.parse(text), {}, expressions.EXACT)
+
+
+@settings(deadline=None)
+@given(st.floats(0.3, 1.7), st.sampled_from(sorted(expressions.DIFFERENTIABLE.functions)))
+def test_derivatives(point, name):
+    if name in ("asin", "acos"):
+        point /= 2
+    step = 1e-6
+    parsed = expressions.parse(f"{name}(x)**3/x - 2**x + x**1.5")
+
+    def at(value, slope=0.0):
+        return expressions.evaluate(parsed, {"x": expressions.Dual(complex(value), slope)}, expressions.DIFFERENTIABLE)
+
+    numeric = (at(point + step).value - at(point - step).value) / (2 * step)
+    assert abs(at(point, 1.0).slope - numeric) <= 1e-4 * max(1, abs(numeric))
 
 
 @pytest.mark.parametrize(
@@ -296,25 +327,25 @@ def test_hostile_expressions_are_wrong_answers(answer):
 
 
 def test_the_process_is_started_again():
-    worker = MathWorker()
+    process = CheckProcess()
     try:
-        assert worker.equal("x+1", "1+x")
-        worker._process.kill()
-        worker._process.wait()
-        assert worker.equal("x+1", "1+x") and not worker.equal("x+1", "x+2")
+        assert process.ask("equal", "x+1", "1+x")
+        process._process.kill()
+        process._process.wait()
+        assert process.ask("equal", "x+1", "1+x") and not process.ask("equal", "x+1", "x+2")
     finally:
-        worker.close()
+        process.close()
 
 
 def test_a_comparison_that_does_not_end(monkeypatch):
-    monkeypatch.setattr(mathematics, "CHECK_SECONDS", 0.0)
-    worker = MathWorker()
+    monkeypatch.setitem(check_process.SECONDS, "equal", 0.0)
+    process = CheckProcess()
     try:
-        assert worker.equal("x+1", "1+x") is False
+        assert process.ask("equal", "x+1", "1+x") is None
         monkeypatch.undo()
-        assert worker.equal("x+1", "1+x") is True
+        assert process.ask("equal", "x+1", "1+x") is True
     finally:
-        worker.close()
+        process.close()
 
 
 def test_comparisons_from_threads():
@@ -331,11 +362,16 @@ def test_comparisons_from_threads():
     assert found == dict.fromkeys(range(8), (True, False))
 
 
-def test_math_verify_is_missing(monkeypatch):
-    monkeypatch.setattr(mathematics.importlib.util, "find_spec", lambda name: None)
-    worker = MathWorker()
-    with pytest.raises(DataError, match=r"trl-sgpo\[math\]"):
-        worker.equal("x+1", "1+x")
+def test_a_package_is_missing(monkeypatch):
+    monkeypatch.setattr(check_process.importlib.util, "find_spec", lambda name: None)
+    process = CheckProcess()
+    try:
+        with pytest.raises(DataError, match=r"trl-sgpo\[math\]"):
+            process.ask("equal", "x+1", "1+x")
+        with pytest.raises(DataError, match=r"trl-sgpo\[gym\]"):
+            process.ask("entry", "lcm", "{}", 0)
+    finally:
+        process.close()
 
 
 @pytest.mark.parametrize("answer", ["9 apples", "five", "1 1/2", "eat", "[1, 2]"])

@@ -76,5 +76,5 @@ def test_not_covered(problems):
         traces(other, 1, seed=0)
     with pytest.raises(DataError):
         traces(Dataset.from_list([{"prompt": "Hi", "solution": "1"}]), 1, seed=0)
-    wrong = {**problems[0], "entry": problems[0]["entry"].replace('"answer": "', '"answer": "1')}
+    wrong = {**problems[0], "solution": "1" + problems[0]["solution"]}
     assert worked_traces(wrong, random.Random(0)) is None

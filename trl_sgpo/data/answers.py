@@ -3,15 +3,14 @@ Whether an answer is right, decided rung by rung: the verifier of the problem's 
 mathematics only where both sides hold it.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .families import accepted
+from .check_process import equal_expressions
+from .families import accepted, family_of
 from .final_answers import final_answer
-from .mathematics import equal_expressions
 from .numbers import plain_text, read_number, same_number
 
 
@@ -68,7 +67,8 @@ def check_answer(answer: str, gold: str, entry: str | None = None) -> AnswerChec
         gold (`str`):
             The right answer.
         entry (`str`, *optional*):
-            reasoning-gym entry as JSON.
+            Which problem of a reasoning-gym family it is, as [`~trl_sgpo.data.tasks.load_problems`] writes it.
+            Anything else is not read.
 
     Returns:
         [`AnswerCheck`]
@@ -76,7 +76,7 @@ def check_answer(answer: str, gold: str, entry: str | None = None) -> AnswerChec
     Raises:
         [`DataError`]: If mathematics is to be compared and math-verify is not installed.
     """
-    if entry is not None:
+    if entry is not None and family_of(entry) is not None:
         return _check_by_family(answer, gold, entry)
     return _compare(answer, gold, equal_expressions)
 
@@ -97,7 +97,7 @@ def answer_reward(
         solution (`list[str | None]`):
             Short answers.
         entry (`list[str | None]`, *optional*):
-            reasoning-gym entries as JSON.
+            Which problems of reasoning-gym families they are, as [`~trl_sgpo.data.tasks.load_problems`] writes it.
         problem_class (`list[str | None]`, *optional*):
             Not used, a column of most datasets.
         **kwargs:
@@ -154,7 +154,7 @@ def _check_by_family(answer: str, gold: str, entry: str) -> AnswerCheck:
         return AnswerCheck(True, "text")
     if _PLAIN_NUMBER.fullmatch(gold) and _compare(answer, gold, _never_equal).right:
         return AnswerCheck(True, "number")
-    return AnswerCheck(accepted(answer, json.loads(entry)), "family")
+    return AnswerCheck(accepted(answer, gold, entry), "family")
 
 
 def _never_equal(gold: str, answer: str) -> bool:

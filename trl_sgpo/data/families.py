@@ -1,50 +1,184 @@
-"""What the reasoning-gym family of a problem accepts as its answer."""
+"""
+What the family of a generated problem accepts as its answer.
 
+A row's `entry` refers to a problem of reasoning-gym, which is generated again for the check: nothing else in a row
+reaches a verifier. Verifiers that evaluate the answer as code are never called: a grammar takes their place.
+"""
+
+import json
+import random
+import re
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from ..compare.lab import list_functions
-from .arithmetic import calculate
-from .generated import gym
+from . import expressions
+from .check_process import CHECKS
+from .expressions import DIFFERENTIABLE, EXACT, Dual, NotInGrammar
 
 
-# Their solution is their only right answer; reasoning-gym 0.1.25 accepts `True` for `False` in game_of_life_halting
+GYM = "reasoning_gym/"
+
+_REFERENCE = re.compile(rf"{GYM}(\w{{1,60}})\?([\w.=&+-]{{0,1000}})#(\d{{1,9}})")
+_POINTS = 8
+
+# Families whose module evaluates text as code. Their solution is the only right answer unless `_GRAMMARS` has them.
+# fmt: off
+EVALUATING = frozenset([
+    "binary_matrix", "bitwise_arithmetic", "codeio", "countdown", "intermediate_integration", "n_queens",
+    "number_sorting", "polynomial_multiplication", "propositional_logic", "puzzle24", "simple_integration",
+    "spiral_matrix", "string_insertion",
+])
+# fmt: on
+# Their solution is the only right answer, too; reasoning-gym 0.1.25 accepts `True` for `False` in game_of_life_halting
 _ONE_ANSWER = frozenset([list_functions.FAMILY, "game_of_life_halting"])
-# Calculations that use the given numbers once each; reasoning-gym does not compare them for puzzle24
-_TARGETS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "puzzle24": lambda metadata: 24,
-    "countdown": lambda metadata: metadata["target"],
-}
 
 
-def accepted(answer: str, entry: dict[str, Any]) -> bool:
+@dataclass(frozen=True)
+class Reference:
+    """
+    A problem of a reasoning-gym family.
+
+    Args:
+        family (`str`):
+            Name of the family.
+        settings (`str`):
+            Settings of its dataset as JSON, with `size` and `seed`.
+        index (`int`):
+            Position in the dataset.
+    """
+
+    family: str
+    settings: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{GYM}{self.family}?{urlencode(json.loads(self.settings))}#{self.index}"
+
+
+def read_reference(entry: str | None) -> Reference | None:
+    """The reference in a row's `entry`, `None` if it is something else, such as a column of the user's own."""
+    match = None if entry is None else _REFERENCE.fullmatch(entry)
+    if match is None:
+        return None
+    settings: dict[str, int | float | bool] = {}
+    for key, value in parse_qsl(match[2]):
+        number = setting(value)
+        if isinstance(number, str):
+            return None  # no setting of a row may name a file
+        settings[key] = number
+    return Reference(match[1], json.dumps(settings), int(match[3]))
+
+
+def setting(value: str) -> int | float | bool | str:
+    """The value of a family's setting that is written in a path."""
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+@lru_cache(4096)
+def generated_again(reference: Reference) -> dict[str, Any] | None:
+    """The reasoning-gym entry of a problem, `None` if there is none."""
+    return CHECKS.ask("entry", reference.family, reference.settings, reference.index)
+
+
+def family_of(entry: str | None) -> str | None:
+    """The family that a row's `entry` names, `None` if the row is not a generated problem."""
+    reference = read_reference(entry)
+    if reference is not None:
+        return reference.family
+    return list_functions.FAMILY if list_functions.metadata_of(entry) is not None else None
+
+
+def accepted(answer: str, solution: str, entry: str) -> bool:
     """
     Whether a family accepts an answer that is not its solution word for word.
 
     Args:
         answer (`str`):
             A final answer.
-        entry (`dict`):
-            reasoning-gym entry of the problem.
+        solution (`str`):
+            The row's solution.
+        entry (`str`):
+            The row's `entry`, with a family.
     """
-    metadata = entry["metadata"]
-    family = metadata["source_dataset"]
-    if family in _ONE_ANSWER:
+    reference = read_reference(entry)
+    if reference is None or reference.family in _ONE_ANSWER | (EVALUATING - set(_GRAMMARS)):
         return False
-    if family in _TARGETS:
-        found = calculate(answer)
-        return (
-            found is not None
-            and found[0] == _TARGETS[family](metadata)
-            and sorted(found[1]) == sorted(metadata["numbers"])
-        )
-    try:
-        return _scorer(family)(answer, entry) >= 0.99
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # raised by some families for malformed answers
+    problem = generated_again(reference)
+    if problem is None or str(problem["answer"]) != solution:
         return False
+    if reference.family in _GRAMMARS:
+        try:
+            return _GRAMMARS[reference.family](answer, problem["metadata"])
+        except NotInGrammar:
+            return False
+    return CHECKS.ask("accepts", reference.family, reference.settings, reference.index, answer) is True
 
 
-@cache
-def _scorer(family: str) -> Callable[[str, dict[str, Any]], float]:
-    return gym().get_score_answer_fn(family)
+def _reaches(target: Callable[[dict[str, Any]], int]) -> Callable[[str, dict[str, Any]], bool]:
+    """Calculations that use the given numbers once each. The verifier of puzzle24 does not compare them."""
+
+    def check(answer: str, metadata: dict[str, Any]) -> bool:
+        parsed = expressions.parse(answer)
+        if sorted(expressions.whole_numbers(parsed)) != sorted(metadata["numbers"]):
+            return False
+        return expressions.evaluate(parsed, {}, EXACT) == target(metadata)
+
+    return check
+
+
+def _is_integral(answer: str, metadata: dict[str, Any]) -> bool:
+    """Whether the derivative of the answer has the integrand's values."""
+    integral, integrand = expressions.parse(answer), expressions.parse(metadata["integrand"])
+    rng = random.Random(answer)
+    compared = 0
+    for _ in range(_POINTS):
+        point = Dual(complex(rng.uniform(0.3, 1.7), rng.uniform(-0.5, 0.5)), 1.0)
+        try:
+            wanted = expressions.evaluate(integrand, {metadata["variable"]: point}, DIFFERENTIABLE).value
+        except NotInGrammar:
+            continue
+        variables = {metadata["variable"]: point, "C": Dual(0.0)}
+        found = expressions.evaluate(integral, variables, DIFFERENTIABLE).slope
+        if not abs(found - wanted) <= 1e-8 * max(1.0, abs(wanted)):
+            return False
+        compared += 1
+    return compared > 0
+
+
+def _is_expanded_product(answer: str, metadata: dict[str, Any]) -> bool:
+    """Whether the answer is the polynomial, multiplied out."""
+    found, wanted = expressions.parse(answer), expressions.parse(metadata["polynomial_expr"])
+    if not expressions.is_expanded(found):
+        return False
+    rng = random.Random(answer)
+    for _ in range(_POINTS):
+        variables = {name: Fraction(rng.randrange(2, 10**6)) for name in metadata["variables"]}
+        if expressions.evaluate(found, variables, EXACT) != expressions.evaluate(wanted, variables, EXACT):
+            return False
+    return True
+
+
+def _is_board(answer: str, metadata: dict[str, Any]) -> bool:
+    return answer.strip() in metadata["valid_answers"]
+
+
+_GRAMMARS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
+    "countdown": _reaches(lambda metadata: metadata["target"]),
+    "puzzle24": _reaches(lambda metadata: 24),
+    "simple_integration": _is_integral,
+    "intermediate_integration": _is_integral,
+    "polynomial_multiplication": _is_expanded_product,
+    "n_queens": _is_board,
+}

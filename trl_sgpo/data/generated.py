@@ -14,11 +14,13 @@ from urllib.parse import parse_qsl
 from ..compare.lab import list_functions
 from ..errors import DataError
 from ..inference.weights import LAB_VERSION
+from .families import GYM, Reference, setting
 
 
 logger = logging.getLogger(__name__)
 
-GYM, LISTS = "reasoning_gym/", f"{list_functions.FAMILY}/"
+ENTRY_VERSION = 2  # of the column `entry`
+LISTS = f"{list_functions.FAMILY}/"
 
 
 def gym() -> Any:
@@ -41,7 +43,8 @@ def materialise(path: str, split: str) -> str:
             `"train"` or `"test"`.
 
     Returns:
-        `str`: The file, with the columns `prompt`, `solution`, `problem_class` (the family) and `entry` (JSON).
+        `str`: The file, with the columns `prompt`, `solution`, `problem_class` (the family) and `entry`, which
+        refers to the problem.
 
     Raises:
         `DataError`: If the path names an unknown family or setting, or has no such split.
@@ -50,7 +53,7 @@ def materialise(path: str, split: str) -> str:
 
     if split not in ("train", "test"):
         raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
-    made_by = str(LAB_VERSION) if path.startswith(LISTS) else _gym_version()
+    made_by = str(LAB_VERSION) if path.startswith(LISTS) else f"{_gym_version()} {ENTRY_VERSION}"
     key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
     if not file.is_file():
@@ -72,7 +75,7 @@ def _gym_version() -> str:
 def _generate_lists(path: str, split: str) -> list[dict[str, Any]]:
     part, _, query = path.removeprefix(LISTS).partition("?")
     settings: dict[str, Any] = {"size": 320, "seed": 42, "shortcuts": 0.0}
-    given = {key: _parse(value) for key, value in parse_qsl(query)}
+    given = {key: setting(value) for key, value in parse_qsl(query)}
     if part not in list_functions.PARTS or set(given) - set(settings):
         raise DataError(
             f"'{path}' is not `list_functions/<{'|'.join(list_functions.PARTS)}>?size=320&seed=42&shortcuts=0.5`: "
@@ -87,7 +90,7 @@ def _generate_lists(path: str, split: str) -> list[dict[str, Any]]:
 def _generate(path: str, split: str) -> list[dict[str, Any]]:
     names, _, query = path.removeprefix(GYM).partition("?")
     families = names.split("+")
-    settings: dict[str, Any] = {key: _parse(value) for key, value in parse_qsl(query)}
+    settings: dict[str, Any] = {key: setting(value) for key, value in parse_qsl(query)}
     size, seed = settings.pop("size", 400), settings.pop("seed", 42)
     if not isinstance(size, int) or not isinstance(seed, int) or size < 1:
         raise DataError(f"`size` and `seed` of '{path}' must be whole numbers, and `size` at least 1.")
@@ -106,8 +109,9 @@ def _generate(path: str, split: str) -> list[dict[str, Any]]:
 def _generate_family(family: str, split: str, size: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     count = size if split == "train" else max(size // 4, 32)
     limit = 10 * max(size, 64)  # for families with fewer distinct questions
+    settings = {"size": limit, "seed": seed, **settings}
     try:
-        source = gym().create_dataset(family, size=limit, seed=seed, **settings)
+        source = gym().create_dataset(family, **settings)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"The reasoning-gym family '{family}' refuses its settings {settings}: {error}.") from error
     rows: dict[str, dict[str, Any]] = {}
@@ -123,7 +127,7 @@ def _generate_family(family: str, split: str, size: int, seed: int, settings: di
             "prompt": [{"role": "user", "content": question}],
             "solution": str(answer),
             "problem_class": family,
-            "entry": json.dumps(entry, default=str),
+            "entry": str(Reference(family, json.dumps(settings), index)),
         }
     if not rows:
         raise DataError(f"The reasoning-gym family '{family}' gives no problems with an answer: use another family.")
@@ -140,14 +144,3 @@ def _settings(family: str) -> list[str]:
         close = get_close_matches(family, DATASETS, n=3) or sorted(DATASETS)[:3]
         raise DataError(f"No reasoning-gym family '{family}': did you mean {', '.join(close)}?")
     return [field.name for field in fields(DATASETS[family][1]) if field.name not in ("size", "seed")]
-
-
-def _parse(value: str) -> int | float | bool | str:
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value

@@ -1,6 +1,5 @@
 """Worked solutions in two phases, a strategy and its execution, for a supervised warm start."""
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..compare.lab import list_functions
 from ..errors import DataError
+from .families import generated_again, read_reference
 
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
 
     Args:
         problem (`dict[str, Any]`):
-            A row with `prompt`, `problem_class` and the reasoning-gym `entry` as JSON.
+            A row with `prompt`, `solution`, `problem_class` and the `entry` that refers to a generated problem.
         rng (`random.Random`):
             Source of the draw.
 
@@ -85,14 +85,15 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
         [`Trace`] or `None`: `None` if the family is not covered, or the problem is not of its usual form (two
         numbers; whole, non-negative factors) or too large for a short execution.
     """
-    if problem.get("entry") is None:
-        return None
-    entry = json.loads(problem["entry"])
-    family = entry["metadata"]["source_dataset"]
-    if family == list_functions.FAMILY:
-        text, strategy, execution = list_functions.worked(entry["metadata"], rng)
+    metadata = list_functions.metadata_of(problem.get("entry"))
+    if metadata is not None:
+        text, strategy, execution = list_functions.worked(metadata, rng)
         return Trace([{"role": "user", "content": text}], strategy, execution, problem["problem_class"])
-    if family not in _STRATEGIES:
+    reference = read_reference(problem.get("entry"))
+    if reference is None or reference.family not in _STRATEGIES:
+        return None
+    family, entry = reference.family, generated_again(reference)
+    if entry is None or entry["answer"] != problem["solution"]:
         return None
     numbers = _numbers(entry["metadata"])
     if family != "chain_sum" and (len(numbers) != 2 or min(numbers) < 0):

@@ -132,6 +132,18 @@ def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0
     return list(rows.values())
 
 
+def metadata_of(entry: str | None) -> dict[str, Any] | None:
+    """Metadata in a row's `entry`, `None` if the row is no problem of this family."""
+    try:
+        metadata = json.loads(entry or "null")["metadata"]
+        known = metadata["source_dataset"] == FAMILY and set(metadata["operations"]) <= set(OPERATIONS)
+        digits = all(type(digit) is int and 0 <= digit <= 9 for digit in metadata["list"])
+        texts = isinstance(metadata["question"], str) and isinstance(metadata["shortcuts"], float | int)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return metadata if known and digits and texts and len(metadata["list"]) == LENGTH else None
+
+
 def worked(metadata: dict[str, Any], rng: random.Random) -> tuple[str, str, str]:
     """
     Works out a problem by a shortcut in `metadata["shortcuts"]` of the cases, else one like it in general.

@@ -1,0 +1,120 @@
+"""Comparisons that may take long or much memory, in a process of its own: mathematics and verifiers of families."""
+
+import atexit
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+
+START_SECONDS = 120.0
+SECONDS = {"equal": 5.0, "entry": 20.0, "accepts": 20.0}
+
+_PACKAGES = {"equal": ("math_verify", "math"), "entry": ("reasoning_gym", "gym"), "accepts": ("reasoning_gym", "gym")}
+
+
+class CheckProcess:
+    """
+    A process with a limit of 3 GiB of memory and a time limit for each request: 2 seconds of computation for
+    mathematics, 10 for a verifier. It starts with the first request, and again after one that passed a limit. Threads
+    may share it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: set[str] = set()
+        atexit.register(self.close)
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self._forget)
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """
+        Sends a request and waits for the reply.
+
+        Args:
+            name (`str`):
+                `"equal"`, `"entry"` or `"accepts"`, see [`~trl_sgpo.data.check_worker`].
+            *arguments:
+                Its arguments, as JSON has them.
+
+        Returns:
+            The reply, `None` if it failed or passed a limit.
+
+        Raises:
+            [`DataError`]: If the package that it needs is not installed, or the process does not start.
+        """
+        package, extra = _PACKAGES[name]
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            if package not in self._loaded:
+                self._load(name, package, extra)
+            reply = self._exchange([name, *arguments], SECONDS[name])
+            if reply is None:
+                self.close()
+            return None if reply is None else json.loads(reply)
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        self._loaded = set()
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+    def _forget(self) -> None:
+        # a forked process starts one of its own
+        self._process, self._lock, self._loaded = None, threading.Lock(), set()
+
+    def _start(self) -> None:
+        self.close()
+        script = Path(__file__).with_name("check_worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(script)],  # -P: modules beside the script do not hide others
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _load(self, name: str, package: str, extra: str) -> None:
+        if importlib.util.find_spec(package) is None:
+            raise DataError(f"Checking these answers needs `pip install 'trl-sgpo[{extra}]'`.")
+        if self._exchange(["load", name], START_SECONDS) != '"loaded"':
+            self.close()
+            raise DataError(f"The process that checks answers does not start: see `python -c 'import {package}'`.")
+        self._loaded.add(package)
+
+    def _exchange(self, request: list[Any], seconds: float) -> str | None:
+        """The reply to a request, `None` if the process ended or the time is up."""
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        limit = threading.Timer(seconds, self._process.kill)
+        limit.daemon = True
+        limit.start()
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            return None
+        finally:
+            limit.cancel()
+        return line.decode().strip() if line.endswith(b"\n") else None
+
+
+CHECKS = CheckProcess()
+"""The process of this one."""
+
+
+def equal_expressions(gold: str, answer: str) -> bool:
+    """Whether two expressions in LaTeX are equal by math-verify. A comparison that passes a limit is not."""
+    return CHECKS.ask("equal", gold, answer) is True

@@ -1,0 +1,114 @@
+"""
+Process that compares mathematical expressions and runs the verifiers of reasoning-gym, so that no answer can stop the
+caller or fill its memory.
+
+It is started as a script by [`~trl_sgpo.data.check_process.CheckProcess`] and imports nothing of this package. A line
+of standard input is a JSON list, the name of a request and its arguments; a line of standard output is the reply. It
+ends with its input, or is ended by the system when a request takes too long.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+
+MEMORY = 3 * 2**30
+SECONDS = {"equal": 2, "entry": 10, "accepts": 10}
+
+
+@lru_cache(4096)
+def read(text: str) -> list[Any]:
+    """Parses an expression."""
+    from math_verify import LatexExtractionConfig, parse
+
+    return parse(f"${text}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+
+
+def differ(first: Any, second: Any) -> bool:
+    """Whether two expressions have clearly different values for some values of their variables."""
+    from sympy import Expr, Rational
+
+    if not (isinstance(first, Expr) and isinstance(second, Expr)):
+        return False
+    variables = sorted(first.free_symbols | second.free_symbols, key=str)
+    values = {variable: Rational(7 * place + 3, 5 * place + 2) for place, variable in enumerate(variables, start=1)}
+    try:
+        one, other = (complex(expression.evalf(15, subs=values)) for expression in (first, second))
+    except (ArithmeticError, AttributeError, TypeError, ValueError):  # no number, such as a limit
+        return False
+    return abs(one - other) > 1e-3 * max(abs(one), abs(other))
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether two expressions are equal. Different values decide first: they are found a hundred times faster."""
+    from math_verify import verify
+
+    sides = [read(gold), read(answer)]
+    if not all(sides) or differ(sides[0][0], sides[1][0]):
+        return False
+    return bool(verify(*sides, timeout_seconds=None))
+
+
+@lru_cache(64)
+def dataset(family: str, settings: str) -> Any:
+    """A reasoning-gym dataset. `settings` is a JSON object."""
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(family, **json.loads(settings))
+
+
+@lru_cache(4096)
+def entry(family: str, settings: str, index: int) -> dict[str, Any]:
+    """A problem of a reasoning-gym family, generated again."""
+    return dataset(family, settings)[index]
+
+
+def accepts(family: str, settings: str, index: int, answer: str) -> bool:
+    """Whether the verifier of a family accepts an answer."""
+    problem = entry(family, settings, index)
+    return bool(dataset(family, settings).score_answer(answer, problem) >= 0.99)
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {"equal": equal, "entry": entry, "accepts": accepts}
+
+
+def load(name: str) -> None:
+    """Imports what a request needs, which its time limit does not cover."""
+    if name == "equal":
+        import math_verify  # noqa: F401
+    else:
+        import reasoning_gym  # noqa: F401
+
+
+def main() -> None:
+    try:
+        import resource
+        import signal
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except ImportError:  # Windows: the caller ends the process after its own time limit
+        signal = None  # type: ignore[assignment]
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a verifier prints is no reply
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        if name == "load":
+            load(*arguments)
+            print(json.dumps("loaded"), file=replies, flush=True)
+            continue
+        if signal is not None:
+            # SIGVTALRM ends the process even within a computation in C, which a handler in Python cannot
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS[name])
+        try:
+            reply = json.dumps(REQUESTS[name](*arguments), default=str)
+        except Exception:  # what cannot be compared is not right
+            reply = "null"
+        if signal is not None:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        print(reply, file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
