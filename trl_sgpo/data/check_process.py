@@ -14,7 +14,7 @@ from ..errors import DataError
 
 
 START_SECONDS = 120.0
-SECONDS = {"equal": 5.0, "entry": 20.0, "accepts": 20.0}
+SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0}
 
 _PACKAGES = {"equal": ("math_verify", "math"), "entry": ("reasoning_gym", "gym"), "accepts": ("reasoning_gym", "gym")}
 
@@ -22,7 +22,7 @@ _PACKAGES = {"equal": ("math_verify", "math"), "entry": ("reasoning_gym", "gym")
 class CheckProcess:
     """
     A process with a limit of 3 GiB of memory and a time limit for each request: 2 seconds of computation for
-    mathematics, 10 for a verifier. It starts with the first request, and again after one that passed a limit. Threads
+    mathematics, 5 for a verifier. It starts with the first request, and again after one that passed a limit. Threads
     may share it.
     """
 

@@ -15,7 +15,7 @@ from typing import Any
 
 
 MEMORY = 3 * 2**30
-SECONDS = {"equal": 2, "entry": 10, "accepts": 10}
+SECONDS = {"equal": 2, "entry": 5, "accepts": 5}
 
 
 @lru_cache(4096)
