@@ -11,6 +11,7 @@ from trl_sgpo.method.advantages import (
     execution_advantages,
     own_and_siblings,
     strategy_advantages,
+    strategy_credit,
     strategy_outcomes,
     token_advantages,
 )
@@ -37,7 +38,7 @@ def blocks(draw, missing=False):
 
 def of_strategies(outcomes, own, **kwargs):
     """Strategy advantages of raw outcomes."""
-    return strategy_advantages(strategy_outcomes(center_by_problem(outcomes), own, **kwargs))
+    return strategy_advantages(strategy_credit(outcomes, own, **kwargs))
 
 
 def close(one, other):
@@ -168,7 +169,7 @@ class TestStrategyOutcomes:
         [((1.0, 1.0), [-0.5, 0.5]), ((2.0, 0.5), [-0.25, 1.0]), ((1.0, 0.0), [0.0, 0.5]), ((0.0, 1.0), [-0.5, 0.0])],
     )
     def test_weights(self, weights, expected):
-        assert strategy_outcomes(center_by_problem(self.OUTCOMES), 1, *weights).tolist() == [expected]
+        assert strategy_credit(self.OUTCOMES, 1, *weights).tolist() == [expected]
 
     def test_own_and_mean_of_siblings(self):
         # K = 3, n = 1, b = 1: the last strategy is from the bank and belongs to nobody
@@ -192,6 +193,73 @@ class TestStrategyOutcomes:
         advantages = strategy_advantages(rewards)
         torch.testing.assert_close(advantages[0], advantages[1])
         torch.testing.assert_close(advantages[0], torch.tensor([-0.5, 0.5]) / (0.5**0.5 + 1e-4))
+
+
+class TestTransferWeight:
+    """What general strategies gain over specific ones, which solve their own problem alone."""
+
+    @staticmethod
+    def push(K, own, transfer_weight, blocks=20_000):
+        """Mean advantage of general strategies minus that of specific ones, both equally good on their own problem."""
+        generator = torch.Generator().manual_seed(0)
+        general = torch.rand(blocks, own * K, generator=generator) < 0.5
+        is_own = torch.arange(own * K).div(own, rounding_mode="floor").unsqueeze(1) == torch.arange(K)
+        rate = torch.where(is_own | general.unsqueeze(2), 0.8, 0.1)
+        outcomes = torch.bernoulli(rate, generator=generator)
+        advantages = of_strategies(outcomes, own, transfer_weight=transfer_weight)
+        return float(advantages[general].mean() - advantages[~general].mean())
+
+    @pytest.mark.parametrize(("K", "own"), [(2, 2), (2, 4), (3, 2), (4, 2)])
+    def test_rewards_transfer_in_proportion_and_not_at_all_if_0(self, K, own):
+        control = self.push(1, own * K, 1.0)  # no siblings
+        pushes = [self.push(K, own, weight) for weight in (0.0, 0.1, 0.5, 1.0, 2.0)]
+        assert abs(control) < 0.02
+        assert pushes[0] == pytest.approx(control, abs=0.02)
+        assert pushes[1] > 0.2 and pushes == sorted(pushes)
+
+    @given(blocks(missing=True), st.integers(0, 2**32), st.booleans())
+    @properties
+    def test_0_ignores_outcomes_on_siblings(self, drawn, seed, missing):
+        outcomes, own, K = drawn
+        own = max(own, 2)
+        outcomes = torch.cat([outcomes] * 2, dim=1)[:, : own * K + 1]
+        others = torch.rand(outcomes.shape, generator=torch.Generator().manual_seed(seed), dtype=outcomes.dtype)
+        is_own = torch.arange(outcomes.shape[1]).div(own, rounding_mode="floor").unsqueeze(1) == torch.arange(K)
+        changed = torch.where(is_own, outcomes, torch.nan if missing else others)
+        close(of_strategies(changed, own, transfer_weight=0.0), of_strategies(outcomes, own, transfer_weight=0.0))
+
+    def test_worked_by_hand(self):
+        outcomes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]])
+        # Problem 0: own outcomes 1 and 0, block mean 0.5. Problem 1: own outcomes 1 and 1, block mean 0.75
+        for weight, expected in (
+            (0.0, [0.5, -0.5, 0.0, 0.0]),
+            (1.0, [0.5 - 0.75, -0.5 + 0.25, 0.25 + 0.5, 0.25 - 0.5]),
+            (0.5, [0.5 - 0.375, -0.5 + 0.125, 0.125 + 0.25, 0.125 - 0.25]),
+            (2.0, [0.5 - 1.5, -0.5 + 0.5, 0.25 + 1.0, 0.25 - 1.0]),
+        ):
+            assert strategy_credit(outcomes, 2, 1.0, weight).tolist() == [expected]
+
+    @given(blocks(missing=True), st.floats(0, 1))
+    @properties
+    def test_is_linear_up_to_the_correctness_weight(self, drawn, weight):
+        outcomes, own, _ = drawn
+        none, full = (strategy_credit(outcomes, own, 1.0, each) for each in (0.0, 1.0))
+        close(strategy_credit(outcomes, own, 1.0, weight), (1 - weight) * none + weight * full)
+
+    @given(blocks(missing=True), st.floats(0, 2), st.floats(0, 2))
+    @properties
+    def test_from_the_correctness_weight_on_all_outcomes_are_compared_with_the_block(self, drawn, correctness, more):
+        outcomes, own, _ = drawn
+        weights = (correctness, correctness + more)
+        expected = strategy_outcomes(center_by_problem(outcomes), own, *weights)
+        assert torch.equal(strategy_credit(outcomes, own, *weights), expected)
+
+    @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.integers(0, 2**32), st.floats(0, 2))
+    @properties
+    def test_is_without_effect_on_a_block_of_one_problem(self, groups, own, bank, seed, weight):
+        generator = torch.Generator().manual_seed(seed)
+        outcomes = torch.rand(groups, own + bank, 1, generator=generator, dtype=torch.float64)
+        close(of_strategies(outcomes, own, transfer_weight=weight), of_strategies(outcomes, own))
 
 
 class TestMissingOutcomes:
@@ -219,7 +287,7 @@ class TestMissingOutcomes:
 
     def test_strategy_without_outcomes_counts_as_average(self):
         outcomes = torch.tensor([[[1.0, 1.0], [torch.nan, torch.nan], [0.0, 0.0], [0.5, 0.5]]])
-        rewards = strategy_outcomes(center_by_problem(outcomes), 2)
+        rewards = strategy_credit(outcomes, 2)
         assert rewards.tolist() == [[1.0, 0.0, -1.0, 0.0]]
 
     @pytest.mark.parametrize("baseline", BASELINES)

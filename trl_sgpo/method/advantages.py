@@ -52,9 +52,7 @@ def strategy_outcomes(
     outcomes: torch.Tensor, own: int, correctness_weight: float = 1.0, transfer_weight: float = 1.0
 ) -> torch.Tensor:
     """
-    Outcome of a strategy: w_c * o[s, own] + w_t * mean o[s, siblings].
-
-    Pass outcomes centred by problem to compare strategies of problems of different difficulty.
+    Outcome of a strategy: w_c * O[s, own] + w_t * mean O[s, siblings].
 
     Args:
         outcomes (`torch.Tensor` of shape `(N, S, K)`):
@@ -65,10 +63,39 @@ def strategy_outcomes(
             w_c and w_t.
 
     Returns:
-        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as 0, which is the problem's mean if centred.
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as 0.
     """
     on_own, on_siblings = own_and_siblings(outcomes, own)
     return correctness_weight * on_own.nan_to_num(0.0) + transfer_weight * on_siblings.nan_to_num(0.0)
+
+
+def strategy_credit(
+    outcomes: torch.Tensor, own: int, correctness_weight: float = 1.0, transfer_weight: float = 1.0
+) -> torch.Tensor:
+    """
+    Credit of a strategy: its outcomes without the difficulty of the problems.
+
+    Outcomes on siblings are compared with those of all strategies of the block. So is the outcome on the own problem,
+    with weight min(w_c, w_t). That rewards transfer too, because the strategies of other problems are in the mean: the
+    rest of w_c compares with the n strategies of the own problem alone. If n is 1, there are none to compare with, and
+    the whole of w_c compares with the block.
+
+    Args:
+        outcomes (`torch.Tensor` of shape `(N, S, K)`):
+            Outcome matrices, not centred.
+        own (`int`):
+            n, strategies each problem writes.
+        correctness_weight, transfer_weight (`float`, *optional*, defaults to `1.0`):
+            w_c and w_t.
+
+    Returns:
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as its mean.
+    """
+    with_block = correctness_weight if own == 1 else min(correctness_weight, transfer_weight)
+    credit = strategy_outcomes(center_by_problem(outcomes), own, with_block, transfer_weight)
+    on_own = own_and_siblings(outcomes, own)[0].unflatten(1, (-1, own))  # (N, K, n)
+    among_own = on_own - torch.nanmean(on_own, dim=2, keepdim=True)
+    return credit + (correctness_weight - with_block) * among_own.flatten(1).nan_to_num(0.0)
 
 
 def scale(centred: torch.Tensor, values: torch.Tensor, dim: int | tuple[int, ...] | None) -> torch.Tensor:
