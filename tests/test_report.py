@@ -148,7 +148,7 @@ class TestContent:
         for words in (
             "12 of 12", "Correctness and transfer", "Before and after training", "Transfer between classes: sums",
             "Transfer of the bank's strategies", "11 10 candidate, 1 trusted, 1 retired", "24 problems of 12 logged",
-            "borrowed strategy", "learning_rate 1e-05", "0.50 [0.34, 0.66]",
+            "borrowed strategy", "learning_rate 1e-05", "0.50 [0.34, 0.66]", "0.40 [0.25, 0.57]",
         ):  # fmt: skip
             assert words in text, words
         assert "Not in this report" not in text

@@ -17,9 +17,9 @@ from .chunks import Chunk, RunChunk, run_now
 from .statistics import (
     SOLVED,
     Estimate,
-    class_mean_estimate,
     derived_seed,
     majority_vote,
+    mean_estimate,
     pass_at_k,
     rate_estimate,
     wilson_interval,
@@ -192,16 +192,11 @@ def _summarise_samples(results: Sequence[dict[str, Any]], protocol: Protocol) ->
     n = protocol.samples
     outcomes = [[attempt["outcome"] for attempt in result["attempts"][1:]] for result in results]
     solved = [sum(outcome >= SOLVED for outcome in row) for row in outcomes]
-    pooled = [""] * len(results)
-
-    def figures(values: Sequence[float]) -> dict[str, Any] | None:
-        return _figures(class_mean_estimate(values, pooled, protocol.seed))
-
     return {
         "samples": n,
-        "accuracy": figures([math.fsum(row) / n for row in outcomes]),
+        "accuracy": _figures(mean_estimate([math.fsum(row) / n for row in outcomes])),
         "pass_at_k": {
-            str(k): figures([pass_at_k(n, count, k) for count in solved])
+            str(k): _figures(mean_estimate([pass_at_k(n, count, k) for count in solved]))
             for k in [*(2**power for power in range(n.bit_length()) if 2**power < n), n]
         },
         "majority": _figures(rate_estimate([_majority_outcome(result["attempts"][1:]) for result in results])),

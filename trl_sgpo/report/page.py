@@ -259,15 +259,17 @@ def _before_after(run: Run) -> ResultTable | None:
         return None
     rows = []
     for decoding in ("sampled", "greedy"):
-        for name, rate, trials in (("accuracy", "accuracy", "problems"), ("transfer", "transfer", "transfers")):
+        for rate in ("accuracy", "transfer"):
             scores = [run.measured[when][decoding] for when in ("before", "after")]
-            rows.append([f"{name}, {decoding}", *(_with_interval(score[rate], score[trials]) for score in scores)])
+            rows.append([f"{rate}, {decoding}", *(_with_interval(score[rate], score["problems"]) for score in scores)])
     return ResultTable("Before and after training, on unseen problems", ["", "before", "after"], rows)
 
 
-def _with_interval(rate: float, trials: int) -> str:
-    low, high = wilson_interval(rate, trials) if trials else (0.0, 1.0)
-    return f"{rate:.2f} [{low:.2f}, {high:.2f}]" if trials else "not measured"
+def _with_interval(rate: float, problems: int) -> str:
+    if problems == 0:
+        return "not measured"
+    low, high = wilson_interval(rate, problems)
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _matrices(run: Run) -> list[Matrix]:
