@@ -126,8 +126,8 @@ def class_mean_estimate(
         between = math.fsum((each - mean) ** 2 for each in means) / (count - 1) / count
         z = float(stdtrit(count - 1, 0.975))
         low, high = wilson_interval(mean, centre * (1 - centre) / max(within, between), z)
-    total = sum(map(len, by_class.values()))
-    return Estimate(*(least + (most - least) * each for each in (mean, low, high)), total)
+    value, low, high = (least + (most - least) * each for each in (mean, low, high))
+    return Estimate(value, low, high, sum(map(len, by_class.values())))
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
