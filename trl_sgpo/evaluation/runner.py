@@ -24,7 +24,7 @@ from .statistics import (
     rate_estimate,
     wilson_interval,
 )
-from .suites import LoadedSuite
+from .suites import UNKNOWN, LoadedSuite
 
 
 if TYPE_CHECKING:
@@ -209,9 +209,9 @@ def _majority_outcome(attempts: Sequence[dict[str, Any]]) -> float:
 
 
 def summarise_kinds(suites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """Accuracy of each kind of suites, over all their verified problems."""
+    """Accuracy of each known kind of suites, over all their verified problems."""
     kinds: dict[str, dict[str, Any] | None] = {}
-    for kind in sorted({result["kind"] for result in suites.values()}):
+    for kind in sorted({result["kind"] for result in suites.values()} - {UNKNOWN}):
         measured = [r["accuracy"] for r in suites.values() if r["kind"] == kind and r["accuracy"] is not None]
         problems = sum(figures["problems"] for figures in measured)
         right = math.fsum(figures["value"] * figures["problems"] for figures in measured)

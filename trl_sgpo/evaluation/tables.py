@@ -59,8 +59,9 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
             for name, each in sampled.items()
         ]
         result.append(ResultTable(f"{n} sampled attempts", ["suite", "accuracy", f"pass@{n}", "majority"], attempts))
-    kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
-    result.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
+    if results["kinds"]:
+        kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
+        result.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
     for name, suite in suites.items():
         if len(suite["classes"]) > 1:
             per_class = [
