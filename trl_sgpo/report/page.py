@@ -8,6 +8,7 @@ the script handles text as text, never as markup.
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def render(run: Run, other: Run | None = None) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_visible
     )
-    environment.filters |= {"number": number, "reward": _reward}
+    environment.filters.update(number=number, reward=_reward, code=_code)
     template = environment.from_string(package.joinpath("template.html").read_text(encoding="utf-8"))
     bank = run.bank
     strategies = _most_useful(bank.strategies) if bank is not None else []
@@ -188,6 +189,12 @@ def render(run: Run, other: Run | None = None) -> str:
 def _visible(value: Any) -> Any:
     """Replaces characters that can make text look like another by escapes."""
     return value.translate(_DECEPTIVE) if isinstance(value, str) else value
+
+
+def _code(text: str) -> Markup:
+    """Shows the parts of a message that are between backticks as code."""
+    parts = re.split(r"`([^`]+)`", text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _hash(text: str) -> str:
