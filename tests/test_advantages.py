@@ -15,6 +15,12 @@ from trl_sgpo.method.advantages import (
     strategy_outcomes,
     token_advantages,
 )
+from trl_sgpo.method.credit import assign_credit
+from trl_sgpo.method.problem import Problem
+from trl_sgpo.method.prompts import ParsedStrategy
+from trl_sgpo.method.rollout import Rollout, RolloutBatch
+from trl_sgpo.method.transfer import BlockGeometry
+from trl_sgpo.sgpo_config import SGPOConfig
 
 
 properties = settings(max_examples=60, deadline=None, derandomize=True)
@@ -260,6 +266,34 @@ class TestTransferWeight:
         generator = torch.Generator().manual_seed(seed)
         outcomes = torch.rand(groups, own + bank, 1, generator=generator, dtype=torch.float64)
         close(of_strategies(outcomes, own, transfer_weight=weight), of_strategies(outcomes, own))
+
+
+class TestCredit:
+    @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+    @pytest.mark.parametrize("borrowed", [2, 4])  # strategy 2 on problem 0, strategy 0 on problem 1
+    def test_without_transfer_borrowed_executions_do_not_count(self, tmp_path, scale_rewards, borrowed):
+        geometry = BlockGeometry(problems=2, own=2)
+        problems = [Problem([{"role": "user", "content": f"{n} + 1?"}], "sums", str(n + 1)) for n in (1, 2)]
+        rollouts = [
+            Rollout("own" if strategy // 2 == problem else "borrowed", ParsedStrategy("Add."), "", [], 0)
+            for problem in range(2)
+            for strategy in range(4)
+        ]
+
+        def advantages(weight, rewards):
+            args = SGPOConfig(
+                str(tmp_path), num_generations=4, per_device_train_batch_size=8, transfer_weight=weight,
+                scale_rewards=scale_rewards, report_to="none", bf16=False,
+            )  # fmt: skip
+            batch = RolloutBatch.without_bank(problems, geometry)
+            return assign_credit(rollouts, rewards, batch, args, torch.ones(1), spread=nanstd).strategy
+
+        rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]).unsqueeze(1)
+        other = rewards.clone()
+        other[borrowed] = 1.0 - other[borrowed]
+        assert advantages(0.0, rewards).abs().max() > 0.3
+        assert torch.equal(advantages(0.0, other), advantages(0.0, rewards))
+        assert not torch.equal(advantages(1.0, other), advantages(1.0, rewards))
 
 
 class TestMissingOutcomes:
