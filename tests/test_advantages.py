@@ -201,38 +201,46 @@ class TestStrategyOutcomes:
         torch.testing.assert_close(advantages[0], torch.tensor([-0.5, 0.5]) / (0.5**0.5 + 1e-4))
 
 
-class TestTransferWeight:
-    """What general strategies gain over specific ones, which solve their own problem alone."""
+class TestWeights:
+    """What good strategies gain over bad ones, which are worse on siblings alone, or on their own problem alone."""
 
     @staticmethod
-    def push(K, own, transfer_weight, blocks=20_000):
-        """Mean advantage of general strategies minus that of specific ones, both equally good on their own problem."""
+    def push(K, own, worse_on_siblings=True, blocks=20_000, **weights):
+        """Mean advantage of good strategies minus that of bad ones."""
         generator = torch.Generator().manual_seed(0)
-        general = torch.rand(blocks, own * K, generator=generator) < 0.5
+        good = torch.rand(blocks, own * K, generator=generator) < 0.5
         is_own = torch.arange(own * K).div(own, rounding_mode="floor").unsqueeze(1) == torch.arange(K)
-        rate = torch.where(is_own | general.unsqueeze(2), 0.8, 0.1)
+        rate = torch.where((is_own == worse_on_siblings) | good.unsqueeze(2), 0.8, 0.1)
         outcomes = torch.bernoulli(rate, generator=generator)
-        advantages = of_strategies(outcomes, own, transfer_weight=transfer_weight)
-        return float(advantages[general].mean() - advantages[~general].mean())
+        advantages = of_strategies(outcomes, own, **weights)
+        return float(advantages[good].mean() - advantages[~good].mean())
 
     @pytest.mark.parametrize(("K", "own"), [(2, 2), (2, 4), (3, 2), (4, 2)])
     def test_rewards_transfer_in_proportion_and_not_at_all_if_0(self, K, own):
-        control = self.push(1, own * K, 1.0)  # no siblings
-        pushes = [self.push(K, own, weight) for weight in (0.0, 0.1, 0.5, 1.0, 2.0)]
+        control = self.push(1, own * K)  # no siblings
+        pushes = [self.push(K, own, transfer_weight=weight) for weight in (0.0, 0.1, 0.5, 1.0, 2.0)]
         assert abs(control) < 0.02
         assert pushes[0] == pytest.approx(control, abs=0.02)
         assert pushes[1] > 0.2 and pushes == sorted(pushes)
 
-    @given(blocks(missing=True), st.integers(0, 2**32), st.booleans())
+    @pytest.mark.parametrize(("K", "own"), [(2, 2), (2, 4), (3, 1), (4, 2)])
+    def test_rewards_correctness_in_proportion_and_not_at_all_if_0(self, K, own):
+        weights = (0.0, 0.1, 0.5, 1.0, 2.0)
+        pushes = [self.push(K, own, worse_on_siblings=False, correctness_weight=weight) for weight in weights]
+        assert pushes[0] == pytest.approx(0.0, abs=0.02)
+        assert pushes[1] > 0.1 and pushes == sorted(pushes)
+
+    @given(blocks(missing=True), st.integers(0, 2**32), st.booleans(), st.booleans())
     @properties
-    def test_0_ignores_outcomes_on_siblings(self, drawn, seed, missing):
+    def test_0_ignores_outcomes(self, drawn, seed, missing, transfer):
         outcomes, own, K = drawn
         own = max(own, 2)
         outcomes = torch.cat([outcomes] * 2, dim=1)[:, : own * K + 1]
         others = torch.rand(outcomes.shape, generator=torch.Generator().manual_seed(seed), dtype=outcomes.dtype)
         is_own = torch.arange(outcomes.shape[1]).div(own, rounding_mode="floor").unsqueeze(1) == torch.arange(K)
-        changed = torch.where(is_own, outcomes, torch.nan if missing else others)
-        close(of_strategies(changed, own, transfer_weight=0.0), of_strategies(outcomes, own, transfer_weight=0.0))
+        changed = torch.where(is_own == transfer, outcomes, torch.nan if missing else others)
+        weights = {"transfer_weight" if transfer else "correctness_weight": 0.0}
+        close(of_strategies(changed, own, **weights), of_strategies(outcomes, own, **weights))
 
     def test_worked_by_hand(self):
         outcomes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]])
@@ -241,24 +249,23 @@ class TestTransferWeight:
             (0.0, [0.5, -0.5, 0.0, 0.0]),
             (1.0, [0.5 - 0.75, -0.5 + 0.25, 0.25 + 0.5, 0.25 - 0.5]),
             (0.5, [0.5 - 0.375, -0.5 + 0.125, 0.125 + 0.25, 0.125 - 0.25]),
-            (2.0, [0.5 - 1.5, -0.5 + 0.5, 0.25 + 1.0, 0.25 - 1.0]),
+            (2.0, [0.5 - 0.75 - 0.5, -0.5 + 0.25 + 0.5, 0.25 + 0.5 + 0.5, 0.25 - 0.5 - 0.5]),
         ):
             assert strategy_credit(outcomes, 2, 1.0, weight).tolist() == [expected]
 
     @given(blocks(missing=True), st.floats(0, 1))
     @properties
-    def test_is_linear_up_to_the_correctness_weight(self, drawn, weight):
+    def test_transfer_is_linear_up_to_the_correctness_weight(self, drawn, weight):
         outcomes, own, _ = drawn
         none, full = (strategy_credit(outcomes, own, 1.0, each) for each in (0.0, 1.0))
         close(strategy_credit(outcomes, own, 1.0, weight), (1 - weight) * none + weight * full)
 
-    @given(blocks(missing=True), st.floats(0, 2), st.floats(0, 2))
+    @given(blocks(missing=True), st.floats(0, 2))
     @properties
-    def test_from_the_correctness_weight_on_all_outcomes_are_compared_with_the_block(self, drawn, correctness, more):
+    def test_equal_weights_compare_all_outcomes_with_the_block(self, drawn, weight):
         outcomes, own, _ = drawn
-        weights = (correctness, correctness + more)
-        expected = strategy_outcomes(center_by_problem(outcomes), own, *weights)
-        assert torch.equal(strategy_credit(outcomes, own, *weights), expected)
+        expected = strategy_outcomes(center_by_problem(outcomes), own, weight, weight)
+        assert torch.equal(strategy_credit(outcomes, own, weight, weight), expected)
 
     @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.integers(0, 2**32), st.floats(0, 2))
     @properties

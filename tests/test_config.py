@@ -146,6 +146,15 @@ class TestGeometry:
         assert config(transfer_weight=0.0, **(kwargs | {"transfer_block_size": 1})).own_strategies == K
         assert config(transfer_weight=0.0, correctness_weight=0.0, **kwargs).own_strategies == 1
 
+    def test_one_borrowed_strategy_has_no_outcome_without_correctness(self, config):
+        message = refusal(config, num_generations=2, correctness_weight=0.0)
+        assert "`correctness_weight` is 0" in message
+        (value,) = suggested_generations(message)
+        assert config(num_generations=value, correctness_weight=0.0).own_strategies == 2
+        for kwargs in ({"correctness_weight": 0.1}, {"correctness_weight": 0.0, "transfer_weight": 0.0}):
+            assert config(num_generations=2, **kwargs).own_strategies == 1
+        assert config(num_generations=3, num_bank_rollouts=1, correctness_weight=0.0).own_strategies == 1
+
 
 class TestLocalBatch:
     """A block must not be split between devices."""

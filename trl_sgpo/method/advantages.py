@@ -26,6 +26,13 @@ def center_by_problem(outcomes: torch.Tensor) -> torch.Tensor:
     return outcomes - torch.nanmean(outcomes, dim=1, keepdim=True)
 
 
+def _is_own(outcomes: torch.Tensor, own: int) -> torch.Tensor:
+    """Whether a strategy was written for a problem, `(S, K)`. Strategies of the bank were written for none."""
+    _, S, K = outcomes.shape
+    writer = torch.arange(S, device=outcomes.device).div(own, rounding_mode="floor")
+    return writer.unsqueeze(1) == torch.arange(K, device=outcomes.device)
+
+
 def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Splits a matrix into each written strategy's outcome on its own problem and its mean outcome on the siblings.
@@ -41,8 +48,7 @@ def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, to
     """
     N, _, K = outcomes.shape
     written = outcomes[:, : own * K]
-    writer = torch.arange(own * K, device=outcomes.device).div(own, rounding_mode="floor")
-    is_own = writer.unsqueeze(1) == torch.arange(K, device=outcomes.device)
+    is_own = _is_own(written, own)
     on_own = written[is_own.expand(N, -1, -1)].view(N, own * K)
     on_siblings = torch.nanmean(written.masked_fill(is_own, torch.nan), dim=2)
     return on_own, on_siblings
@@ -56,7 +62,7 @@ def strategy_outcomes(
 
     Args:
         outcomes (`torch.Tensor` of shape `(N, S, K)`):
-            Outcome matrices.
+            Outcome matrices, centred or not.
         own (`int`):
             n, strategies each problem writes.
         correctness_weight, transfer_weight (`float`, *optional*, defaults to `1.0`):
@@ -75,10 +81,10 @@ def strategy_credit(
     """
     Credit of a strategy: its outcomes without the difficulty of the problems.
 
-    Outcomes on siblings are compared with those of all strategies of the block. So is the outcome on the own problem,
-    with weight min(w_c, w_t). That rewards transfer too, because the strategies of other problems are in the mean: the
-    rest of w_c compares with the n strategies of the own problem alone. If n is 1, there are none to compare with, and
-    the whole of w_c compares with the block.
+    With equal weights, an outcome is compared with the mean over all strategies of the block. This mean holds own and
+    borrowed executions, so that an own outcome compared with it rewards transfer too, and a borrowed one correctness.
+    What a weight exceeds the other by therefore compares own executions of a problem with each other, or borrowed ones
+    with each other. A single one has nothing to be compared with, and is compared with the block.
 
     Args:
         outcomes (`torch.Tensor` of shape `(N, S, K)`):
@@ -89,13 +95,19 @@ def strategy_credit(
             w_c and w_t.
 
     Returns:
-        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as its mean.
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as the mean that it is compared with.
     """
-    with_block = correctness_weight if own == 1 else min(correctness_weight, transfer_weight)
-    credit = strategy_outcomes(center_by_problem(outcomes), own, with_block, transfer_weight)
-    on_own = own_and_siblings(outcomes, own)[0].unflatten(1, (-1, own))  # (N, K, n)
-    among_own = on_own - torch.nanmean(on_own, dim=2, keepdim=True)
-    return credit + (correctness_weight - with_block) * among_own.flatten(1).nan_to_num(0.0)
+    is_own, borrowed = _is_own(outcomes, own), outcomes.shape[1] - own
+    shared = min(correctness_weight, transfer_weight)
+    correctness = shared if own > 1 else correctness_weight
+    transfer = shared if borrowed > 1 else transfer_weight
+    with_block = strategy_outcomes(center_by_problem(outcomes), own, correctness, transfer)
+    apart = torch.where(
+        is_own,
+        center_by_problem(outcomes.masked_fill(~is_own, torch.nan)),
+        center_by_problem(outcomes.masked_fill(is_own, torch.nan)),
+    )
+    return with_block + strategy_outcomes(apart, own, correctness_weight - correctness, transfer_weight - transfer)
 
 
 def scale(centred: torch.Tensor, values: torch.Tensor, dim: int | tuple[int, ...] | None) -> torch.Tensor:
