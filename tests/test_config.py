@@ -134,6 +134,27 @@ class TestGeometry:
         assert config(transfer_block_size=2, **kwargs).execution_baseline == baseline
         assert config(transfer_block_size=1, num_generations=4, execution_baseline="problem").own_strategies == 4
 
+    @given(K=st.integers(2, 5), b=st.integers(0, 3))
+    @properties
+    def test_one_strategy_a_problem_has_no_outcome_without_transfer(self, config, K, b):
+        kwargs = {"transfer_block_size": K, "num_bank_rollouts": b, "num_generations": K + b}
+        message = refusal(config, transfer_weight=0.0, **kwargs)
+        assert "`transfer_weight` is 0" in message and "transfer_block_size to 1" in message
+        (value,) = suggested_generations(message)
+        assert config(transfer_weight=0.0, **(kwargs | {"num_generations": value})).own_strategies == 2
+        assert config(transfer_weight=0.1, **kwargs).own_strategies == 1
+        assert config(transfer_weight=0.0, **(kwargs | {"transfer_block_size": 1})).own_strategies == K
+        assert config(transfer_weight=0.0, correctness_weight=0.0, **kwargs).own_strategies == 1
+
+    def test_one_borrowed_strategy_has_no_outcome_without_correctness(self, config):
+        message = refusal(config, num_generations=2, correctness_weight=0.0)
+        assert "`correctness_weight` is 0" in message
+        (value,) = suggested_generations(message)
+        assert config(num_generations=value, correctness_weight=0.0).own_strategies == 2
+        for kwargs in ({"correctness_weight": 0.1}, {"correctness_weight": 0.0, "transfer_weight": 0.0}):
+            assert config(num_generations=2, **kwargs).own_strategies == 1
+        assert config(num_generations=3, num_bank_rollouts=1, correctness_weight=0.0).own_strategies == 1
+
 
 class TestLocalBatch:
     """A block must not be split between devices."""

@@ -71,9 +71,11 @@ class SGPOConfig(GRPOConfig):
         > Parameters that control rewards and credit
 
         correctness_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of a strategy's outcome on its own problem, relative to the block's other strategies.
+            Weight of a strategy's outcome on its own problem. `0` rewards transfer alone.
         transfer_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of a strategy's mean outcome on the other problems of its block.
+            Weight of a strategy's mean outcome on the other problems of its block. `0` rewards no transfer and needs
+            `n >= 2`, because an outcome on the own problem is then compared with those of the same problem's other
+            strategies, and not with those of the block.
         coherence_weight (`float`, *optional*, defaults to `0.1`):
             Weight of a strategy's coherence, in [0, 1].
         leak_weight (`float`, *optional*, defaults to `0.5`):
@@ -300,6 +302,18 @@ class SGPOConfig(GRPOConfig):
             raise ConfigError(
                 f"A block needs at least 2 strategies to compare, but num_generations ({G}) - num_bank_rollouts "
                 f"({b}) leaves {own}: set num_generations to {fit}."
+            )
+        n, more = own // K, f"set num_generations to {2 * K + b}"
+        if K > 1 and n == 1 and self.transfer_weight == 0 and self.correctness_weight != 0:
+            raise ConfigError(
+                "`transfer_weight` is 0 and each problem writes one strategy, which can be compared with those of "
+                f"other problems only, and that rewards transfer: {more}, or set transfer_block_size to 1, or "
+                "transfer_weight above 0."
+            )
+        if K > 1 and G - n == 1 and self.correctness_weight == 0 and self.transfer_weight != 0:
+            raise ConfigError(
+                "`correctness_weight` is 0 and each problem executes one borrowed strategy, which can be compared "
+                f"with its own only, and that rewards correctness: {more}, or set correctness_weight above 0."
             )
         if K == 1 and self.execution_baseline != "problem":
             raise ConfigError(

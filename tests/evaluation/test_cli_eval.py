@@ -155,6 +155,23 @@ def test_an_evaluation_of_an_earlier_version_continues(arguments, tmp_path, monk
     assert main(arguments) == 0
 
 
+def test_a_suite_is_of_unknown_kind_until_it_is_named(arguments, data, tmp_path, capsys, monkeypatch):
+    def results(*suites):
+        chosen = [*arguments[:4], "--suites", *suites, *arguments[arguments.index("--output_dir") :]]
+        assert main([*chosen[: chosen.index("--transfer")], "--no_plots"]) == 0
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    path = data / "sums.jsonl"
+    found = results(f"mine={path}")
+    assert found["suites"]["mine"]["kind"] == "unknown" and found["kinds"] == {}
+    shown = capsys.readouterr().out
+    assert "The kind of mine is unknown" in shown and "`kind`" in shown and "Kinds of suites" not in shown
+    monkeypatch.setattr(TwoPhaseModel, "write_strategies", None)  # a label changes nothing that was evaluated
+    found = results(json.dumps({"name": "mine", "path": str(path), "kind": "in_distribution"}))
+    assert found["suites"]["mine"]["kind"] == "in_distribution" and set(found["kinds"]) == {"in_distribution"}
+    assert "is unknown" not in capsys.readouterr().out
+
+
 def test_yaml_and_command_line(arguments, data, tmp_path, tiny):
     config = tmp_path / "eval.yaml"
     config.write_text(

@@ -140,6 +140,8 @@ def _print(summed: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..compare.table import cell
+
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
     columns = [f"{name} accuracy" for name in suites] + ["transfer score", "own - other"]
     table = Table(title=f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals")
@@ -147,10 +149,5 @@ def _print(summed: dict[str, Any]) -> None:
     for column in columns:
         table.add_column(column)
     for name, figures in summed["arms"].items():
-        cells = []
-        for column in columns:
-            value = figures[column]
-            spread = "" if value["low"] is None else f" ±{value['high'] - value['mean']:.2f}"
-            cells.append(f"{value['mean']:.2f}{spread}")
-        table.add_row(name, *cells)
+        table.add_row(name, *(cell(figures[column]) for column in columns))
     Console().print(table)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from ..evaluation.suites import NAMED, LoadedSuite, load_suites, parse_suite
+from ..evaluation.suites import NAMED, UNKNOWN, LoadedSuite, load_suites, parse_suite
 from ..yaml_files import read_mapping, unknown_key
 from .options import check_at_least
 
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "--suites",
         nargs="+",
         metavar="SUITE",
-        help=f"{', '.join(NAMED)}, or NAME=PATH[@SPLIT] with a path as in recipes; names beginning with ood or harder "
-        "are of that kind",
+        help=f"{', '.join(NAMED)}, or NAME=PATH[@SPLIT] with a path as in recipes; a NAME beginning with id_, ood or "
+        "harder says what the problems are, compared with those trained on",
     )
     parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
     parser.add_argument("--overwrite", action="store_true", help="delete the evaluation in the output directory")
@@ -291,6 +291,12 @@ def evaluate(options: argparse.Namespace) -> int:
     for each in loaded:
         if each.suite.hub_id is not None and len(each.rows) < each.available:
             print(f"{each.suite.name}: no file for the Hub, {len(each.rows)} of {each.available} problems measured")
+    unknown = [suite.name for suite in suites if suite.kind == UNKNOWN]
+    if unknown:
+        print(
+            f"The kind of {', '.join(unknown)} is unknown: begin a suite's name with id_, ood or harder, or set its "
+            "`kind`, to say how its problems compare with those trained on."
+        )
     print("Written:", *written, sep="\n  ")
     return 0
 

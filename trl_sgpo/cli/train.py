@@ -211,7 +211,7 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
             f"accuracy with own strategy, {decoding}", *(_with_interval(s.accuracy, s.problems) for s in scores)
         )
         table.add_row(
-            f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.transfers) for s in scores)
+            f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.problems) for s in scores)
         )
     console.print(table)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
@@ -241,10 +241,10 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
     )
 
 
-def _with_interval(rate: float, trials: int) -> str:
-    if trials == 0:
+def _with_interval(rate: float, problems: int) -> str:
+    if problems == 0:
         return "not measured"
-    low, high = wilson_interval(rate, trials)
+    low, high = wilson_interval(rate, problems)
     return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 

@@ -24,6 +24,13 @@ def settings_record(settings: "TwoPhaseSettings") -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if key not in _NEWER or value != _NEWER[key]}
 
 
+def compared_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an evaluation's chunks depend on: all but the kinds of suites, which are labels."""
+    suites = settings.get("suites", {})
+    chunks = {name: {key: value for key, value in suite.items() if key != "kind"} for name, suite in suites.items()}
+    return settings | {"suites": chunks}
+
+
 def weights_digest(model: "TwoPhaseModel") -> str:
     """SHA-256 of the first 64 values of every parameter, which training changes."""
     values = hashlib.sha256()

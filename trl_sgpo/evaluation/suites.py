@@ -12,7 +12,8 @@ from ..errors import ConfigError, DataError
 from ..method.prompts import with_system_prompt
 
 
-KINDS = ("in_distribution", "out_of_distribution", "harder")
+UNKNOWN = "unknown"
+KINDS = ("in_distribution", "out_of_distribution", "harder", UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Suite:
             Split to load. If `None`, the whole of a local file and `test` of anything else.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
-        kind (`str`, *optional*, defaults to `"in_distribution"`):
-            What the problems are, compared with those trained on: `"in_distribution"`, `"out_of_distribution"` or
-            `"harder"`.
+        kind (`str`, *optional*, defaults to `"unknown"`):
+            What the problems are, compared with those trained on: `"in_distribution"`, `"out_of_distribution"`,
+            `"harder"` or `"unknown"`. It labels results and changes nothing else.
         limit (`int`, *optional*):
             Number of problems, drawn with a fixed seed if there are more.
         class_column (`str`, *optional*, defaults to `"problem_class"`):
@@ -46,7 +47,7 @@ class Suite:
     path: str
     split: str | None = None
     config: str | None = None
-    kind: str = "in_distribution"
+    kind: str = UNKNOWN
     limit: int | None = None
     class_column: str = "problem_class"
     hub_id: str | None = None
@@ -88,7 +89,7 @@ class LoadedSuite:
 NAMED = {
     suite.name: suite
     for suite in (
-        Suite("gsm8k", "openai/gsm8k", "test", "main", hub_id="openai/gsm8k", task_id="gsm8k"),
+        Suite("gsm8k", "openai/gsm8k", "test", "main", "in_distribution", hub_id="openai/gsm8k", task_id="gsm8k"),
         Suite(
             "gsm_plus",
             "qintongli/GSM-Plus",
@@ -110,7 +111,8 @@ def parse_suite(text: str) -> Suite:
     Args:
         text (`str`):
             The name of a known suite, `NAME=PATH`, `NAME=PATH@SPLIT`, or a JSON object with the fields of [`Suite`].
-            Suites whose name begins with `ood` or `harder` are of that kind unless another one is given.
+            Suites whose name is `id` or begins with `id_`, `ood` or `harder` are of that kind unless another one is
+            given; the kind of others is unknown.
 
     Raises:
         [`ConfigError`]: An unknown suite or field.
@@ -142,7 +144,9 @@ def parse_suite(text: str) -> Suite:
 
 
 def _kind(name: str) -> str:
-    return "out_of_distribution" if name.startswith("ood") else "harder" if name.startswith("harder") else KINDS[0]
+    if name == "id" or name.startswith("id_"):
+        return "in_distribution"
+    return "out_of_distribution" if name.startswith("ood") else "harder" if name.startswith("harder") else UNKNOWN
 
 
 def load_suites(suites: Sequence[Suite], data_dir: str | None = None, limit: int | None = None) -> list[LoadedSuite]:

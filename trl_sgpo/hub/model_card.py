@@ -279,13 +279,10 @@ def _before_and_after(directory: Path) -> str:
         "| | before | after |",
         "|---|---|---|",
     ]
-    for name, key, count in (
-        ("accuracy with the own strategy", "accuracy", "problems"),
-        ("strategy transfer score", "transfer", "transfers"),
-    ):
+    for name, key in (("accuracy with the own strategy", "accuracy"), ("strategy transfer score", "transfer")):
         for decoding, after in report["after"].items():
             cells = [
-                _interval(score[key], *wilson_interval(score[key], score[count])) if score[count] else "–"
+                _interval(score[key], *wilson_interval(score[key], score["problems"])) if score["problems"] else "–"
                 for score in (report["before"][decoding], after)
             ]
             lines.append(f"| {name}, {decoding} | {cells[0]} | {cells[1]} |")
