@@ -48,9 +48,10 @@ from .method.advantages import token_advantages
 from .method.buffer import load_rollouts, rollouts_file, save_rollouts
 from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
-from .method.metrics import phase_columns, phase_metrics
+from .method.metrics import CREDIT_COLUMNS, phase_columns, phase_metrics
 from .method.problem import as_problem
 from .method.requirements import check_arguments, check_model
+from .method.reward_functions import check_finite, checked
 from .method.rollout import Rollout, RolloutBatch, two_phase_rollout, without_experimental_warning
 from .method.transfer import BlockGeometry, TransferBlockSampler
 from .sgpo_config import SGPOConfig
@@ -107,6 +108,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     """
 
     args: SGPOConfig
+    reward_funcs: list[Any]
 
     def __init__(
         self,
@@ -146,6 +148,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
                 **kwargs,
             )
         check_model(self)
+        self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
         self.facts = self.training_facts()
@@ -201,7 +204,10 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self._log_phases(rollouts, local[:, 0])
         if self.model.training:
             self._credit = self.credit_of(rollouts, local)
-            self._log_credit(self._credit)
+            for name, values in self._credit.metrics.items():
+                self._log_mean(name, values)
+            for column, rows in self._credit.columns.items():
+                self._log_completion_extra(column, rows)
             if self.args.use_bank:
                 name, step = get_config_model_id(self.model.config) or "", self.state.global_step + 1
                 local_observation = self.bank_session.observe(self._batch, rollouts, self._credit, name, step)
@@ -214,7 +220,10 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     ) -> torch.Tensor:
         """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
         executions = as_completions(prompts[0], [rollout.execution for rollout in rollouts])
-        return super()._calculate_rewards(inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts])
+        ids = [rollout.execution_ids for rollout in rollouts]
+        rewards = super()._calculate_rewards(inputs, prompts, executions, ids)
+        check_finite(rewards, self.reward_func_names, prompts)
+        return rewards
 
     # 4. Credit
 
@@ -232,27 +241,18 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         return assign_credit(rollouts, rewards, self._batch, self.args, weights, spread=lambda x: nanstd(gather(x)))
 
     def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
-        metrics = phase_metrics(rollouts, self.args.max_completion_length, self.eos_token_ids)
-        for name, value in metrics.items():
+        for name, value in phase_metrics(rollouts, self.args.max_completion_length, self.eos_token_ids).items():
             self._log_metric(f"sgpo/{name}", value)
         if self.strategy_bank is not None:
             self._log_metric("sgpo/bank_size", float(len(self.strategy_bank)))
-        for column, values in phase_columns(rollouts, self._batch).items():
-            self._log_completion_extra(column, values)
-        self._log_completion_extra("correctness", verified.tolist())
+        columns = phase_columns(rollouts, self._batch, verified.tolist())
         if not self.model.training:
             self._log_mean("correctness", verified)
             # TRL keeps the last rows of each column apart, so a column left out would show rows of training
-            columns = ["transfer", "strategy_advantage"]
-            columns += ["execution_advantage"] if self.args.execution_baseline != "problem" else []
-            for column in columns:
-                self._log_completion_extra(column, [math.nan] * len(rollouts))
-
-    def _log_credit(self, credit: Credit) -> None:
-        for name, values in credit.metrics.items():
-            self._log_mean(name, values)
-        for column, rows in credit.columns.items():
-            self._log_completion_extra(column, rows)
+            kept = CREDIT_COLUMNS if self.args.execution_baseline != "problem" else CREDIT_COLUMNS[:2]
+            columns |= dict.fromkeys(kept, [math.nan] * len(rollouts))
+        for column, values in columns.items():
+            self._log_completion_extra(column, values)
 
     def _log_mean(self, name: str, values: torch.Tensor) -> None:
         if not torch.isnan(values).all():

@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
+from .reward_functions import check_names
 
 
 QUANTIZED_VLLM = (
@@ -33,7 +34,8 @@ def check_arguments(
     Checks the arguments of [`SGPOTrainer`].
 
     Raises:
-        [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, or no reward function.
+        [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, no reward function, or names of
+            reward functions that cannot be told apart.
         [`DataError`]: No training dataset, one that streams, without a column `prompt`, or with images.
     """
     for name in ("tools", "environment_factory", "rollout_func"):
@@ -50,6 +52,7 @@ def check_arguments(
         _check_dataset(dataset)
     if reward_funcs is None:
         raise ConfigError("SGPO needs at least one reward function: pass `reward_funcs`. The first is the verifier.")
+    check_names(reward_funcs)
 
 
 def check_model(trainer: GRPOTrainer) -> None:
