@@ -1,6 +1,7 @@
 """The trainer: advantages, gradients, rows, rewards, metrics, the bank, and resuming."""
 
 import hashlib
+import json
 import re
 import shutil
 
@@ -834,6 +835,13 @@ def lookup(query: str) -> str:
     return query
 
 
+def ending_in(role):
+    """Problems, one of which has an answer that has begun."""
+    rows = problems().to_list()
+    rows[1]["prompt"] = [*rows[1]["prompt"], {"role": role, "content": "The sum is"}]
+    return Dataset.from_list(rows)
+
+
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
@@ -846,6 +854,9 @@ def lookup(query: str) -> str:
         ({"eval_dataset": {"one": problems().to_iterable_dataset()}}, DataError, "stream"),
         ({"train_dataset": problems().add_column("image", [None] * 8)}, DataError, "column `image`"),
         ({"train_dataset": problems().rename_column("prompt", "question")}, DataError, "no column `prompt`"),
+        ({"train_dataset": ending_in("assistant")}, DataError, "prompt of row 1 ends .*`assistant`.* user message"),
+        ({"train_dataset": ending_in("tool")}, DataError, "prompt of row 1 ends .*`tool`.* user message"),
+        ({"eval_dataset": ending_in("assistant")}, DataError, "prompt of row 1 ends .*`assistant`.* user message"),
         ({"train_dataset": problems().select(range(3))}, DataError, "kind-1"),
         ({"class_column": "topic"}, DataError, "topic"),
     ],
@@ -854,6 +865,30 @@ def test_refusals(make, kwargs, error, message):
     """What SGPO cannot work with is refused before anything is loaded, in words that say what to change."""
     with pytest.raises(error, match=message):
         make(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_beams", 2), ("num_return_sequences", 2), ("stop_strings", ["."]), ("prompt_lookup_num_tokens", 2)],
+)
+def test_refusal_of_a_generation_configuration_that_does_not_sample(make, tmp_path, name, value):
+    """Of the model's own file, until `generation_kwargs` overrides it."""
+    path = save_tiny_model(tmp_path / "model")
+    own = tmp_path / "model" / "generation_config.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"do_sample": True, name: value}))
+    with pytest.raises(ConfigError, match=f"`generation_config.json` of the model sets `{name}`"):
+        make(model=path)
+    if name == "num_beams":
+        make(model=path, generation_kwargs={name: 1}, max_steps=1).train()
+
+
+def test_generation_batch_size_is_another_form_of_steps_per_generation(make):
+    runs = []
+    for kwargs in ({"generation_batch_size": 16}, {"steps_per_generation": 2}):
+        trainer = make(**kwargs)
+        trainer.train()
+        runs.append((trainer.args.steps_per_generation, metrics_of(trainer, 1)))
+    assert runs[0] == runs[1] and runs[0][0] == 2
 
 
 def test_refusal_of_quantized_weights_with_vllm(make, model):

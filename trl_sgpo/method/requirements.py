@@ -8,7 +8,10 @@ from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
+from ..speed.generation import base_of
+from .prompts import check_prompt
 from .reward_functions import check_names
+from .sampling import check_generation_config
 
 
 QUANTIZED_VLLM = (
@@ -36,7 +39,8 @@ def check_arguments(
     Raises:
         [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, no reward function, or names of
             reward functions that cannot be told apart.
-        [`DataError`]: No training dataset, one that streams, without a column `prompt`, or with images.
+        [`DataError`]: No training dataset, one that streams, without a column `prompt`, with images, or with a prompt
+            that does not end in a user message.
     """
     for name in ("tools", "environment_factory", "rollout_func"):
         if trainer_kwargs.pop(name, None) is not None:
@@ -60,10 +64,13 @@ def check_model(trainer: GRPOTrainer) -> None:
     Checks the model that a trainer has loaded, and how it is sharded.
 
     Raises:
-        [`ConfigError`]: Quantized weights with vLLM, or FSDP with sharded state dicts.
+        [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
+            with gradient checkpointing, or FSDP with sharded state dicts.
     """
     if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
         raise ConfigError(QUANTIZED_VLLM)
+    if not trainer.use_vllm:
+        check_generation_config(trainer.generation_config, base_of(trainer.model).generation_config)
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise ConfigError(SHARDED_CHECKPOINTS)
@@ -80,3 +87,5 @@ def _check_dataset(dataset: Dataset) -> None:
     images = {"image", "images"} & set(dataset.column_names)
     if images:
         raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+    for index, prompt in enumerate(dataset["prompt"]):
+        check_prompt(prompt, f"The prompt of row {index}")

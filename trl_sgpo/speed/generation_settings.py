@@ -20,7 +20,7 @@ WHOLE_PROMPTS = (
 )
 """Settings that need a call with whole prompts."""
 
-_NEUTRAL = {"encoder_repetition_penalty": 1, "guidance_scale": 1, "num_beams": 1, "num_return_sequences": 1}
+_OFF_AT_1 = ("encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "num_return_sequences")
 
 
 def effective_value(name: str, config: GenerationConfig, of_model: GenerationConfig) -> Any:
@@ -42,7 +42,7 @@ def effective_value(name: str, config: GenerationConfig, of_model: GenerationCon
 def active(names: Iterable[str], config: GenerationConfig, of_model: GenerationConfig) -> list[str]:
     """Returns those of the settings whose values have an effect."""
     values = {name: effective_value(name, config, of_model) for name in names}
-    return [name for name, value in values.items() if value and value != _NEUTRAL.get(name)]
+    return [name for name, value in values.items() if value and not (name in _OFF_AT_1 and value == 1)]
 
 
 def needs_whole_prompts(config: GenerationConfig, of_model: GenerationConfig) -> list[str]:
