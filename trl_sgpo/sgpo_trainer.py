@@ -50,7 +50,7 @@ from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
 from .method.metrics import CREDIT_COLUMNS, phase_columns, phase_metrics
 from .method.problem import as_problem
-from .method.requirements import check_arguments, check_model
+from .method.requirements import check_arguments, check_model, check_resumable
 from .method.reward_functions import check_finite, checked
 from .method.rollout import Rollout, RolloutBatch, two_phase_rollout, without_experimental_warning
 from .method.transfer import BlockGeometry, TransferBlockSampler
@@ -83,7 +83,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to train, as in [`~trl.GRPOTrainer`].
+            Model to train, as in [`~trl.GRPOTrainer`]. Names are looked up as in recipes, also in packages from PyPI.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             TRL reward functions or reward models. The first is the verifier.
         args ([`SGPOConfig`], *optional*):
@@ -103,8 +103,9 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             `peft_config`.
 
     Raises:
-        [`ConfigError`]: Something SGPO cannot work with: tools, images, a rollout function, 4-bit weights with vLLM.
+        [`ConfigError`]: Something SGPO cannot work with, such as tools, images, or 4-bit weights with vLLM.
         [`DataError`]: A dataset without a needed column, or with too few problems of a class.
+        [`ModelError`]: There are no such weights.
     """
 
     args: SGPOConfig
@@ -151,7 +152,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
-        self.facts = self.training_facts()
+        self.facts = self.training_facts(model)
         # These are attributes, because TRL fixes the arguments of `_roll_out` and the result of `_calculate_rewards`
         self._batch = RolloutBatch([], self.geometry)
         self._credit: Credit | None = None
@@ -199,8 +200,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = [row["rollout"] for row in inputs]
         rewards = self._reward_executions(inputs, prompts, rollouts)
-        start = self.accelerator.process_index * len(inputs)
-        local = rewards[start : start + len(inputs)]
+        local = rewards.split(len(inputs))[self.accelerator.process_index]
         self._log_phases(rollouts, local[:, 0])
         if self.model.training:
             self._credit = self.credit_of(rollouts, local)
@@ -220,8 +220,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     ) -> torch.Tensor:
         """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
         executions = as_completions(prompts[0], [rollout.execution for rollout in rollouts])
-        ids = [rollout.execution_ids for rollout in rollouts]
-        rewards = super()._calculate_rewards(inputs, prompts, executions, ids)
+        rewards = super()._calculate_rewards(inputs, prompts, executions, [row.execution_ids for row in rollouts])
         check_finite(rewards, self.reward_func_names, prompts)
         return rewards
 
@@ -338,6 +337,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        check_resumable(self.model)
         path = rollouts_file(checkpoint, self.accelerator.process_index)
         if path.exists():
             self._step, batches = load_rollouts(path, self.args.steps_per_generation, self.accelerator.device)

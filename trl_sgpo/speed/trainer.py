@@ -20,13 +20,15 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, PeftType
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
+from ..inference.weights import local_weights, require_model
 from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
 from .generation import AdapterMerge, base_of, can_merge, limited, shared_prefixes, token_progress
 from .generation_settings import COUNTED, active, needs_whole_prompts
+from .learned_prompts import is_prompt_learning, learned_prompt
 from .lm_head import contiguous_head_input, project_labelled_tokens_only
 from .quantization import keep_4bit_layout, keep_adapters_in_float32
 from .scoring import RowScorer, fits_window, problems_together, without_padding
@@ -70,6 +72,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     ```
 
     Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to train. Names are looked up as in recipes, also in packages from PyPI.
         *args:
             Passed on to [`~trl.GRPOTrainer`].
         share_prompts (`bool`, *optional*, defaults to `True`):
@@ -90,8 +94,20 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     aux_loss_enabled: bool
     eos_token_ids: list[int]
 
-    def __init__(self, *args: Any, share_prompts: bool = True, merge_adapters: bool = True, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        *args: Any,
+        share_prompts: bool = True,
+        merge_adapters: bool = True,
+        **kwargs: Any,
+    ):
+        try:
+            super().__init__(local_weights(model) if isinstance(model, str) else model, *args, **kwargs)
+        except OSError:
+            if isinstance(model, str):
+                require_model(model)  # raises an error that names what is missing
+            raise
         if self.args.fp16 and self._is_quantized():
             keep_adapters_in_float32(self.model)
         if self.accelerator.device.type == "cpu":
@@ -138,9 +154,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             packed = self._refusal(self._check_packed)
             prefixes = None if elsewhere else self._refusal(self._check_prefixes)
             if packed is not None and packed == prefixes:
-                self._log_slower(
-                    "Rows of a prompt are trained apart, and prompts are read for each in generation", packed
-                )
+                self._log_slower("Rows of a prompt are trained and generated apart", packed)
             else:
                 self._log_slower("Rows of a prompt are trained apart", packed)
                 self._log_slower("Prompts are read for each row in generation", prefixes)
@@ -182,7 +196,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             raise PathDiffers("the model has a processor, which may add images to a prompt")
         if kinds or base_of(self.model)._is_stateful:
             raise PathDiffers(f"layers without a KV cache of single tokens ({', '.join(kinds) or 'recurrent'})")
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+        if is_prompt_learning(self.model):
             raise PathDiffers("prompt learning puts virtual tokens before a prompt")
         if is_deepspeed_zero3_enabled():
             raise PathDiffers("with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs")
@@ -219,9 +233,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     def _may_drop_rows(self) -> bool:
         counted = active(COUNTED, self.generation_config, base_of(self.model).generation_config)
         if counted:
-            self._log_slower(
-                "Finished rows stay in the batch", f"{_quoted(counted)} would count from the next call on"
-            )
+            self._log_slower("Finished rows stay in the batch", f"{_quoted(counted)} counts from where a call starts")
         return not counted
 
     # Generation
@@ -272,6 +284,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         with (
             self._limited(max_new_tokens),
             contiguous_head_input(self.model),
+            learned_prompt(self.model),
             self._progress(len(prompt_ids), max_new_tokens, description),
         ):
             return super()._generate_single_turn(prompt_ids, None, {}, num_generations)
