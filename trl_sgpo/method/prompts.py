@@ -1,7 +1,7 @@
 """Texts of both phases: the requests for a strategy and for its execution, and the parsing of strategies."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +177,12 @@ def check_prompt(prompt: Prompt, name: str = "The prompt") -> None:
             f"{name} ends in a message of the role `{prompt[-1]['role']}`: a prompt must end in a user message with "
             "the problem. Remove the messages after it."
         )
+
+
+def check_prompts(prompts: Iterable[Prompt]) -> None:
+    """[`check_prompt`] for a dataset's prompts."""
+    for index, prompt in enumerate(prompts):
+        check_prompt(prompt, f"The prompt of row {index}")
 
 
 def as_text(prompt: Prompt) -> str:

@@ -11,7 +11,7 @@ from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
 from ..speed.generation import base_of
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
-from .prompts import check_prompt
+from .prompts import check_prompts
 from .reward_functions import check_names
 from .sampling import check_generation_config
 
@@ -125,5 +125,4 @@ def _check_dataset(dataset: Dataset) -> None:
     images = {"image", "images"} & set(dataset.column_names)
     if images:
         raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
-    for index, prompt in enumerate(dataset["prompt"]):
-        check_prompt(prompt, f"The prompt of row {index}")
+    check_prompts(dataset["prompt"])
