@@ -219,3 +219,64 @@ class TestChoices:
     def test_aggregation(self, config):
         message = refusal(config, multi_objective_aggregation="normalize_then_sum")
         assert "multi_objective_aggregation to 'sum_then_normalize'" in message
+
+
+class TestGenerationBatchSize:
+    """It counts the rows of all devices, as in TRL."""
+
+    def test_gives_the_steps(self, config):
+        made = config(num_generations=4, generation_batch_size=24)
+        assert (made.per_device_train_batch_size, made.steps_per_generation) == (8, 3)
+        assert made.to_grpo().steps_per_generation == 3
+
+    def test_message_of_one_without_whole_blocks(self, config):
+        message = refusal(config, num_generations=4, per_device_train_batch_size=4, generation_batch_size=12)
+        assert "generation_batch_size" in message and "set generation_batch_size to 16" in message
+        config(num_generations=4, per_device_train_batch_size=4, generation_batch_size=16)
+
+    def test_what_trl_refuses(self, config):
+        assert "divisible by the global batch size" in refusal(config, num_generations=4, generation_batch_size=12)
+        message = refusal(config, num_generations=4, generation_batch_size=16, steps_per_generation=2)
+        assert "'generation_batch_size' and 'steps_per_generation'" in message
+
+
+class TestGenerationKwargs:
+    @pytest.mark.parametrize(
+        ("name", "value", "instead"),
+        [
+            ("max_new_tokens", 30, "`max_completion_length`.*`max_strategy_length`"),
+            ("max_length", 30, "`max_completion_length`"),
+            ("temperature", 0.5, "`temperature` of the configuration"),
+            ("num_return_sequences", 2, "`num_generations`"),
+            ("eos_token_id", 7, "`generation_config.json`"),
+        ],
+    )
+    def test_setting_of_another_key_names_it(self, config, name, value, instead):
+        message = refusal(config, generation_kwargs={name: value})
+        assert re.search(f"`generation_kwargs` cannot set `{name}`: .*{instead}", message), message
+
+    @pytest.mark.parametrize("name", ["max_tokens", "n"])
+    def test_names_of_vllm(self, config, name):
+        message = refusal(config, generation_kwargs={name: 2}, use_vllm=True)
+        assert f"`generation_kwargs` cannot set `{name}`" in message
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *[("num_beams", 2), ("num_beam_groups", 2), ("do_sample", False), ("penalty_alpha", 0.6)],
+            *[("constraints", [[5]]), ("force_words_ids", [[5]]), ("dola_layers", "low"), ("use_mtp", True)],
+            *[("prompt_lookup_num_tokens", 2), ("assistant_early_exit", 1), ("stop_strings", ["."])],
+            *[("token_healing", True), ("return_dict_in_generate", True)],
+        ],
+    )
+    def test_what_cannot_train_is_named(self, config, name, value):
+        assert f"`{name}` in `generation_kwargs`" in refusal(config, generation_kwargs={name: value})
+
+    def test_unknown_name(self, config):
+        assert "`min_new_token`" in refusal(config, generation_kwargs={"min_new_token": 3})
+
+    @pytest.mark.parametrize(
+        "given", [None, {}, '{"typical_p": 0.9}', {"num_beams": 1, "do_sample": True, "min_new_tokens": 2}]
+    )
+    def test_others_are_taken(self, config, given):
+        config(generation_kwargs=given)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.errors import ConfigError
+from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.method.prompts import (
     RETRIEVED_HEADER,
     STEPS_PROMPT,
@@ -197,6 +197,16 @@ class TestStrategyPrompt:
     def test_plain_text(self, chat):
         built = strategy_prompt("What is {x}?", STRATEGY_PROMPT, [], chat)
         assert built == strategy_request(STRATEGY_PROMPT, "What is {x}?", []) + "\n\nStrategy:"
+
+    @pytest.mark.parametrize("role", ["assistant", "tool", "system"])
+    def test_last_message_of_another_role_is_refused(self, role):
+        prompt = [*self.MESSAGES, {"role": role, "content": "Let me see."}]
+        with pytest.raises(DataError, match=f"ends in a message of the role `{role}`.* must end in a user message"):
+            strategy_prompt(prompt, STRATEGY_PROMPT, [], chat=True)
+
+    def test_no_message_is_refused(self):
+        with pytest.raises(DataError, match="has no messages"):
+            strategy_prompt([], STRATEGY_PROMPT, [], chat=True)
 
 
 def test_plain_bridge():

@@ -17,5 +17,9 @@ class ModelError(SGPOError, OSError):
     """A model or embedder whose weights cannot be found or used."""
 
 
+class RewardError(SGPOError, ValueError):
+    """A reward function that returns what cannot be trained on."""
+
+
 class BankError(SGPOError, RuntimeError):
     """A strategy bank that cannot be opened, read or written."""

@@ -7,6 +7,7 @@ from trl import GRPOConfig
 from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .errors import ConfigError
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
+from .method.sampling import check_generation_kwargs
 
 
 @dataclass
@@ -274,11 +275,16 @@ class SGPOConfig(GRPOConfig):
         check_strategy_prompt(self.strategy_prompt)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self._check_local_batch()
+        given = self.generation_batch_size is not None
+        if not given:
+            self._check_local_batch()
         try:
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if given:
+            self._check_generation_batch()
+        check_generation_kwargs(self.generation_kwargs or {}, self.use_vllm)
 
     def _check_geometry(self):
         K, G, b = self.transfer_block_size, self.num_generations, self.num_bank_rollouts
@@ -354,20 +360,30 @@ class SGPOConfig(GRPOConfig):
 
     def _check_local_batch(self):
         """Checked before TRL does, whose message names no fix."""
-        K, G = self.transfer_block_size, self.num_generations
         rows = self.per_device_train_batch_size
-        if self.generation_batch_size is not None:
-            local, what = self.generation_batch_size // self.world_size, "generation_batch_size / number of devices"
-            fix = "generation_batch_size"
-        else:
-            per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-            local = rows * per_generation
-            name = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
-            what = f"per_device_train_batch_size ({rows}) * {name} ({per_generation})"
-            fix = f"per_device_train_batch_size or {name}"
-        if local % (K * G):
-            raise ConfigError(
-                f"One device generates {what} = {local} rows at a time, which must be a multiple of "
-                f"transfer_block_size ({K}) * num_generations ({G}) = {K * G}, so that a block stays on one device: "
-                f"set {fix} so that it is {local + K * G - local % (K * G)}."
+        per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+        name = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
+        if missing := self._missing_rows(rows * per_generation):
+            raise self._no_whole_blocks(
+                f"per_device_train_batch_size ({rows}) * {name} ({per_generation}) = {rows * per_generation}",
+                f"set per_device_train_batch_size or {name} so that it is {rows * per_generation + missing}",
             )
+
+    def _check_generation_batch(self):
+        """Checked after TRL, which finds the number of devices."""
+        total, devices = self.generation_batch_size, self.world_size
+        if missing := self._missing_rows(total // devices):
+            raise self._no_whole_blocks(
+                f"generation_batch_size ({total}) / number of devices ({devices}) = {total // devices}",
+                f"set generation_batch_size to {total + missing * devices}",
+            )
+
+    def _missing_rows(self, local: int) -> int:
+        return -local % (self.transfer_block_size * self.num_generations)
+
+    def _no_whole_blocks(self, local: str, fix: str) -> ConfigError:
+        K, G = self.transfer_block_size, self.num_generations
+        return ConfigError(
+            f"One device generates {local} rows at a time, which must be a multiple of transfer_block_size ({K}) * "
+            f"num_generations ({G}) = {K * G}, so that a block stays on one device: {fix}."
+        )

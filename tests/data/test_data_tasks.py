@@ -7,8 +7,10 @@ from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
 from trl_sgpo.data.generated import materialise
+from trl_sgpo.data.loading import load_data
 from trl_sgpo.data.tasks import answer_reward, final_answer, load_mixture, load_problems, to_problems
 from trl_sgpo.errors import DataError
+from trl_sgpo.recipe import read_recipe
 
 
 GYM = "reasoning_gym/lcm+chain_sum?size=60&seed=3&max_value=40&max_digits=2"
@@ -195,3 +197,21 @@ def test_answer_reward_by_family():
     assert answer_reward([f"#### {solution}" for solution in dataset["solution"]], **columns) == [1.0] * 30
     assert answer_reward(["#### {}"] * 30, **columns) == [0.0] * 30
     assert answer_reward(["#### 987654321"] * 30, **columns) == [0.0] * 30
+
+
+@pytest.mark.parametrize("system_prompt", [None, "Be brief."])
+def test_recipe_data_that_ends_in_another_role_is_refused_before_anything_is_loaded(tmp_path, system_prompt):
+    rows = [
+        {"prompt": [{"role": "user", "content": "1 + 1?"}], "solution": "2"},
+        {
+            "prompt": [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "It is"}],
+            "solution": "3",
+        },
+    ]
+    path = tmp_path / "problems.jsonl"
+    jsonl(path, rows)
+    options = ["--model_name_or_path", "nowhere", "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    options += ["--system_prompt", system_prompt] if system_prompt else []
+    recipe = read_recipe([*options, "--report_to", "none", "--bf16", "false"], "test")
+    with pytest.raises(DataError, match="prompt of row 1 ends in a message of the role `assistant`"):
+        load_data(recipe)

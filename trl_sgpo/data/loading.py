@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trl import DatasetMixtureConfig
 
 from ..errors import ConfigError, DataError
-from ..method.prompts import problem_text, with_system_prompt
+from ..method.prompts import check_prompts, problem_text, with_system_prompt
 from ..recipe import Recipe, SGPOScriptArguments
 from .tasks import answer_reward, load_mixture, load_problems
 
@@ -43,6 +43,8 @@ def load_data(recipe: Recipe) -> DatasetDict:
         )
     else:
         raise ConfigError("Name the training problems: set `dataset_name`, or `datasets` for a mixture.")
+    for split in data.values():
+        check_prompts(split["prompt"])
     if script.system_prompt is not None:
         data = data.map(_add_system_prompt, fn_kwargs={"system_prompt": script.system_prompt}, desc="System prompt")
     return data

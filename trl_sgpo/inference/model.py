@@ -12,6 +12,7 @@ from ..errors import ModelError
 from ..method.conversation import Conversation
 from ..method.prompts import ParsedStrategy, Prompt
 from ..speed.generation import left_padded
+from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from .loading import base_of, is_adapter, load_base
 from .settings import TwoPhaseSettings
 from .weights import require_model
@@ -129,7 +130,7 @@ class TwoPhaseModel:
 
                 base = load_base(base_of(directory), saved.trained_on, **model_kwargs)
                 model = PeftModel.from_pretrained(base, directory)
-                if "quantization_config" not in vars(model.config):
+                if "quantization_config" not in vars(model.config) and not is_prompt_learning(model):
                     model = model.merge_and_unload()
             else:
                 model = AutoModelForCausalLM.from_pretrained(directory, **model_kwargs)
@@ -310,7 +311,10 @@ class TwoPhaseModel:
     ) -> list[list[int]]:
         ids, mask = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         streamer = None if stream is None else _Streamer(self.tokenizer, stream)
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        with learned_prompt(self.model):
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+            )
         return output[:, ids.size(1) :].tolist()
 
 
