@@ -280,6 +280,14 @@ def test_recipe_keeps_what_its_titles_say(tiny: str, here: Path, size: int, repo
     assert content["dtype"] == "float32" and content["bf16"] is False and "float16" not in written
 
 
+def test_a_class_whose_problems_are_kept_is_merged(tiny: str, here: Path) -> None:
+    rows = [{"prompt": f"What is {i} + 1?", "solution": str(i + 1), "problem_class": "sums"} for i in range(88)]
+    rows += [row | {"problem_class": "last"} for row in rows[:12]]
+    data = word_problems.write(here / "sums.jsonl", rows)
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 0
+    assert yaml.safe_load(Path("recipe.yaml").read_text())["small_classes"] == "merge"  # two of twelve are trained on
+
+
 def test_generated_problems_keep_none(tiny: str, here: Path) -> None:
     assert main(["init", "--model", tiny, "--data", "lcm+gcd?size=40", "--vram", "8"]) == 0
     written = Path("recipe.yaml").read_text()

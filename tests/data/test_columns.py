@@ -268,6 +268,22 @@ def test_columns_that_look_like_parts_of_the_problem(
 @pytest.mark.parametrize(
     ("name", "value", "is_part"),
     [
+        ("candidates", ["{0} plums", "no plums"], True),
+        ("domain", ["Mathematics, chapter {0}"], False),
+        ("generations", ["We add to {0}.", "We count from {0}."], False),
+    ],
+)
+def test_rules_for_lists(name: str, value: list[str], is_part: bool) -> None:
+    rows = [
+        {"question": f"What is {i} + 2?", name: [item.format(i) for item in value], "answer": str(i + 2)}
+        for i in range(20)
+    ]
+    assert (left_of(rows).parts == (name,)) == is_part
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_part"),
+    [
         ("Equation", "( {0}.0 + 2.0 )", False),
         ("Type", "Common-Division", False),
         ("level", "Level {0}", False),

@@ -175,10 +175,10 @@ def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
 
     verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
     for each in loaded:
-        if verifier is answer_reward and "solution" not in each.rows[0]:
+        if verifier is answer_reward and all(row.get("solution") is None for row in each.rows):
             raise DataError(
-                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, or name a "
-                "`--verifier` that needs none."
+                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, name its "
+                "`answer_column`, or a `--verifier` that needs none."
             )
     return verifier
 

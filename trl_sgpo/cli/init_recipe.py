@@ -91,6 +91,7 @@ def sections(
         report = min(report, len(rows) // 10)
         if report >= 4 * BLOCK_SIZE:
             title = "Data: a tenth of the problems is kept for the report before and after training"
+            rows = rows.select(range(len(rows) * 9 // 10))
             problems |= {"dataset_train_split": "train[:90%]", "dataset_test_split": "train[90%:]"}
         else:
             title, report = "Data: too few problems to keep some of them for a report", 0

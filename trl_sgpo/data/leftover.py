@@ -105,9 +105,9 @@ def is_part(name: str, values: Sequence[Any], prompts: Sequence[str]) -> bool:
     Whether a column looks like a part of the problem.
 
     It does if at least half of the rows have a value, at least three values differ, most values are not in the problem
-    already, and it is named like a part (`choices`, `options`, `body`, `context`, …), holds lists of texts, or holds
-    texts of four words or more in the median. It does not if it is named like a solution (`rationale`, `equation`, …)
-    or holds worked solutions with a marked answer.
+    already, and it is named like a part (`choices`, `options`, `body`, `context`, …), holds lists of two texts or
+    more, or holds texts of four words or more in the median. It does not if it is named like a solution (`rationale`,
+    `equation`, …) or holds worked solutions with a marked answer.
 
     Args:
         name (`str`):
@@ -132,7 +132,9 @@ def is_part(name: str, values: Sequence[Any], prompts: Sequence[str]) -> bool:
     if _SOLUTION.search(name) or 2 * sum("####" in text or "\\boxed{" in text for text in texts) > len(texts):
         return False
     if any(isinstance(value, list | dict) for value, _ in filled):
-        return all(isinstance(value, list) and all(isinstance(item, str) for item in value) for value, _ in filled)
+        lists = [value for value, _ in filled if isinstance(value, list)]
+        of_texts = all(isinstance(item, str) for value in lists for item in value)
+        return len(lists) == len(filled) and of_texts and median(map(len, lists)) >= 2
     return median(len(_WORD.findall(text)) for text in texts) >= MIN_WORDS
 
 
