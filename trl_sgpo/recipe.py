@@ -103,6 +103,9 @@ class SGPOScriptArguments(GRPOScriptArguments):
         metadata={"help": "Whether to estimate memory before weights are loaded, on a GPU or with `vram_gb`."},
     )
 
+    def __post_init__(self) -> None:
+        Columns(self.prompt_column, self.prompt_template)  # raises errors
+
 
 @dataclass
 class Recipe:
