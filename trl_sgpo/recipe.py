@@ -9,10 +9,12 @@ from typing import Any
 from accelerate.commands.launch import launch_command_parser
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from .data.columns import Columns
+from .data.mixture import ProblemMixtureConfig
 from .errors import ConfigError
 from .sgpo_config import SGPOConfig
 from .yaml_files import read_mapping
@@ -30,6 +32,11 @@ class SGPOScriptArguments(GRPOScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Names of TRL's reward functions, `answer_reward` (reads the final answer and compares it as text, number,
             list or mathematics, or with the problem family's own verifier), or dotted import paths.
+        prompt_column (`str`, *optional*):
+            Column with the problem, whatever its case. If `None`, the first of `prompt`, `question` and `problem` that
+            a row has. Its answer is in `answer_column`; if that is not set, in `answer`, else in `solution`.
+        prompt_template (`str`, *optional*):
+            Text of the problem with names of columns in braces, like `"{Body} {Question}"`, instead of one column.
         system_prompt (`str`, *optional*):
             System message put before conversational prompts that have none.
         warmstart_traces (`int`, *optional*, defaults to `0`):
@@ -55,6 +62,13 @@ class SGPOScriptArguments(GRPOScriptArguments):
             Whether to estimate memory before weights are loaded, if there is a GPU or the recipe states `vram_gb`.
     """
 
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the problem. By default `prompt`, `question` or `problem`."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "Text of the problem with names of columns in braces, like '{Body} {Question}'."},
+    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message put before conversational prompts that have none."}
     )
@@ -89,6 +103,9 @@ class SGPOScriptArguments(GRPOScriptArguments):
         metadata={"help": "Whether to estimate memory before weights are loaded, on a GPU or with `vram_gb`."},
     )
 
+    def __post_init__(self) -> None:
+        Columns(self.prompt_column, self.prompt_template)  # raises errors
+
 
 @dataclass
 class Recipe:
@@ -97,7 +114,7 @@ class Recipe:
 
     Args:
         script ([`SGPOScriptArguments`]), training ([`SGPOConfig`]), model ([`~trl.ModelConfig`]),
-        mixture ([`~trl.DatasetMixtureConfig`]):
+        mixture ([`~trl_sgpo.data.mixture.ProblemMixtureConfig`]):
             The parts of a recipe.
         path (`str` or `None`):
             The YAML file.
@@ -105,18 +122,21 @@ class Recipe:
             Arguments for `accelerate launch`.
         own (`list[str]`):
             The command line without them.
+        columns ([`~trl_sgpo.data.columns.Columns`]):
+            Columns of `dataset_name` that problems and answers are read from.
     """
 
     script: SGPOScriptArguments
     training: SGPOConfig
     model: ModelConfig
-    mixture: DatasetMixtureConfig
+    mixture: ProblemMixtureConfig
     path: str | None
     launch: list[str]
     own: list[str]
+    columns: Columns
 
 
-_PARTS = (SGPOScriptArguments, SGPOConfig, ModelConfig, DatasetMixtureConfig)
+_PARTS = (SGPOScriptArguments, SGPOConfig, ModelConfig, ProblemMixtureConfig)
 
 
 def read_recipe(argv: list[str], prog: str) -> Recipe:
@@ -158,7 +178,26 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
         raise ConfigError("`trust_remote_code` is refused: it would run code from the model's repository.")
     leftover = list(from_command_line)
     own = [argument for argument in argv if not (leftover and argument == leftover[0] and leftover.pop(0))]
-    return Recipe(script, training, model, mixture, path, launch, own)
+    columns = _columns(script, training, mixture, _is_set("answer_column", argv, path))
+    training.answer_column = "solution"  # answers are loaded into this column
+    return Recipe(script, training, model, mixture, path, launch, own, columns)
+
+
+def _is_set(key: str, argv: list[str], path: str | None) -> bool:
+    given = any(argument.split("=", 1)[0] == f"--{key}" for argument in argv)
+    return given or (path is not None and key in read_mapping(path))
+
+
+def _columns(
+    script: SGPOScriptArguments, training: SGPOConfig, mixture: ProblemMixtureConfig, answers: bool
+) -> Columns:
+    columns = Columns(script.prompt_column, script.prompt_template, training.answer_column if answers else None)
+    if mixture.datasets and columns != Columns():
+        raise ConfigError(
+            "`prompt_column`, `prompt_template` and `answer_column` are those of `dataset_name`: in a mixture, set "
+            "them in each entry of `datasets`."
+        )
+    return columns
 
 
 def _check_file(argv: list[str]) -> str | None:

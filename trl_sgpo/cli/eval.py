@@ -175,10 +175,10 @@ def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
 
     verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
     for each in loaded:
-        if verifier is answer_reward and "solution" not in each.rows[0]:
+        if verifier is answer_reward and all(row.get("solution") is None for row in each.rows):
             raise DataError(
-                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, or name a "
-                "`--verifier` that needs none."
+                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, name its "
+                "`answer_column`, or a `--verifier` that needs none."
             )
     return verifier
 
@@ -218,7 +218,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
 
     from ..evaluation.chunks import ChunkLog
-    from ..evaluation.digest import digest, settings_record, weights_digest
+    from ..evaluation.digest import digest, settings_record, suite_record, weights_digest
     from ..evaluation.hub_results import write_hub_results
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
     from ..evaluation.tables import tables, write_results
@@ -254,7 +254,7 @@ def evaluate(options: argparse.Namespace) -> int:
             "weights": weights_digest(model),
             "two_phase": settings_record(model.settings),
             "dtype": options.dtype,
-            "suites": {each.suite.name: asdict(each.suite) | {"rows": digest(each.rows)} for each in loaded},
+            "suites": {each.suite.name: suite_record(each.suite) | {"rows": digest(each.rows)} for each in loaded},
             "protocol": asdict(protocol),
             "verifier": options.verifier,
             "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),

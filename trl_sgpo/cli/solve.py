@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         "dataset_name, with @SPLIT at its end",
     )
     files.add_argument(
+        "--prompt_template", metavar="TEXT", help="problem of several columns, like '{Body} {Question}'"
+    )
+    files.add_argument("--prompt_column", metavar="NAME", help="column of --input with the problem")
+    files.add_argument(
         "--output",
         metavar="FILE",
         help=".jsonl file for the answers, a line for each problem; the same command resumes",
@@ -161,6 +165,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("`--trust_bank` is about a bank that does not come with the model: name it by `--bank`.")
     if (options.input is None) != (options.output is None):
         raise ConfigError("`--input` and `--output` go together: give both.")
+    if options.input is None and (options.prompt_template is not None or options.prompt_column is not None):
+        raise ConfigError("`--prompt_template` and `--prompt_column` are about a file: name it by `--input`.")
     if options.input is not None and (options.problem is not None or options.json):
         raise ConfigError("With `--input`, problems come from a file and JSON goes to one: leave out the rest.")
     if options.problem is not None and not options.problem.strip():
@@ -407,7 +413,9 @@ def _solve_file(options: argparse.Namespace) -> int:
 
     output = check_output(options.output, options.input)
     try:
-        (loaded,) = load_suites([parse_suite(f"input={options.input}")])
+        suite = parse_suite(f"input={options.input}")
+        columns = {"prompt_template": options.prompt_template, "prompt_column": options.prompt_column}
+        (loaded,) = load_suites([replace(suite, **columns)])
     except DataError as error:
         raise DataError(str(error).replace("The suite input", "`--input`")) from error
     prompts = [row["prompt"] for row in loaded.rows]

@@ -125,7 +125,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
     )
-    trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture)
+    trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture) | asdict(recipe.columns)
     trainer.facts = replace(
         trainer.facts,
         base_model=recipe.model.model_name_or_path,

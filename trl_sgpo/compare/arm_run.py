@@ -49,7 +49,7 @@ def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
 def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
     """Digest of everything a run depends on, so that results of other settings are not reused."""
     recipe = arm_recipe(comparison, arm, seed)
-    parts = [recipe.script, recipe.training, recipe.model, recipe.mixture]
+    parts = [recipe.script, recipe.training, recipe.model, recipe.mixture, recipe.columns]
     settings = [{key: str(value) for key, value in sorted(vars(part).items())} for part in parts]
     measured = [comparison.budget, comparison.suites, comparison.transfer, comparison.samples]
     measured += [comparison.curve_points, comparison.curve_problems]

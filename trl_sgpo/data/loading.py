@@ -9,11 +9,11 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
-from trl import DatasetMixtureConfig
 
 from ..errors import ConfigError, DataError
 from ..method.prompts import check_prompts, problem_text, with_system_prompt
 from ..recipe import Recipe, SGPOScriptArguments
+from .mixture import ProblemMixtureConfig
 from .tasks import answer_reward, load_mixture, load_problems
 
 
@@ -39,19 +39,35 @@ def load_data(recipe: Recipe) -> DatasetDict:
         data = DatasetDict({split: load_mixture(_with_split(recipe.mixture, split))["train"] for split in splits})
     elif script.dataset_name:
         data = DatasetDict(
-            {split: load_problems(script.dataset_name, split, script.dataset_config) for split in splits}
+            {
+                split: load_problems(script.dataset_name, split, script.dataset_config, recipe.columns)
+                for split in splits
+            }
         )
     else:
         raise ConfigError("Name the training problems: set `dataset_name`, or `datasets` for a mixture.")
     for split in data.values():
         check_prompts(split["prompt"])
+    _check_answers(data, script.reward_funcs or [])
     if script.system_prompt is not None:
         data = data.map(_add_system_prompt, fn_kwargs={"system_prompt": script.system_prompt}, desc="System prompt")
     return data
 
 
-def _with_split(mixture: DatasetMixtureConfig, split: str) -> DatasetMixtureConfig:
-    return replace(mixture, datasets=[replace(part, split=split) for part in mixture.datasets])
+def _check_answers(data: DatasetDict, rewards: list[str]) -> None:
+    """Raises an error for a split without answers, where `answer_reward` needs them."""
+    for split, problems in data.items():
+        has_answers = "solution" in problems.column_names and any(value is not None for value in problems["solution"])
+        if "answer_reward" in rewards and not has_answers:
+            raise DataError(
+                f"No problem of the split `{split}` has an answer, which `answer_reward` compares with: name the "
+                f"column with the answers as `answer_column` (the columns are {', '.join(problems.column_names)}), or "
+                "another reward function."
+            )
+
+
+def _with_split(mixture: ProblemMixtureConfig, split: str) -> ProblemMixtureConfig:
+    return replace(mixture, datasets=[replace(part, **{"split": split}) for part in mixture.datasets])
 
 
 def _add_system_prompt(row: dict[str, Any], system_prompt: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..data.columns import Columns
 from ..errors import ConfigError, DataError
 from ..method.prompts import with_system_prompt
 
@@ -37,6 +38,8 @@ class Suite:
             Number of problems, drawn with a fixed seed if there are more.
         class_column (`str`, *optional*, defaults to `"problem_class"`):
             Column with the problems' classes.
+        prompt_column (`str`, *optional*), prompt_template (`str`, *optional*), answer_column (`str`, *optional*):
+            Columns of problems and answers, as in [`~trl_sgpo.data.columns.Columns`].
         hub_id (`str`, *optional*):
             Dataset on the Hub that these problems are, for results in the Hub's format.
         task_id (`str`, *optional*, defaults to `"default"`):
@@ -52,6 +55,9 @@ class Suite:
     class_column: str = "problem_class"
     hub_id: str | None = None
     task_id: str = "default"
+    prompt_column: str | None = None
+    prompt_template: str | None = None
+    answer_column: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not all(character.isalnum() or character in "._-" for character in self.name):
@@ -96,6 +102,7 @@ NAMED = {
             "test",
             kind="out_of_distribution",
             class_column="perturbation_type",
+            prompt_column="question",
             hub_id="qintongli/GSM-Plus",
         ),
         Suite("math500", "HuggingFaceH4/MATH-500", "test", kind="harder", hub_id="HuggingFaceH4/MATH-500"),
@@ -189,7 +196,8 @@ def _load(suite: Suite, data_dir: str | None, limit: int | None) -> LoadedSuite:
     if split is None:
         split = "train" if Path(path).is_file() else "test"
     try:
-        problems = load_problems(path, split, config)
+        columns = Columns(suite.prompt_column, suite.prompt_template, suite.answer_column)
+        problems = load_problems(path, split, config, columns)
     except (ValueError, OSError) as error:
         raise DataError(f"The suite {suite.name} cannot be loaded from {path} ({split}): {error}") from error
     if suite.class_column not in problems.column_names and suite.class_column != "problem_class":

@@ -205,6 +205,17 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Executions.
         """
+        return [text for text, _ in self.execute_to_limit(problems, strategies, decoding, progress, stream)]
+
+    def execute_to_limit(
+        self,
+        problems: Sequence["Problem"],
+        strategies: Sequence[str | ParsedStrategy],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+        stream: Stream | None = None,
+    ) -> list[tuple[str, bool]]:
+        """As [`TwoPhaseModel.execute`], and for each execution whether the limit cut it off."""
         conversation = self.conversation
         contexts = [
             conversation.execution_request(problem.prompt, problem.shown, _sampled(strategy))
@@ -229,7 +240,8 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Completions.
         """
-        return self._complete(list(map(self.conversation.plain_request, prompts)), decoding, progress)
+        contexts = list(map(self.conversation.plain_request, prompts))
+        return [text for text, _ in self._complete(contexts, decoding, progress)]
 
     def continue_from(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], decoding: Decoding | None = None
@@ -259,10 +271,10 @@ class TwoPhaseModel:
         decoding: Decoding | None,
         progress: str | None,
         stream: Stream | None = None,
-    ) -> list[str]:
+    ) -> list[tuple[str, bool]]:
         limit = self.settings.max_completion_length
         generated = self._generate(contexts, limit, decoding or Decoding(), progress, stream)
-        return [self._decode(ids).strip() for ids, _ in generated]
+        return [(self._decode(ids).strip(), end is None) for ids, end in generated]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

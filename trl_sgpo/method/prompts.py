@@ -19,7 +19,10 @@ STEPS_PROMPT = (
     "steps, one a line. Name what changes from problem to problem in braces, like {first number}. Use no numbers of "
     "this problem and do not give its answer."
 )
-EXECUTION_PROMPT = "Now apply this strategy to the problem, step by step, and finish with the final answer."
+# The form that `answer_reward` and TRL's `accuracy_reward` read
+EXECUTION_PROMPT = (
+    "Now apply this strategy to the problem, step by step, and finish with the final answer in \\boxed{}."
+)
 REASONING_START, REASONING_END = "<think>", "</think>"
 RETRIEVED_HEADER = "Strategies that worked on similar problems, quoted (adapt, combine or improve them):\n"
 
