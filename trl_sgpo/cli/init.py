@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..errors import ConfigError, DataError, SGPOError
 
 
@@ -122,7 +124,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo init",
         allow_abbrev=False,
         description="Write a recipe for a model, problems and a GPU. Missing options are asked for in a terminal.",
@@ -189,6 +191,7 @@ def _check_paths(recipe: Path, rewards: Path | None, overwrite: bool) -> None:
         raise ConfigError(f"`--output {recipe}` is a YAML file: give it the ending .yaml.")
     if rewards is not None:
         _reward_path(str(rewards))
+    check_file("--output", recipe)
     for path in (recipe, rewards):
         if path is not None and path.exists() and not overwrite:
             raise ConfigError(f"{path} exists: choose another name, or replace it with `--overwrite`.")

@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
+from .conversation import check_system_role
 
 
 QUANTIZED_VLLM = (
@@ -54,11 +55,13 @@ def check_arguments(
 
 def check_model(trainer: GRPOTrainer) -> None:
     """
-    Checks the model that a trainer has loaded, and how it is sharded.
+    Checks the model that a trainer has loaded, its chat template, and how it is sharded.
 
     Raises:
-        [`ConfigError`]: Quantized weights with vLLM, or FSDP with sharded state dicts.
+        [`ConfigError`]: Quantized weights with vLLM, FSDP with sharded state dicts, or a chat template without the
+            system role that the prompts have.
     """
+    check_system_role(trainer.processing_class, trainer.train_dataset[0]["prompt"], trainer.args.chat_template_kwargs)
     if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
         raise ConfigError(QUANTIZED_VLLM)
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
