@@ -162,7 +162,8 @@ def read_recipe(
     content, refused = ({}, []) if path is None else _read_file(path, parser, hints)
     from_file = parser.set_defaults_with_config(**content)
     values, from_command_line, wrong = _read_command_line(overrides, parser, hints)
-    refused += [*wrong, *check(values)]
+    given = {_key(argument) for argument in overrides if argument.startswith("--")}
+    refused = [(key, text) for key, text in refused if key not in given] + wrong + check(values)
     launch, problems = _split_launch(from_file + from_command_line, parser)
     problems += [text for _, text in refused]
     parts: list[Any] = []
@@ -182,7 +183,7 @@ def read_recipe(
         problems.append("`trust_remote_code` is refused: it would run code from the model's repository.")
     refuse(path or "The command line", problems)
     script, training, model, mixture = parts
-    if any(_key(argument) == "dataset_name" for argument in overrides if argument.startswith("--")):
+    if "dataset_name" in given:
         mixture.datasets = []  # the command line overrides the recipe's mixture
     leftover = list(from_command_line)
     own = [argument for argument in overrides if not (leftover and argument == leftover[0] and leftover.pop(0))]
@@ -262,6 +263,7 @@ def _read_command_line(
                 values[key] = json.loads(value)
             except ValueError as error:
                 refused.append((key, f"`{key}` is no valid JSON: {error}."))
+    values["report_to"] = values["report_to"] or "none"  # transformers takes an empty value for a name
     return values, unknown, refused
 
 

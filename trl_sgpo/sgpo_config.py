@@ -273,6 +273,7 @@ class SGPOConfig(GRPOConfig):
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self._use_new_names()
         for check in (self._check_choices, self._check_prompt, self._check_geometry):
             problems += _problems_of(check)
         if not problems:
@@ -280,6 +281,15 @@ class SGPOConfig(GRPOConfig):
         # TRL's own checks follow from the geometry: after a problem, only those of transformers
         problems += _problems_of((super(GRPOConfig, self) if problems else super()).__post_init__)
         refuse("SGPOConfig", problems)
+
+    def _use_new_names(self):
+        """Names of transformers for what TRL sets by its old names, of which transformers would warn."""
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if self.__dict__.get(new) is None:
+                self.__dict__[new] = self.__dict__[old]
 
     def _check_geometry(self):
         K, G, b = self.transfer_block_size, self.num_generations, self.num_bank_rollouts

@@ -32,7 +32,7 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 def setup_problems(values: Mapping[str, Any]) -> Problems:
     """
-    Finds what this machine lacks for a run, before anything is downloaded or loaded.
+    Finds what this machine lacks for training, before anything is downloaded or loaded.
 
     Args:
         values (`Mapping`):
@@ -45,10 +45,23 @@ def setup_problems(values: Mapping[str, Any]) -> Problems:
         *_package_problems(values),
         *_tracker_problems(values["report_to"]),
         *_attention_problems(values["attn_implementation"]),
-        *_file_problems(values),
-        *_directory_problems(values),
+        *path_problems(values),
         *_hub_problems(values),
     ]
+
+
+def path_problems(values: Mapping[str, Any]) -> Problems:
+    """
+    Finds files that do not exist and directories that cannot be written.
+
+    Args:
+        values (`Mapping`):
+            The values of all keys of a recipe.
+
+    Returns:
+        `list[tuple[str, str]]`: Keys, and what is wrong with the fix.
+    """
+    return [*_file_problems(values), *_directory_problems(values)]
 
 
 def _directory_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

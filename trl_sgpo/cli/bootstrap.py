@@ -33,10 +33,10 @@ def main(argv: list[str]) -> int:
 
     from filelock import FileLock, Timeout
 
-    from ..checks.setup import setup_problems
+    from ..checks.setup import path_problems
     from ..recipe import read_recipe
 
-    recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap", setup_problems)
+    recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap", path_problems)
     output_dir = Path(options.output_dir)
     if options.bank is None and output_dir.resolve() == Path(str(recipe.training.output_dir)).resolve():
         raise ConfigError(
