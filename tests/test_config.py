@@ -1,6 +1,7 @@
 """`SGPOConfig`: which geometries are accepted, and what the messages about the others suggest."""
 
 import re
+import warnings
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -65,6 +66,24 @@ class TestDefaults:
 
     def test_template_without_problem(self, config):
         assert "{problem} exactly once, got 0 times" in refusal(config, strategy_prompt="Plan it.")
+
+    @pytest.mark.parametrize("checkpointing", [True, False])
+    def test_warn_of_nothing(self, config, checkpointing):
+        """transformers warns of the old names of activation checkpointing, which TRL's defaults use."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            made = config(gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": True})
+        assert made.gradient_checkpointing is made.activation_checkpointing is checkpointing
+        assert made.to_grpo().gradient_checkpointing is checkpointing
+        assert made.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
+class TestSeveralProblems:
+    def test_are_told_together(self, config):
+        message = refusal(config, num_generations=7, temperature=0, small_classes="x", optim="y")
+        assert message.startswith("SGPOConfig has 4 problems:")
+        for words in ("num_generations (7)", "`temperature`", "`small_classes`", "y is not a valid OptimizerNames"):
+            assert words in message
 
 
 class TestGeometry:

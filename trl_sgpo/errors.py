@@ -1,5 +1,7 @@
 """Errors a user can act on. Every message names the fix."""
 
+from collections.abc import Sequence
+
 
 class SGPOError(Exception):
     """Base of all errors raised by `trl_sgpo`."""
@@ -7,6 +9,22 @@ class SGPOError(Exception):
 
 class ConfigError(SGPOError, ValueError):
     """A setting, or a combination of settings, that cannot work."""
+
+
+class SettingsError(ConfigError):
+    """
+    Several settings that cannot work.
+
+    Args:
+        place (`str`):
+            Where they are, such as the name of a file.
+        problems (`Sequence[str]`):
+            What is wrong with each, and the fix.
+    """
+
+    def __init__(self, place: str, problems: Sequence[str]):
+        self.problems = [" ".join(problem.split()) for problem in problems]
+        super().__init__("\n  - ".join([f"{place} has {len(problems)} problems:", *self.problems]))
 
 
 class DataError(SGPOError, ValueError):
@@ -23,3 +41,9 @@ class RewardError(SGPOError, ValueError):
 
 class BankError(SGPOError, RuntimeError):
     """A strategy bank that cannot be opened, read or written."""
+
+
+def refuse(place: str, problems: Sequence[str]) -> None:
+    """Raises an error if there are problems: [`ConfigError`] for one, [`SettingsError`] for several."""
+    if problems:
+        raise ConfigError(problems[0]) if len(problems) == 1 else SettingsError(place, problems)

@@ -14,6 +14,7 @@ from ..bank.hub import pull_bank
 from ..bank.manifest import is_snapshot
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import TRUST_STATES, ImportReport
+from ..checks.arguments import Parser
 from ..errors import BankError
 from .bank_views import (
     SORT_KEYS,
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bank",
         description="Look into, check and share a strategy bank. BANK is a bank's directory, a checkpoint or a run's "
         f"output folder, which have their bank in {BANK_DIRECTORY}/. Snapshots, like those in checkpoints, are read "

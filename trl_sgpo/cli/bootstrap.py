@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bank.files import BANK_DIRECTORY
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory
 from ..errors import ConfigError, DataError
 
 
@@ -27,12 +29,14 @@ def main(argv: list[str]) -> int:
     """Makes traces and candidate strategies from the recipe's training problems."""
     options, overrides = _parser().parse_known_args(argv)
     _check(options)
+    check_directory("--output_dir", options.output_dir)
 
     from filelock import FileLock, Timeout
 
+    from ..checks.setup import path_problems
     from ..recipe import read_recipe
 
-    recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap")
+    recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap", path_problems)
     output_dir = Path(options.output_dir)
     if options.bank is None and output_dir.resolve() == Path(str(recipe.training.output_dir)).resolve():
         raise ConfigError(
@@ -49,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bootstrap",
         description="Write strategies and two-phase traces for the training problems of a recipe, without human "
         "labels. A strategy is kept if it is well formed, gives no answer away, copies no number of its problem, and "

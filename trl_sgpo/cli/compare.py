@@ -10,6 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory, check_file
 from ..errors import ConfigError
 
 
@@ -29,6 +31,9 @@ def main(argv: list[str]) -> int:
     from ..compare.table import summary, write
 
     comparison = read_comparison(options.config, changes)
+    check_directory("output_dir", comparison.output_dir)
+    if comparison.results is not None:
+        check_file("results", comparison.results)
     check(comparison)
     runs = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
     missing = [(arm.name, seed) for arm, seed in runs if finished(comparison, arm, seed) is None]
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo compare",
         description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
         "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..errors import ConfigError
 
 
@@ -16,6 +18,9 @@ def main(argv: list[str]) -> int:
     options, overrides = _parser().parse_known_args(argv)
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
+
+    if options.output is not None:
+        check_file("--output", options.output)
 
     from ..recipe import read_recipe
     from ..vram.check import estimate_recipe
@@ -36,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo estimate",
         description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights "
         "are downloaded and no GPU is needed.",

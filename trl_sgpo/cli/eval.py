@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory
 from ..errors import ConfigError, DataError
 from ..evaluation.suites import NAMED, UNKNOWN, LoadedSuite, load_suites, parse_suite
-from ..yaml_files import read_mapping, unknown_key
+from ..yaml_files import check_keys, read_mapping
 from .options import check_at_least
 
 
@@ -34,6 +36,7 @@ TWO_PHASE = (
 def main(argv: list[str]) -> int:
     """Evaluates a model, or checks a verifier. Returns the exit status, which is 1 where a check found something."""
     options = read_options(argv)
+    check_directory("--output_dir", options.output_dir)
     return check(options) if options.check_verifier else evaluate(options)
 
 
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo eval",
         allow_abbrev=False,
         description="Measure a model on suites of problems: accuracy, and with --transfer how well its strategies do "
@@ -155,10 +158,9 @@ def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """A YAML file's options as a command line."""
     content = read_mapping(path)
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    check_keys(content, known, path)
     arguments = []
     for key, value in content.items():
-        if key not in known:
-            raise unknown_key(str(key), known, path)
         if value is True:
             arguments.append(f"--{key}")
         elif isinstance(value, list):
@@ -224,6 +226,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from ..evaluation.tables import tables, write_results
     from ..evaluation.transfer_plan import plan_transfer
     from ..evaluation.transfer_score import measure_plan
+    from ..method.conversation import check_system_role
 
     loaded = load_suites(suites, options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
@@ -246,6 +249,8 @@ def evaluate(options: argparse.Namespace) -> int:
     }
     model = _load_model(options)
     loaded = [each.with_system_prompt(model.settings.system_prompt) for each in loaded]
+    for each in loaded if not model.settings.plain_text else ():
+        check_system_role(model.tokenizer, each.rows[0]["prompt"], model.settings.chat_template_kwargs)
     output = Path(options.output_dir)
     with ExitStack() as stack:
         bank = _open_bank(options, model, stack)

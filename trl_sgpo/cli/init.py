@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..data.columns import Columns
 from ..errors import ConfigError, DataError, SGPOError
 from .init_problems import choose_columns, has_answers
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo init",
         allow_abbrev=False,
         description="Write a recipe for a model, problems and a GPU. Missing options are asked for in a terminal.",
@@ -167,6 +169,7 @@ def _check_paths(recipe: Path, rewards: Path | None, overwrite: bool) -> None:
         raise ConfigError(f"`--output {recipe}` is a YAML file: give it the ending .yaml.")
     if rewards is not None:
         _reward_path(str(rewards))
+    check_file("--output", recipe)
     for path in (recipe, rewards):
         if path is not None and path.exists() and not overwrite:
             raise ConfigError(f"{path} exists: choose another name, or replace it with `--overwrite`.")

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..errors import BankError, ConfigError, DataError
 from .options import check_at_least
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo solve",
         allow_abbrev=False,
         description="Solve problems with a trained model: show it trusted strategies of its bank, let it write a "
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show what the author of a --bank that does not come with the model trusted, though nothing was "
         "verified here",
     )
-    bank.add_argument("--no_bank", "--no-bank", action="store_true", help="show no strategies of a bank")
+    bank.add_argument("--no_bank", action="store_true", help="show no strategies of a bank")
     bank.add_argument(
         "--class", dest="problem_class", metavar="NAME", help="show strategies of this class only (any, or the "
         "problem_class in --input)",
@@ -412,6 +414,7 @@ def _solve_file(options: argparse.Namespace) -> int:
     from ..inference.solve_file import check_output, check_problems, solve_file
 
     output = check_output(options.output, options.input)
+    check_file("--output", output)
     try:
         suite = parse_suite(f"input={options.input}")
         columns = {"prompt_template": options.prompt_template, "prompt_column": options.prompt_column}

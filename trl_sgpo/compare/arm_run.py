@@ -13,6 +13,7 @@ from typing import Any
 
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
+from ..checks.command import run_command
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards
 from ..data.warmstart import warmstart_model
@@ -246,4 +247,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("trl-sgpo compare", main, sys.argv[1:]))

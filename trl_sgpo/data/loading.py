@@ -3,14 +3,14 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, refuse
 from ..method.prompts import check_prompts, problem_text, with_system_prompt
 from ..recipe import Recipe, SGPOScriptArguments
 from .mixture import ProblemMixtureConfig
@@ -74,6 +74,48 @@ def _add_system_prompt(row: dict[str, Any], system_prompt: str) -> dict[str, Any
     return {"prompt": with_system_prompt(row["prompt"], system_prompt)}
 
 
+def _known_rewards() -> dict[str, Callable[..., Any]]:
+    import trl.rewards
+
+    return {
+        "answer_reward": answer_reward,
+        "accuracy_reward": trl.rewards.accuracy_reward,
+        "reasoning_accuracy_reward": trl.rewards.reasoning_accuracy_reward,
+        "think_format_reward": trl.rewards.think_format_reward,
+        "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(
+            max_completion_len=1280, soft_punish_cache=256
+        ),
+    }
+
+
+def reward_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """
+    Finds wrong reward functions in a recipe, as far as they are known without importing modules.
+
+    Args:
+        values (`Mapping`):
+            The values of all keys.
+
+    Returns:
+        `list[tuple[str, str]]`: Keys, and what is wrong with their values.
+    """
+    known, names = _known_rewards(), values["reward_funcs"] or []
+    problems = [
+        ("reward_funcs", f"Unknown reward function {name!r}: use one of {', '.join(known)}, or a dotted path.")
+        for name in names
+        if name not in known and "." not in name
+    ]
+    count = len(names) + (values["reward_model_name_or_path"] is not None)
+    weights = values["reward_weights"]
+    if count == 0:
+        text = "Name at least one reward function: set `reward_funcs`, for example to [answer_reward]."
+        problems.append(("reward_funcs", text))
+    elif weights is not None and len(weights) != count:
+        text = f"`reward_weights` has {len(weights)} weights for {count} reward functions: write one for each."
+        problems.append(("reward_weights", text))
+    return problems
+
+
 def load_rewards(script: SGPOScriptArguments) -> list[Any]:
     """
     Resolves reward functions and the reward model.
@@ -84,33 +126,21 @@ def load_rewards(script: SGPOScriptArguments) -> list[Any]:
     Raises:
         [`ConfigError`]: A name that is neither known nor importable.
     """
-    import trl.rewards
-
-    known: dict[str, Callable[..., Any]] = {
-        "answer_reward": answer_reward,
-        "accuracy_reward": trl.rewards.accuracy_reward,
-        "reasoning_accuracy_reward": trl.rewards.reasoning_accuracy_reward,
-        "think_format_reward": trl.rewards.think_format_reward,
-        "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(
-            max_completion_len=1280, soft_punish_cache=256
-        ),
-    }
+    known = _known_rewards()
+    problems = reward_problems(vars(script) | {"reward_weights": None})
+    refuse("`reward_funcs`", [text for _, text in problems])
     rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     for name in script.reward_funcs or []:
         if name in known:
             rewards.append(known[name])
             continue
         module_name, _, function = name.rpartition(".")
-        if not module_name:
-            raise ConfigError(f"Unknown reward function {name!r}: use one of {', '.join(known)}, or a dotted path.")
         print(f"reward function {name}: importing {module_name}")
         sys.path.insert(0, os.getcwd())
         try:
             rewards.append(vars(importlib.import_module(module_name))[function])
         except (ImportError, KeyError) as error:
             raise ConfigError(f"The reward function {name!r} cannot be imported: {error}.") from error
-    if not rewards:
-        raise ConfigError("Name at least one reward function: set `reward_funcs`, for example to [answer_reward].")
     return rewards
 
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
 from ..speed.generation import base_of
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
+from .conversation import check_system_role
 from .prompts import check_prompts
 from .reward_functions import check_names
 from .sampling import check_generation_config
@@ -68,12 +69,14 @@ def check_arguments(
 
 def check_model(trainer: GRPOTrainer) -> None:
     """
-    Checks the model that a trainer has loaded, and how it is sharded.
+    Checks the model that a trainer has loaded, its chat template, and how it is sharded.
 
     Raises:
         [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
-            with gradient checkpointing, or FSDP with sharded state dicts.
+            with gradient checkpointing, FSDP with sharded state dicts, or a chat template without the system role that
+            the prompts have.
     """
+    check_system_role(trainer.processing_class, trainer.train_dataset[0]["prompt"], trainer.args.chat_template_kwargs)
     if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
         raise ConfigError(QUANTIZED_VLLM)
     if not trainer.use_vllm:
