@@ -54,6 +54,6 @@ def try_recipe(path: str) -> None:
     if script.warmstart_traces > 0 or script.warmstart_file is not None:
         print("This is the model before the recipe's warm start.")
     changes = advice(trial, *limits)
-    print("Before training:" if changes else "Nothing speaks against training.")
+    print("Before training:" if changes else "No change is needed before training.")
     for change in changes:
         print(f"  - {change}")
