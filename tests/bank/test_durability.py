@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bank_helpers import EVERYONE, hashed_words, make
+from bank_helpers import EVERYONE, PROVEN, hashed_words, make
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, contents
 from trl_sgpo.bank.index import BankIndex, Index
@@ -25,7 +25,7 @@ def reversed_words(texts):
 
 
 def fill(bank):
-    strategies = [make(f"s{i}", "even" if i % 2 == 0 else "odd", step=i, trust="trusted") for i in range(10)]
+    strategies = [make(f"s{i}", "even" if i % 2 == 0 else "odd", step=i, **PROVEN) for i in range(10)]
     bank.add(strategies)
     bank.update([Outcome(s.id, "x", 0.5, 1) for s in strategies[::3]])
     return bank.strategies()

@@ -343,7 +343,8 @@ def _attack(
 
 
 def _strategy(text: str, kind: str, trust: str, claimed: int = 0) -> Strategy:
-    return Strategy(text, kind, (), trust=trust, successes=claimed, trials=claimed)
+    counts = {"successes": claimed, "trials": claimed, "solved": claimed, "problems": claimed, "baseline": claimed / 2}
+    return Strategy(text, kind, (), trust=trust, **counts)
 
 
 def _answer(world: World, test: tuple[str, str, int, int], found: list[Any]) -> tuple[bool, bool]:

@@ -102,6 +102,7 @@ class Store:
         )
         for key, strategy in changes.strategies.items():
             self.contents.put(strategy, changes.embeddings.get(key))
+        self.contents.judged |= changes.judged_all
         self.index.change(index_changes)
 
     def use_model(self, embed: EmbeddingModel) -> np.ndarray:

@@ -115,6 +115,8 @@ def list_strategies(options: argparse.Namespace) -> int:
         ],
     )
     print(f"{len(shown)} of {len(everything)} strategies")
+    if any(strategy.trust == "trusted" for strategy in shown):
+        print("trusted: not inferior to other strategies on the same problems, by the tolerance of the run")
     return 0
 
 
