@@ -19,3 +19,7 @@ class ModelError(SGPOError, OSError):
 
 class BankError(SGPOError, RuntimeError):
     """A strategy bank that cannot be opened, read or written."""
+
+
+class BankStorageError(BankError, OSError):
+    """Files of a strategy bank that cannot be read or written now, as on a full disk."""

@@ -273,6 +273,7 @@ class StrategyBank:
     def _write(self, changes: Changes) -> list[str]:
         """Writes changes in one transaction. Returns the ids of the strategies that are new in the bank."""
         if not changes.strategies:
+            self._store.restore_files()
             return []
         self._store.write(changes, self.embedding_model, self._fingerprint)
         live = self._store.contents.live

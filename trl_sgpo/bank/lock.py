@@ -1,6 +1,7 @@
 """A lock on a bank's directory, which names the process that holds it."""
 
 import json
+import logging
 import os
 from datetime import datetime
 from pathlib import Path
@@ -9,6 +10,8 @@ from filelock import FileLock, Timeout
 
 from ..errors import BankError
 
+
+logger = logging.getLogger(__name__)
 
 LOCK = "bank.lock"
 HOLDER = "holder.json"
@@ -55,5 +58,9 @@ class BankLock:
     def release(self) -> None:
         """Let others open the bank."""
         if self._lock.is_locked:
-            self._holder.unlink(missing_ok=True)
-            self._lock.release()
+            try:
+                self._holder.unlink(missing_ok=True)
+            except OSError as error:  # the directory may be read-only by now
+                logger.warning("%s cannot be removed: %s", self._holder, error)
+            finally:
+                self._lock.release()
