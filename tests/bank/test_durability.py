@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import sqlite3
 import subprocess
@@ -257,7 +258,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog, inde
     )
     try:
         assert holder.stdout.readline() == "open\n"
-        with pytest.raises(BankError, match=rf"process {holder.pid} since 20.*bank_path"):
+        with pytest.raises(BankError, match=rf"process {holder.pid} on {platform.node()} since 20.*bank_path"):
             StrategyBank(tmp_path, hashed_words)
     finally:
         holder.kill()
