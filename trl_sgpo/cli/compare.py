@@ -137,20 +137,17 @@ def _tail(log: Path) -> str:
 
 
 def _print(summed: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from .text import print_table
 
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
     columns = [f"{name} accuracy" for name in suites] + ["transfer score", "own - other"]
-    table = Table(title=f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals")
-    table.add_column("arm")
-    for column in columns:
-        table.add_column(column)
+    rows = []
     for name, figures in summed["arms"].items():
         cells = []
         for column in columns:
             value = figures[column]
             spread = "" if value["low"] is None else f" ±{value['high'] - value['mean']:.2f}"
             cells.append(f"{value['mean']:.2f}{spread}")
-        table.add_row(name, *cells)
-    Console().print(table)
+        rows.append([name, *cells])
+    title = f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals"
+    print_table(["arm", *columns], rows, title)
