@@ -125,9 +125,7 @@ def list_strategies(options: argparse.Namespace) -> int:
     if not shown:
         counts = Counter(strategy.trust for strategy in everything)
         states = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
-        print(
-            f"none of {len(everything)} strategies ({states}) is of this class and in this state: see --class, --trust"
-        )
+        print(f"none of {len(everything)} strategies ({states}) fits --class and --trust")
         return 0
     short = _short_ids(everything)
     print_table(
