@@ -254,7 +254,6 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog, inde
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
     )
     try:
         assert holder.stdout.readline() == "open\n"
