@@ -337,6 +337,7 @@ def _attack(
         "undefended_attacks": sum(attacked for _, attacked in fooled),
         "imports": len(offered),
         "imports_kept_out": sum(states[text] in ("quarantine", "retired") for text in offered),
+        "imports_retired": sum(states[text] == "retired" for text in offered),
         "training_shows": shows[0],
         "training_shows_harmful": shows[1],
     }
