@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import pty
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -320,11 +322,22 @@ class TestMessages:
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("trl-sgpo solve: error: ") and words in message
 
-    def test_bank_that_is_open_elsewhere(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with StrategyBank.restore(Path(run, "strategy_bank")):
-            assert solve("--model", run, PROBLEM) == 2
-            assert re.search("in use by process .*--bank.*--no_bank", capsys.readouterr().err)
-            assert solve("--model", run, PROBLEM, "--no_bank") == 0
+    def test_bank_that_is_open_elsewhere(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The message names who has it, and a copy, which `--bank` takes."""
+        shutil.copytree(run, tmp_path / "run")
+        model = str(tmp_path / "run")
+        with StrategyBank.restore(Path(model, "strategy_bank")) as bank:
+            who = f"in use by process {os.getpid()} on {platform.node()} since 20.*--bank.*copy.*--no_bank"
+            assert solve("--model", model, PROBLEM) == 2
+            assert re.search(who, capsys.readouterr().err)
+            bank.snapshot(tmp_path / "run" / "checkpoint-3" / "strategy_bank")
+            for named in ([], ["--bank", model], ["--bank", str(tmp_path / "run" / "strategy_bank")]):
+                assert solve("--model", model, PROBLEM, *named) == 2
+                message = capsys.readouterr().err
+                assert re.search(who.replace("copy", f"copy.*--bank {model}/checkpoint-3`"), message)
+                assert "bank_path" not in message
+            assert solve("--model", model, PROBLEM, "--bank", f"{model}/checkpoint-3") == 0
+            assert solve("--model", model, PROBLEM, "--no_bank") == 0
 
     def test_columns_of_a_file(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows = word_problems.svamp(3)

@@ -597,6 +597,33 @@ def test_evaluation_in_between_does_not_disturb_training(make):
 # The bank
 
 
+class DeleteBank(TrainerCallback):
+    """Deletes the output folder with the bank after the first step."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            shutil.rmtree(self.directory)
+
+
+def test_a_bank_deleted_during_training_is_written_again(make, monkeypatch, tmp_path, caplog):
+    Script(monkeypatch)
+    trainer = make(is_good, use_bank=True, max_steps=3, callbacks=[DeleteBank(tmp_path / "bank")])
+    trainer.train()
+    bank = trainer.strategy_bank
+    (warning,) = [record.getMessage() for record in caplog.records if "deleted or moved" in record.getMessage()]
+    assert warning.endswith("It was written again.")
+    stored = bank.strategies()
+    assert stored and {strategy.step for strategy in stored} >= {1, 2}
+    executions = {strategy.id: bank.executions(strategy.id) for strategy in stored}
+    bank.close()
+    with StrategyBank.restore(tmp_path / "bank", embedding_model=hash_embedder) as again:
+        assert again.strategies() == stored
+        assert {strategy.id: again.executions(strategy.id) for strategy in stored} == executions
+
+
 class BankSizes(TrainerCallback):
     """Bank size and strategies waiting, right before each optimizer step and at each log after it."""
 

@@ -46,6 +46,9 @@ class StrategyBankCallback(TrainerCallback):
         if state.global_step % args.bank_sync_steps == 0:
             self.session.share(self.log_metric)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.session.end()
+
 
 class RunRecordCallback(TrainerCallback):
     """

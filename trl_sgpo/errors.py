@@ -43,6 +43,23 @@ class BankError(SGPOError, RuntimeError):
     """A strategy bank that cannot be opened, read or written."""
 
 
+class BankInUseError(BankError):
+    """
+    A strategy bank that is open elsewhere.
+
+    Attributes:
+        holder (`str`): What has it open: process, machine and since when.
+    """
+
+    def __init__(self, message: str, holder: str):
+        super().__init__(message)
+        self.holder = holder
+
+
+class BankStorageError(BankError, OSError):
+    """Files of a strategy bank that cannot be read or written now, as on a full disk."""
+
+
 def refuse(place: str, problems: Sequence[str]) -> None:
     """Raises an error if there are problems: [`ConfigError`] for one, [`SettingsError`] for several."""
     if problems:

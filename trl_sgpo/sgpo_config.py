@@ -112,7 +112,8 @@ class SGPOConfig(GRPOConfig):
             before it is trusted or retired.
         bank_tolerance (`float`, *optional*, defaults to `0.2`):
             Part of the other strategies' success rate on the same problems that a strategy may fall short of it and
-            be trusted. One that falls short by more, with 95% confidence, is retired.
+            be trusted, so trusted means not inferior. One that falls short by more is retired. Of strategies that
+            fall short by exactly this part, at most 5% are ever trusted or retired.
         bank_max_share (`float`, *optional*, defaults to `0.25`):
             Maximum share of a class's retrievals in training for one strategy, while there are others.
         bank_cross_class (`bool`, *optional*, defaults to `False`):
@@ -242,7 +243,10 @@ class SGPOConfig(GRPOConfig):
     )
     bank_tolerance: float = field(
         default=0.2,
-        metadata={"help": "Part of other strategies' success rate that a trusted strategy may fall short of it."},
+        metadata={
+            "help": "Part of other strategies' success rate that a trusted strategy may fall short of it: trusted "
+            "means not inferior."
+        },
     )
     bank_max_share: float = field(
         default=0.25,

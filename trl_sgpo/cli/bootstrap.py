@@ -212,24 +212,16 @@ def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tupl
     """The class of each problem, and the blocks."""
     from ..bank.embedding import load_embedder
     from ..data.bootstrap import cut_blocks
-    from ..data.classes import merge_small_classes, problem_classes
-    from ..method.prompts import problem_text
+    from ..data.classes import block_classes
 
     training = recipe.training
 
     def embed(texts: list[str]) -> Any:
         return load_embedder(training.embedding_model)(texts)
 
-    classes = problem_classes(dataset, training.class_column, embed, training.num_clusters, training.seed)
     size = 1 if options.source == "worked" else options.block_size
-    clustered = training.class_column is None and "problem_class" not in dataset.column_names
     try:
-        classes = merge_small_classes(
-            classes,
-            size,
-            "merge" if clustered else training.small_classes,
-            lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
-        )
+        classes = block_classes(dataset, training, size, embed)
     except DataError as error:
         raise DataError(str(error).replace("--transfer_block_size", "--block_size")) from error
     answers = [str(answer) for answer in dataset["solution"]] if "solution" in dataset.column_names else None

@@ -142,17 +142,13 @@ def _tail(log: Path) -> str:
 
 
 def _print(summed: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from ..compare.table import cell
+    from .text import print_table
 
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
     columns = [f"{name} accuracy" for name in suites] + ["transfer score", "own - other"]
-    table = Table(title=f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals")
-    table.add_column("arm")
-    for column in columns:
-        table.add_column(column)
+    rows = []
     for name, figures in summed["arms"].items():
-        table.add_row(name, *(cell(figures[column]) for column in columns))
-    Console().print(table)
+        rows.append([name, *(cell(figures[column]) for column in columns)])
+    title = f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals"
+    print_table(["arm", *columns], rows, title)

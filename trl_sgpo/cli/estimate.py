@@ -11,6 +11,7 @@ from rich.table import Table
 from ..checks.arguments import Parser
 from ..checks.paths import check_file
 from ..errors import ConfigError
+from .text import print_table
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_parts(console: Console, result: dict[str, Any]) -> None:
     lengths = result["lengths"]
-    table = Table(title=f"{result['model']}: estimated peak memory, while {_WHEN[result['moment']]}")
+    title = f"{result['model']}: estimated peak memory, while {_WHEN[result['moment']]}"
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = Table()
     table.add_column("")
     table.add_column("GB", justify="right")
     for name, size in result["parts"].items():
@@ -93,15 +96,12 @@ _WHEN = {
 
 
 def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
-    table = Table(title="Estimated peak memory")
-    table.add_column("recipe", overflow="fold")
-    for name in ("GB", "of", "fits"):
-        table.add_column(name, justify="right")
+    rows = []
     for result in results:
         vram, fits = result["vram_gb"], result["fits"]
         verdict = "" if fits is None else "yes" if fits else "no"
-        table.add_row(result["config"], _gb(result["peak"]), "" if vram is None else f"{vram:g}", verdict)
-    console.print(table)
+        rows.append([result["config"], _gb(result["peak"]), "" if vram is None else f"{vram:g}", verdict])
+    print_table(["recipe", "GB", "of", "fits"], rows, title="Estimated peak memory")
     for result in results:
         if result["fits"] is False:
             console.print(f"{result['config']}: {_verdict(result)}", highlight=False, markup=False, soft_wrap=True)

@@ -333,15 +333,7 @@ def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitS
 
 
 def _print_tables(tables: "list[ResultTable]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from .text import print_table
 
     for each in tables:
-        table = Table(title=each.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in each.columns:
-            table.add_column(column, overflow="fold")
-        for row in each.rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
+        print_table(each.columns, each.rows, each.title)

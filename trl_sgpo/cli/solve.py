@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.arguments import Parser
 from ..checks.paths import check_file
-from ..errors import BankError, ConfigError, DataError
+from ..errors import BankError, BankInUseError, ConfigError, DataError
 from .options import check_at_least
 
 
@@ -214,12 +214,28 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 dtype=options.dtype,
                 **_quantization(options),
             )
+    except BankInUseError as error:
+        raise BankError(f"The bank is in use by {error.holder}. {_copy_to_use(options)}") from error
     except BankError as error:
         raise BankError(f"{error} Or name another by `--bank`, or solve without: `--no_bank`.") from error
     given = {name: vars(options)[name] for name in LIMITS if vars(options)[name] is not None}
     pipeline.model.settings = replace(pipeline.model.settings, **given)
     _tell_bank(pipeline, options)
     return pipeline
+
+
+def _copy_to_use(options: argparse.Namespace) -> str:
+    """What to do where the bank is in use: its copy in the last checkpoint of the run can be read."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..bank.files import BANK_DIRECTORY
+
+    run = Path(options.bank or options.run or options.model)
+    run = run.parent if run.name == BANK_DIRECTORY else run
+    checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
+    if checkpoint is None:
+        return "`--bank` takes a copy of it, which is in each checkpoint of the run. Or solve without: `--no_bank`."
+    return f"`--bank` takes a copy of it, such as `--bank {checkpoint}`. Or solve without: `--no_bank`."
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any]:

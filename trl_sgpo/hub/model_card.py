@@ -392,8 +392,8 @@ _LIMITS = """\
 - What it was trained and measured on is above. Nothing is known of its answers to other kinds of problems, other
   languages, or of its safety. It has the limits and biases of its base model.
 - **Strategies are text that a model wrote.** They enter prompts. They are never executed as code, and they may be
-  wrong or misleading. Those called trusted helped with problems that the training's verifier checked, and are as
-  reliable as that verifier.
+  wrong or misleading. Those called trusted were not inferior to others on problems that the training's verifier
+  checked, and are as reliable as that verifier.
 - A model and its bank can contain any text: use both only from people you trust, and pin
   the commit. Strategies that are imported into another bank are in quarantine there.
 - Check answers that matter. A sound strategy may be executed wrongly."""
