@@ -53,7 +53,14 @@ PUBLIC: dict[str, list[Any]] = {
         SGPOPipeline, Solution, Attempt, Problem, Decoding, TwoPhaseModel, TwoPhaseSettings, transformers_snippet,
     ],
     "Evaluation": [transfer_report, TransferReport],
-    "Errors": [errors.SGPOError, errors.ConfigError, errors.DataError, errors.ModelError, errors.BankError],
+    "Errors": [
+        errors.SGPOError,
+        errors.ConfigError,
+        errors.DataError,
+        errors.ModelError,
+        errors.RewardError,
+        errors.BankError,
+    ],
 }  # fmt: skip
 
 

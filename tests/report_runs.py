@@ -90,7 +90,7 @@ def write_run(
             frame = pd.DataFrame(rollouts(step, text))
             frame.to_parquet(path / "completions" / f"completions_{step:05d}.parquet")
     if evaluation:
-        score = {"accuracy": 0.5, "transfer": 0.4, "problems": 32, "transfers": 32}
+        score = {"accuracy": 0.5, "transfer": 0.4, "problems": 32, "transfers": 96}
         report = {when: {"sampled": score, "greedy": score} for when in ("before", "after")}
         (path / "report.json").write_text(json.dumps(report))
         (path / "eval").mkdir()

@@ -11,9 +11,16 @@ from trl_sgpo.method.advantages import (
     execution_advantages,
     own_and_siblings,
     strategy_advantages,
+    strategy_credit,
     strategy_outcomes,
     token_advantages,
 )
+from trl_sgpo.method.credit import assign_credit
+from trl_sgpo.method.problem import Problem
+from trl_sgpo.method.prompts import ParsedStrategy
+from trl_sgpo.method.rollout import Rollout, RolloutBatch
+from trl_sgpo.method.transfer import BlockGeometry
+from trl_sgpo.sgpo_config import SGPOConfig
 
 
 properties = settings(max_examples=60, deadline=None, derandomize=True)
@@ -37,7 +44,7 @@ def blocks(draw, missing=False):
 
 def of_strategies(outcomes, own, **kwargs):
     """Strategy advantages of raw outcomes."""
-    return strategy_advantages(strategy_outcomes(center_by_problem(outcomes), own, **kwargs))
+    return strategy_advantages(strategy_credit(outcomes, own, **kwargs))
 
 
 def close(one, other):
@@ -168,7 +175,7 @@ class TestStrategyOutcomes:
         [((1.0, 1.0), [-0.5, 0.5]), ((2.0, 0.5), [-0.25, 1.0]), ((1.0, 0.0), [0.0, 0.5]), ((0.0, 1.0), [-0.5, 0.0])],
     )
     def test_weights(self, weights, expected):
-        assert strategy_outcomes(center_by_problem(self.OUTCOMES), 1, *weights).tolist() == [expected]
+        assert strategy_credit(self.OUTCOMES, 1, *weights).tolist() == [expected]
 
     def test_own_and_mean_of_siblings(self):
         # K = 3, n = 1, b = 1: the last strategy is from the bank and belongs to nobody
@@ -192,6 +199,108 @@ class TestStrategyOutcomes:
         advantages = strategy_advantages(rewards)
         torch.testing.assert_close(advantages[0], advantages[1])
         torch.testing.assert_close(advantages[0], torch.tensor([-0.5, 0.5]) / (0.5**0.5 + 1e-4))
+
+
+class TestWeights:
+    """What good strategies gain over bad ones, which are worse on siblings alone, or on their own problem alone."""
+
+    @staticmethod
+    def push(K, own, worse_on_siblings=True, blocks=20_000, **weights):
+        """Mean advantage of good strategies minus that of bad ones."""
+        generator = torch.Generator().manual_seed(0)
+        good = torch.rand(blocks, own * K, generator=generator) < 0.5
+        is_own = torch.arange(own * K).div(own, rounding_mode="floor").unsqueeze(1) == torch.arange(K)
+        rate = torch.where((is_own == worse_on_siblings) | good.unsqueeze(2), 0.8, 0.1)
+        outcomes = torch.bernoulli(rate, generator=generator)
+        advantages = of_strategies(outcomes, own, **weights)
+        return float(advantages[good].mean() - advantages[~good].mean())
+
+    @pytest.mark.parametrize(("K", "own"), [(2, 2), (2, 4), (3, 2), (4, 2)])
+    def test_rewards_transfer_in_proportion_and_not_at_all_if_0(self, K, own):
+        control = self.push(1, own * K)  # no siblings
+        pushes = [self.push(K, own, transfer_weight=weight) for weight in (0.0, 0.1, 0.5, 1.0, 2.0)]
+        assert abs(control) < 0.02
+        assert pushes[0] == pytest.approx(control, abs=0.02)
+        assert pushes[1] > 0.2 and pushes == sorted(pushes)
+
+    @pytest.mark.parametrize(("K", "own"), [(2, 2), (2, 4), (3, 1), (4, 2)])
+    def test_rewards_correctness_in_proportion_and_not_at_all_if_0(self, K, own):
+        weights = (0.0, 0.1, 0.5, 1.0, 2.0)
+        pushes = [self.push(K, own, worse_on_siblings=False, correctness_weight=weight) for weight in weights]
+        assert pushes[0] == pytest.approx(0.0, abs=0.02)
+        assert pushes[1] > 0.1 and pushes == sorted(pushes)
+
+    @given(blocks(missing=True), st.integers(0, 2**32), st.booleans(), st.booleans())
+    @properties
+    def test_0_ignores_outcomes(self, drawn, seed, missing, transfer):
+        outcomes, own, K = drawn
+        own = max(own, 2)
+        outcomes = torch.cat([outcomes] * 2, dim=1)[:, : own * K + 1]
+        others = torch.rand(outcomes.shape, generator=torch.Generator().manual_seed(seed), dtype=outcomes.dtype)
+        is_own = torch.arange(outcomes.shape[1]).div(own, rounding_mode="floor").unsqueeze(1) == torch.arange(K)
+        changed = torch.where(is_own == transfer, outcomes, torch.nan if missing else others)
+        weights = {"transfer_weight" if transfer else "correctness_weight": 0.0}
+        close(of_strategies(changed, own, **weights), of_strategies(outcomes, own, **weights))
+
+    def test_worked_by_hand(self):
+        outcomes = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]])
+        # Problem 0: own outcomes 1 and 0, block mean 0.5. Problem 1: own outcomes 1 and 1, block mean 0.75
+        for weight, expected in (
+            (0.0, [0.5, -0.5, 0.0, 0.0]),
+            (1.0, [0.5 - 0.75, -0.5 + 0.25, 0.25 + 0.5, 0.25 - 0.5]),
+            (0.5, [0.5 - 0.375, -0.5 + 0.125, 0.125 + 0.25, 0.125 - 0.25]),
+            (2.0, [0.5 - 0.75 - 0.5, -0.5 + 0.25 + 0.5, 0.25 + 0.5 + 0.5, 0.25 - 0.5 - 0.5]),
+        ):
+            assert strategy_credit(outcomes, 2, 1.0, weight).tolist() == [expected]
+
+    @given(blocks(missing=True), st.floats(0, 1))
+    @properties
+    def test_transfer_is_linear_up_to_the_correctness_weight(self, drawn, weight):
+        outcomes, own, _ = drawn
+        none, full = (strategy_credit(outcomes, own, 1.0, each) for each in (0.0, 1.0))
+        close(strategy_credit(outcomes, own, 1.0, weight), (1 - weight) * none + weight * full)
+
+    @given(blocks(missing=True), st.floats(0, 2))
+    @properties
+    def test_equal_weights_compare_all_outcomes_with_the_block(self, drawn, weight):
+        outcomes, own, _ = drawn
+        expected = strategy_outcomes(center_by_problem(outcomes), own, weight, weight)
+        assert torch.equal(strategy_credit(outcomes, own, weight, weight), expected)
+
+    @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.integers(0, 2**32), st.floats(0, 2))
+    @properties
+    def test_is_without_effect_on_a_block_of_one_problem(self, groups, own, bank, seed, weight):
+        generator = torch.Generator().manual_seed(seed)
+        outcomes = torch.rand(groups, own + bank, 1, generator=generator, dtype=torch.float64)
+        close(of_strategies(outcomes, own, transfer_weight=weight), of_strategies(outcomes, own))
+
+
+class TestCredit:
+    @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+    @pytest.mark.parametrize("borrowed", [2, 4])  # strategy 2 on problem 0, strategy 0 on problem 1
+    def test_without_transfer_borrowed_executions_do_not_count(self, tmp_path, scale_rewards, borrowed):
+        geometry = BlockGeometry(problems=2, own=2)
+        problems = [Problem([{"role": "user", "content": f"{n} + 1?"}], "sums", str(n + 1)) for n in (1, 2)]
+        rollouts = [
+            Rollout("own" if strategy // 2 == problem else "borrowed", ParsedStrategy("Add."), "", [], 0)
+            for problem in range(2)
+            for strategy in range(4)
+        ]
+
+        def advantages(weight, rewards):
+            args = SGPOConfig(
+                str(tmp_path), num_generations=4, per_device_train_batch_size=8, transfer_weight=weight,
+                scale_rewards=scale_rewards, report_to="none", bf16=False,
+            )  # fmt: skip
+            batch = RolloutBatch.without_bank(problems, geometry)
+            return assign_credit(rollouts, rewards, batch, args, torch.ones(1), spread=nanstd).strategy
+
+        rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]).unsqueeze(1)
+        other = rewards.clone()
+        other[borrowed] = 1.0 - other[borrowed]
+        assert advantages(0.0, rewards).abs().max() > 0.3
+        assert torch.equal(advantages(0.0, other), advantages(0.0, rewards))
+        assert not torch.equal(advantages(1.0, other), advantages(1.0, rewards))
 
 
 class TestMissingOutcomes:
@@ -219,7 +328,7 @@ class TestMissingOutcomes:
 
     def test_strategy_without_outcomes_counts_as_average(self):
         outcomes = torch.tensor([[[1.0, 1.0], [torch.nan, torch.nan], [0.0, 0.0], [0.5, 0.5]]])
-        rewards = strategy_outcomes(center_by_problem(outcomes), 2)
+        rewards = strategy_credit(outcomes, 2)
         assert rewards.tolist() == [[1.0, 0.0, -1.0, 0.0]]
 
     @pytest.mark.parametrize("baseline", BASELINES)

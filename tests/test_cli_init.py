@@ -2,16 +2,21 @@
 
 import importlib
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import word_problems
 import yaml
+from datasets import Dataset
 from models import hash_embedder, problems, save_tiny_model
 
-from trl_sgpo.cli import init
+from trl_sgpo.cli import init, init_recipe
 from trl_sgpo.cli.main import main
-from trl_sgpo.data.loading import load_rewards
+from trl_sgpo.data.loading import load_data, load_rewards
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.method.transfer import BlockGeometry
 from trl_sgpo.recipe import read_recipe
@@ -82,8 +87,8 @@ def test_reward_function_tells_right_from_wrong(tiny: str, here: Path) -> None:
     assert reward(["#### 3", "3"], prompts=["", ""]) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("size", init.SIZES, ids=lambda size: f"{size.vram:g}GB")
-def test_every_size_has_a_possible_geometry(tiny: str, here: Path, size: init.Size) -> None:
+@pytest.mark.parametrize("size", init_recipe.SIZES, ids=lambda size: f"{size.vram:g}GB")
+def test_every_size_has_a_possible_geometry(tiny: str, here: Path, size: init_recipe.Size) -> None:
     arguments = ["--model", tiny, "--data", "lcm+gcd?size=40", "--vram", f"{size.vram:g}", "--output", "all.yaml"]
     assert main(["init", *arguments]) == 0
     recipe = read_recipe(["--config", "all.yaml", "--bf16", "false", "--use_cpu", "true"], "test")
@@ -108,14 +113,16 @@ def test_every_size_has_a_possible_geometry(tiny: str, here: Path, size: init.Si
     ],
 )
 def test_weights_are_quantized_where_they_take_much_of_the_memory(name: str, vram: float, quantized: bool) -> None:
-    assert init._precision(name, vram).get("load_in_4bit", False) == quantized
+    assert init_recipe.precision(name, vram).get("load_in_4bit", False) == quantized
 
 
 def test_asks_again_until_it_can_write(
     tiny: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sums(here / "sums.jsonl", size=30, classes=False)
-    answers = iter(["nowhere/at-all", tiny, "no_family", "sums.jsonl", "much", "0", "y", "json.py", "asked_reward.py"])
+    answers = iter(
+        ["nowhere/at-all", tiny, "no_family", "sums.jsonl", "much", "0", "y", "json.py", "asked_reward.py", "n"]
+    )
     asked = []
 
     def answer(question: str) -> str:
@@ -125,7 +132,7 @@ def test_asks_again_until_it_can_write(
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr(init, "_asking", lambda: True)
     assert main(["init"]) == 0
-    assert len(asked) == 9 and next(answers, None) is None
+    assert len(asked) == 10 and next(answers, None) is None
     told = capsys.readouterr().out
     assert all(words in told for words in ("nowhere/at-all", "no_family", "`--vram much`", "installed module json"))
     content = yaml.safe_load(Path("recipe.yaml").read_text())
@@ -157,3 +164,156 @@ def test_one_line_that_names_the_fix(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("trl-sgpo init: error: ") and words in message
     assert sorted(path.name for path in here.iterdir()) == ["open.jsonl", "there.yaml"]
+
+
+# Columns
+
+
+def whole_problem(index: int) -> str:
+    body, question, _, _ = word_problems.story(index)
+    return f"{body} {question}"
+
+
+@pytest.mark.parametrize(
+    ("make", "template", "option", "answer"),
+    [
+        (word_problems.svamp, "{Body} {Question}", ["--answer_column", "answer"], "10"),
+        (word_problems.asdiv, "{body} {question}", [], "10 (plums)"),
+    ],
+)
+def test_a_file_with_body_and_question(
+    tiny: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[int], list[dict[str, Any]]],
+    template: str,
+    option: list[str],
+    answer: str,
+) -> None:
+    data = word_problems.write(here / "words.jsonl", make(96))
+    arguments = ["init", "--model", tiny, "--data", data, "--vram", "0", *option]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"`--prompt_template '{template}'`" in message and "looks like a part of the problem" in message
+    assert not Path("recipe.yaml").exists()
+
+    assert main([*arguments, "--prompt_template", template, "--try"]) == 0
+    told = capsys.readouterr().out
+    assert whole_problem(0) in told and "Its answer: 4" in told
+    left_out = next(line for line in told.splitlines() if line.startswith("Text columns that are left out: "))
+    assert "ody" not in left_out and ("Equation" in left_out or "formula" in left_out)
+    assert "  right           0 of 16\n" in told and "at 64 tokens" in told and "executions at 128" in told
+    assert "executions without a final answer" in told and "time a rollout" in told
+    assert "No rollout is right" in told and "warm start" in told
+
+    recipe = read_recipe(["--config", "recipe.yaml", "--report_problems", "8"], "test")
+    problems = load_data(recipe)["train[:90%]"]
+    assert problems[3]["prompt"] == [{"role": "user", "content": whole_problem(3)}]
+    assert problems[3]["solution"] == word_problems_answer(make, 3)
+    assert next(problem for problem in problems if problem["solution"] == answer) is not None
+
+
+def word_problems_answer(make: Callable[[int], list[dict[str, Any]]], index: int) -> str:
+    _, _, answer, thing = word_problems.story(index)
+    return str(answer) if make is word_problems.svamp else f"{answer} ({thing})"
+
+
+def test_training_reads_the_whole_problem(tiny: str, here: Path) -> None:
+    data = word_problems.write(here / "svamp.jsonl", word_problems.svamp(96))
+    template = ["--prompt_template", "{body} {question}"]
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0", *template]) == 0
+    short = ["--max_steps", "1", "--max_strategy_length", "4", "--max_completion_length", "4"]
+    assert main(["train", "--config", "recipe.yaml", *short, "--report_problems", "2"]) == 0
+    prompts = Dataset.from_parquet(str(next(Path("runs/recipe").rglob("*.parquet"))))["prompt"]
+    wholes = {whole_problem(index) for index in range(96)}
+    assert {prompt[-1]["content"] for prompt in prompts} < wholes
+
+
+def test_asks_for_columns_in_a_terminal(
+    tiny: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories = [word_problems.story(index) for index in range(20)]
+    rows = [{"story": body, "question": question, "expected_answer": answer} for body, question, answer, _ in stories]
+    data = word_problems.write(here / "words.jsonl", rows)
+    answers = iter(["{story} {quest}", "{story} {question}", "gold", "", "n", "n"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    monkeypatch.setattr(init, "_asking", lambda: True)
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "`story` looks like a part of the problem: Ada keeps 3 pens" in told
+    assert "names no column 'quest'" in told and "names no column 'gold'" in told and whole_problem(0) in told
+    content = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert content["prompt_template"] == "{story} {question}" and content["answer_column"] == "expected_answer"
+
+    answers = iter(["exercise", "n", "y"])
+    data = word_problems.write(here / "named.jsonl", [{"exercise": body, "answer": "1"} for body, _, _, _ in stories])
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0", "--output", "named.yaml"]) == 0
+    assert yaml.safe_load(Path("named.yaml").read_text())["prompt_column"] == "exercise"
+    assert "16 rollouts of" in capsys.readouterr().out
+
+
+def test_one_column_alone_is_taken_where_it_is_named(tiny: str, here: Path) -> None:
+    data = word_problems.write(here / "asdiv.jsonl", word_problems.asdiv(20))
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0", "--prompt_column", "Question"]) == 0
+    problems = load_data(read_recipe(["--config", "recipe.yaml"], "test"))["train"]
+    assert problems[0]["prompt"][0]["content"] == word_problems.story(0)[1]
+
+
+def test_choices_are_shown_with_letters(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = word_problems.write(here / "choices.jsonl", word_problems.choices(20))
+    template = ["--prompt_template", "{question}{choices}"]
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0", *template]) == 0
+    assert f"  {whole_problem(0)}\n  A. 5\n  B. 4\n\nIts answer: B\n" in capsys.readouterr().out
+
+
+# The recipe as a newcomer reads it
+
+
+@pytest.mark.parametrize(("size", "report"), [(30, 0), (200, 20)])
+def test_recipe_keeps_what_its_titles_say(tiny: str, here: Path, size: int, report: int) -> None:
+    data = write_sums(here / "sums.jsonl", size=size)
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 0
+    written = Path("recipe.yaml").read_text()
+    content = yaml.safe_load(written)
+    assert content["report_problems"] == report and ("too few problems" in written) == (report == 0)
+    assert ("a tenth of the problems is kept" in written) == ("dataset_test_split" in content) == (report > 0)
+    assert content["dtype"] == "float32" and content["bf16"] is False and "float16" not in written
+
+
+def test_a_class_whose_problems_are_kept_is_merged(tiny: str, here: Path) -> None:
+    rows = [{"prompt": f"What is {i} + 1?", "solution": str(i + 1), "problem_class": "sums"} for i in range(88)]
+    rows += [row | {"problem_class": "last"} for row in rows[:12]]
+    data = word_problems.write(here / "sums.jsonl", rows)
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 0
+    assert yaml.safe_load(Path("recipe.yaml").read_text())["small_classes"] == "merge"  # two of twelve are trained on
+
+
+def test_generated_problems_keep_none(tiny: str, here: Path) -> None:
+    assert main(["init", "--model", tiny, "--data", "lcm+gcd?size=40", "--vram", "8"]) == 0
+    written = Path("recipe.yaml").read_text()
+    assert "unseen problems are generated for the report" in written and "report_problems: 64" in written
+    assert "GPUs before Ampere" in written and yaml.safe_load(written)["dtype"] == "bfloat16"
+
+
+# The trial
+
+
+def test_a_recipe_that_is_there_is_tried(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_sums(here / "sums.jsonl", size=8)
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 0
+    before = Path("recipe.yaml").read_text()
+    assert "init --try recipe.yaml" in capsys.readouterr().out
+    assert main(["init", "--try", "recipe.yaml"]) == 0
+    assert "  right           0 of 16\n" in capsys.readouterr().out and Path("recipe.yaml").read_text() == before
+    assert sorted(path.name for path in here.iterdir()) == ["recipe.yaml", "sums.jsonl"]
+
+    Path("even.py").write_text("from models import evenness as reward\n")
+    Path("recipe.yaml").write_text(before.replace("- answer_reward", "- even.reward"))
+    assert main(["init", "--try", "recipe.yaml"]) == 0
+    right = re.search(r"right +(\d+) of 16", capsys.readouterr().out)
+    assert right is not None and 0 < int(right[1]) < 16
+
+    assert main(["init", "--try", "recipe.yaml", "--vram", "0"]) == 2
+    assert "leave the other options out" in capsys.readouterr().err
+    assert main(["init", "--try", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err

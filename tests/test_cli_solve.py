@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import pty
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+import word_problems
 from models import hash_embedder
 from test_cli_bootstrap import GOOD, ChatServer
 from test_pipeline import PROBLEM, SETTINGS, fill_bank, save_model
@@ -309,6 +312,7 @@ class TestMessages:
             (["--model", "MODEL", "--input", "x.jsonl", "--output", "y.jsonl"], "no file"),
             (["--model", "MODEL", "--input", "x.jsonl", "--output", "y.csv"], ".jsonl"),
             (["--model", "MODEL", PROBLEM, "--input", "x.jsonl", "--output", "y.jsonl"], "leave out"),
+            (["--model", "MODEL", PROBLEM, "--prompt_column", "question"], "`--input`"),
         ],
     )
     def test_one_line_that_names_the_fix(
@@ -318,11 +322,36 @@ class TestMessages:
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("trl-sgpo solve: error: ") and words in message
 
-    def test_bank_that_is_open_elsewhere(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with StrategyBank.restore(Path(run, "strategy_bank")):
-            assert solve("--model", run, PROBLEM) == 2
-            assert re.search("in use by process .*--bank.*--no_bank", capsys.readouterr().err)
-            assert solve("--model", run, PROBLEM, "--no_bank") == 0
+    def test_bank_that_is_open_elsewhere(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The message names who has it, and a copy, which `--bank` takes."""
+        shutil.copytree(run, tmp_path / "run")
+        model = str(tmp_path / "run")
+        with StrategyBank.restore(Path(model, "strategy_bank")) as bank:
+            who = f"in use by process {os.getpid()} on {platform.node()} since 20.*--bank.*copy.*--no_bank"
+            assert solve("--model", model, PROBLEM) == 2
+            assert re.search(who, capsys.readouterr().err)
+            bank.snapshot(tmp_path / "run" / "checkpoint-3" / "strategy_bank")
+            for named in ([], ["--bank", model], ["--bank", str(tmp_path / "run" / "strategy_bank")]):
+                assert solve("--model", model, PROBLEM, *named) == 2
+                message = capsys.readouterr().err
+                assert re.search(who.replace("copy", f"copy.*--bank {model}/checkpoint-3`"), message)
+                assert "bank_path" not in message
+            assert solve("--model", model, PROBLEM, "--bank", f"{model}/checkpoint-3") == 0
+            assert solve("--model", model, PROBLEM, "--no_bank") == 0
+
+    def test_columns_of_a_file(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = word_problems.svamp(3)
+        word_problems.write(tmp_path / "svamp.jsonl", rows)
+        files = ["--input", str(tmp_path / "svamp.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--overwrite"]
+        for option, problem in (
+            (["--prompt_template", "{body} {question}"], f"{rows[1]['Body']} {rows[1]['Question']}"),
+            (["--prompt_column", "question"], rows[1]["Question"]),
+        ):
+            assert solve("--model", run, *files, *option) == 0
+            lines = (tmp_path / "out.jsonl").read_text().splitlines()
+            assert json.loads(lines[1])["problem"] == problem
+        assert solve("--model", run, *files, "--prompt_template", "{story}") == 2
+        assert "names no column 'story'" in capsys.readouterr().err
 
     def test_empty_problem_in_a_file(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "problems.jsonl"

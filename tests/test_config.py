@@ -1,6 +1,7 @@
 """`SGPOConfig`: which geometries are accepted, and what the messages about the others suggest."""
 
 import re
+import warnings
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -65,6 +66,24 @@ class TestDefaults:
 
     def test_template_without_problem(self, config):
         assert "{problem} exactly once, got 0 times" in refusal(config, strategy_prompt="Plan it.")
+
+    @pytest.mark.parametrize("checkpointing", [True, False])
+    def test_warn_of_nothing(self, config, checkpointing):
+        """transformers warns of the old names of activation checkpointing, which TRL's defaults use."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            made = config(gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": True})
+        assert made.gradient_checkpointing is made.activation_checkpointing is checkpointing
+        assert made.to_grpo().gradient_checkpointing is checkpointing
+        assert made.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
+class TestSeveralProblems:
+    def test_are_told_together(self, config):
+        message = refusal(config, num_generations=7, temperature=0, small_classes="x", optim="y")
+        assert message.startswith("SGPOConfig has 4 problems:")
+        for words in ("num_generations (7)", "`temperature`", "`small_classes`", "y is not a valid OptimizerNames"):
+            assert words in message
 
 
 class TestGeometry:
@@ -134,6 +153,27 @@ class TestGeometry:
         assert config(transfer_block_size=2, **kwargs).execution_baseline == baseline
         assert config(transfer_block_size=1, num_generations=4, execution_baseline="problem").own_strategies == 4
 
+    @given(K=st.integers(2, 5), b=st.integers(0, 3))
+    @properties
+    def test_one_strategy_a_problem_has_no_outcome_without_transfer(self, config, K, b):
+        kwargs = {"transfer_block_size": K, "num_bank_rollouts": b, "num_generations": K + b}
+        message = refusal(config, transfer_weight=0.0, **kwargs)
+        assert "`transfer_weight` is 0" in message and "transfer_block_size to 1" in message
+        (value,) = suggested_generations(message)
+        assert config(transfer_weight=0.0, **(kwargs | {"num_generations": value})).own_strategies == 2
+        assert config(transfer_weight=0.1, **kwargs).own_strategies == 1
+        assert config(transfer_weight=0.0, **(kwargs | {"transfer_block_size": 1})).own_strategies == K
+        assert config(transfer_weight=0.0, correctness_weight=0.0, **kwargs).own_strategies == 1
+
+    def test_one_borrowed_strategy_has_no_outcome_without_correctness(self, config):
+        message = refusal(config, num_generations=2, correctness_weight=0.0)
+        assert "`correctness_weight` is 0" in message
+        (value,) = suggested_generations(message)
+        assert config(num_generations=value, correctness_weight=0.0).own_strategies == 2
+        for kwargs in ({"correctness_weight": 0.1}, {"correctness_weight": 0.0, "transfer_weight": 0.0}):
+            assert config(num_generations=2, **kwargs).own_strategies == 1
+        assert config(num_generations=3, num_bank_rollouts=1, correctness_weight=0.0).own_strategies == 1
+
 
 class TestLocalBatch:
     """A block must not be split between devices."""
@@ -198,3 +238,64 @@ class TestChoices:
     def test_aggregation(self, config):
         message = refusal(config, multi_objective_aggregation="normalize_then_sum")
         assert "multi_objective_aggregation to 'sum_then_normalize'" in message
+
+
+class TestGenerationBatchSize:
+    """It counts the rows of all devices, as in TRL."""
+
+    def test_gives_the_steps(self, config):
+        made = config(num_generations=4, generation_batch_size=24)
+        assert (made.per_device_train_batch_size, made.steps_per_generation) == (8, 3)
+        assert made.to_grpo().steps_per_generation == 3
+
+    def test_message_of_one_without_whole_blocks(self, config):
+        message = refusal(config, num_generations=4, per_device_train_batch_size=4, generation_batch_size=12)
+        assert "generation_batch_size" in message and "set generation_batch_size to 16" in message
+        config(num_generations=4, per_device_train_batch_size=4, generation_batch_size=16)
+
+    def test_what_trl_refuses(self, config):
+        assert "divisible by the global batch size" in refusal(config, num_generations=4, generation_batch_size=12)
+        message = refusal(config, num_generations=4, generation_batch_size=16, steps_per_generation=2)
+        assert "'generation_batch_size' and 'steps_per_generation'" in message
+
+
+class TestGenerationKwargs:
+    @pytest.mark.parametrize(
+        ("name", "value", "instead"),
+        [
+            ("max_new_tokens", 30, "`max_completion_length`.*`max_strategy_length`"),
+            ("max_length", 30, "`max_completion_length`"),
+            ("temperature", 0.5, "`temperature` of the configuration"),
+            ("num_return_sequences", 2, "`num_generations`"),
+            ("eos_token_id", 7, "`generation_config.json`"),
+        ],
+    )
+    def test_setting_of_another_key_names_it(self, config, name, value, instead):
+        message = refusal(config, generation_kwargs={name: value})
+        assert re.search(f"`generation_kwargs` cannot set `{name}`: .*{instead}", message), message
+
+    @pytest.mark.parametrize("name", ["max_tokens", "n"])
+    def test_names_of_vllm(self, config, name):
+        message = refusal(config, generation_kwargs={name: 2}, use_vllm=True)
+        assert f"`generation_kwargs` cannot set `{name}`" in message
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *[("num_beams", 2), ("num_beam_groups", 2), ("do_sample", False), ("penalty_alpha", 0.6)],
+            *[("constraints", [[5]]), ("force_words_ids", [[5]]), ("dola_layers", "low"), ("use_mtp", True)],
+            *[("prompt_lookup_num_tokens", 2), ("assistant_early_exit", 1), ("stop_strings", ["."])],
+            *[("token_healing", True), ("return_dict_in_generate", True)],
+        ],
+    )
+    def test_what_cannot_train_is_named(self, config, name, value):
+        assert f"`{name}` in `generation_kwargs`" in refusal(config, generation_kwargs={name: value})
+
+    def test_unknown_name(self, config):
+        assert "`min_new_token`" in refusal(config, generation_kwargs={"min_new_token": 3})
+
+    @pytest.mark.parametrize(
+        "given", [None, {}, '{"typical_p": 0.9}', {"num_beams": 1, "do_sample": True, "min_new_tokens": 2}]
+    )
+    def test_others_are_taken(self, config, given):
+        config(generation_kwargs=given)

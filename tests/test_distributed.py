@@ -87,6 +87,15 @@ def test_resuming_goes_on_as_if_nothing_had_happened(model, tmp_path, environmen
     assert {row["step"] for row in resumed["rows"]} == {2}
 
 
+def test_all_ranks_end_at_an_infinite_reward_of_one(model, tmp_path):
+    """With the same message, and after the checkpoint of the step before."""
+    statuses, told = run(tmp_path / "two", 2, model, "group", ENDLESS="1")
+    assert statuses == [0, 0], told[-6000:]
+    first, second = ((tmp_path / "two" / f"error_{rank}.txt").read_text() for rank in range(2))
+    assert first == second and "`endless` returned inf for the problem 'Kind" in first
+    assert (tmp_path / "two" / "run" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
 def test_sharded_checkpoints_are_refused(model, tmp_path):
     """They would hold neither a model that others can load nor the bank."""
     sharded = FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}

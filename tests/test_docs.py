@@ -26,6 +26,7 @@ import certifi
 import pytest
 import torch
 import transformers.utils.hub
+import word_problems
 import yaml
 from accelerate.commands.launch import launch_command
 from doc_blocks import BLOCKS, ROOT, Block, read_blocks
@@ -99,7 +100,7 @@ FIRST = {
     "SharedBank(": "chroma run --path data/strategies --host 127.0.0.1 --port 8000",
 }
 TYPED = {  # what is typed where a command asks
-    "trl-sgpo init": "Qwen/Qwen2.5-0.5B-Instruct\nproblems.jsonl\n8\nn\n",
+    "trl-sgpo init": "Qwen/Qwen2.5-0.5B-Instruct\nproblems.jsonl\n8\nn\nn\n",
     "trl-sgpo solve --model runs/quickstart": "What is 2 times 3?\n",
 }
 STATUS = {"config_qlora_16gb.yaml --vram 12": 1}  # of other commands 0
@@ -153,8 +154,7 @@ def write_problems(directory: Path) -> None:
     rows = [{"prompt": q, "solution": a, "problem_class": f"kind-{a[-1] > '4'}"} for q, a in sums]
     worked = [{"question": q, "answer": f"It is {a}.\n#### {a}"} for q, a in sums[:6]]
     write_rows(directory / "problems.jsonl", rows)
-    asked = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    write_rows(directory / "messages.jsonl", asked)
+    write_rows(directory / "word_problems.jsonl", word_problems.svamp(24))
     write_rows(directory / "openai/gsm8k", worked, "main")
     math = [
         {"problem": q, "solution": rf"It is $\boxed{{{a}}}$.", "answer": a, "subject": "sums"} for q, a in sums[:6]
@@ -167,7 +167,7 @@ def write_problems(directory: Path) -> None:
 def write_own_recipe(directory: Path) -> None:
     """The recipe and the reward function of docs/your_own_data.md."""
     page = [block for block in BLOCKS if block.page == "docs/your_own_data.md"]
-    recipe = next(yaml.safe_load(block.text) for block in page if block.language == "yaml")
+    recipe = next(yaml.safe_load(block.text) for block in page if "model_name_or_path:" in block.text)
     (directory / "my_recipe.yaml").write_text(yaml.safe_dump(small(recipe)))
     rewards = next(block.text for block in page if "my_rewards.py" in block.text)
     (directory / "my_rewards.py").write_text(rewards)

@@ -1,11 +1,16 @@
 """The texts of both phases."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl.rewards import accuracy_reward
 
-from trl_sgpo.errors import ConfigError
+from trl_sgpo.data.tasks import answer_reward
+from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.method.prompts import (
+    EXECUTION_PROMPT,
     RETRIEVED_HEADER,
     STEPS_PROMPT,
     STRATEGY_PROMPT,
@@ -39,6 +44,13 @@ class TestTemplates:
         head, tail = template.split("{problem}")
         quoted = f"{RETRIEVED_HEADER}> [sums] {' '.join(strategy.split())}\n\n"
         assert request == head + problem + tail.replace("{strategies}", quoted)
+
+    def test_default_execution_prompt_asks_for_a_form_that_verifiers_read(self):
+        (form,) = re.findall(r"\\boxed\{\}", EXECUTION_PROMPT)
+        execution = f"One and two make three.\n{form[:-1]}3}}"
+        assert answer_reward([execution, execution], ["3", "4"]) == [1.0, 0.0]
+        completions = [[{"role": "assistant", "content": execution}]] * 2
+        assert accuracy_reward(completions, ["$3$", "$4$"]) == [1.0, 0.0]
 
     def test_nothing_retrieved_leaves_no_trace(self):
         request = strategy_request(STRATEGY_PROMPT, "What is {x} + 1?", [])
@@ -197,6 +209,16 @@ class TestStrategyPrompt:
     def test_plain_text(self, chat):
         built = strategy_prompt("What is {x}?", STRATEGY_PROMPT, [], chat)
         assert built == strategy_request(STRATEGY_PROMPT, "What is {x}?", []) + "\n\nStrategy:"
+
+    @pytest.mark.parametrize("role", ["assistant", "tool", "system"])
+    def test_last_message_of_another_role_is_refused(self, role):
+        prompt = [*self.MESSAGES, {"role": role, "content": "Let me see."}]
+        with pytest.raises(DataError, match=f"ends in a message of the role `{role}`.* must end in a user message"):
+            strategy_prompt(prompt, STRATEGY_PROMPT, [], chat=True)
+
+    def test_no_message_is_refused(self):
+        with pytest.raises(DataError, match="has no messages"):
+            strategy_prompt([], STRATEGY_PROMPT, [], chat=True)
 
 
 def test_plain_bridge():

@@ -450,6 +450,7 @@ class TestCard:
         text = found.text
         for words in (
             "| accuracy with the own strategy, greedy | 0.25 [0.14, 0.40] | 0.50 [0.35, 0.65] |",
+            "| strategy transfer score, greedy | 0.12 [0.05, 0.26] | 0.25 [0.14, 0.40] |",
             "| gsm8k | in distribution | 9 of 10 | 0.50 [0.40, 0.60] |",
             f'trl-sgpo solve --model {REPO} "',
             f'SGPOPipeline.from_pretrained("{REPO}")',

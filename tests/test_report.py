@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -148,7 +149,7 @@ class TestContent:
         for words in (
             "12 of 12", "Correctness and transfer", "Before and after training", "Transfer between classes: sums",
             "Transfer of the bank's strategies", "11 10 candidate, 1 trusted, 1 retired", "24 problems of 12 logged",
-            "borrowed strategy", "learning_rate 1e-05", "0.50 [0.34, 0.66]",
+            "borrowed strategy", "learning_rate 1e-05", "0.50 [0.34, 0.66]", "0.40 [0.25, 0.57]",
         ):  # fmt: skip
             assert words in text, words
         assert "Not in this report" not in text
@@ -202,6 +203,26 @@ class TestMissing:
         for words in ("log_completions: true", "use_bank: false", "--transfer"):
             assert words in shown and words in text
         assert "4 of 12 unfinished, as of the last checkpoint" in text
+
+    def test_transfer_that_the_run_measured_is_not_called_missing(self, tmp_path):
+        run = write_run(tmp_path / "run")
+        shutil.rmtree(run / "eval")
+        found = read_run(run)
+        text = Page(render(found)).text()
+        assert "transfer, sampled 0.40" in text and "No transfer measured" not in text
+        assert "to compare" in found.missing["transfer"] and "--transfer" in found.missing["transfer"]
+        (run / "report.json").unlink()
+        assert "No transfer measured" in read_run(run).missing["transfer"]
+
+    def test_names_in_messages_are_code(self, tmp_path):
+        run = read_run(write_run(tmp_path / "run", bank=False, completions=False, evaluation=False))
+        run.missing["bank"] = "Bad `<b>name</b>` in <i>`it`</i>, one ` alone: " + HOSTILE
+        html = render(run)
+        page = Page(html)
+        codes = [text for tag, text in page.texts if tag == "code"]
+        assert codes.count("log_completions: true") == codes.count("<b>name</b>") == codes.count("it") == 2
+        assert "`" not in html.split("Not in this report")[1].split("Bad")[0]
+        assert not page.of("b") and not page.of("i") and page.text().count(f"one ` alone: {HOSTILE}") == 2
 
     def test_run_before_its_first_checkpoint(self, tmp_path):
         run = write_run(tmp_path / "run", bank=False, completions=False, evaluation=False)

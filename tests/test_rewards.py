@@ -250,6 +250,10 @@ class TestLeak:
             ("the final ANSWER: 12", APPLES, None),
             ("answer = $12", APPLES, None),
             ("<answer>12</answer>", APPLES, None),
+            ("When joining, get 42 in all.", APPLES, "42 (apples)"),
+            ("When joining, get 42 in all.", APPLES, "42.0"),
+            ("When halving, get 2.5 each.", "Halve five.", "2.50 (cm)"),
+            ("When joining, get 42 (apples).", APPLES, "42 (apples)"),
         ],
     )
     def test_given_away(self, strategy, problem, answer):
@@ -272,6 +276,8 @@ class TestLeak:
             ("Add both.", APPLES, ""),
             ("Add both.", APPLES, "  "),
             ("", APPLES, "42"),
+            ("Add 1 first.", APPLES, "10 (apples)"),
+            ("Name the two (sides) first.", APPLES, "left (side)"),
         ],
     )
     def test_kept(self, strategy, problem, answer):

@@ -22,6 +22,7 @@ PACKAGE = TESTS.parent / "trl_sgpo"
 # Files that use or override private names of TRL, transformers, peft and accelerate
 PRIVATE_NAMES = {
     "bench/arms.py",
+    "checks/origin.py",
     "compare/budget.py",
     "hub/trainer.py",
     "method/measuring.py",

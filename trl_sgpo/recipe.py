@@ -1,21 +1,28 @@
 """Recipes: YAML files and command-line overrides, read into dataclasses the way `trl` does."""
 
-import difflib
 import json
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from accelerate.commands.launch import launch_command_parser
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
-from .errors import ConfigError
+from .checks.old_names import unknown_key
+from .checks.origin import what_to_mend
+from .checks.values import check_mixture, read_value
+from .data.columns import Columns
+from .data.mixture import ProblemMixtureConfig
+from .errors import ConfigError, SettingsError, refuse
 from .sgpo_config import SGPOConfig
-from .yaml_files import read_mapping
+from .yaml_files import read_mapping, read_texts
 
 
 @dataclass
@@ -30,6 +37,11 @@ class SGPOScriptArguments(GRPOScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Names of TRL's reward functions, `answer_reward` (reads the final answer and compares it as text, number,
             list or mathematics, or with the problem family's own verifier), or dotted import paths.
+        prompt_column (`str`, *optional*):
+            Column with the problem, whatever its case. If `None`, the first of `prompt`, `question` and `problem` that
+            a row has. Its answer is in `answer_column`; if that is not set, in `answer`, else in `solution`.
+        prompt_template (`str`, *optional*):
+            Text of the problem with names of columns in braces, like `"{Body} {Question}"`, instead of one column.
         system_prompt (`str`, *optional*):
             System message put before conversational prompts that have none.
         warmstart_traces (`int`, *optional*, defaults to `0`):
@@ -55,6 +67,13 @@ class SGPOScriptArguments(GRPOScriptArguments):
             Whether to estimate memory before weights are loaded, if there is a GPU or the recipe states `vram_gb`.
     """
 
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the problem. By default `prompt`, `question` or `problem`."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "Text of the problem with names of columns in braces, like '{Body} {Question}'."},
+    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message put before conversational prompts that have none."}
     )
@@ -89,6 +108,9 @@ class SGPOScriptArguments(GRPOScriptArguments):
         metadata={"help": "Whether to estimate memory before weights are loaded, on a GPU or with `vram_gb`."},
     )
 
+    def __post_init__(self) -> None:
+        Columns(self.prompt_column, self.prompt_template)  # raises errors
+
 
 @dataclass
 class Recipe:
@@ -97,7 +119,7 @@ class Recipe:
 
     Args:
         script ([`SGPOScriptArguments`]), training ([`SGPOConfig`]), model ([`~trl.ModelConfig`]),
-        mixture ([`~trl.DatasetMixtureConfig`]):
+        mixture ([`~trl_sgpo.data.mixture.ProblemMixtureConfig`]):
             The parts of a recipe.
         path (`str` or `None`):
             The YAML file.
@@ -105,21 +127,37 @@ class Recipe:
             Arguments for `accelerate launch`.
         own (`list[str]`):
             The command line without them.
+        columns ([`~trl_sgpo.data.columns.Columns`]):
+            Columns of `dataset_name` that problems and answers are read from.
     """
 
     script: SGPOScriptArguments
     training: SGPOConfig
     model: ModelConfig
-    mixture: DatasetMixtureConfig
+    mixture: ProblemMixtureConfig
     path: str | None
     launch: list[str]
     own: list[str]
+    columns: Columns
 
 
-_PARTS = (SGPOScriptArguments, SGPOConfig, ModelConfig, DatasetMixtureConfig)
+_PARTS = (SGPOScriptArguments, SGPOConfig, ModelConfig, ProblemMixtureConfig)
 
 
-def read_recipe(argv: list[str], prog: str) -> Recipe:
+class _Parser(TrlParser):
+    """TRL's parser, which raises errors instead of ending the process with a page of options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.")
+
+
+def _no_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return []
+
+
+def read_recipe(
+    argv: list[str], prog: str, check: Callable[[Mapping[str, Any]], list[tuple[str, str]]] = _no_problems
+) -> Recipe:
     """
     Reads `--config recipe.yaml` and the overrides of its keys.
 
@@ -128,67 +166,151 @@ def read_recipe(argv: list[str], prog: str) -> Recipe:
             The command line.
         prog (`str`):
             Name shown by `--help`.
+        check (`Callable`, *optional*):
+            Finds further problems in the values of all keys, as [`~trl_sgpo.checks.setup.setup_problems`] does, each a
+            key and a message.
 
     Returns:
         [`Recipe`]
 
     Raises:
-        [`ConfigError`]: A file that cannot be read, an unknown key or an invalid value.
+        [`ConfigError`]: A file that cannot be read, unknown keys or invalid values. The message names all of them.
     """
-    argv = [  # TRL's parser accepts `--config FILE` only as two words
+    path, overrides = _split_config(argv)
+    parser = _Parser(_PARTS, prog=prog)
+    hints = {key: hint for part in _PARTS for key, hint in get_type_hints(part).items()}
+    content, refused = ({}, []) if path is None else _read_file(path, parser, hints)
+    from_file = parser.set_defaults_with_config(**content)
+    values, from_command_line, wrong = _read_command_line(overrides, parser, hints)
+    given = {_key(argument) for argument in overrides if argument.startswith("--")}
+    refused = [(key, text) for key, text in refused if key not in given] + wrong + check(values)
+    launch, problems = _split_launch(from_file + from_command_line, parser)
+    problems += [text for _, text in refused]
+    parts: list[Any] = []
+    keys = {key for key, _ in refused}
+    for part in _PARTS:
+        names = {item.name for item in fields(part) if item.init} - keys
+        try:
+            parts.append(part(**{name: values[name] for name in names}))
+        except Exception as error:
+            message = what_to_mend(error)
+            if message is None:
+                raise
+            found = error.problems if isinstance(error, SettingsError) else [message]
+            # What follows from a value that is refused is not told twice
+            problems += [text for text in found if not any(key in text for key in keys)]
+    if values["trust_remote_code"]:
+        problems.append("`trust_remote_code` is refused: it would run code from the model's repository.")
+    own_columns = [key for key in ("prompt_column", "prompt_template") if values[key] is not None]
+    own_columns += [key for key in ("answer_column",) if key in given | content.keys()]
+    if own_columns and values["datasets"] and "dataset_name" not in given:
+        named = " and ".join(f"`{key}`" for key in own_columns)
+        problems.append(f"{named} are for `dataset_name`: in a mixture, set them in each entry of `datasets`.")
+    refuse(path or "The command line", problems)
+    script, training, model, mixture = parts
+    if "dataset_name" in given:
+        mixture.datasets = []  # the command line overrides the recipe's mixture
+    leftover = list(from_command_line)
+    own = [argument for argument in overrides if not (leftover and argument == leftover[0] and leftover.pop(0))]
+    own = [*(["--config", path] if path else []), *own]
+    answers = training.answer_column if "answer_column" in given | content.keys() else None
+    training.answer_column = "solution"  # answers are loaded into this column
+    columns = Columns(script.prompt_column, script.prompt_template, answers)
+    return Recipe(script, training, model, mixture, path, launch, own, columns)
+
+
+def _key(option: str) -> str:
+    """The key that an option such as `--learning-rate=1e-4` names."""
+    return option.lstrip("-").partition("=")[0].replace("-", "_")
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe's path, and the command line without it."""
+    parts = [
         part
         for argument in argv
         for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
     ]
-    path = _check_file(argv)
-    parser = TrlParser(_PARTS, prog=prog)
-    try:
-        *parts, from_file, from_command_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
-    launch = _check_launch(from_file + from_command_line, parser)
-    script, training, model, mixture = parts
-    if "--dataset_name" in argv:
-        mixture.datasets = []  # the command line overrides the recipe's mixture
-    if training.trust_remote_code:
-        raise ConfigError("`trust_remote_code` is refused: it would run code from the model's repository.")
-    leftover = list(from_command_line)
-    own = [argument for argument in argv if not (leftover and argument == leftover[0] and leftover.pop(0))]
-    return Recipe(script, training, model, mixture, path, launch, own)
-
-
-def _check_file(argv: list[str]) -> str | None:
-    if "--config" not in argv:
-        return None
-    position = argv.index("--config") + 1
-    if position == len(argv):
+    if "--config" not in parts:
+        return None, parts
+    position = parts.index("--config")
+    if position + 1 == len(parts):
         raise ConfigError("`--config` needs the path of a recipe: `trl-sgpo init` writes one.")
-    path = argv[position]
-    content = read_mapping(path)
-    for name in content.get("env") or {}:
-        print(f"{path} sets the environment variable {name}")  # its value may be a token
-    return path
+    return parts[position + 1], parts[:position] + parts[position + 2 :]
 
 
-def _check_launch(remaining: list[str], parser: TrlParser) -> list[str]:
-    """Returns the arguments for `accelerate launch`; raises an error for the first unknown key."""
+def _read_file(path: str, parser: TrlParser, hints: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The values in a recipe, and the problems of those that are refused. Sets the environment variables it names."""
+    content, texts = read_mapping(path), read_texts(path)
+    values, refused = {}, []
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    environment = content.pop("env", None) or {}
+    if isinstance(environment, dict):
+        for name, value in environment.items():
+            print(f"{path} sets the environment variable {name}")  # its value may be a token
+            os.environ[str(name)] = str(value)
+    else:
+        refused.append(("env", "`env` must be a mapping from environment variables to values."))
+    for key, value in content.items():
+        if key not in hints:
+            values[str(key)] = value  # for `accelerate launch`, or unknown
+            continue
+        try:
+            if key == "datasets":
+                check_mixture(value)
+            values[key] = read_value(key, hints[key], actions[key].choices, value, texts.get(key, value))
+        except ConfigError as error:
+            found = error.problems if isinstance(error, SettingsError) else [str(error)]
+            refused += [(key, text) for text in found]
+    return values, refused
+
+
+def _read_command_line(
+    overrides: list[str], parser: TrlParser, hints: dict[str, Any]
+) -> tuple[dict[str, Any], list[str], list[tuple[str, str]]]:
+    """The values of all keys, what the parser does not know, and the problems of values that are refused."""
+    groups: list[list[str]] = [[]]
+    for argument in overrides:
+        if argument.startswith("--") or argument == "-h":
+            groups.append([])
+        groups[-1].append(argument)
+    namespace, unknown = parser.parse_known_args([])
+    refused = []
+    for group in groups:
+        try:
+            namespace, rest = parser.parse_known_args(group, namespace)
+            unknown += rest
+        except ConfigError as error:
+            refused.append((_key(group[0]), str(error)))
+    values = vars(namespace)
+    for key, value in values.items():
+        kinds = [get_origin(kind) or kind for kind in get_args(hints[key])]
+        if value == "None" and NoneType in kinds:
+            values[key] = None
+        elif isinstance(value, str) and value.startswith("{") and dict in kinds:
+            try:
+                values[key] = json.loads(value)
+            except ValueError as error:
+                refused.append((key, f"`{key}` is no valid JSON: {error}."))
+    values["report_to"] = values["report_to"] or "none"  # transformers takes an empty value for a name
+    return values, unknown, refused
+
+
+def _split_launch(remaining: list[str], parser: TrlParser) -> tuple[list[str], list[str]]:
+    """The arguments for `accelerate launch`, and the problems of those that it does not know either."""
     try:
         arguments = resolve_accelerate_config_argument(remaining)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        return [], [str(error)]
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
     unknown = [argument for argument in arguments if argument.startswith("--") and argument.split("=")[0] not in known]
-    if unknown or (arguments and not arguments[0].startswith("-")):
-        name = (unknown or arguments)[0].lstrip("-").split("=")[0]
-        names = [action.dest for action in parser._actions]
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f" Did you mean {', '.join(f'--{match}' for match in close)}?" if close else ""
-        raise ConfigError(f"Unknown key `{name}`.{hint} `trl-sgpo train --help` lists all keys.")
-    return arguments
+    if not unknown and arguments and not arguments[0].startswith("-"):
+        unknown = arguments[:1]
+    names = [action.dest for action in parser._actions]
+    problems = [unknown_key(argument.lstrip("-").split("=")[0], names) for argument in unknown]
+    if len(problems) == 1 and problems[0].startswith("Unknown"):
+        problems[0] += " `trl-sgpo train --help` lists all keys."
+    return arguments, problems
 
 
 def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -5,8 +6,11 @@ import torch
 from trl import GRPOConfig
 
 from .bank.strategy import DEFAULT_EMBEDDING_MODEL
-from .errors import ConfigError
+from .checks.origin import what_to_mend
+from .checks.ranges import range_problems
+from .errors import ConfigError, SettingsError, refuse
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
+from .method.sampling import check_generation_kwargs
 
 
 @dataclass
@@ -71,9 +75,11 @@ class SGPOConfig(GRPOConfig):
         > Parameters that control rewards and credit
 
         correctness_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of a strategy's outcome on its own problem, relative to the block's other strategies.
+            Weight of a strategy's outcome on its own problem. `0` rewards transfer alone.
         transfer_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of a strategy's mean outcome on the other problems of its block.
+            Weight of a strategy's mean outcome on the other problems of its block. `0` rewards no transfer and needs
+            `n >= 2`, because an outcome on the own problem is then compared with those of the same problem's other
+            strategies, and not with those of the block.
         coherence_weight (`float`, *optional*, defaults to `0.1`):
             Weight of a strategy's coherence, in [0, 1].
         leak_weight (`float`, *optional*, defaults to `0.5`):
@@ -106,7 +112,8 @@ class SGPOConfig(GRPOConfig):
             before it is trusted or retired.
         bank_tolerance (`float`, *optional*, defaults to `0.2`):
             Part of the other strategies' success rate on the same problems that a strategy may fall short of it and
-            be trusted. One that falls short by more, with 95% confidence, is retired.
+            be trusted, so trusted means not inferior. One that falls short by more is retired. Of strategies that
+            fall short by exactly this part, at most 5% are ever trusted or retired.
         bank_max_share (`float`, *optional*, defaults to `0.25`):
             Maximum share of a class's retrievals in training for one strategy, while there are others.
         bank_cross_class (`bool`, *optional*, defaults to `False`):
@@ -236,7 +243,10 @@ class SGPOConfig(GRPOConfig):
     )
     bank_tolerance: float = field(
         default=0.2,
-        metadata={"help": "Part of other strategies' success rate that a trusted strategy may fall short of it."},
+        metadata={
+            "help": "Part of other strategies' success rate that a trusted strategy may fall short of it: trusted "
+            "means not inferior."
+        },
     )
     bank_max_share: float = field(
         default=0.25,
@@ -266,17 +276,35 @@ class SGPOConfig(GRPOConfig):
         return GRPOConfig(**(settings | derived | changes))
 
     def __post_init__(self):
-        self._check_geometry()
-        self._check_choices()
+        problems = list(range_problems(vars(self)))
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
-        check_strategy_prompt(self.strategy_prompt)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self._check_local_batch()
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self._use_new_names()
+        batch_is_given = self.generation_batch_size is not None
+        for check in (self._check_choices, self._check_prompt, self._check_geometry):
+            problems += _problems_of(check)
+        if not problems and not batch_is_given:
+            problems += _problems_of(self._check_local_batch)
+        # TRL's own checks follow from the geometry: after a problem, only those of transformers
+        problems += _problems_of((super(GRPOConfig, self) if problems else super()).__post_init__)
+        if not problems and batch_is_given:
+            problems += _problems_of(self._check_generation_batch)
+        problems += _problems_of(self._check_sampling)
+        refuse("SGPOConfig", problems)
+
+    def _check_sampling(self):
+        if isinstance(self.generation_kwargs, dict):  # text in JSON, unless transformers refused it
+            check_generation_kwargs(self.generation_kwargs, self.use_vllm)
+
+    def _use_new_names(self):
+        """Names of transformers for what TRL sets by its old names, of which transformers would warn."""
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if self.__dict__.get(new) is None:
+                self.__dict__[new] = self.__dict__[old]
 
     def _check_geometry(self):
         K, G, b = self.transfer_block_size, self.num_generations, self.num_bank_rollouts
@@ -284,10 +312,6 @@ class SGPOConfig(GRPOConfig):
             raise ConfigError(
                 f"`transfer_block_size` must be at least 1 and `num_bank_rollouts` at least 0, got {K} and {b}."
             )
-        if b > 0 and not self.use_bank:
-            raise ConfigError(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
-        if self.bank_server is not None and not self.use_bank:
-            raise ConfigError("`bank_server` is set but `use_bank` is false: remove it, or set `use_bank` to true.")
         own = G - b
         fit = max(own - own % K, K, 2) + b
         if own < K or own % K:
@@ -295,11 +319,24 @@ class SGPOConfig(GRPOConfig):
             raise ConfigError(
                 f"num_generations ({G}) must be n * transfer_block_size ({K}) + num_bank_rollouts ({b}) with n >= 1: "
                 f"set num_generations to {fit} or {fit + K}{', or transfer_block_size to 1' if single else ''}."
+                f"{self._batch_of(fit)}{self._batch_of(fit + K)}"
             )
         if own < 2:
             raise ConfigError(
                 f"A block needs at least 2 strategies to compare, but num_generations ({G}) - num_bank_rollouts "
-                f"({b}) leaves {own}: set num_generations to {fit}."
+                f"({b}) leaves {own}: set num_generations to {fit}.{self._batch_of(fit)}"
+            )
+        n, more = own // K, f"set num_generations to {2 * K + b}"
+        if K > 1 and n == 1 and self.transfer_weight == 0 and self.correctness_weight != 0:
+            raise ConfigError(
+                "`transfer_weight` is 0 and each problem writes one strategy, which can be compared with those of "
+                f"other problems only, and that rewards transfer: {more}, or set transfer_block_size to 1, or "
+                "transfer_weight above 0."
+            )
+        if K > 1 and G - n == 1 and self.correctness_weight == 0 and self.transfer_weight != 0:
+            raise ConfigError(
+                "`correctness_weight` is 0 and each problem executes one borrowed strategy, which can be compared "
+                f"with its own only, and that rewards correctness: {more}, or set correctness_weight above 0."
             )
         if K == 1 and self.execution_baseline != "problem":
             raise ConfigError(
@@ -307,7 +344,31 @@ class SGPOConfig(GRPOConfig):
                 "transfer_block_size to 2 or more, or execution_baseline to 'problem'."
             )
 
+    def _batch_of(self, generations: int) -> str:
+        """What batches lack for another value of `num_generations`, so that one message names all changes."""
+        block, steps = self.transfer_block_size * generations, self.steps_per_generation
+        rows = self.per_device_train_batch_size * (steps or self.gradient_accumulation_steps)
+        text = ""
+        if self.generation_batch_size is None and rows % block:
+            name = "gradient_accumulation_steps" if steps is None else "steps_per_generation"
+            text += (
+                f" With {generations}, per_device_train_batch_size * {name} ({rows}) must be a multiple of {block}."
+            )
+        evaluated = self.num_generations_eval or generations
+        if self.eval_strategy != "no" and self.per_device_eval_batch_size % evaluated:
+            text += (
+                f" With {generations}, per_device_eval_batch_size ({self.per_device_eval_batch_size}) must be a "
+                f"multiple of {evaluated}."
+            )
+        return text
+
     def _check_choices(self):
+        problems = []
+        b = self.num_bank_rollouts
+        if b > 0 and not self.use_bank:
+            problems.append(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
+        if self.bank_server is not None and not self.use_bank:
+            problems.append("`bank_server` is set but `use_bank` is false: remove it, or set `use_bank` to true.")
         for name, choices in (
             ("small_classes", ("error", "merge")),
             ("strategy_format", ("text", "steps")),
@@ -315,7 +376,7 @@ class SGPOConfig(GRPOConfig):
         ):
             value = self.__dict__[name]
             if value not in choices:
-                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+                problems.append(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
         for name, least in (
             ("max_strategy_length", 1),
             ("max_completion_length", 1),
@@ -326,34 +387,59 @@ class SGPOConfig(GRPOConfig):
             ("num_retrieved", 0),
         ):
             if self.__dict__[name] is None or self.__dict__[name] < least:
-                raise ConfigError(f"`{name}` must be at least {least}, got {self.__dict__[name]}.")
+                problems.append(f"`{name}` must be at least {least}, got {self.__dict__[name]}.")
         if not (0 <= self.bank_tolerance < 1 and 0 < self.bank_max_share <= 1):
-            raise ConfigError(
+            problems.append(
                 f"`bank_tolerance` must be in [0, 1) and `bank_max_share` in (0, 1], got {self.bank_tolerance} and "
                 f"{self.bank_max_share}."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ConfigError(
+            problems.append(
                 "SGPO builds its outcome matrix from the weighted sum of the rewards: set "
                 "multi_objective_aggregation to 'sum_then_normalize'."
             )
+        refuse("SGPOConfig", problems)
+
+    def _check_prompt(self):
+        check_strategy_prompt(self.strategy_prompt)
 
     def _check_local_batch(self):
         """Checked before TRL does, whose message names no fix."""
-        K, G = self.transfer_block_size, self.num_generations
         rows = self.per_device_train_batch_size
-        if self.generation_batch_size is not None:
-            local, what = self.generation_batch_size // self.world_size, "generation_batch_size / number of devices"
-            fix = "generation_batch_size"
-        else:
-            per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-            local = rows * per_generation
-            name = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
-            what = f"per_device_train_batch_size ({rows}) * {name} ({per_generation})"
-            fix = f"per_device_train_batch_size or {name}"
-        if local % (K * G):
-            raise ConfigError(
-                f"One device generates {what} = {local} rows at a time, which must be a multiple of "
-                f"transfer_block_size ({K}) * num_generations ({G}) = {K * G}, so that a block stays on one device: "
-                f"set {fix} so that it is {local + K * G - local % (K * G)}."
+        per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+        name = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
+        if missing := self._missing_rows(rows * per_generation):
+            raise self._no_whole_blocks(
+                f"per_device_train_batch_size ({rows}) * {name} ({per_generation}) = {rows * per_generation}",
+                f"set per_device_train_batch_size or {name} so that it is {rows * per_generation + missing}",
             )
+
+    def _check_generation_batch(self):
+        """Checked after TRL, which finds the number of devices."""
+        total, devices = self.generation_batch_size, self.world_size
+        if missing := self._missing_rows(total // devices):
+            raise self._no_whole_blocks(
+                f"generation_batch_size ({total}) / number of devices ({devices}) = {total // devices}",
+                f"set generation_batch_size to {total + missing * devices}",
+            )
+
+    def _missing_rows(self, local: int) -> int:
+        return -local % (self.transfer_block_size * self.num_generations)
+
+    def _no_whole_blocks(self, local: str, fix: str) -> ConfigError:
+        K, G = self.transfer_block_size, self.num_generations
+        return ConfigError(
+            f"One device generates {local} rows at a time, which must be a multiple of transfer_block_size ({K}) * "
+            f"num_generations ({G}) = {K * G}, so that a block stays on one device: {fix}."
+        )
+
+
+def _problems_of(check: Callable[[], Any]) -> list[str]:
+    try:
+        check()
+    except Exception as error:
+        message = what_to_mend(error)
+        if message is None:
+            raise
+        return error.problems if isinstance(error, SettingsError) else [message]
+    return []

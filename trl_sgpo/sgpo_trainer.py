@@ -38,7 +38,7 @@ from trl.trainer.utils import get_config_model_id, nanstd
 
 from .bank import StrategyBank
 from .bank.session import BankSession, in_blocks
-from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
+from .callbacks import AdviceCallback, BestMetricCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import CLASS_COLUMN, with_classes
 from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
@@ -48,9 +48,10 @@ from .method.advantages import token_advantages
 from .method.buffer import load_rollouts, rollouts_file, save_rollouts
 from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
-from .method.metrics import phase_columns, phase_metrics
+from .method.metrics import CREDIT_COLUMNS, phase_columns, phase_metrics
 from .method.problem import as_problem
-from .method.requirements import check_arguments, check_model
+from .method.requirements import check_arguments, check_model, check_resumable
+from .method.reward_functions import check_finite, checked
 from .method.rollout import Rollout, RolloutBatch, two_phase_rollout, without_experimental_warning
 from .method.transfer import BlockGeometry, TransferBlockSampler
 from .sgpo_config import SGPOConfig
@@ -82,7 +83,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to train, as in [`~trl.GRPOTrainer`].
+            Model to train, as in [`~trl.GRPOTrainer`]. Names are looked up as in recipes, also in packages from PyPI.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             TRL reward functions or reward models. The first is the verifier.
         args ([`SGPOConfig`], *optional*):
@@ -102,11 +103,13 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             `peft_config`.
 
     Raises:
-        [`ConfigError`]: Something SGPO cannot work with: tools, images, a rollout function, 4-bit weights with vLLM.
+        [`ConfigError`]: Something SGPO cannot work with, such as tools, images, or 4-bit weights with vLLM.
         [`DataError`]: A dataset without a needed column, or with too few problems of a class.
+        [`ModelError`]: There are no such weights.
     """
 
     args: SGPOConfig
+    reward_funcs: list[Any]
 
     def __init__(
         self,
@@ -146,16 +149,17 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
                 **kwargs,
             )
         check_model(self)
+        self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
-        self.facts = self.training_facts()
+        self.facts = self.training_facts(model)
         # These are attributes, because TRL fixes the arguments of `_roll_out` and the result of `_calculate_rewards`
         self._batch = RolloutBatch([], self.geometry)
         self._credit: Credit | None = None
         self.run_record = RunRecordCallback(self)
         self.worst_case = WorstCaseCallback(self, self.conversation, self.geometry)
         bank_callback = StrategyBankCallback(self.bank_session, self._log_metric)
-        for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback()):
+        for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback(), BestMetricCallback()):
             self.add_callback(callback)
 
     # 1. Sampling
@@ -196,12 +200,14 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = [row["rollout"] for row in inputs]
         rewards = self._reward_executions(inputs, prompts, rollouts)
-        start = self.accelerator.process_index * len(inputs)
-        local = rewards[start : start + len(inputs)]
+        local = rewards.split(len(inputs))[self.accelerator.process_index]
         self._log_phases(rollouts, local[:, 0])
         if self.model.training:
             self._credit = self.credit_of(rollouts, local)
-            self._log_credit(self._credit)
+            for name, values in self._credit.metrics.items():
+                self._log_mean(name, values)
+            for column, rows in self._credit.columns.items():
+                self._log_completion_extra(column, rows)
             if self.args.use_bank:
                 name, step = get_config_model_id(self.model.config) or "", self.state.global_step + 1
                 local_observation = self.bank_session.observe(self._batch, rollouts, self._credit, name, step)
@@ -214,7 +220,9 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     ) -> torch.Tensor:
         """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
         executions = as_completions(prompts[0], [rollout.execution for rollout in rollouts])
-        return super()._calculate_rewards(inputs, prompts, executions, [rollout.execution_ids for rollout in rollouts])
+        rewards = super()._calculate_rewards(inputs, prompts, executions, [row.execution_ids for row in rollouts])
+        check_finite(rewards, self.reward_func_names, prompts)
+        return rewards
 
     # 4. Credit
 
@@ -232,27 +240,18 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         return assign_credit(rollouts, rewards, self._batch, self.args, weights, spread=lambda x: nanstd(gather(x)))
 
     def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
-        metrics = phase_metrics(rollouts, self.args.max_completion_length, self.eos_token_ids)
-        for name, value in metrics.items():
+        for name, value in phase_metrics(rollouts, self.args.max_completion_length, self.eos_token_ids).items():
             self._log_metric(f"sgpo/{name}", value)
         if self.strategy_bank is not None:
             self._log_metric("sgpo/bank_size", float(len(self.strategy_bank)))
-        for column, values in phase_columns(rollouts, self._batch).items():
-            self._log_completion_extra(column, values)
-        self._log_completion_extra("correctness", verified.tolist())
+        columns = phase_columns(rollouts, self._batch, verified.tolist())
         if not self.model.training:
             self._log_mean("correctness", verified)
             # TRL keeps the last rows of each column apart, so a column left out would show rows of training
-            columns = ["transfer", "strategy_advantage"]
-            columns += ["execution_advantage"] if self.args.execution_baseline != "problem" else []
-            for column in columns:
-                self._log_completion_extra(column, [math.nan] * len(rollouts))
-
-    def _log_credit(self, credit: Credit) -> None:
-        for name, values in credit.metrics.items():
-            self._log_mean(name, values)
-        for column, rows in credit.columns.items():
-            self._log_completion_extra(column, rows)
+            kept = CREDIT_COLUMNS if self.args.execution_baseline != "problem" else CREDIT_COLUMNS[:2]
+            columns |= dict.fromkeys(kept, [math.nan] * len(rollouts))
+        for column, values in columns.items():
+            self._log_completion_extra(column, values)
 
     def _log_mean(self, name: str, values: torch.Tensor) -> None:
         if not torch.isnan(values).all():
@@ -338,6 +337,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        check_resumable(self.model)
         path = rollouts_file(checkpoint, self.accelerator.process_index)
         if path.exists():
             self._step, batches = load_rollouts(path, self.args.steps_per_generation, self.accelerator.device)

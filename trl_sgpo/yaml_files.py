@@ -1,12 +1,28 @@
 """Reading YAML files that people write."""
 
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import ConfigError
+from .errors import ConfigError, refuse
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.YAMLError(
+                        f"the key `{key.value}` is there twice, again in line {key.start_mark.line + 1}"
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_mapping(path: str) -> dict[str, Any]:
@@ -14,10 +30,19 @@ def read_mapping(path: str) -> dict[str, Any]:
     Reads a YAML file of keys and values.
 
     Raises:
-        [`ConfigError`]: It cannot be read, is no YAML, or is no mapping.
+        [`ConfigError`]: It cannot be read, is no YAML, has a key twice, or is no mapping.
     """
+    return _load(path, _Loader)
+
+
+def read_texts(path: str) -> dict[str, Any]:
+    """Reads the same file with all scalars as the text that is written, such as `no` and `1e-4`."""
+    return _load(path, yaml.BaseLoader)
+
+
+def _load(path: str, loader: Any) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -27,8 +52,17 @@ def read_mapping(path: str) -> dict[str, Any]:
     return content
 
 
-def unknown_key(key: str, known: list[str], path: str) -> ConfigError:
-    """The error for a key that a file may not have."""
-    close = get_close_matches(key, known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
-    return ConfigError(f"Unknown key `{key}` in {path}: {hint}")
+def check_keys(keys: Iterable[Any], known: Collection[str], path: str) -> None:
+    """
+    Checks the keys of a file.
+
+    Raises:
+        [`ConfigError`]: There are others than `known`. The message lists all of them.
+    """
+    problems = []
+    for key in map(str, keys):
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
+            problems.append(f"Unknown key `{key}` in {path}: {hint}")
+    refuse(path, problems)

@@ -8,6 +8,8 @@ from trl_sgpo.bank import Strategy
 
 
 EVERYONE = ("trusted", "candidate", "quarantine")
+# Counts that support trust
+PROVEN = {"trust": "trusted", "trials": 20, "successes": 20, "problems": 20, "solved": 20, "baseline": 10}
 
 
 def hashed_words(texts: list[str]) -> np.ndarray:

@@ -571,12 +571,12 @@ class TestBanks:
         assert found([*many[:8], make("other", run="two")]) == []
 
     def test_trust_that_the_record_does_not_bear_out(self):
-        few = make("few", trust="trusted", problems=2, solved=2, trials=2, successes=2)
+        few = make("few", trust="trusted", problems=3, solved=3, trials=3, successes=3)
         weak = make("weak", "b", trust="trusted", problems=20, solved=10, baseline=18, trials=20, successes=10)
         good = make("good", "c", trust="trusted", problems=20, solved=18, baseline=10, trials=20, successes=18)
         findings = found([few, weak, good])
         assert {each.strategy_id: each.kind for each in findings} == {few.id: "unproven", weak.id: "unproven"}
-        assert found([few], min_problems=2) == []
+        assert found([few], min_problems=3) == []
 
     def test_what_is_in_quarantine_sets_no_standard(self):
         alike = [Strategy(f"add the numbers and carry the rest {i}", "sums", ()) for i in range(10)]

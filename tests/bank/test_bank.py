@@ -1,12 +1,14 @@
 """What the bank stores, merges, evicts and finds."""
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from bank_helpers import EVERYONE, hashed_words, make
+from bank_helpers import EVERYONE, PROVEN, hashed_words, make
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, problem_id
 from trl_sgpo.bank.embedding import FINGERPRINT_TEXT
@@ -61,16 +63,59 @@ def test_trust_follows_executions_on_distinct_problems(bank):
     bank.add([good, bad, repeated])
     bank.update(verified(good, 3, 1) + verified(bad, 3, 0) + 40 * verified(repeated, 3, 1))
     assert [bank.get(s.id).trust for s in (good, bad, repeated)] == ["quarantine", "candidate", "candidate"]
-    bank.update(verified(good, 3, 1, first=3) + verified(bad, 3, 0, first=3))
+    bank.update(verified(good, 4, 1, first=3) + verified(bad, 9, 0, first=3))
     assert [bank.get(s.id).trust for s in (good, bad)] == ["trusted", "retired"]
     assert [hit.strategy.id for hit in bank.retrieve([good.text], exclude=[set()])[0]] == [good.id]
 
-    bank.update(verified(good, 6, 0, baseline=0.9, first=6))
+    bank.update(verified(good, 6, 0, baseline=0.9, first=7))
     assert bank.get(good.id).trust == "candidate" and bank.retrieve([good.text], exclude=[set()]) == [[]]
     bank.close()
     with StrategyBank(bank.path, hashed_words) as again:
         assert [again.get(s.id).trust for s in (good, bad)] == ["candidate", "retired"]
         assert again.add([make("bad", source="s7")]) == [] and again.get(bad.id).trust == "retired"
+
+
+def test_trust_is_lost_with_the_executions_it_came_from(bank):
+    """A strategy written again for three of the problems it was executed on keeps one of the four it needs."""
+    strategy = make("isolate")
+    bank.record([strategy], verified(strategy, 4, 1, baseline=0.1))
+    assert (bank.get(strategy.id).problems, bank.get(strategy.id).trust) == (4, "trusted")
+    bank.add([make("isolate", source=f"x{i}") for i in range(3)])
+    assert (bank.get(strategy.id).problems, bank.get(strategy.id).trust) == (1, "candidate")
+
+
+def test_trust_is_lost_in_a_merge_that_takes_its_executions(bank, tmp_path):
+    strategy = make("isolate")
+    bank.record([strategy], verified(strategy, 4, 1, baseline=0.1))
+    with StrategyBank(tmp_path / "theirs", hashed_words) as theirs:
+        theirs.add([make("isolate", source=f"x{i}") for i in range(3)])
+        bank.merge(theirs.strategies(), [])
+    assert bank.get(strategy.id).trust == "candidate"
+
+
+@pytest.mark.parametrize("claimed", ["trusted", "candidate"])
+def test_merged_strategies_have_the_state_that_their_executions_support(bank, claimed):
+    proven = make("proven", **PROVEN | {"trust": claimed})
+    weak = make("weak", **PROVEN | {"trust": claimed, "solved": 9})
+    bank.merge([proven, weak], [])
+    assert [bank.get(s.id).trust for s in (proven, weak)] == ["trusted", "candidate"]
+
+
+def test_states_of_an_earlier_version_are_computed_again_at_the_first_commit_of_outcomes(bank):
+    proven, weak, other = make("proven", **PROVEN), make("weak", **PROVEN), make("other")
+    bank.add([proven, weak, other])
+    bank.close()
+    with closing(sqlite3.connect(bank.path / "ledger.sqlite")) as ledger, ledger:
+        ledger.execute("UPDATE strategies SET solved = 9 WHERE id = ?", (weak.id,))
+        ledger.execute("UPDATE strategies SET trust = 'candidate' WHERE id = ?", (proven.id,))
+    with StrategyBank(bank.path, hashed_words) as again:
+        again.add([make("imported", trust="quarantine")])
+        assert [again.get(s.id).trust for s in (proven, weak)] == ["candidate", "trusted"]
+        again.update(verified(other, 1, 1))
+        assert [again.get(s.id).trust for s in (proven, weak)] == ["trusted", "candidate"]
+    with StrategyBank(bank.path, hashed_words, min_problems=21) as strict:
+        strict.update(verified(other, 1, 1))
+        assert strict.get(proven.id).trust == "candidate"
 
 
 def test_near_copies_are_skipped_within_a_class(bank):
@@ -116,7 +161,7 @@ def test_an_evicted_strategy_returns_with_its_counts(tmp_path):
 
 
 def test_retrieval_ranks_by_similarity_and_utility(bank):
-    known = {"trust": "trusted", "trials": 10}
+    known = {"trust": "trusted", "trials": 10, "problems": 9, "solved": 9}
     good = Strategy("sum the digits then check the first remainder", "a", (), successes=9, **known)
     bad = Strategy("sum the digits then check the second quotient", "a", (), successes=0, **known)
     bank.add([bad, good, make("far", "a")])
@@ -188,8 +233,8 @@ def test_training_explores_and_is_repeatable(bank):
 
 def test_no_strategy_is_shown_more_than_its_share(bank):
     """Beyond the first 16 times, and as long as there are others."""
-    best = make("alike best", trust="trusted", successes=500, trials=500)
-    bank.add([best, *(make(f"alike way{i}", trust="trusted", trials=500) for i in range(9))])
+    best = make("alike best", **PROVEN | {"successes": 500, "trials": 500})
+    bank.add([best, *(make(f"alike way{i}", **PROVEN | {"successes": 0, "trials": 500}) for i in range(9))])
     problems = [f"alike problem {i}" for i in range(100)]
     hits = [hits[0].strategy.id for hits in bank.retrieve(problems, k=1, explore=0)]
     assert 20 <= hits.count(best.id) <= 26
@@ -240,7 +285,7 @@ def test_sampling(bank):
 
 
 def test_most_trials_go_to_strategies_that_are_not_trusted_yet(bank):
-    proven = [make(f"proven{i}", trust="trusted", successes=50, trials=50) for i in range(3)]
+    proven = [make(f"proven{i}", **PROVEN) for i in range(3)]
     untried = [make(f"untried{i}", trust="quarantine") for i in range(3)]
     bank.add([*proven, *untried])
     tried = [strategy.trust for seed in range(200) for strategy in bank.sample("algebra", 1, seed=seed)]

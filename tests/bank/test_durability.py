@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import sqlite3
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bank_helpers import EVERYONE, hashed_words, make
+from bank_helpers import EVERYONE, PROVEN, hashed_words, make
 
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, contents
 from trl_sgpo.bank.index import BankIndex, Index
@@ -25,7 +26,7 @@ def reversed_words(texts):
 
 
 def fill(bank):
-    strategies = [make(f"s{i}", "even" if i % 2 == 0 else "odd", step=i, trust="trusted") for i in range(10)]
+    strategies = [make(f"s{i}", "even" if i % 2 == 0 else "odd", step=i, **PROVEN) for i in range(10)]
     bank.add(strategies)
     bank.update([Outcome(s.id, "x", 0.5, 1) for s in strategies[::3]])
     return bank.strategies()
@@ -253,11 +254,10 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, caplog, inde
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
     )
     try:
         assert holder.stdout.readline() == "open\n"
-        with pytest.raises(BankError, match=rf"process {holder.pid} since 20.*bank_path"):
+        with pytest.raises(BankError, match=rf"process {holder.pid} on {platform.node()} since 20.*bank_path"):
             StrategyBank(tmp_path, hashed_words)
     finally:
         holder.kill()

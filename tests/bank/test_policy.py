@@ -1,22 +1,26 @@
 """Properties of admission, eviction and diversity."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.trust import ever, wilson_rule
+from benchmarks.trust import trust as default_trust
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_sgpo.bank import Outcome, Strategy, problem_id
 from trl_sgpo.bank.policy import (
+    ONE_SIDED_95,
     admissible,
     diversify,
     evict,
+    log_mixture_ratio,
     near_copy,
     retention_score,
     shown_too_often,
     trust,
+    trust_floor,
     utility,
     wilson,
 )
@@ -70,28 +74,35 @@ def test_wilson_is_that_of_statsmodels():
     assert wilson(0, 190, 1.959964)[1] == pytest.approx(0.0198178, abs=1e-6)
 
 
+@given(counts, st.floats(0.01, 0.99))
+def test_the_mixture_ratio_is_the_mean_likelihood_ratio(count, rate):
+    successes, trials = count
+    ratio = log_mixture_ratio(successes, trials, rate)
+    uniform = np.linspace(0.0005, 0.9995, 1000)
+    likelihood = successes * np.log(uniform / rate) + (trials - successes) * np.log((1 - uniform) / (1 - rate))
+    assert ratio == pytest.approx(np.logaddexp.reduce(likelihood) - np.log(1000), abs=0.03)
+
+
 @st.composite
 def tried(draw):
     problems = draw(st.integers(0, 60))
     solved, baseline = draw(st.floats(0, problems)), draw(st.floats(0, problems))
-    state = draw(st.sampled_from(TRUST_STATES))
-    return Strategy("text", "a", (), trust=state, problems=problems, solved=solved, baseline=baseline)
+    state, trials = draw(st.sampled_from(TRUST_STATES)), problems + draw(st.integers(0, 3))
+    return Strategy("text", "a", (), trust=state, trials=trials, problems=problems, solved=solved, baseline=baseline)
 
 
 @given(tried(), st.integers(1, 10), st.floats(0, 0.9))
-def test_trust_rises_and_falls_by_executions_on_enough_problems_only(strategy, min_problems, tolerance):
+def test_trust_is_what_the_executions_support(strategy, min_problems, tolerance):
     state = trust(strategy, min_problems, tolerance)
-    low, high = wilson(strategy.solved, strategy.problems)
-    floor = (1 - tolerance) * strategy.baseline / max(strategy.problems, 1)
-    if strategy.trust == "retired" or strategy.problems < min_problems:
+    floor = trust_floor(strategy, tolerance)
+    above = strategy.solved > floor * strategy.problems
+    decided = log_mixture_ratio(strategy.solved, strategy.problems, floor) >= np.log(20)
+    if strategy.trust == "retired" or strategy.trials == 0:
         assert state == strategy.trust
-    elif state == "trusted":
-        assert low > floor
-    elif state == "retired":
-        assert high < floor
-    else:
-        assert low <= floor <= high
+    elif strategy.problems < min_problems or not decided:
         assert state == ("candidate" if strategy.trust == "trusted" else strategy.trust)
+    else:
+        assert state == ("trusted" if above else "retired")
 
 
 @given(tried(), st.integers(1, 10), st.floats(0, 0.9))
@@ -100,27 +111,31 @@ def test_trust_is_settled(strategy, min_problems, tolerance):
     assert trust(once, min_problems, tolerance) == once.trust
 
 
-@pytest.mark.parametrize(
-    "rate, baseline, rarely, least",
-    [(0.05, 0.7, "trusted", "retired"), (0.0, 0.05, "trusted", "quarantine"), (0.95, 0.6, "retired", "trusted")],
-)
-def test_harmful_strategies_are_not_trusted_and_good_ones_are(rate, baseline, rarely, least):
-    """Over 400 strategies looked at after each of 40 problems, as training does."""
-    draw = np.random.default_rng(0)
-    ends, ever = Counter(), Counter()
-    for _ in range(400):
-        strategy = Strategy("text", "a", (), trust="quarantine")
-        seen = set()
-        for _ in range(40):
-            solved = strategy.solved + float(draw.random() < rate)
-            compared = strategy.baseline + draw.binomial(7, baseline) / 7
-            strategy = replace(strategy, problems=strategy.problems + 1, solved=solved, baseline=compared)
-            strategy = replace(strategy, trust=trust(strategy, 4, 0.2))
-            seen.add(strategy.trust)
-        ends[strategy.trust] += 1
-        ever.update(seen)
-    assert ever[rarely] <= 4
-    assert ends[least] >= 396 or ever[least] >= 396
+@pytest.mark.parametrize("baseline, others", [(0.05, 7), (0.2, 3), (0.5, 7), (0.8, 7)])
+def test_strategies_at_the_floor_are_rarely_ever_trusted_or_retired(baseline, others):
+    """300 strategies, with the trust state computed after each of 96 problems."""
+    shares = ever(default_trust, 0.8 * baseline, baseline, problems=96, strategies=300, others=others)[:, -1]
+    assert shares.max() <= 0.05
+
+
+def test_a_bound_for_one_look_is_crossed_often_under_repeated_looks():
+    shares = ever(wilson_rule(ONE_SIDED_95), 0.4, 0.5, problems=96, strategies=300)[:, -1]
+    assert shares.min() > 0.2
+
+
+@pytest.mark.parametrize("lift, problems, least", [(0.1, 64, 0.6), (0.2, 32, 0.7), (0.3, 16, 0.7)])
+def test_better_strategies_are_trusted_after_some_problems(lift, problems, least):
+    assert ever(default_trust, 0.5 + lift, 0.5, problems, strategies=300)[0, -1] >= least
+
+
+@pytest.mark.parametrize("rate, baseline, state", [(0.05, 0.7, 1), (0.1, 0.5, 1), (0.95, 0.6, 0)])
+def test_harmful_strategies_are_retired_and_good_ones_are_trusted(rate, baseline, state):
+    shares = ever(default_trust, rate, baseline, problems=64, strategies=300)[:, -1]
+    assert shares[state] >= 0.99 and shares[1 - state] <= 0.01
+
+
+def test_a_strategy_that_never_succeeds_is_not_trusted():
+    assert not ever(default_trust, 0.0, 0.05, problems=64, strategies=300)[0].any()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(-5, 5), st.integers(0, 3)), max_size=30), st.integers(1, 12))

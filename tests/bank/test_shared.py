@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from bank_helpers import hashed_words, make
+from bank_helpers import PROVEN, hashed_words, make
 
 from trl_sgpo.bank import Outcome, Strategy, StrategyBank, chroma_server, shared
 from trl_sgpo.bank.chroma_server import ChromaServer, ServerError
@@ -126,7 +126,7 @@ def as_received(strategy, sender):
 
 def test_two_jobs_exchange_what_they_trust(job, caplog):
     (a, to_a), (b, to_b) = job("a"), job("b")
-    ours = trusted("ours", parents=("0" * 16,), model="/home/me/models/m", run="r", step=7)
+    ours = make("ours", parents=("0" * 16,), model="/home/me/models/m", run="r", step=7, **PROVEN)
     a.add([ours, make("candidate"), make("unproven", trust="quarantine"), trusted("gone")])
     a.update([Outcome(ours.id, "x", 0.5, 1), *(Outcome(make("gone").id, f"p{i}", 0, 1, 1.0) for i in range(9))])
     assert a.get(make("gone").id).trust == "retired"
@@ -137,7 +137,7 @@ def test_two_jobs_exchange_what_they_trust(job, caplog):
     assert to_a.sync() == to_b.sync() == NOTHING
     assert b.get(ours.id) == as_received(replace(ours, model="m"), to_a)
     assert a.get(make("theirs").id) == as_received(make("theirs"), to_b)
-    assert a.get(ours.id).trials == 1 and len(b) == 2 and len(a) == 4
+    assert a.get(ours.id).trials == 21 and len(b) == 2 and len(a) == 4
     assert not warnings(caplog)
 
 

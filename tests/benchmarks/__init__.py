@@ -1,1 +1,1 @@
-"""Benchmarks of the strategy bank: kills, retention, poison, scale, index and malformed imports."""
+"""Benchmarks of the strategy bank: kills, retention, poison, scale, index, trust and malformed imports."""

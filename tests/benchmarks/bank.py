@@ -18,7 +18,7 @@ from rich.table import Table
 
 from trl_sgpo.bank.files import durable_replace
 
-from . import fuzz, index, kills, poison, retention, scale
+from . import fuzz, index, kills, poison, retention, scale, trust
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "poison": lambda options, directory: poison.measure(options.seeds, directory),
     "index": lambda options, directory: index.measure(options.index_sizes, directory),
     "scale": lambda options, directory: scale.measure(options.sizes, directory),
+    "trust": lambda options, directory: trust.measure(options.strategies),
     "fuzz": lambda options, directory: fuzz.measure(options.inputs, directory),
 }
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
         "  poison     harmful strategies that are imported or written by a compromised rollout\n"
         "  index      a step, opening and closing with and without the index, by size\n"
         "  scale      retrieval, commits, opening and snapshots by size, beside plain Chroma and an exact matrix\n"
+        "  trust      how often strategies of known success rates are ever trusted or retired\n"
         "  fuzz       imports of malformed files",
     )
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME")
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--index_sizes", type=int, nargs="+", default=[100, 1_000, 10_000], help="strategies with and without index"
     )
+    parser.add_argument("--strategies", type=int, default=2_000, help="simulated strategies of each rate, for trust")
     parser.add_argument("--inputs", type=int, default=10_000, help="malformed imports")
     options = parser.parse_args(argv)
 

@@ -337,13 +337,15 @@ def _attack(
         "undefended_attacks": sum(attacked for _, attacked in fooled),
         "imports": len(offered),
         "imports_kept_out": sum(states[text] in ("quarantine", "retired") for text in offered),
+        "imports_retired": sum(states[text] == "retired" for text in offered),
         "training_shows": shows[0],
         "training_shows_harmful": shows[1],
     }
 
 
 def _strategy(text: str, kind: str, trust: str, claimed: int = 0) -> Strategy:
-    return Strategy(text, kind, (), trust=trust, successes=claimed, trials=claimed)
+    counts = {"successes": claimed, "trials": claimed, "solved": claimed, "problems": claimed, "baseline": claimed / 2}
+    return Strategy(text, kind, (), trust=trust, **counts)
 
 
 def _answer(world: World, test: tuple[str, str, int, int], found: list[Any]) -> tuple[bool, bool]:

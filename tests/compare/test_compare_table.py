@@ -4,26 +4,58 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_sgpo.compare.config import Arm, Comparison
-from trl_sgpo.compare.table import interval, markdown, summary, write
+from trl_sgpo.compare.table import APART, cell, interval, markdown, summary, write
 
 
 values = st.lists(st.floats(0, 1), min_size=2, max_size=6)
 
 
 @given(values)
-def test_interval_holds_the_mean(numbers: list[float]) -> None:
-    result = interval(numbers)
-    assert result.low <= result.mean + 1e-12 and result.mean <= result.high + 1e-12
+def test_interval_holds_the_mean_within_the_range(numbers: list[float]) -> None:
+    result = interval(numbers, 0.0, 1.0)
+    if math.isnan(result.low):
+        assert max(numbers) - min(numbers) > APART or max(numbers) - min(numbers) < 1e-9
+    else:
+        assert 0 <= result.low <= result.mean + 1e-12 and result.mean <= result.high + 1e-12 <= 1 + 2e-12
 
 
 def test_interval_is_students() -> None:
-    result = interval([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert math.isclose(result.high - result.mean, 2.776445 * 0.158114 / math.sqrt(5), rel_tol=1e-4)
+    result = interval([1, 2, 3, 4, 5])
+    assert math.isclose(result.high - result.mean, 2.776445 * 1.58114 / math.sqrt(5), rel_tol=1e-4)
     assert math.isnan(interval([0.3]).low)
+
+
+@pytest.mark.parametrize("numbers", [[0.74, 0.01, 0.71, 0.71, 0.10], [0.0, 0.0, 0.0], [0.4, 0.7 - 0.3]])
+def test_seeds_that_end_apart_or_all_alike_have_no_interval(numbers: list[float]) -> None:
+    result = interval(numbers, 0.0, 1.0)
+    assert math.isnan(result.low) and math.isnan(result.high)
+    assert result.to_dict()["low"] is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("mean", [0.5, 0.95])
+def test_interval_covers_where_seeds_vary_about_their_mean(seeds: int, mean: float) -> None:
+    rng = np.random.default_rng(0)
+    found = [interval(list(rng.normal(mean, 0.02, seeds)), 0.0, 1.0) for _ in range(1000)]
+    assert np.mean([each.low <= mean <= each.high for each in found]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_interval_does_not_cover_where_a_part_of_the_runs_collapses() -> None:
+    """As docs/comparison.md says: seeds that all end alike do not show it."""
+    rng = np.random.default_rng(0)
+    collapsed = rng.random((1000, 5)) < 0.2
+    found = [
+        interval(list(each), 0.0, 1.0) for each in np.where(collapsed, 0.02, 0.85) + rng.normal(0, 0.02, (1000, 5))
+    ]
+    printed = [each for each in found if not math.isnan(each.low)]
+    assert len(printed) / len(found) == pytest.approx(0.8**5, abs=0.04)
+    assert not any(each.low <= 0.2 * 0.02 + 0.8 * 0.85 <= each.high for each in printed if each.mean > 0.8)
 
 
 def _result(seed: int, accuracy: float) -> dict[str, Any]:
@@ -55,15 +87,16 @@ def test_differences_are_paired_by_seed() -> None:
     results = {"sgpo": [_result(1, 0.9), _result(2, 0.3)], "k1": [_result(2, 0.2), _result(1, 0.8)]}
     summed = summary(_comparison(), results)
     difference = summed["differences"]["k1"]["seen accuracy"]
-    assert math.isclose(difference["mean"], 0.1) and difference["high"] - difference["low"] < 1e-6
-    assert summed["arms"]["sgpo"]["seen accuracy"]["high"] > 1
+    assert math.isclose(difference["mean"], 0.1)
+    sgpo = summed["arms"]["sgpo"]["seen accuracy"]
+    assert sgpo["low"] is None and cell(sgpo) == "0.60 (0.30 to 0.90)" and cell(difference, signed=True) == "+0.10"
 
 
 def test_learning_curves_are_compared_where_arms_have_them() -> None:
     results = {"sgpo": [_result(1, 0.9), _result(2, 0.7)], "k1": [_result(1, 0.5), _result(2, 0.3)]}
     results["base"] = [_result(1, 0.1) | {"curve": []}]
     text = markdown(summary(_comparison(), results)).split("## Learning curves")[1]
-    assert "| k1 | 0.40 " in text and "| k1 | +0.40 [+0.40, +0.40] |" in text and "| base |" not in text.split("##")[0]
+    assert "| k1 | 0.40 " in text and "| k1 | +0.40 |" in text and "| base |" not in text.split("##")[0]
 
 
 def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> None:
@@ -73,3 +106,13 @@ def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> N
     paths = write(summed, tmp_path / "out" / "table")
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
     assert all(path.stat().st_size > 100 for path in paths)
+
+
+def test_every_figure_is_clipped_to_its_range() -> None:
+    results = {"sgpo": [_result(1, 0.99), _result(2, 0.9)], "k1": [_result(1, 0.01), _result(2, 0.1)]}
+    summed = summary(_comparison(), results)
+    for name, figure in summed["arms"]["sgpo"].items():
+        assert figure["low"] is None or 0 <= figure["low"] <= figure["high"]
+        assert figure["high"] is None or name.startswith(("tokens", "training")) or figure["high"] == 1
+    assert summed["differences"]["k1"]["seen accuracy"]["high"] == 1
+    assert summed["differences"]["k1"]["lift"]["high"] > 1  # of two differences

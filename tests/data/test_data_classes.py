@@ -1,12 +1,20 @@
+import json
 import logging
+import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset
 
-from trl_sgpo.data.classes import merge_small_classes, problem_classes
+import trl_sgpo.data.classes
+from trl_sgpo import SGPOConfig
+from trl_sgpo.data.classes import CLASS_COLUMN, merge_small_classes, problem_classes, with_classes
+from trl_sgpo.data.loading import load_data
 from trl_sgpo.errors import DataError
 from trl_sgpo.method.prompts import problem_text
+from trl_sgpo.recipe import read_recipe
 
 
 def embed(texts):
@@ -22,23 +30,24 @@ def never(*args):
 
 def test_classes_from_column():
     dataset = Dataset.from_dict({"prompt": PROMPTS, "problem_class": list("aabbb"), "level": [1, 1, 2, 2, 2]})
-    assert problem_classes(dataset, None, never, 2, 0) == list("aabbb")
-    assert problem_classes(dataset, "level", never, 2, 0) == list("11222")
+    assert problem_classes(dataset, None, never, 2, 0) == (list("aabbb"), set())
+    assert problem_classes(dataset, "level", never, 2, 0) == (list("11222"), set())
     with pytest.raises(DataError, match=r"No column 'topic' .* prompt, problem_class, level"):
         problem_classes(dataset, "topic", never, 2, 0)
 
 
 def test_classes_from_clusters(caplog):
     caplog.set_level(logging.INFO)
-    classes = problem_classes(Dataset.from_dict({"prompt": PROMPTS}), None, embed, 2, 0)
+    classes, clusters = problem_classes(Dataset.from_dict({"prompt": PROMPTS}), None, embed, 2, 0)
     assert classes[0] == classes[2] != classes[1] == classes[3] == classes[4]
-    assert set(classes) == {"cluster-0", "cluster-1"}
+    assert set(classes) == clusters == {"cluster-0", "cluster-1"}
     assert "cluster-0" in caplog.text
 
 
 def test_rows_without_class_are_clustered():
     dataset = Dataset.from_dict({"prompt": PROMPTS, "problem_class": ["fruit", None, "fruit", None, None]})
-    assert problem_classes(dataset, None, embed, 1, 0) == ["fruit", "cluster-0", "fruit", "cluster-0", "cluster-0"]
+    classes, clusters = problem_classes(dataset, None, embed, 1, 0)
+    assert classes == ["fruit", "cluster-0", "fruit", "cluster-0", "cluster-0"] and clusters == {"cluster-0"}
 
 
 def test_problem_text():
@@ -57,3 +66,63 @@ def test_merge_small_classes():
     for policy in ("error", "merge"):
         with pytest.raises(DataError, match=r"use a smaller `--transfer_block_size` or more data"):
             merge_small_classes(classes, 3, policy, never)
+
+
+def hashed(texts):
+    return np.array([np.random.default_rng(zlib.crc32(text.encode())).normal(size=4) for text in texts])
+
+
+@pytest.mark.parametrize("block", [2, 4])
+@pytest.mark.parametrize("rows", [4, 5, 9, 40])
+@pytest.mark.parametrize("named", [0, 3, 4])
+def test_few_problems_without_a_class_make_classes_big_enough_for_a_block(
+    tmp_path, monkeypatch, caplog, rows, block, named
+):
+    """As `trl-sgpo train` loads them, with the default of 16 clusters, which most of these are too few for."""
+    path = tmp_path / "problems.jsonl"
+    names = ["sums"] * (named if named >= block else 0)
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"prompt": f"What is {i} + {i % 3}?", "solution": str(i + i % 3)}
+                | ({"problem_class": (names + [None] * rows)[i]} if names else {})
+            )
+            + "\n"
+            for i in range(rows)
+        )
+    )
+    recipe = tmp_path / "recipe.yaml"
+    settings = {
+        "model_name_or_path": "none",
+        "dataset_name": str(path),
+        "reward_funcs": ["answer_reward"],
+        "output_dir": str(tmp_path / "run"),
+        "transfer_block_size": block,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4 * block,
+        "bf16": False,
+        "report_to": "none",
+        "report_problems": 0,
+    }
+    recipe.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(trl_sgpo.data.classes, "load_embedder", lambda name: hashed)
+    loaded = read_recipe(["--config", str(recipe)], "test")
+    classes = with_classes(load_data(loaded)["train"], loaded.training)[CLASS_COLUMN]
+    sizes = Counter(classes)
+    assert min(sizes.values()) >= block
+    assert not names or sizes["sums"] >= named
+    if 0 < rows - len(names) < 16 * block:
+        assert "`num_clusters` is 16" in caplog.text
+
+
+def test_too_few_problems_are_refused_naming_num_clusters(monkeypatch):
+    monkeypatch.setattr(trl_sgpo.data.classes, "load_embedder", lambda name: hashed)
+    args = SGPOConfig(bf16=False, report_to="none", transfer_block_size=2, num_generations=4, small_classes="error")
+    with pytest.raises(DataError, match=r"`--transfer_block_size` or more data.*`num_clusters`"):
+        with_classes(Dataset.from_dict({"prompt": ["a"]}), args)
+    rows = Dataset.from_dict({"prompt": list("abcd"), "problem_class": ["x", "x", "y", None]})
+    with pytest.raises(
+        DataError, match=r"^1 of 3 problem classes .*: 'y' \(1\): use `--small_classes merge`"
+    ) as refused:
+        with_classes(rows, args)
+    assert "num_clusters" not in str(refused.value)

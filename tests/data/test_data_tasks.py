@@ -3,13 +3,14 @@ import subprocess
 import sys
 
 import pytest
-from trl import DatasetMixtureConfig
-from trl.scripts.utils import DatasetConfig
 
 from trl_sgpo.data.families import generated_again, read_reference
 from trl_sgpo.data.generated import materialise
+from trl_sgpo.data.loading import load_data
+from trl_sgpo.data.mixture import ProblemMixtureConfig, ProblemsConfig
 from trl_sgpo.data.tasks import answer_reward, final_answer, load_mixture, load_problems, to_problems
 from trl_sgpo.errors import DataError
+from trl_sgpo.recipe import read_recipe
 
 
 GYM = "reasoning_gym/lcm+chain_sum?size=60&seed=3&max_value=40&max_digits=2"
@@ -111,17 +112,17 @@ def test_rows_without_solution(tmp_path):
 
 
 def test_missing_prompt(tmp_path):
-    with pytest.raises(DataError, match="columns text, answer: rename"):
+    with pytest.raises(DataError, match=r"columns text, answer: name .* `prompt_column`"):
         load_problems(jsonl(tmp_path / "text.jsonl", [{"text": "a", "answer": "b"}]))
 
 
 def test_mixture(tmp_path):
     file = jsonl(tmp_path / "gsm8k.jsonl", [GSM8K] * 4)
-    mixture = DatasetMixtureConfig(
+    mixture = ProblemMixtureConfig(
         datasets=[
-            DatasetConfig(path=GYM, split="train[:10]"),
-            DatasetConfig(path="reasoning_gym/gcd?size=8"),
-            DatasetConfig(path=file),
+            ProblemsConfig(path=GYM, split="train[:10]"),
+            ProblemsConfig(path="reasoning_gym/gcd?size=8"),
+            ProblemsConfig(path=file),
         ]
     )
     train = load_mixture(mixture)["train"]
@@ -133,16 +134,16 @@ def test_mixture(tmp_path):
 
 
 def test_mixture_test_split():
-    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(path=GYM)], test_split_size=0.25)
+    mixture = ProblemMixtureConfig(datasets=[ProblemsConfig(path=GYM)], test_split_size=0.25)
     assert {split: len(dataset) for split, dataset in load_mixture(mixture).items()} == {"train": 90, "test": 30}
 
 
 def test_mixture_errors(tmp_path):
-    clash = DatasetConfig(path=jsonl(tmp_path / "clash.jsonl", [{"prompt": "Hi", "solution": 3}]))
+    clash = ProblemsConfig(path=jsonl(tmp_path / "clash.jsonl", [{"prompt": "Hi", "entry": 3}]))
     with pytest.raises(DataError, match="`columns:`"):
-        load_mixture(DatasetMixtureConfig(datasets=[DatasetConfig(path=GYM), clash]))
+        load_mixture(ProblemMixtureConfig(datasets=[ProblemsConfig(path=GYM), clash]))
     with pytest.raises(DataError, match="streaming: false"):
-        load_mixture(DatasetMixtureConfig(datasets=[clash], streaming=True))
+        load_mixture(ProblemMixtureConfig(datasets=[clash], streaming=True))
 
 
 @pytest.mark.parametrize(
@@ -197,3 +198,21 @@ def test_answer_reward_by_family():
     assert answer_reward([f"#### {solution}" for solution in dataset["solution"]], **columns) == [1.0] * 30
     assert answer_reward(["#### {}"] * 30, **columns) == [0.0] * 30
     assert answer_reward(["#### 987654321"] * 30, **columns) == [0.0] * 30
+
+
+@pytest.mark.parametrize("system_prompt", [None, "Be brief."])
+def test_recipe_data_that_ends_in_another_role_is_refused_before_anything_is_loaded(tmp_path, system_prompt):
+    rows = [
+        {"prompt": [{"role": "user", "content": "1 + 1?"}], "solution": "2"},
+        {
+            "prompt": [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "It is"}],
+            "solution": "3",
+        },
+    ]
+    path = tmp_path / "problems.jsonl"
+    jsonl(path, rows)
+    options = ["--model_name_or_path", "nowhere", "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    options += ["--system_prompt", system_prompt] if system_prompt else []
+    recipe = read_recipe([*options, "--report_to", "none", "--bf16", "false"], "test")
+    with pytest.raises(DataError, match="prompt of row 1 ends in a message of the role `assistant`"):
+        load_data(recipe)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import word_problems
 import yaml
 from bank_helpers import hashed_words, make
 from huggingface_hub import ModelCard
@@ -15,6 +16,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from models import problems, save_tiny_model
 
 from trl_sgpo.bank import StrategyBank
+from trl_sgpo.bank.strategy import problem_id
 from trl_sgpo.cli.eval import main
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 from trl_sgpo.inference.model import TwoPhaseModel
@@ -80,6 +82,28 @@ def test_what_an_evaluation_leaves(arguments, tmp_path, capsys):
     assert main(arguments) == 0 and (out / "results.json").read_bytes() == first
     again = [*arguments, "--output_dir", str(tmp_path / "again")]
     assert main(again) == 0 and (tmp_path / "again" / "results.json").read_bytes() == first
+
+
+def test_suite_that_names_its_columns(tiny, tmp_path):
+    word_problems.write(tmp_path / "svamp.jsonl", word_problems.svamp(6))
+    suite = {"name": "words", "path": str(tmp_path / "svamp.jsonl"), "prompt_template": "{body} {question}"}
+    config = {
+        "model": tiny,
+        "suites": ["own=" + str(tmp_path / "svamp.jsonl"), suite | {"answer_column": "ANSWER"}],
+        "output_dir": str(tmp_path / "out"),
+        "max_strategy_length": 6,
+        "max_completion_length": 6,
+        "no_plots": True,
+    }
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    assert main(["--config", str(tmp_path / "eval.yaml")]) == 0
+    suites = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["suites"]
+    assert (
+        suites["words"]["prompt_template"] == "{body} {question}" and suites["words"]["rows"] != suites["own"]["rows"]
+    )
+    assert "prompt_template" not in suites["own"]  # as in records of earlier versions
+    problem = problem_id([{"role": "user", "content": " ".join(word_problems.story(0)[:2])}])
+    assert problem in (tmp_path / "out" / "rows.jsonl").read_text()
 
 
 def test_results_for_the_hub(arguments, tmp_path):
@@ -153,6 +177,23 @@ def test_an_evaluation_of_an_earlier_version_continues(arguments, tmp_path, monk
     path.write_text(json.dumps(settings))
     monkeypatch.setattr(TwoPhaseModel, "write_strategies", None)  # nothing is left to be evaluated
     assert main(arguments) == 0
+
+
+def test_a_suite_is_of_unknown_kind_until_it_is_named(arguments, data, tmp_path, capsys, monkeypatch):
+    def results(*suites):
+        chosen = [*arguments[:4], "--suites", *suites, *arguments[arguments.index("--output_dir") :]]
+        assert main([*chosen[: chosen.index("--transfer")], "--no_plots"]) == 0
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    path = data / "sums.jsonl"
+    found = results(f"mine={path}")
+    assert found["suites"]["mine"]["kind"] == "unknown" and found["kinds"] == {}
+    shown = capsys.readouterr().out
+    assert "The kind of mine is unknown" in shown and "`kind`" in shown and "Kinds of suites" not in shown
+    monkeypatch.setattr(TwoPhaseModel, "write_strategies", None)  # a label changes nothing that was evaluated
+    found = results(json.dumps({"name": "mine", "path": str(path), "kind": "in_distribution"}))
+    assert found["suites"]["mine"]["kind"] == "in_distribution" and set(found["kinds"]) == {"in_distribution"}
+    assert "is unknown" not in capsys.readouterr().out
 
 
 def test_yaml_and_command_line(arguments, data, tmp_path, tiny):

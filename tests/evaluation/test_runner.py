@@ -74,12 +74,9 @@ def test_intervals_hold_their_estimate(values):
 
 def test_class_means_weigh_classes_equally_and_skip_nothing_else():
     values = [1.0] * 30 + [0.0, 0.0] + [math.nan]
-    found = class_mean_estimate(values, ["a"] * 30 + ["b"] * 3, seed=1)
-    assert (found.value, found.low, found.high, found.problems) == (0.5, 0.5, 0.5, 32)
-    assert class_mean_estimate([math.nan], ["a"], seed=1) is None
-    mixed = class_mean_estimate([0.0, 1.0] * 20, [""] * 40, seed=1)
-    assert mixed == class_mean_estimate([0.0, 1.0] * 20, [""] * 40, seed=1)
-    assert 0.3 < mixed.low < 0.5 < mixed.high < 0.7
+    found = class_mean_estimate(values, ["a"] * 30 + ["b"] * 3)
+    assert (found.value, found.problems) == (0.5, 32) and found.low < 0.1 and found.high > 0.9
+    assert class_mean_estimate([math.nan], ["a"]) is None
 
 
 def test_seeds_depend_on_every_part():

@@ -37,7 +37,7 @@ def test_light_import():
 
 def test_named_suites():
     assert parse_suite("gsm8k") == Suite(
-        "gsm8k", "openai/gsm8k", "test", "main", hub_id="openai/gsm8k", task_id="gsm8k"
+        "gsm8k", "openai/gsm8k", "test", "main", "in_distribution", hub_id="openai/gsm8k", task_id="gsm8k"
     )
     assert {suite.kind for suite in NAMED.values()} == {"in_distribution", "out_of_distribution", "harder"}
     assert all(name == suite.name for name, suite in NAMED.items())
@@ -49,6 +49,10 @@ def test_named_suites():
         ("mine=reasoning_gym/lcm?max_value=9", Suite("mine", "reasoning_gym/lcm?max_value=9")),
         ("ood=a/b@validation", Suite("ood", "a/b", "validation", kind="out_of_distribution")),
         ("harder_2=x.jsonl@train[:9]", Suite("harder_2", "x.jsonl", "train[:9]", kind="harder")),
+        ("id=a.jsonl", Suite("id", "a.jsonl", kind="in_distribution")),
+        ("id_2=a.jsonl", Suite("id_2", "a.jsonl", kind="in_distribution")),
+        ("ideas=a.jsonl", Suite("ideas", "a.jsonl", kind="unknown")),
+        ('{"name": "mine", "path": "y"}', Suite("mine", "y", kind="unknown")),
         ('{"name": "ood", "path": "x@y.jsonl", "kind": "harder"}', Suite("ood", "x@y.jsonl", kind="harder")),
         ('{"name": "math500", "limit": 7}', Suite(**{**vars(NAMED["math500"]), "limit": 7})),
     ],

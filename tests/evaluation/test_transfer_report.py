@@ -69,16 +69,14 @@ def test_known_numbers():
     assert 0 < plain < 1
     assert report.difference("transfer", "none").value == pytest.approx(0.5 - plain)
     adherence = report.difference("own", "other")
-    assert (adherence.value, adherence.low, adherence.high, adherence.problems) == (1.0, 1.0, 1.0, 20)
+    assert (adherence.value, adherence.high, adherence.problems) == (1.0, 1.0, 20) and adherence.low < 1.0
     gain = report.difference("own", "none")
     assert gain.low < gain.value < gain.high
     assert report.strategies == 40 and report.unverified == 0 and report.flawed_strategies == 0
     found = report.to_dict()
     assert found["by_class"]["a"]["transfer"] == 1.0 and found["by_class"]["b"]["transfer"] == 0.0
     assert len(found["problems"]) == 20 and "transfer_with_bank" not in found["conditions"]
-    assert TransferReport(report.classes, [], report.executions, report.seed).estimate("none") == report.estimate(
-        "none"
-    )
+    assert TransferReport(report.classes, [], report.executions).estimate("none") == report.estimate("none")
 
 
 def test_strategies_are_executed_on_problems_they_were_not_written_for():

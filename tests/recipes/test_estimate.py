@@ -188,7 +188,7 @@ def test_too_large_recipe_is_refused_before_weights_load(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(trl_sgpo.cli.train, "fetch_model", load)
     recipe = ["train", "--model_name_or_path", "Qwen/Qwen2.5-0.5B-Instruct", "--output_dir", str(tmp_path)]
-    recipe += ["--reward_funcs", "answer_reward", "--dataset_name", "x.jsonl", *LORA]
+    recipe += ["--reward_funcs", "answer_reward", "--dataset_name", "reasoning_gym/gcd", *LORA]
     recipe += ["--per_device_train_batch_size", "16", "--gradient_checkpointing", "false", "--vram_gb", "6"]
     assert main(recipe) == 2
     message = capsys.readouterr().err

@@ -198,22 +198,23 @@ class StrategyBank:
         Raises:
             [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
         """
-        given = list(strategies)
+        given, verified = list(strategies), list(outcomes)
         changes = self._changes(given)
         changes.admit(given)
-        changes.count(outcomes)
+        changes.count(verified)
         changes.show(shown or {})
-        changes.judge(self.min_problems, self.tolerance)
+        changes.judge(self.min_problems, self.tolerance, unchanged=bool(verified))
         changes.evict(self.capacity_per_class)
         return self._write(changes)
 
-    def merge(self, strategies: Iterable[Strategy], executions: Iterable[Execution]) -> list[str]:
+    def merge(self, strategies: Iterable[Strategy], executions: Iterable[Execution], judge: bool = True) -> list[str]:
         """
         Take over strategies with trust states, counts and executions, as from another bank of your own, in one
         transaction. Returns the ids of the strategies that are new in the bank.
 
         Source problems of a strategy that is stored already are united. On each problem the bank that executed the
-        strategy more often wins, so that merging twice changes nothing.
+        strategy more often wins, so that merging twice changes nothing. With `judge` false, new strategies keep the
+        trust states of the other bank. Otherwise states follow from the executions, by the settings of this bank.
 
         Raises:
             [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
@@ -223,7 +224,8 @@ class StrategyBank:
         changes = self._changes(given)
         changes.admit(given, near_copies=True)
         changes.merge(execution for execution in executions if execution.strategy_id in taken)
-        changes.judge(self.min_problems, self.tolerance, new=False)
+        if judge:
+            changes.judge(self.min_problems, self.tolerance)
         changes.evict(self.capacity_per_class)
         return self._write(changes)
 
@@ -271,6 +273,7 @@ class StrategyBank:
     def _write(self, changes: Changes) -> list[str]:
         """Writes changes in one transaction. Returns the ids of the strategies that are new in the bank."""
         if not changes.strategies:
+            self._store.restore_files()
             return []
         self._store.write(changes, self.embedding_model, self._fingerprint)
         live = self._store.contents.live

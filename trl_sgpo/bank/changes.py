@@ -76,6 +76,7 @@ class Changes:
         self.embeddings = embeddings
         self.strategies: dict[str, Strategy] = {}  # as they will be, by id
         self.executions: dict[tuple[str, str], Execution] = {}  # by ids of strategy and problem
+        self.judged_all = False
 
     @property
     def added(self) -> list[str]:
@@ -174,13 +175,17 @@ class Changes:
             if (strategy := self._current(key)) is not None:
                 self.strategies[key] = strategy.updated(shown=strategy.shown + times)
 
-    def judge(self, min_problems: int, tolerance: float, new: bool = True) -> None:
-        """Give each strategy, new ones only if `new`, the trust state that follows from its executions."""
-        for key, strategy in self.strategies.items():
-            if new or key in self._contents.strategies:
-                trust = policy.trust(strategy, min_problems, tolerance)
-                if trust != strategy.trust:
-                    self.strategies[key] = strategy.updated(trust=trust)
+    def judge(self, min_problems: int, tolerance: float, unchanged: bool = False) -> None:
+        """
+        Give each strategy that changes the trust state that follows from its executions. With `unchanged` all others
+        too, once, because an earlier version or other settings may have given them their states.
+        """
+        self.judged_all = unchanged and not self._contents.judged
+        judged = self._contents.strategies | self.strategies if self.judged_all else self.strategies
+        for key, strategy in list(judged.items()):
+            trust = policy.trust(strategy, min_problems, tolerance)
+            if trust != strategy.trust:
+                self.strategies[key] = strategy.updated(trust=trust)
 
     def evict(self, capacity: int) -> None:
         """Retire the strategies that exceed the capacity of their class."""

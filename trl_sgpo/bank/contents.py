@@ -32,6 +32,7 @@ class Contents:
 
     def __init__(self, strategies: Iterable[Strategy], embeddings: Mapping[str, np.ndarray], max_share: float):
         self.max_share = max_share
+        self.judged = False  # whether all trust states were computed since the contents were read
         self.strategies: dict[str, Strategy] = {}
         self.classes: dict[str, ClassVectors] = {}
         self.live: dict[str, ClassVectors] = {}  # the class of each strategy that is not retired

@@ -20,6 +20,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file, `None` if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def durable_replace(temporary: Path, target: Path) -> None:
     """Move a file over another one so that a crash leaves either the old or the new content."""
     for path, move in ((temporary, True), (target.parent, False)):

@@ -250,11 +250,11 @@ class BankIndex:
             return
         try:
             self._up_to_date()
-        except BankError:
             self.discard()
-            return
-        self.discard()
-        seal(self._directory, self._ledger.state)
+            seal(self._directory, self._ledger.state)
+        except (BankError, OSError) as error:
+            logger.warning("%s is not sealed, so that the next search rebuilds it: %s", self._directory, error)
+            self.discard()
 
     def _up_to_date(self) -> Index:
         live = self._contents.live

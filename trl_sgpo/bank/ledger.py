@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BankError
+from ..errors import BankError, BankStorageError
 from .files import durable_replace
 from .strategy import Execution, Strategy
 
@@ -133,7 +133,7 @@ class Ledger:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise BankError(
+            raise BankStorageError(
                 f"{self.path} cannot be read or written: {error}. Check that it is a strategy bank, that the disk is "
                 "writable and not full, and that no other process has the bank open."
             ) from error

@@ -10,6 +10,7 @@ from .strategy import Strategy
 
 NEAR_COPY = 0.88
 ONE_SIDED_95 = 1.645
+ERROR_RATE = 0.05  # of trust, over all commits of a run
 NEWCOMERS = 0.25
 FREE_SHOWS = 16
 
@@ -73,33 +74,78 @@ def lift_bounds(strategy: Strategy) -> tuple[float, float]:
     return low - baseline, high - baseline
 
 
-def trust(strategy: Strategy, min_problems: int, tolerance: float) -> str:
+def log_mixture_ratio(successes: float, trials: float, rate: float) -> float:
     """
-    Trust state that follows from the executions verified here.
+    Logarithm of the likelihood of outcomes under rates drawn uniformly, relative to their likelihood under one rate
+    (Robbins, 1970).
 
-    A strategy is trusted when the lower bound of its success rate is above that of other strategies on the same
-    problems less a tolerance, and retired when the upper bound is below it. In between the executions do not decide,
-    and one that was trusted is a candidate again.
+    If `rate` is the true success rate, the probability that this value ever reaches `log(1 / a)` is at most `a`,
+    however often it is computed while outcomes are added.
+
+    Args:
+        successes (`float`):
+            Sum of outcomes in [0, 1].
+        trials (`float`):
+            Number of outcomes.
+        rate (`float`):
+            The rate, in (0, 1).
+
+    Returns:
+        `float`: 0 without trials.
+    """
+    failures = trials - successes
+    mixture = math.lgamma(successes + 1) + math.lgamma(failures + 1) - math.lgamma(trials + 2)
+    return mixture - successes * math.log(rate) - failures * math.log1p(-rate)
+
+
+def trust_floor(strategy: Strategy, tolerance: float) -> float:
+    """
+    Success rate above which a strategy is trusted: that of other strategies on the same problems, less a tolerance.
+
+    One more problem with a success rate of 0.5 is added to the baseline, because a baseline of 0 on a few problems
+    does not mean that other strategies never succeed.
 
     Args:
         strategy ([`Strategy`]):
             The strategy and its counts.
+        tolerance (`float`):
+            Part of the baseline, in [0, 1), that a strategy may fall short of it.
+
+    Returns:
+        `float`: A rate in (0, 1).
+    """
+    return (1 - tolerance) * (strategy.baseline + 0.5) / (strategy.problems + 1)
+
+
+def trust(strategy: Strategy, min_problems: int, tolerance: float) -> str:
+    """
+    Trust state that follows from the executions verified here.
+
+    A strategy is trusted if its success rate is above the floor with enough evidence, and retired if it is below the
+    floor with enough evidence. Otherwise a trusted strategy becomes a candidate. Trusted therefore means that a
+    strategy is not worse than others by more than the tolerance, not that it is better.
+
+    The probability that a strategy exactly at the floor is ever trusted or retired is at most 0.05, although this is
+    computed at every commit.
+
+    Args:
+        strategy ([`Strategy`]):
+            The strategy and its counts. One without any execution keeps its state.
         min_problems (`int`):
-            Number of distinct problems, without those it was written for, below which its state stays.
+            Number of distinct problems, without those it was written for, below which a strategy is neither trusted
+            nor retired.
         tolerance (`float`):
             Part of the baseline, in [0, 1), that a strategy may fall short of it.
 
     Returns:
         `str`: The trust state.
     """
-    if strategy.trust == "retired" or strategy.problems < min_problems:
+    if strategy.trust == "retired" or strategy.trials == 0:
         return strategy.trust
-    low, high = wilson(strategy.solved, strategy.problems)
-    floor = (1 - tolerance) * strategy.baseline / strategy.problems
-    if high < floor:
-        return "retired"
-    if low > floor:
-        return "trusted"
+    floor = trust_floor(strategy, tolerance)
+    ratio = log_mixture_ratio(strategy.solved, strategy.problems, floor)
+    if strategy.problems >= min_problems and ratio >= -math.log(ERROR_RATE):
+        return "trusted" if strategy.solved > floor * strategy.problems else "retired"
     return "candidate" if strategy.trust == "trusted" else strategy.trust
 
 

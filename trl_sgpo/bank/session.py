@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from ..errors import BankStorageError
 from ..inference.retrieval import with_retrieved
 from ..method.admission import outcomes, proposals
 from ..method.credit import Credit
@@ -92,6 +93,7 @@ class BankSession:
         self._admitted: list[Strategy] = []
         self._outcomes: list[Outcome] = []
         self._shown = Counter[str]()
+        self._waits = False  # whether the last commit could not be written
 
     # Before a rollout
 
@@ -201,15 +203,43 @@ class BankSession:
     # After the optimizer step
 
     def commit(self) -> None:
-        """Writes what was noted since the last commit."""
+        """
+        Writes what was noted since the last commit. What cannot be written now, as on a full disk, is kept for the
+        next commit.
+        """
         if self.bank is not None:
-            self.bank.record(self._admitted, self._outcomes, self._shown)
+            try:
+                self.bank.record(self._admitted, self._outcomes, self._shown)
+            except BankStorageError as error:
+                if not self._waits:
+                    logger.warning(
+                        f"{error} Training continues, and what it adds to the bank is kept in memory until it can be "
+                        "written."
+                    )
+                self._waits = True
+                return
+            if self._waits:
+                logger.warning(f"Training writes its bank again, with what was kept in memory: {self.bank.path}.")
+            self._waits = False
         self._admitted, self._outcomes, self._shown = [], [], Counter()
+
+    def end(self) -> None:
+        """Writes what is left when training ends."""
+        self.commit()
+        if self.bank is not None and self._waits:
+            logger.warning(
+                f"{self.bank.path} could not be written: it lacks {len(self._outcomes)} outcomes and up to "
+                f"{len(self._admitted)} strategies of the last steps."
+            )
 
     def share(self, log_metric: Callable[[str, float], None]) -> None:
         """Sends trusted strategies to the server that jobs share, if there is one, and receives those of others."""
         if self.shared is not None:
-            report = self.shared.sync()
+            try:
+                report = self.shared.sync()
+            except BankStorageError as error:
+                logger.warning(f"{error} Nothing is received from other jobs until the next sync.")
+                return
             log_metric("sgpo/strategies_sent", float(report.sent))
             log_metric("sgpo/strategies_received", float(report.received))
 
@@ -238,6 +268,8 @@ class BankSession:
         target = Path(directory).resolve() / BANK_DIRECTORY
         if self.bank is not None and target != Path(self.bank.path).resolve():
             self.bank.snapshot(target)
+        else:
+            self.commit()  # writes the bank again if its files were deleted
 
     def load(self, checkpoint: str | Path) -> None:
         """Replaces the content of the bank by the snapshot in a checkpoint."""

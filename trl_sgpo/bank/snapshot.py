@@ -3,14 +3,14 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import BankError
 from .bank import StrategyBank
 from .embedding import Embedder
-from .exchange import import_bank
-from .export_files import MAX_ROWS, copy_export, is_export
+from .export_files import MAX_ROWS, copy_export, is_export, read_export
 from .files import BANK_DIRECTORY, LEDGER
 from .manifest import is_snapshot
 
@@ -76,5 +76,6 @@ def open_export(directory: Path, embedding_model: str | Embedder, origin: str | 
         export.mkdir()
         copy_export(directory, export)
         with StrategyBank(Path(temporary) / "bank", embedding_model, MAX_ROWS) as bank:
-            import_bank(bank, export, keep_trust=True, origin=origin)
+            strategies, executions, _ = read_export(export)
+            bank.merge([replace(s, origin=origin or s.origin) for s in strategies], executions, judge=False)
             yield bank

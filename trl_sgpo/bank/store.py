@@ -2,15 +2,16 @@
 
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import BankError
+from ..errors import BankError, BankStorageError
 from .changes import Changes
 from .contents import Contents
 from .embedding import SAME_MODEL, EmbeddingModel
-from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, durable_replace
+from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, durable_replace, file_identity
 from .index import BankIndex
 from .ledger import SCHEMA_VERSION, Ledger
 from .lock import BankLock
@@ -41,7 +42,7 @@ class Store:
     dimension: int | None  # of the embeddings, once there are any
 
     def __init__(self, path: Path, max_share: float):
-        self.path, self._max_share = path, max_share
+        self.path, self._max_share = path.absolute(), max_share
         path.mkdir(parents=True, exist_ok=True)
         self._lock = BankLock(path)
         try:
@@ -51,9 +52,13 @@ class Store:
             raise
 
     def _open(self) -> None:
-        self.ledger = Ledger(self.path / LEDGER)
+        self._open_ledger()
         self.dimension = None
         self._load_contents()
+
+    def _open_ledger(self) -> None:
+        self.ledger = Ledger(self.path / LEDGER)
+        self._file = file_identity(self.path / LEDGER)
 
     def _load_contents(self) -> None:
         embeddings, strategies = self.ledger.embeddings(), self.ledger.all()
@@ -70,16 +75,49 @@ class Store:
             self.dimension = len(next(iter(embeddings.values())))
 
     def close(self) -> None:
-        """Close the files and let other processes open them."""
-        self.index.close()
-        self.ledger.close()
-        self._lock.release()
+        """Close the files and let other processes open them, also if the files are lost."""
+        with ExitStack() as last_first:
+            last_first.callback(self._lock.release)
+            last_first.callback(self.ledger.close)
+            self.index.close()
 
     # Writing
 
+    def restore_files(self) -> None:
+        """
+        Write the record again if its file was deleted or moved while it was open. The open file still has all of it.
+
+        Raises:
+            [`~trl_sgpo.errors.BankStorageError`]: If it cannot be written, or if there is another file in its place.
+        """
+        ledger = self.path / LEDGER
+        found = file_identity(ledger)
+        if found == self._file:
+            return
+        if found is not None:
+            raise BankStorageError(
+                f"{ledger} was replaced by another file while the bank was open, which is not overwritten: move it "
+                "away and the bank is written there again."
+            )
+        self.index.discard()
+        self._lock.release()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = BankLock(self.path)
+            self.ledger.snapshot(ledger)
+        except (OSError, BankError) as error:
+            raise BankStorageError(f"{ledger} was deleted or moved, and cannot be written again: {error}.") from error
+        self.ledger.close()  # before the new file is opened, because SQLite removes files beside it by their names
+        self._open_ledger()
+        self.index = BankIndex(self.path / INDEX, self.contents, self.ledger)
+        logger.warning("%s was deleted or moved while the bank was open. It was written again.", ledger)
+
     def _remove_manifest(self) -> None:
         """Removes the manifest of a snapshot that is about to change, because its checksum will not fit any more."""
-        (self.path / SNAPSHOT_MANIFEST).unlink(missing_ok=True)
+        try:
+            (self.path / SNAPSHOT_MANIFEST).unlink(missing_ok=True)
+        except OSError as error:
+            raise BankStorageError(f"The bank in {self.path} cannot be changed: {error}.") from error
 
     def _remove_index(self) -> None:
         self.index.discard()
@@ -88,6 +126,7 @@ class Store:
 
     def write(self, changes: Changes, embedding_model: str, fingerprint: np.ndarray | None) -> None:
         """Write changes in one transaction. The embedding model must be known when the bank is empty."""
+        self.restore_files()
         self._remove_manifest()
         stored = self.contents.strategies
         if not stored:
@@ -102,6 +141,7 @@ class Store:
         )
         for key, strategy in changes.strategies.items():
             self.contents.put(strategy, changes.embeddings.get(key))
+        self.contents.judged |= changes.judged_all
         self.index.change(index_changes)
 
     def use_model(self, embed: EmbeddingModel) -> np.ndarray:
@@ -137,6 +177,7 @@ class Store:
 
     def set_note(self, key: str, value: str) -> None:
         """Store a short text under a key."""
+        self.restore_files()
         self._remove_manifest()
         self.ledger.set_note(key, value)
 
@@ -160,6 +201,7 @@ class Store:
 
     def load_snapshot(self, snapshot: Path) -> None:
         """Replace the record by that of a snapshot, which is not changed, or leave it if the snapshot is damaged."""
+        self.restore_files()
         copy = self.path / f"{LEDGER}.tmp"
         try:
             copy_verified(snapshot, copy)
@@ -170,6 +212,7 @@ class Store:
 
     def clear(self) -> None:
         """Remove all strategies."""
+        self.restore_files()
         self._replace_ledger(None)
 
     def _replace_ledger(self, ledger: Path | None) -> None:

@@ -69,8 +69,9 @@ class Strategy:
         origin (`str`, *optional*, defaults to `"rollout"`):
             How it came into the bank.
         trust (`str`, *optional*, defaults to `"candidate"`):
-            `"candidate"` (shown in training only), `"trusted"` (shown everywhere), `"retired"` (kept on record only)
-            or `"quarantine"` (executed in bank rows, and shown nowhere until executions verified here earn it trust).
+            `"candidate"` (shown in training only), `"trusted"` (not inferior to other strategies, shown everywhere),
+            `"retired"` (kept on record only) or `"quarantine"` (executed in bank rows, and shown nowhere until
+            executions verified here earn it trust).
         successes (`float`, *optional*, defaults to `0`):
             Sum of the outcomes, each in [0, 1], of its verified executions.
         trials (`int`, *optional*, defaults to `0`):

@@ -1,6 +1,5 @@
 """`trl-sgpo bench fit`: memory and speed of recipes on this GPU, with random weights, so that none are downloaded."""
 
-import argparse
 import time
 from contextlib import suppress
 from statistics import median
@@ -12,6 +11,7 @@ from transformers.initialization import no_init_weights
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
+from ..checks.arguments import Parser
 from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, SGPOError
 from ..recipe import Recipe, model_init_kwargs, read_recipe
@@ -24,7 +24,7 @@ from .processes import in_new_process
 
 def main(argv: list[str]) -> int:
     """Measures recipes one after the other, each trainer in a process of its own, and prints a line for each."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bench fit",
         description="Measure the peak memory and the speed of recipes on this GPU, and the same of TRL's GRPOTrainer "
         "at equal rows and total lengths. Weights are random, loaded and quantized as the recipe says, so that only "

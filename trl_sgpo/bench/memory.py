@@ -1,6 +1,5 @@
 """`trl-sgpo bench memory`: peak memory of SGPO and of TRL's GRPOTrainer, at equal rows and total lengths."""
 
-import argparse
 import resource
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..checks.arguments import Parser
 from ..errors import ConfigError
 from ..recipe import read_recipe
 from .arms import ARMS, build_trainer, report, settings
@@ -18,7 +18,7 @@ from .processes import in_new_process
 
 def main(argv: list[str]) -> int:
     """Measures each trainer in a process of its own and prints the figures."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bench memory",
         description="Measure the peak memory of SGPO and of TRL's GRPOTrainer on a recipe's model and data, at equal "
         "rows and total lengths: GRPO's completions are as long as strategy and execution together, and every row is "

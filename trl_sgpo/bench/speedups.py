@@ -1,6 +1,5 @@
 """`trl-sgpo bench speedups`: time saved by each fast path, measured by switching it off."""
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..checks.arguments import Parser
 from ..recipe import read_recipe
 from .arms import build_trainer, counted_step, measured_step, write
 from .throughput import add_step_options, check_step_options, step_settings
@@ -31,7 +31,7 @@ MEASURES = {
 
 def main(argv: list[str]) -> int:
     """Takes steps with all fast paths and without each of them in turn, and prints the figures."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bench speedups",
         description="Measure the time that each fast path of SGPO saves on a recipe's model and data: time per "
         "generated token without it, divided by that with all of them. All variants take turns in one process. "

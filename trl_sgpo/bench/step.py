@@ -1,7 +1,6 @@
 """`trl-sgpo bench step`: time and memory of a step of SGPO and of shared-prompt GRPO, against TRL's GRPOTrainer."""
 
-import argparse
-
+from ..checks.arguments import Parser
 from ..recipe import read_recipe
 from .arms import STEP_ARMS, report
 from .memory import peaks
@@ -10,7 +9,7 @@ from .throughput import add_step_options, step_figures, step_settings, take_turn
 
 def main(argv: list[str]) -> int:
     """Takes steps of the three trainers in turn and prints the figures."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bench step",
         description="Measure SGPO, and GRPO by SharedPromptGRPOTrainer, against TRL's GRPOTrainer on a recipe's model "
         "and data, at equal num_generations and max_completion_length.",

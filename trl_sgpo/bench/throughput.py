@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from trl.models import unwrap_model_for_generation
 
+from ..checks.arguments import Parser
 from ..errors import ConfigError
 from ..recipe import Recipe, read_recipe
 from ..speed.generation import base_of, left_padded, limited
@@ -20,7 +21,7 @@ from .arms import ARMS, Call, build_trainer, counted_step, measured_step, report
 
 def main(argv: list[str]) -> int:
     """Takes steps of both trainers and plain `generate` calls in turn and prints the figures."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bench throughput",
         description="Measure the speed of SGPO on a recipe's model and data: against TRL's GRPOTrainer at equal "
         "num_generations, against the model's own `generate` on the prompts of the rollout, and against what the "

@@ -14,6 +14,7 @@ from ..bank.hub import pull_bank
 from ..bank.manifest import is_snapshot
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import TRUST_STATES, ImportReport
+from ..checks.arguments import Parser
 from ..errors import BankError
 from .bank_views import (
     SORT_KEYS,
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bank",
         description="Look into, check and share a strategy bank. BANK is a bank's directory, a checkpoint or a run's "
         f"output folder, which have their bank in {BANK_DIRECTORY}/. Snapshots, like those in checkpoints, are read "
@@ -61,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--trust",
         action="append",
         choices=TRUST_STATES,
-        help="only those in this state; may be repeated (all but retired)",
+        help="only those in this state; may be repeated (all but retired); trusted: not inferior to other strategies "
+        "on the same problems, by the tolerance of the run",
     )
     added.add_argument("--sort", choices=SORT_KEYS, default="utility", help="highest first (utility)")
     added.add_argument("--limit", type=int, metavar="N", help="the first N only")
@@ -74,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--class", dest="problem_class", metavar="CLASS", help="only strategies of this class")
     added.add_argument("-k", type=int, default=3, help="how many at most (3)")
     added.add_argument(
-        "--trust", action="append", choices=TRUST_STATES, help="only those in this state; may be repeated (trusted)"
+        "--trust",
+        action="append",
+        choices=TRUST_STATES,
+        help="only those in this state; may be repeated (trusted, which means not inferior to other strategies)",
     )
     _add_embedding_model(added)
 

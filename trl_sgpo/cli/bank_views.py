@@ -1,12 +1,14 @@
 """Commands of `trl-sgpo bank` that only read: list, show, search, stats, audit and verify."""
 
 import argparse
+import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..bank import StrategyBank, policy
@@ -18,10 +20,20 @@ from ..bank.snapshot import bank_directory, open_read_only, read_only_directory
 from ..bank.statistics import class_figures, transfer
 from ..bank.strategy import TRUST_STATES, Strategy
 from ..errors import BankError, ConfigError
+from ..report.run_files import STATE_FILE
 from .text import print_facts, print_json, print_table, printable, rate
 
 
-_EMPTY = "empty: no strategy was stored"
+_EMPTY = (
+    "empty: no strategy was stored. A run stores one per block if it is well-formed, does not contain its problem's "
+    "answer, solves its own problem, is better than the others of its block on sibling problems, and is no near-copy."
+)
+_REASONS = {
+    "sgpo/malformed": "of the strategies were malformed",
+    "sgpo/leak": "contained the answer",
+    "sgpo/correctness": "of the executions on the own problem were right",
+    "sgpo/frac_blocks_no_signal": "of the blocks had equal outcomes, so that no strategy was better",
+}
 
 SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "utility": lambda strategy: policy.utility(strategy.successes, strategy.trials),
@@ -73,6 +85,22 @@ def _short_ids(strategies: Sequence[Strategy]) -> dict[str, str]:
     return {key: key[:length] for key in ids}
 
 
+def _why_empty(run: Path) -> str:
+    """Reasons for which a run stores no strategy, with their figures where the run has logged them."""
+    found = [*sorted(run.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda file: file.stat().st_mtime)]
+    found += [run / STATE_FILE] * (run / STATE_FILE).is_file()  # written when training ends
+    logs = json.loads(found[-1].read_text())["log_history"] if found else []
+    steps = [log for log in logs if "sgpo/malformed" in log]
+    if not steps:
+        return f"{_EMPTY} No logged step of a run is beside this bank."
+    figures = [
+        f"{fmean(log[key] for log in steps if key in log):.0%} {text}"
+        for key, text in _REASONS.items()
+        if any(key in log for log in steps)
+    ]
+    return f"{_EMPTY} In the {len(steps)} logged steps: {'; '.join(figures)}."
+
+
 def list_strategies(options: argparse.Namespace) -> int:
     """`trl-sgpo bank list`"""
     if options.limit is not None and options.limit < 1:
@@ -92,10 +120,12 @@ def list_strategies(options: argparse.Namespace) -> int:
         print_json([_record(strategy) for strategy in shown])
         return 0
     if not everything:
-        print(
-            f"{_EMPTY}. A run stores none that is malformed, contains its problem's answer, fails on its own problem"
-            " or is not better than its block. See `sgpo/malformed` and `sgpo/frac_blocks_no_signal` of the run."
-        )
+        print(_why_empty(bank_directory(options.bank).parent))
+        return 0
+    if not shown:
+        counts = Counter(strategy.trust for strategy in everything)
+        states = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
+        print(f"none of {len(everything)} strategies ({states}) fits --class and --trust")
         return 0
     short = _short_ids(everything)
     print_table(
@@ -115,6 +145,8 @@ def list_strategies(options: argparse.Namespace) -> int:
         ],
     )
     print(f"{len(shown)} of {len(everything)} strategies")
+    if any(strategy.trust == "trusted" for strategy in shown):
+        print("trusted: not inferior to other strategies on the same problems, by the tolerance of the run")
     return 0
 
 
@@ -251,7 +283,7 @@ def stats(options: argparse.Namespace) -> int:
         )
         return 0
     if not everything:
-        print(_EMPTY)
+        print(_why_empty(directory.parent))
         return 0
 
     def optional(value: float | None, form: str) -> str:

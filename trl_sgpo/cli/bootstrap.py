@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bank.files import BANK_DIRECTORY
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory
 from ..errors import ConfigError, DataError
 
 
@@ -27,12 +29,14 @@ def main(argv: list[str]) -> int:
     """Makes traces and candidate strategies from the recipe's training problems."""
     options, overrides = _parser().parse_known_args(argv)
     _check(options)
+    check_directory("--output_dir", options.output_dir)
 
     from filelock import FileLock, Timeout
 
+    from ..checks.setup import path_problems
     from ..recipe import read_recipe
 
-    recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap")
+    recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bootstrap", path_problems)
     output_dir = Path(options.output_dir)
     if options.bank is None and output_dir.resolve() == Path(str(recipe.training.output_dir)).resolve():
         raise ConfigError(
@@ -49,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo bootstrap",
         description="Write strategies and two-phase traces for the training problems of a recipe, without human "
         "labels. A strategy is kept if it is well formed, gives no answer away, copies no number of its problem, and "
@@ -208,24 +212,16 @@ def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tupl
     """The class of each problem, and the blocks."""
     from ..bank.embedding import load_embedder
     from ..data.bootstrap import cut_blocks
-    from ..data.classes import merge_small_classes, problem_classes
-    from ..method.prompts import problem_text
+    from ..data.classes import block_classes
 
     training = recipe.training
 
     def embed(texts: list[str]) -> Any:
         return load_embedder(training.embedding_model)(texts)
 
-    classes = problem_classes(dataset, training.class_column, embed, training.num_clusters, training.seed)
     size = 1 if options.source == "worked" else options.block_size
-    clustered = training.class_column is None and "problem_class" not in dataset.column_names
     try:
-        classes = merge_small_classes(
-            classes,
-            size,
-            "merge" if clustered else training.small_classes,
-            lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
-        )
+        classes = block_classes(dataset, training, size, embed)
     except DataError as error:
         raise DataError(str(error).replace("--transfer_block_size", "--block_size")) from error
     answers = [str(answer) for answer in dataset["solution"]] if "solution" in dataset.column_names else None

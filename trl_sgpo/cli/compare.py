@@ -10,6 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory, check_file
 from ..errors import ConfigError
 
 
@@ -29,6 +31,9 @@ def main(argv: list[str]) -> int:
     from ..compare.table import summary, write
 
     comparison = read_comparison(options.config, changes)
+    check_directory("output_dir", comparison.output_dir)
+    if comparison.results is not None:
+        check_file("results", comparison.results)
     check(comparison)
     runs = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
     missing = [(arm.name, seed) for arm, seed in runs if finished(comparison, arm, seed) is None]
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo compare",
         description="Train every arm of a comparison with every seed, from the same warm start and at an equal number "
         "of generated tokens, evaluate them, and write a table with 95% intervals, learning curves and raw results. "
@@ -137,20 +142,13 @@ def _tail(log: Path) -> str:
 
 
 def _print(summed: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from ..compare.table import cell
+    from .text import print_table
 
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
     columns = [f"{name} accuracy" for name in suites] + ["transfer score", "own - other"]
-    table = Table(title=f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals")
-    table.add_column("arm")
-    for column in columns:
-        table.add_column(column)
+    rows = []
     for name, figures in summed["arms"].items():
-        cells = []
-        for column in columns:
-            value = figures[column]
-            spread = "" if value["low"] is None else f" ±{value['high'] - value['mean']:.2f}"
-            cells.append(f"{value['mean']:.2f}{spread}")
-        table.add_row(name, *cells)
-    Console().print(table)
+        rows.append([name, *(cell(figures[column]) for column in columns)])
+    title = f"{summed['settings']['budget']:,} tokens an arm and seed, means with 95% intervals"
+    print_table(["arm", *columns], rows, title)

@@ -8,7 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..errors import ConfigError
+from .text import print_table
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +19,9 @@ def main(argv: list[str]) -> int:
     options, overrides = _parser().parse_known_args(argv)
     if options.vram is not None and options.vram <= 0:
         raise ConfigError(f"`--vram` must be above 0, got {options.vram:g}.")
+
+    if options.output is not None:
+        check_file("--output", options.output)
 
     from ..recipe import read_recipe
     from ..vram.check import estimate_recipe
@@ -36,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo estimate",
         description="Estimate the peak memory of training by recipes, computed from the models' configs: no weights "
         "are downloaded and no GPU is needed.",
@@ -56,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_parts(console: Console, result: dict[str, Any]) -> None:
     lengths = result["lengths"]
-    table = Table(title=f"{result['model']}: estimated peak memory, while {_WHEN[result['moment']]}")
+    title = f"{result['model']}: estimated peak memory, while {_WHEN[result['moment']]}"
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = Table()
     table.add_column("")
     table.add_column("GB", justify="right")
     for name, size in result["parts"].items():
@@ -88,15 +96,12 @@ _WHEN = {
 
 
 def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
-    table = Table(title="Estimated peak memory")
-    table.add_column("recipe", overflow="fold")
-    for name in ("GB", "of", "fits"):
-        table.add_column(name, justify="right")
+    rows = []
     for result in results:
         vram, fits = result["vram_gb"], result["fits"]
         verdict = "" if fits is None else "yes" if fits else "no"
-        table.add_row(result["config"], _gb(result["peak"]), "" if vram is None else f"{vram:g}", verdict)
-    console.print(table)
+        rows.append([result["config"], _gb(result["peak"]), "" if vram is None else f"{vram:g}", verdict])
+    print_table(["recipe", "GB", "of", "fits"], rows, title="Estimated peak memory")
     for result in results:
         if result["fits"] is False:
             console.print(f"{result['config']}: {_verdict(result)}", highlight=False, markup=False, soft_wrap=True)

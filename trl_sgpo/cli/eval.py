@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory
 from ..errors import ConfigError, DataError
-from ..evaluation.suites import NAMED, LoadedSuite, load_suites, parse_suite
-from ..yaml_files import read_mapping, unknown_key
+from ..evaluation.suites import NAMED, UNKNOWN, LoadedSuite, load_suites, parse_suite
+from ..yaml_files import check_keys, read_mapping
 from .options import check_at_least
 
 
@@ -34,6 +36,7 @@ TWO_PHASE = (
 def main(argv: list[str]) -> int:
     """Evaluates a model, or checks a verifier. Returns the exit status, which is 1 where a check found something."""
     options = read_options(argv)
+    check_directory("--output_dir", options.output_dir)
     return check(options) if options.check_verifier else evaluate(options)
 
 
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo eval",
         allow_abbrev=False,
         description="Measure a model on suites of problems: accuracy, and with --transfer how well its strategies do "
@@ -54,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "--suites",
         nargs="+",
         metavar="SUITE",
-        help=f"{', '.join(NAMED)}, or NAME=PATH[@SPLIT] with a path as in recipes; names beginning with ood or harder "
-        "are of that kind",
+        help=f"{', '.join(NAMED)}, or NAME=PATH[@SPLIT] with a path as in recipes; a NAME beginning with id_, ood or "
+        "harder says what the problems are, compared with those trained on",
     )
     parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
     parser.add_argument("--overwrite", action="store_true", help="delete the evaluation in the output directory")
@@ -155,10 +158,9 @@ def _from_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """A YAML file's options as a command line."""
     content = read_mapping(path)
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    check_keys(content, known, path)
     arguments = []
     for key, value in content.items():
-        if key not in known:
-            raise unknown_key(str(key), known, path)
         if value is True:
             arguments.append(f"--{key}")
         elif isinstance(value, list):
@@ -175,10 +177,10 @@ def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
 
     verifier = load_rewards(SGPOScriptArguments(reward_funcs=[name]))[0]
     for each in loaded:
-        if verifier is answer_reward and "solution" not in each.rows[0]:
+        if verifier is answer_reward and all(row.get("solution") is None for row in each.rows):
             raise DataError(
-                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, or name a "
-                "`--verifier` that needs none."
+                f"The suite {each.suite.name} has no solutions: add a column `solution` or `answer`, name its "
+                "`answer_column`, or a `--verifier` that needs none."
             )
     return verifier
 
@@ -218,12 +220,13 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
 
     from ..evaluation.chunks import ChunkLog
-    from ..evaluation.digest import digest, settings_record, weights_digest
+    from ..evaluation.digest import digest, settings_record, suite_record, weights_digest
     from ..evaluation.hub_results import write_hub_results
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
     from ..evaluation.tables import tables, write_results
     from ..evaluation.transfer_plan import plan_transfer
     from ..evaluation.transfer_score import measure_plan
+    from ..method.conversation import check_system_role
 
     loaded = load_suites(suites, options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
@@ -246,6 +249,8 @@ def evaluate(options: argparse.Namespace) -> int:
     }
     model = _load_model(options)
     loaded = [each.with_system_prompt(model.settings.system_prompt) for each in loaded]
+    for each in loaded if not model.settings.plain_text else ():
+        check_system_role(model.tokenizer, each.rows[0]["prompt"], model.settings.chat_template_kwargs)
     output = Path(options.output_dir)
     with ExitStack() as stack:
         bank = _open_bank(options, model, stack)
@@ -254,7 +259,7 @@ def evaluate(options: argparse.Namespace) -> int:
             "weights": weights_digest(model),
             "two_phase": settings_record(model.settings),
             "dtype": options.dtype,
-            "suites": {each.suite.name: asdict(each.suite) | {"rows": digest(each.rows)} for each in loaded},
+            "suites": {each.suite.name: suite_record(each.suite) | {"rows": digest(each.rows)} for each in loaded},
             "protocol": asdict(protocol),
             "verifier": options.verifier,
             "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),
@@ -291,6 +296,12 @@ def evaluate(options: argparse.Namespace) -> int:
     for each in loaded:
         if each.suite.hub_id is not None and len(each.rows) < each.available:
             print(f"{each.suite.name}: no file for the Hub, {len(each.rows)} of {each.available} problems measured")
+    unknown = [suite.name for suite in suites if suite.kind == UNKNOWN]
+    if unknown:
+        print(
+            f"The kind of {', '.join(unknown)} is unknown: begin a suite's name with id_, ood or harder, or set its "
+            "`kind`, to say how its problems compare with those trained on."
+        )
     print("Written:", *written, sep="\n  ")
     return 0
 
@@ -322,15 +333,7 @@ def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitS
 
 
 def _print_tables(tables: "list[ResultTable]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from .text import print_table
 
     for each in tables:
-        table = Table(title=each.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in each.columns:
-            table.add_column(column, overflow="fold")
-        for row in each.rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
+        print_table(each.columns, each.rows, each.title)

@@ -3,10 +3,14 @@
 import argparse
 from typing import Any
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory
+
 
 def main(argv: list[str]) -> int:
     """Exports a trained model."""
     options = _parser().parse_args(argv)
+    check_directory("--output_dir", options.output_dir)
 
     from ..export.export import EXPORT_FILE, ExportPlan, export
 
@@ -17,7 +21,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo export",
         allow_abbrev=False,
         description="Export a trained model. The export is read again and its logits are "

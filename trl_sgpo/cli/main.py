@@ -1,4 +1,4 @@
-"""Entry point of `trl-sgpo`: runs a command and prints errors a user can act on as one line."""
+"""Entry point of `trl-sgpo`: runs a command and prints errors a user can act on without a traceback."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 
 from .._version import __version__
-from ..errors import SGPOError
+from ..checks.command import run_command
 
 
 COMMANDS = {
@@ -64,11 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     # Warnings of dependencies for their developers would hide messages for the user
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        return import_module(f"trl_sgpo.cli.{argv[0]}").main(argv[1:])
-    except SGPOError as error:
-        print(f"trl-sgpo {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command(
+        f"trl-sgpo {argv[0]}", lambda rest: import_module(f"trl_sgpo.cli.{argv[0]}").main(rest), argv[1:]
+    )
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_directory
 from ..errors import ConfigError, ModelError
 from ..evaluation.chunks import RESULTS_FILE
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo push",
         allow_abbrev=False,
         description="Publish a run on the Hugging Face Hub, in one commit: the model in safetensors, an export of its "
@@ -21,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval", metavar="DIR", help="output folder of `trl-sgpo eval`, for the card's results")
     parser.add_argument("--license", metavar="ID", help="of model and strategies, as apache-2.0 (the base model's)")
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--no_bank", "--no-bank", action="store_true", help="leave the strategies out")
+    parser.add_argument("--no_bank", action="store_true", help="leave the strategies out")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if it does not exist (main)")
     parser.add_argument("--message", metavar="TEXT", help="title of the commit")
     parser.add_argument(
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
     if options.license is not None:
         facts = replace(facts, license={"license": options.license})
     if options.dry_run is not None:
+        check_directory("--dry_run", options.dry_run)
         folder = Path(options.dry_run)
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty: name a new directory.")

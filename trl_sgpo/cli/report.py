@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..errors import ConfigError
 
 
@@ -18,8 +20,7 @@ def main(argv: list[str]) -> int:
     run = read_run(options.run, options.eval, options.problems)
     other = None if options.other is None else read_run(options.other, problems=0)
     output = Path(options.output or run.path / "report.html")
-    if output.is_dir():
-        raise ConfigError(f"{output} is a directory: name an HTML file by `--output`.")
+    check_file("--output", output)
     write_report(run, output, other)
     for text in run.missing.values():
         print(f"Not in the report: {text}")
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo report",
         description="Write a run as one HTML file that needs no network: curves, transfer between classes, the "
         "strategy bank with a map and lineage, rollouts side by side, settings. A run that is not finished is shown "

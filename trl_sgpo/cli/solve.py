@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BankError, ConfigError, DataError
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
+from ..errors import BankError, BankInUseError, ConfigError, DataError
 from .options import check_at_least
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-sgpo solve",
         allow_abbrev=False,
         description="Solve problems with a trained model: show it trusted strategies of its bank, let it write a "
@@ -74,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         "dataset_name, with @SPLIT at its end",
     )
     files.add_argument(
+        "--prompt_template", metavar="TEXT", help="problem of several columns, like '{Body} {Question}'"
+    )
+    files.add_argument("--prompt_column", metavar="NAME", help="column of --input with the problem")
+    files.add_argument(
         "--output",
         metavar="FILE",
         help=".jsonl file for the answers, a line for each problem; the same command resumes",
@@ -92,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show what the author of a --bank that does not come with the model trusted, though nothing was "
         "verified here",
     )
-    bank.add_argument("--no_bank", "--no-bank", action="store_true", help="show no strategies of a bank")
+    bank.add_argument("--no_bank", action="store_true", help="show no strategies of a bank")
     bank.add_argument(
         "--class", dest="problem_class", metavar="NAME", help="show strategies of this class only (any, or the "
         "problem_class in --input)",
@@ -161,6 +167,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("`--trust_bank` is about a bank that does not come with the model: name it by `--bank`.")
     if (options.input is None) != (options.output is None):
         raise ConfigError("`--input` and `--output` go together: give both.")
+    if options.input is None and (options.prompt_template is not None or options.prompt_column is not None):
+        raise ConfigError("`--prompt_template` and `--prompt_column` are about a file: name it by `--input`.")
     if options.input is not None and (options.problem is not None or options.json):
         raise ConfigError("With `--input`, problems come from a file and JSON goes to one: leave out the rest.")
     if options.problem is not None and not options.problem.strip():
@@ -206,12 +214,28 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 dtype=options.dtype,
                 **_quantization(options),
             )
+    except BankInUseError as error:
+        raise BankError(f"The bank is in use by {error.holder}. {_copy_to_use(options)}") from error
     except BankError as error:
         raise BankError(f"{error} Or name another by `--bank`, or solve without: `--no_bank`.") from error
     given = {name: vars(options)[name] for name in LIMITS if vars(options)[name] is not None}
     pipeline.model.settings = replace(pipeline.model.settings, **given)
     _tell_bank(pipeline, options)
     return pipeline
+
+
+def _copy_to_use(options: argparse.Namespace) -> str:
+    """What to do where the bank is in use: its copy in the last checkpoint of the run can be read."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..bank.files import BANK_DIRECTORY
+
+    run = Path(options.bank or options.run or options.model)
+    run = run.parent if run.name == BANK_DIRECTORY else run
+    checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
+    if checkpoint is None:
+        return "`--bank` takes a copy of it, which is in each checkpoint of the run. Or solve without: `--no_bank`."
+    return f"`--bank` takes a copy of it, such as `--bank {checkpoint}`. Or solve without: `--no_bank`."
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any]:
@@ -406,8 +430,11 @@ def _solve_file(options: argparse.Namespace) -> int:
     from ..inference.solve_file import check_output, check_problems, solve_file
 
     output = check_output(options.output, options.input)
+    check_file("--output", output)
     try:
-        (loaded,) = load_suites([parse_suite(f"input={options.input}")])
+        suite = parse_suite(f"input={options.input}")
+        columns = {"prompt_template": options.prompt_template, "prompt_column": options.prompt_column}
+        (loaded,) = load_suites([replace(suite, **columns)])
     except DataError as error:
         raise DataError(str(error).replace("The suite input", "`--input`")) from error
     prompts = [row["prompt"] for row in loaded.rows]

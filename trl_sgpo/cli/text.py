@@ -4,12 +4,18 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..bank.strategy import Strategy
+
+
+SHORT = 20  # columns: cells up to this width are not wrapped
+TEXT = 30  # wider cells are text, and not wrapped to less
+GAP = 2
 
 
 def printable(text: str) -> str:
@@ -32,15 +38,83 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def _width(text: str) -> int:
+    return max(cell_len(line) for line in text.split("\n"))
+
+
+def _longest_word(cells: Sequence[str]) -> int:
+    return max(cell_len(word) for cell in cells for word in ["", *cell.split()])
+
+
+def _widths(columns: Sequence[Sequence[str]], available: int, cap: int) -> list[int] | None:
+    """
+    Widths of columns with which no word is broken, or `None` if there is not enough room.
+
+    Args:
+        columns (`Sequence[Sequence[str]]`):
+            Cells of each column, with its name.
+        available (`int`):
+            Width of the table.
+        cap (`int`):
+            Width to which longer words are truncated.
+    """
+    widths = [max(map(_width, cells)) for cells in columns]
+    least = [
+        width if width <= SHORT else min(_longest_word(cells), cap)
+        for width, cells in zip(widths, columns, strict=True)
+    ]
+    if widths[-1] > TEXT:
+        least[-1] = max(least[-1], TEXT)
+    room = available - GAP * (len(columns) - 1)
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        row = max(range(len(widths)), key=lambda each: (widths[each] > least[each], widths[each]))
+        widths[row] -= 1
+    return widths
+
+
+def _layout(columns: Sequence[Sequence[str]], available: int) -> list[int] | None:
+    """Widths of the columns that fit side by side: all of them, or all but the last one if it is text."""
+    choices = [columns, columns[:-1]] if len(columns) > 1 and max(map(_width, columns[-1])) > TEXT else [columns]
+    for cap in (available, 24, 12):
+        for chosen in choices:
+            if (widths := _widths(chosen, available, cap)) is not None:
+                return widths
+    return None
+
+
+def _line(cells: Iterable[str], widths: Sequence[int], style: str = "") -> Table:
+    grid = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
+    for width in widths:
+        grid.add_column(width=width, overflow="ellipsis")
+    grid.add_row(*[Text(cell, style) for cell in cells])
+    return grid
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table whose columns before the last are as wide as they need."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns[:-1]:
-        table.add_column(Text(column), overflow="fold", max_width=24)
-    table.add_column(Text(columns[-1]), overflow="fold")
-    for row in rows:
-        table.add_row(*[Text(printable(cell)) for cell in row])
-    Console().print(table)
+    """
+    Print a table. Where its words do not fit side by side, the last column is printed beneath each row if it is text,
+    then long words are truncated with `…`, and at last each row is printed as a list.
+    """
+    console = Console()
+    body = [[printable(cell) for cell in row] for row in rows]
+    cells = [list(column) for column in zip(columns, *body, strict=True)]
+    widths = _layout(cells, console.width)
+    console.print(Text(f"\n{title}" if title else "", "italic"))
+    if widths is None:
+        for row in body:
+            print_facts(dict(zip(columns, row, strict=True)))
+            console.print()
+        return
+    shown = len(widths)
+    console.print(_line(columns[:shown], widths, "bold"))
+    console.print(Text("─" * (sum(widths) + GAP * (shown - 1))))
+    for row in body:
+        console.print(_line(row[:shown], widths))
+        if shown < len(columns):
+            console.print(Padding(Text(row[-1], overflow="fold"), (0, 0, 0, 2)))
+    console.print()
 
 
 def print_facts(facts: dict[str, str]) -> None:

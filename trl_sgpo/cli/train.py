@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
+from ..bank.embedding import load_embedder
+from ..checks.command import run_command
+from ..checks.setup import setup_problems
 from ..compare.lab.model import fetch_model
 from ..data.classes import with_classes
-from ..data.loading import load_data, load_rewards, without_long_problems
+from ..data.loading import load_data, load_rewards, reward_problems, without_long_problems
 from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, SGPOError
 from ..evaluation.block_transfer import TransferScore, measure_transfer
 from ..evaluation.statistics import wilson_interval
 from ..hub.push import claim
+from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import REPORT_FILE
@@ -41,11 +47,15 @@ _LAUNCHED = "TRL_SGPO_LAUNCHED"
 
 def main(argv: list[str]) -> int:
     """Trains a recipe, through `accelerate launch` if the recipe sets its options or several GPUs are visible."""
-    recipe = read_recipe(argv, "trl-sgpo train")
+    recipe = read_recipe(argv, "trl-sgpo train", _problems)
     if _LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
         return _launch(recipe)
     train(recipe)
     return 0
+
+
+def _problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [*setup_problems(values), *reward_problems(values)]
 
 
 def _needs_launcher(recipe: Recipe) -> bool:
@@ -101,6 +111,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     """
     script, training = recipe.script, recipe.training
     rewards = load_rewards(script)
+    quantization_config, peft_config = get_quantization_config(recipe.model), get_peft_config(recipe.model)
     check_memory(recipe)
     _advise_on_bfloat16(recipe)
     model = fetch_model(recipe.model.model_name_or_path)
@@ -108,10 +119,14 @@ def train(recipe: Recipe) -> SGPOTrainer:
     if training.push_to_hub and training.process_index == 0:  # raises errors before the warm start
         name = training.hub_model_id or Path(training.output_dir).absolute().name
         claim(name, training.hub_token, training.hub_private_repo)
-    # Before the warm start, so that errors of the dataset are raised at once
+    # Before the warm start, so that errors of dataset, chat template and embedding model are raised at once
     train_dataset = with_classes(
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
     )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    check_system_role(tokenizer, train_dataset[0]["prompt"], training.chat_template_kwargs)
+    if training.use_bank and training.process_index == 0:
+        load_embedder(training.embedding_model)
     training.model_init_kwargs = model_init_kwargs(recipe)
     checkpoint = resume_point(training)
     if script.warmstart_traces > 0 or script.warmstart_file is not None:
@@ -122,10 +137,10 @@ def train(recipe: Recipe) -> SGPOTrainer:
         args=training,
         train_dataset=train_dataset,
         eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(recipe.model),
-        peft_config=get_peft_config(recipe.model),
+        quantization_config=quantization_config,
+        peft_config=peft_config,
     )
-    trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture)
+    trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture) | asdict(recipe.columns)
     trainer.facts = replace(
         trainer.facts,
         base_model=recipe.model.model_name_or_path,
@@ -211,7 +226,7 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
             f"accuracy with own strategy, {decoding}", *(_with_interval(s.accuracy, s.problems) for s in scores)
         )
         table.add_row(
-            f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.transfers) for s in scores)
+            f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.problems) for s in scores)
         )
     console.print(table)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
@@ -241,21 +256,12 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
     )
 
 
-def _with_interval(rate: float, trials: int) -> str:
-    if trials == 0:
+def _with_interval(rate: float, problems: int) -> str:
+    if problems == 0:
         return "not measured"
-    low, high = wilson_interval(rate, trials)
+    low, high = wilson_interval(rate, problems)
     return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _main_of_launched_process() -> Any:
-    try:
-        return main(sys.argv[1:])
-    except SGPOError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"trl-sgpo train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(_main_of_launched_process())
+    sys.exit(run_command("trl-sgpo train", main, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """`trl-sgpo warmstart`: only the supervised warm start of a recipe."""
 
+from ..checks.setup import path_problems
 from ..compare.lab.model import fetch_model
 from ..data.loading import load_data
 from ..data.warmstart import warmstart_model
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> int:
         argument.replace("--traces", "--warmstart_file", 1) if _names_traces(argument) else argument
         for argument in argv
     ]
-    recipe = read_recipe(argv, "trl-sgpo warmstart")
+    recipe = read_recipe(argv, "trl-sgpo warmstart", path_problems)
     if recipe.script.warmstart_traces < 1 and recipe.script.warmstart_file is None:
         raise ConfigError(
             "The recipe has no warm start: set `warmstart_traces`, for example to 800, or name a file of traces with "

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
+from ..checks.command import run_command
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards
 from ..data.warmstart import warmstart_model
@@ -49,7 +50,7 @@ def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
 def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
     """Digest of everything a run depends on, so that results of other settings are not reused."""
     recipe = arm_recipe(comparison, arm, seed)
-    parts = [recipe.script, recipe.training, recipe.model, recipe.mixture]
+    parts = [recipe.script, recipe.training, recipe.model, recipe.mixture, recipe.columns]
     settings = [{key: str(value) for key, value in sorted(vars(part).items())} for part in parts]
     measured = [comparison.budget, comparison.suites, comparison.transfer, comparison.samples]
     measured += [comparison.curve_points, comparison.curve_problems]
@@ -246,4 +247,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("trl-sgpo compare", main, sys.argv[1:]))

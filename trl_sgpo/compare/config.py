@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..evaluation.suites import Suite, parse_suite
-from ..yaml_files import read_mapping, unknown_key
+from ..yaml_files import check_keys, read_mapping
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -144,9 +144,7 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     changes["overrides"] = content.get("overrides", {}) | changes.get("overrides", {})
     content = content | changes
     known = {item.name: item for item in fields(Comparison)}
-    for key in content:
-        if key not in known:
-            raise unknown_key(str(key), list(known), path)
+    check_keys(content, list(known), path)
     required = [k for k, i in known.items() if i.default is MISSING and i.default_factory is MISSING]
     missing = [key for key in required if key not in content]
     if missing:
@@ -162,9 +160,7 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
         raise ConfigError(f"{path}: `budget`, `processes` and `samples` must be at least 1.")
     if not comparison.seeds or not arms:
         raise ConfigError(f"{path}: there must be a seed and an arm.")
-    for key in comparison.transfer:
-        if key not in _TRANSFER:
-            raise unknown_key(str(key), list(_TRANSFER), f"`transfer` of {path}")
+    check_keys(comparison.transfer, _TRANSFER, f"`transfer` of {path}")
     names = [suite.name for suite in comparison.parsed_suites]
     if comparison.transfer.get("suite") not in names:
         raise ConfigError(f"{path}: `transfer.suite` must be the name of a suite: one of {', '.join(names)}.")

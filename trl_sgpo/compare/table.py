@@ -10,6 +10,11 @@ from ..evaluation.chunks import write_text
 from .config import Comparison
 
 
+APART = 0.3
+_COSTS = ("tokens", "training")
+_SIGNED = ("lift", "own - other", "own - none")
+
+
 @dataclass(frozen=True)
 class Interval:
     """
@@ -19,7 +24,7 @@ class Interval:
         mean (`float`):
             The mean.
         low (`float`), high (`float`):
-            95% interval of Student's t distribution; NaN with a single seed.
+            95% interval of Student's t distribution, NaN where there is none.
         values (`list[float]`):
             One value a seed.
     """
@@ -36,26 +41,39 @@ class Interval:
         return {"mean": plain(self.mean), "low": plain(self.low), "high": plain(self.high), "values": self.values}
 
 
-def interval(values: list[float]) -> Interval:
+def interval(values: list[float], least: float = -math.inf, most: float = math.inf) -> Interval:
     """
     Mean and 95% interval over seeds.
+
+    Student's t needs values that vary about their mean. There is no interval for one seed, for seeds that all end
+    alike, and, where the range is limited, for seeds that end further apart than `APART`: of these, a part collapsed.
 
     Args:
         values (`list[float]`):
             One value a seed, at least one.
+        least (`float`, *optional*, defaults to `-inf`), most (`float`, *optional*, defaults to `inf`):
+            Range of the values, which the interval does not leave.
 
     Returns:
         [`Interval`]
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     n = len(values)
     mean = math.fsum(values) / n
-    if n == 1:
+    spread = max(values) - min(values)
+    if n == 1 or spread < 1e-9 or (spread > APART and math.isfinite(most)):
         return Interval(mean, math.nan, math.nan, values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, values)
+    half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
+    return Interval(mean, max(mean - half, least), min(mean + half, most), values)
+
+
+def _range(figure: str) -> tuple[float, float]:
+    """Smallest and largest possible value of a figure."""
+    if figure.startswith(_COSTS):
+        return 0.0, math.inf
+    return (-1.0, 1.0) if figure in _SIGNED else (0.0, 1.0)
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, float]:
@@ -98,7 +116,7 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
     """
     rows = {name: [figures_of(result) for result in runs] for name, runs in results.items() if runs}
     arms = {
-        name: {figure: interval([row[figure] for row in values]).to_dict() for figure in values[0]}
+        name: {figure: interval([row[figure] for row in values], *_range(figure)).to_dict() for figure in values[0]}
         for name, values in rows.items()
     }
     differences: dict[str, Any] = {}
@@ -107,9 +125,9 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
         paired = [(reference[run["seed"]], figures_of(run)) for run in runs if run["seed"] in reference]
         if paired and name != comparison.reference:
             differences[name] = {
-                figure: interval([ours[figure] - theirs[figure] for ours, theirs in paired]).to_dict()
+                figure: _difference(figure, [ours[figure] - theirs[figure] for ours, theirs in paired]).to_dict()
                 for figure in paired[0][1]
-                if figure in paired[0][0] and not figure.startswith(("tokens", "training"))
+                if figure in paired[0][0] and not figure.startswith(_COSTS)
             }
     return {
         "settings": {
@@ -136,6 +154,11 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
     }
 
 
+def _difference(figure: str, values: list[float]) -> Interval:
+    least, most = _range(figure)
+    return interval(values, least - most, most - least)
+
+
 def markdown(summed: dict[str, Any]) -> str:
     """The tables of a summary."""
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
@@ -145,13 +168,14 @@ def markdown(summed: dict[str, Any]) -> str:
         f"# Comparison: {summed['settings']['recipe']}",
         "",
         f"{summed['settings']['budget']:,} tokens an arm and seed, seeds {', '.join(map(str, seeds))}. Means over "
-        "seeds with 95% intervals (Student's t). Accuracies are of sampled answers, each arm in the form it was "
-        "trained in.",
+        "seeds with 95% intervals (Student's t) in brackets, or the range of seeds that end apart in parentheses. A "
+        "mean alone is of one seed, or of seeds that all end alike. Accuracies are of sampled answers, each arm in "
+        "the form it was trained in.",
         "",
         *_table(
             ["arm", "seeds", *columns],
             [
-                [name, str(len(f[columns[0]]["values"])), *(_cell(f[c]) for c in columns)]
+                [name, str(len(f[columns[0]]["values"])), *(cell(f[c]) for c in columns)]
                 for name, f in summed["arms"].items()
             ],
         ),
@@ -160,7 +184,7 @@ def markdown(summed: dict[str, Any]) -> str:
         "",
         *_table(
             ["arm", *columns],
-            [[name, *(_cell(f[c], signed=True) for c in columns)] for name, f in summed["differences"].items()],
+            [[name, *(cell(f[c], signed=True) for c in columns)] for name, f in summed["differences"].items()],
         ),
         "",
         "## Adherence: the same problems with the own strategy and others, and greedy accuracies",
@@ -168,7 +192,7 @@ def markdown(summed: dict[str, Any]) -> str:
     ]
     more = ["own strategy", "transfer score", "other class's strategy", "empty strategy", "no strategy"]
     more += [f"{name} accuracy, greedy" for name in suites]
-    lines += _table(["arm", *more], [[name, *(_cell(f[c]) for c in more)] for name, f in summed["arms"].items()])
+    lines += _table(["arm", *more], [[name, *(cell(f[c]) for c in more)] for name, f in summed["arms"].items()])
     points = sorted({name for f in summed["arms"].values() for name in f if name.startswith("curve ")})
     if points:
         suite = summed["settings"]["transfer"]["suite"]
@@ -176,9 +200,9 @@ def markdown(summed: dict[str, Any]) -> str:
         learning = {name: f for name, f in summed["arms"].items() if points[0] in f}
         differences = {name: f for name, f in summed["differences"].items() if points[0] in f}
         lines += ["", f"## Learning curves: {suite} accuracy, sampled, on the first problems of the suite", ""]
-        lines += _table(["arm", *tokens], [[name, *(_cell(f[c]) for c in points)] for name, f in learning.items()])
+        lines += _table(["arm", *tokens], [[name, *(cell(f[c]) for c in points)] for name, f in learning.items()])
         lines += ["", f"{summed['reference']} minus the others, paired by seed:", ""]
-        rows = [[name, *(_cell(f[c], signed=True) for c in points)] for name, f in differences.items()]
+        rows = [[name, *(cell(f[c], signed=True) for c in points)] for name, f in differences.items()]
         lines += _table(["arm", *tokens], rows)
     lines += ["", "## Cost: means over seeds", ""]
     cost = ["tokens generated", "tokens labels", "tokens trained", "training seconds"]
@@ -193,11 +217,20 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
 
 
-def _cell(figure: dict[str, Any], signed: bool = False) -> str:
-    sign = "+" if signed else ""
+def _ends(figure: dict[str, Any]) -> tuple[float, float]:
+    """The interval of a figure, or the range of its seeds where it has none."""
     if figure["low"] is None:
-        return f"{figure['mean']:{sign}.2f}"
-    return f"{figure['mean']:{sign}.2f} [{figure['low']:{sign}.2f}, {figure['high']:{sign}.2f}]"
+        return min(figure["values"]), max(figure["values"])
+    return figure["low"], figure["high"]
+
+
+def cell(figure: dict[str, Any], signed: bool = False) -> str:
+    """A figure of a summary: its mean with its interval, with the range of the seeds, or alone."""
+    low, high = _ends(figure)
+    mean, low_text, high_text = (f"{value:{'+' if signed else ''}.2f}" for value in (figure["mean"], low, high))
+    if figure["low"] is not None:
+        return f"{mean} [{low_text}, {high_text}]"
+    return f"{mean} ({low_text} to {high_text})" if high - low > APART else mean
 
 
 def picture(summed: dict[str, Any], path: Path) -> None:
@@ -220,9 +253,8 @@ def picture(summed: dict[str, Any], path: Path) -> None:
         for position, name in enumerate(names):
             value = summed["arms"][name][panel]
             colour = "#c44e52" if name == summed["reference"] else "#4c72b0"
-            spread = None
-            if value["low"] is not None:
-                spread = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+            low, high = _ends(value)
+            spread = [[max(value["mean"] - low, 0.0)], [max(high - value["mean"], 0.0)]]
             axis.errorbar([value["mean"]], [position], xerr=spread, fmt="o", color=colour, capsize=3, markersize=4)
         axis.set_title(panel, fontsize=9)
         axis.set_xlim(-0.05, 1.05)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 from ..bank.embedding import load_embedder
@@ -29,9 +29,10 @@ def problem_classes(
     embed: Callable[[list[str]], "np.ndarray"],
     num_clusters: int,
     seed: int,
-) -> list[str]:
+    min_size: int = 1,
+) -> tuple[list[str], set[str]]:
     """
-    Returns the class of every problem.
+    Returns the class of every problem, and which classes are clusters.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -42,12 +43,14 @@ def problem_classes(
         embed (`Callable[[list[str]], np.ndarray]`):
             Embeds the prompts. Only called if problems are clustered.
         num_clusters (`int`):
-            Number of clusters; fewer if there are fewer problems.
+            Number of clusters; fewer if they could not have `min_size` problems each.
         seed (`int`):
             Seed of the clustering.
+        min_size (`int`, *optional*, defaults to `1`):
+            Number of problems that a class needs.
 
     Returns:
-        `list[str]`: One class per row.
+        `tuple[list[str], set[str]]`: One class per row, and the names of the clusters.
 
     Raises:
         `DataError`: If there is no column `column`.
@@ -65,12 +68,18 @@ def problem_classes(
 
         prompts = dataset.select(missing)["prompt"]
         embeddings = embed([problem_text(prompt) for prompt in prompts])
-        kmeans = KMeans(min(num_clusters, len(missing)), n_init=4, random_state=seed).fit(embeddings)
+        possible = max(len(missing) // min_size, 1)
+        if num_clusters > possible:
+            logger.warning(
+                f"`num_clusters` is {num_clusters}, but {len(missing)} problems without a class make {possible} "
+                f"cluster{'s' * (possible > 1)} of at least {min_size}: {possible} made."
+            )
+        kmeans = KMeans(min(num_clusters, possible), n_init=4, random_state=seed).fit(embeddings)
         for row, label in zip(missing, kmeans.labels_, strict=True):
             classes[row] = f"cluster-{label}"
         sizes = Counter(classes[row] for row in missing)
         logger.info("Clustered problems: " + ", ".join(f"{name} {size}" for name, size in sorted(sizes.items())))
-    return [str(name) for name in classes]
+    return [str(name) for name in classes], {classes[row] for row in missing}
 
 
 def merge_small_classes(
@@ -78,6 +87,7 @@ def merge_small_classes(
     min_size: int,
     policy: str,
     embeddings: Callable[[], "np.ndarray"],
+    clusters: Set[str] = frozenset(),
 ) -> list[str]:
     """
     Merges or refuses classes that are too small for a transfer block.
@@ -92,6 +102,8 @@ def merge_small_classes(
             (cosine).
         embeddings (`Callable[[], np.ndarray]`):
             Returns the embeddings of all problems, (N, D). Only called if classes have to be merged.
+        clusters (`Set[str]`, *optional*, defaults to an empty set):
+            Classes that are clusters, which are merged with any policy.
 
     Returns:
         `list[str]`: The class of every problem, each with at least `min_size` problems.
@@ -106,12 +118,14 @@ def merge_small_classes(
     if not small:
         return classes
     large = sorted(set(sizes) - set(small))
-    if policy == "error" or not large:
-        listed = ", ".join(f"'{name}' ({sizes[name]})" for name in small[:5])
+    refused = [name for name in small if policy == "error" and name not in clusters] if large else small
+    if refused:
+        listed = ", ".join(f"'{name}' ({sizes[name]})" for name in refused[:5])
         merge = "`--small_classes merge`, " if large else ""
+        made = "" if clusters.isdisjoint(refused) else " Problems without a class form `num_clusters` clusters."
         raise DataError(
-            f"{len(small)} of {len(sizes)} problem classes have fewer than {min_size} problems: {listed}: use {merge}"
-            "a smaller `--transfer_block_size` or more data."
+            f"{len(refused)} of {len(sizes)} problem classes have fewer than {min_size} problems: {listed}: use "
+            f"{merge}a smaller `--transfer_block_size` or more data.{made}"
         )
     vectors = embeddings()
     labels = np.array(classes)
@@ -119,6 +133,38 @@ def merge_small_classes(
     directions = np.stack([centroids[name] / np.linalg.norm(centroids[name]) for name in large])
     nearest = {name: large[int(np.argmax(directions @ centroids[name]))] for name in small}
     return [nearest.get(name, name) for name in classes]
+
+
+def block_classes(
+    dataset: "Dataset", args: "SGPOConfig", min_size: int, embed: Callable[[list[str]], "np.ndarray"]
+) -> list[str]:
+    """
+    Returns the class of every problem, each with enough problems for a block.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems with a `prompt` column.
+        args ([`SGPOConfig`]):
+            Its `class_column`, `num_clusters`, `small_classes` and seed are used.
+        min_size (`int`):
+            Number of problems of a block.
+        embed (`Callable[[list[str]], np.ndarray]`):
+            Embeds prompts, where embeddings are needed.
+
+    Returns:
+        `list[str]`: One class per row.
+
+    Raises:
+        [`DataError`]: The class column is missing, or a class has too few problems for a block.
+    """
+    classes, clusters = problem_classes(dataset, args.class_column, embed, args.num_clusters, args.seed, min_size)
+    return merge_small_classes(
+        classes,
+        min_size,
+        args.small_classes,
+        lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
+        clusters,
+    )
 
 
 def with_classes(dataset: "Dataset", args: "SGPOConfig", bank: "StrategyBank | None" = None) -> "Dataset":
@@ -145,12 +191,5 @@ def with_classes(dataset: "Dataset", args: "SGPOConfig", bank: "StrategyBank | N
     def embed(texts: list[str]) -> Any:
         return bank.embed(texts) if bank is not None else load_embedder(args.embedding_model)(texts)
 
-    classes = problem_classes(dataset, args.class_column, embed, args.num_clusters, args.seed)
-    clustered = args.class_column is None and "problem_class" not in dataset.column_names
-    classes = merge_small_classes(
-        classes,
-        args.transfer_block_size,
-        "merge" if clustered else args.small_classes,
-        lambda: embed([problem_text(prompt) for prompt in dataset["prompt"]]),
-    )
+    classes = block_classes(dataset, args, args.transfer_block_size, embed)
     return dataset.add_column(CLASS_COLUMN, classes)

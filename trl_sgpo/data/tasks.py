@@ -1,28 +1,43 @@
 """Problems: loading them."""
 
+import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .answers import answer_reward, same_answer
+from .columns import (
+    Columns,
+    answer_sources,
+    as_answer,
+    fill_template,
+    find_column,
+    is_missing,
+    missing_answers,
+    prompt_sources,
+)
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
+from .leftover import leftover
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from trl import DatasetMixtureConfig
+
+    from .mixture import ProblemMixtureConfig, ProblemsConfig
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["answer_reward", "final_answer", "load_mixture", "load_problems", "same_answer", "to_problems"]
 
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_PROMPT_COLUMNS = ("prompt", "question", "problem")
 
 
-def load_problems(path: str, split: str = "train", name: str | None = None) -> "Dataset":
+def load_problems(
+    path: str, split: str = "train", name: str | None = None, columns: Columns | None = None
+) -> "Dataset":
     """
     Loads problems as rows with a conversational `prompt` and, where the source has answers, a `solution`.
 
@@ -36,28 +51,24 @@ def load_problems(path: str, split: str = "train", name: str | None = None) -> "
             Split to load. reasoning-gym families have `train` and `test`, which share no question.
         name (`str`, *optional*):
             Configuration of a Hub dataset, like `main` of `openai/gsm8k`.
+        columns ([`~trl_sgpo.data.columns.Columns`], *optional*):
+            Columns of problems and answers. If `None`, they are found by their usual names.
 
     Returns:
         [`~datasets.Dataset`]
 
     Raises:
-        `DataError`: If there is no such source, or it has no prompts.
+        `DataError`: If there is no such source, or it has no prompts or not the columns named.
     """
-    from datasets import load_dataset
-
-    builder, data_files = _source(path, split)
-    try:
-        return to_problems(load_dataset(builder, name=name, data_files=data_files, split=split))
-    except OSError as error:
-        raise _unreachable(path, error) from error
+    return _to_problems_of(path, load_rows(path, split, name), columns or Columns())
 
 
-def load_mixture(mixture: "DatasetMixtureConfig") -> "DatasetDict":
+def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
     """
     Loads a TRL dataset mixture whose paths may also be reasoning-gym paths and local files, see [`load_problems`].
 
     Args:
-        mixture ([`~trl.DatasetMixtureConfig`]):
+        mixture ([`~trl_sgpo.data.mixture.ProblemMixtureConfig`]):
             The mixture. It is not changed.
 
     Returns:
@@ -66,89 +77,147 @@ def load_mixture(mixture: "DatasetMixtureConfig") -> "DatasetDict":
     Raises:
         `DataError`: If a source is missing, the sources' columns do not fit together or `streaming` is set.
     """
-    from datasets import DatasetDict
-    from trl import get_dataset
+    from datasets import DatasetDict, concatenate_datasets
 
     if mixture.streaming:
         raise DataError("Problems are grouped by class, which needs the whole dataset: set `streaming: false`.")
-    sources = []
-    for config in mixture.datasets:
-        builder, data_files = _source(config.path, config.split)
-        sources.append(replace(config, path=builder, data_files=data_files or config.data_files))
-    paths = ", ".join(config.path for config in mixture.datasets)
+    parts = [_load_part(part) for part in mixture.datasets]
+    shares = [part.fraction for part in mixture.datasets if part.fraction is not None]
+    if shares:
+        if len(shares) < len(parts):
+            raise DataError("`fraction` is set for some datasets of the mixture: set it for all of them, or for none.")
+        # As in TRL: the largest mixture with these shares that repeats no row
+        weights = [share / sum(shares) for share in shares]
+        total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight > 0)
+        parts = [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
     try:
-        combined = get_dataset(replace(mixture, datasets=sources))
-    except OSError as error:
-        raise _unreachable(paths, error) from error
+        combined = concatenate_datasets(parts)
     except ValueError as error:
         if "aligned" not in str(error):
             raise
         raise DataError(
-            f"The datasets {paths} have a column of the same name and different types ({error}): leave it out with "
-            "`columns:` in each dataset of the mixture."
+            f"The datasets {', '.join(part.path for part in mixture.datasets)} have a column of the same name and "
+            f"different types ({error}): leave it out with `columns:` in each dataset of the mixture."
         ) from error
-    return DatasetDict({split: to_problems(dataset) for split, dataset in combined.items()})
+    if mixture.test_split_size is None:
+        return DatasetDict({"train": combined})
+    return combined.train_test_split(test_size=mixture.test_split_size)
 
 
-def to_problems(dataset: "Dataset") -> "Dataset":
+def _load_part(part: "ProblemsConfig") -> "Dataset":
+    dataset = load_rows(part.path, part.split, part.name, part.data_dir, part.data_files)
+    dataset = dataset if part.columns is None else dataset.select_columns(part.columns)
+    return _to_problems_of(part.path, dataset, part.chosen)
+
+
+def _to_problems_of(path: str, rows: "Dataset", columns: Columns) -> "Dataset":
+    """Problems of a file, with a line in the log for columns that look like parts of them and are left out."""
+    problems = to_problems(rows, columns, path)
+    if columns.prompt_column is None and columns.prompt_template is None:
+        for name in leftover(rows, problems, columns).parts:
+            logger.warning(
+                f"{path}: the column `{name}` looks like a part of the problem and is not read. Name all parts in "
+                "`prompt_template`, or the column that is the problem as `prompt_column`."
+            )
+    return problems
+
+
+def load_rows(
+    path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files: Any = None
+) -> "Dataset":
+    """Loads rows as they are, from what [`load_problems`] takes. The other arguments are those of `datasets`."""
+    from datasets import load_dataset
+
+    builder, own_files = _source(path, split)
+    try:
+        return load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str = "The dataset") -> "Dataset":
     """
     Gives every row a conversational `prompt` and a short `solution`, keeping the other columns.
 
-    The prompt is the first of `prompt`, `question` and `problem` that the row has. The solution is `answer`, else
-    `solution`; if that is a worked text with `#### 42` (GSM8K) or a boxed answer, or there is a `solution` beside the
-    `answer` (MATH), the text goes to `worked_solution`. A `subject` becomes the `problem_class` unless there is one.
+    The prompt is what `columns` names, else the first of `prompt`, `question` and `problem` that the row has. The
+    solution is the answer column that `columns` names, else `answer`, else `solution`; if that is a worked text with
+    `#### 42` (GSM8K) or a boxed answer, or there is a `solution` beside the `answer` (MATH), the text goes to
+    `worked_solution`. A `subject` becomes the `problem_class` unless there is one. Names match whatever their case.
+    Rows whose answer is missing, or written as `None`, are named in one line of the log.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Any dataset of problems.
+        columns ([`~trl_sgpo.data.columns.Columns`], *optional*):
+            Columns of problems and answers. If `None`, they are found by their usual names.
+        source (`str`, *optional*, defaults to `"The dataset"`):
+            Name of the dataset in messages.
 
     Returns:
         [`~datasets.Dataset`]
 
     Raises:
-        `DataError`: If there is no prompt column, or a row without a prompt.
+        `DataError`: If there is no prompt column or not the column named, a row has no prompt, or the answer column
+            that is named has no answer.
     """
     from datasets import Value
 
-    columns = dataset.column_names
-    if not set(_PROMPT_COLUMNS) & set(columns):
-        raise DataError(
-            f"No prompts in the columns {', '.join(columns)}: rename the one with the problems to `prompt`, "
-            "`question` or `problem`."
-        )
+    chosen, names = columns or Columns(), dataset.column_names
+    sources = prompt_sources(chosen, names)
+    answers = answer_sources(chosen, names)
+    worked_column, solution_column = find_column("worked_solution", names), find_column("solution", names)
+    class_sources = [found for name in ("problem_class", "subject") if (found := find_column(name, names)) is not None]
     text = Value("string")
     features = dataset.features.copy()
-    if "prompt" not in features or features["prompt"] == text:
-        features["prompt"] = [{"role": text, "content": text}]
-    if "solution" in features or "answer" in features:
+    features["prompt"] = [{"role": text, "content": text}]
+    if chosen.prompt_template is None and not isinstance(dataset.features[sources[0]], Value):  # messages
+        features["prompt"] = dataset.features[sources[0]]
+    if answers:
         features["solution"] = features["worked_solution"] = text
-    if "problem_class" in features or "subject" in features:
+    if class_sources:
         features["problem_class"] = text
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = next((row[column] for column in _PROMPT_COLUMNS if row.get(column) is not None), None)
+        if chosen.prompt_template is not None:
+            prompt = fill_template(chosen.prompt_template, row, sources)
+        else:
+            prompt = next((row[column] for column in sources if row[column] is not None), None)
+            prompt = as_answer(prompt) if isinstance(prompt, int | float) else prompt
         if prompt is None:
-            raise DataError("A row has no prompt: remove rows with an empty prompt, question or problem.")
-        new = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-        if "solution" in features:
-            answer, solution, worked = row.get("answer"), row.get("solution"), row.get("worked_solution")
-            if worked is None:
-                if answer is not None:
-                    solution, worked = answer, solution
-                if isinstance(solution, str) and ("####" in solution or "\\boxed{" in solution):
-                    solution, worked = final_answer(solution), solution
-            new["solution"] = None if solution is None else str(solution)
-            new["worked_solution"] = None if worked is None else str(worked)
-        if "problem_class" in features:
-            problem_class = row.get("problem_class")
-            problem_class = row.get("subject") if problem_class is None else problem_class
+            raise DataError(f"A row has no prompt: remove rows with an empty {', '.join(sources)}.")
+        new: dict[str, Any] = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        if answers:
+            new["solution"], new["worked_solution"] = _answer_of(row, answers, worked_column, solution_column)
+        if class_sources:
+            problem_class = next((row[column] for column in class_sources if row[column] is not None), None)
             new["problem_class"] = None if problem_class is None else str(problem_class)
         return new
 
     problems = dataset.map(convert, features=features, desc="Reading problems")
-    if "worked_solution" in features and set(problems["worked_solution"]) == {None}:
+    if not answers:
+        return problems
+    missing = missing_answers(problems["solution"])
+    if missing is not None:
+        if chosen.answer_column is not None and not any(value is not None for value in problems["solution"]):
+            raise DataError(f"{source} has no answer in the column `{answers[0]}`: name another `answer_column`.")
+        logger.warning(f"{source}: {missing}")
+    if not any(value is not None for value in problems["worked_solution"]):
         problems = problems.remove_columns("worked_solution")
     return problems
+
+
+def _answer_of(
+    row: dict[str, Any], answers: list[str], worked_column: str | None, solution_column: str | None
+) -> tuple[str | None, str | None]:
+    """The short answer of a row and its worked solution."""
+    worked = None if worked_column is None else row[worked_column]
+    in_order = answers if worked is None else answers[::-1]  # a `solution` beside a worked one is the short one
+    short = next((row[column] for column in in_order if not is_missing(row[column])), None)
+    if worked is None and isinstance(short, str) and ("####" in short or "\\boxed{" in short):
+        short, worked = final_answer(short), short
+    elif worked is None and solution_column is not None and not is_missing(row[solution_column]):
+        worked = row[solution_column] if as_answer(row[solution_column]) != as_answer(short) else None
+    return None if is_missing(short) else as_answer(short), None if worked is None else str(worked)
 
 
 def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
+from .digest import compared_settings
 
 
 ROWS = "rows.jsonl"
@@ -104,8 +105,8 @@ def write_text(path: Path, text: str) -> None:
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        before, now = (compared_settings(each) for each in (json.loads(path.read_text(encoding="utf-8")), settings))
+        different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if different:
             raise ConfigError(
                 f"{directory} holds an evaluation with other settings ({', '.join(different)}): choose another "

@@ -18,14 +18,14 @@ from .chunks import Chunk, RunChunk, run_now
 from .statistics import (
     SOLVED,
     Estimate,
-    class_mean_estimate,
     derived_seed,
     majority_vote,
+    mean_estimate,
     pass_at_k,
     rate_estimate,
     wilson_interval,
 )
-from .suites import LoadedSuite
+from .suites import UNKNOWN, LoadedSuite
 
 
 if TYPE_CHECKING:
@@ -193,16 +193,11 @@ def _summarise_samples(results: Sequence[dict[str, Any]], protocol: Protocol) ->
     n = protocol.samples
     outcomes = [[attempt["outcome"] for attempt in result["attempts"][1:]] for result in results]
     solved = [sum(outcome >= SOLVED for outcome in row) for row in outcomes]
-    pooled = [""] * len(results)
-
-    def figures(values: Sequence[float]) -> dict[str, Any] | None:
-        return _figures(class_mean_estimate(values, pooled, protocol.seed))
-
     return {
         "samples": n,
-        "accuracy": figures([math.fsum(row) / n for row in outcomes]),
+        "accuracy": _figures(mean_estimate([math.fsum(row) / n for row in outcomes])),
         "pass_at_k": {
-            str(k): figures([pass_at_k(n, count, k) for count in solved])
+            str(k): _figures(mean_estimate([pass_at_k(n, count, k) for count in solved]))
             for k in [*(2**power for power in range(n.bit_length()) if 2**power < n), n]
         },
         "majority": _figures(rate_estimate([_majority_outcome(result["attempts"][1:]) for result in results])),
@@ -215,9 +210,9 @@ def _majority_outcome(attempts: Sequence[dict[str, Any]]) -> float:
 
 
 def summarise_kinds(suites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """Accuracy of each kind of suites, over all their verified problems."""
+    """Accuracy of each known kind of suites, over all their verified problems."""
     kinds: dict[str, dict[str, Any] | None] = {}
-    for kind in sorted({result["kind"] for result in suites.values()}):
+    for kind in sorted({result["kind"] for result in suites.values()} - {UNKNOWN}):
         measured = [r["accuracy"] for r in suites.values() if r["kind"] == kind and r["accuracy"] is not None]
         problems = sum(figures["problems"] for figures in measured)
         right = math.fsum(figures["value"] * figures["problems"] for figures in measured)

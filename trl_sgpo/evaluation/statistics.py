@@ -1,17 +1,15 @@
-"""Figures of an evaluation: pass@k, majority votes, and intervals by resampling problems."""
+"""Figures of an evaluation: means with intervals, pass@k and majority votes."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 
 SOLVED = 0.99  # smallest outcome that counts as solved, for pass@k
-RESAMPLES = 2000
 
 
 def derived_seed(seed: int, *parts: str | int) -> int:
@@ -47,15 +45,15 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def wilson_interval(rate: float, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(rate: float, trials: float, z: float = 1.96) -> tuple[float, float]:
     """
     Wilson score interval of a success rate.
 
     Args:
         rate (`float`):
             Successes divided by trials.
-        trials (`int`):
-            Number of trials, at least 1.
+        trials (`float`):
+            Number of trials, or effective number of them, above 0.
         z (`float`, *optional*, defaults to `1.96`):
             Normal quantile, 1.96 for 95%.
 
@@ -64,7 +62,7 @@ def wilson_interval(rate: float, trials: int, z: float = 1.96) -> tuple[float, f
     """
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))  # holds the rate despite rounding
 
 
 def rate_estimate(outcomes: Sequence[float]) -> Estimate | None:
@@ -75,36 +73,61 @@ def rate_estimate(outcomes: Sequence[float]) -> Estimate | None:
     return Estimate(rate, *wilson_interval(rate, len(outcomes)), len(outcomes))
 
 
-def class_mean_estimate(values: Sequence[float], classes: Sequence[str], seed: int) -> Estimate | None:
+def mean_estimate(values: Sequence[float]) -> Estimate | None:
     """
-    Mean over classes of the mean over their problems, with a bootstrap interval.
+    Mean of one value in [0, 1] a problem, such as a share of right samples, with its interval over problems.
 
-    Problems are resampled within their class; all measurements of a problem stay together.
+    [`class_mean_estimate`] with every problem as a class of its own.
+    """
+    return class_mean_estimate(values, range(len(values)))
+
+
+def class_mean_estimate(
+    values: Sequence[float], classes: Sequence[Hashable], least: float = 0.0, most: float = 1.0
+) -> Estimate | None:
+    """
+    Mean over classes of the mean over their problems, with an interval over classes.
+
+    The interval is that of Student's t over class means, in the form of Wilson's, which stays within the possible
+    range and covers near its ends: Wilson's for the effective number of problems with this variance, with the
+    quantile of Student's t. The variance is that of class means, and at least that of as many independent problems. To
+    these a problem at each end of the range is added, so that equal values do not give an interval of width 0. With
+    one class, the interval is the whole range: nothing is known about other classes.
 
     Args:
         values (`Sequence[float]`):
             One value a problem, NaN where there is none.
-        classes (`Sequence[str]`):
+        classes (`Sequence[Hashable]`):
             Class of each problem.
-        seed (`int`):
-            Seed of the resampling.
+        least (`float`, *optional*, defaults to `0.0`), most (`float`, *optional*, defaults to `1.0`):
+            Range of the values.
 
     Returns:
         [`Estimate`] or `None`: `None` if there are no values.
     """
-    rng = np.random.default_rng(seed)
-    means, resampled, problems = [], [], 0
-    for name in sorted(set(classes)):
-        own = np.array([value for value, its in zip(values, classes, strict=True) if its == name], dtype=float)
-        own = own[~np.isnan(own)]
-        if len(own):
-            means.append(own.mean())
-            resampled.append(own[rng.integers(len(own), size=(RESAMPLES, len(own)))].mean(axis=1))
-            problems += len(own)
-    if not means:
+    from scipy.special import stdtrit
+
+    by_class = defaultdict(list)
+    for value, name in zip(values, classes, strict=True):
+        if not math.isnan(value):
+            by_class[name].append((value - least) / (most - least))
+    if not by_class:
         return None
-    low, high = np.quantile(np.mean(resampled, axis=0), [0.025, 0.975])
-    return Estimate(float(np.mean(means)), float(low), float(high), problems)
+    count = len(by_class)
+    means = [math.fsum(own) / len(own) for own in by_class.values()]
+    mean = math.fsum(means) / count
+    low, high = 0.0, 1.0
+    if count > 1:
+        # Independent problems that would give the mean over classes the same variance
+        problems = count**2 / math.fsum(1 / len(own) for own in by_class.values())
+        squares = math.fsum(math.fsum(value**2 for value in own) / len(own) for own in by_class.values()) / count
+        centre = (problems * mean + 1) / (problems + 2)
+        within = ((problems * squares + 1) / (problems + 2) - centre**2) / problems
+        between = math.fsum((each - mean) ** 2 for each in means) / (count - 1) / count
+        z = float(stdtrit(count - 1, 0.975))
+        low, high = wilson_interval(mean, centre * (1 - centre) / max(within, between), z)
+    value, low, high = (least + (most - least) * each for each in (mean, low, high))
+    return Estimate(value, low, high, sum(map(len, by_class.values())))
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:

@@ -8,11 +8,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..data.columns import Columns
 from ..errors import ConfigError, DataError
 from ..method.prompts import with_system_prompt
 
 
-KINDS = ("in_distribution", "out_of_distribution", "harder")
+UNKNOWN = "unknown"
+KINDS = ("in_distribution", "out_of_distribution", "harder", UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Suite:
             Split to load. If `None`, the whole of a local file and `test` of anything else.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
-        kind (`str`, *optional*, defaults to `"in_distribution"`):
-            What the problems are, compared with those trained on: `"in_distribution"`, `"out_of_distribution"` or
-            `"harder"`.
+        kind (`str`, *optional*, defaults to `"unknown"`):
+            What the problems are, compared with those trained on: `"in_distribution"`, `"out_of_distribution"`,
+            `"harder"` or `"unknown"`. It labels results and changes nothing else.
         limit (`int`, *optional*):
             Number of problems, drawn with a fixed seed if there are more.
         class_column (`str`, *optional*, defaults to `"problem_class"`):
             Column with the problems' classes.
+        prompt_column (`str`, *optional*), prompt_template (`str`, *optional*), answer_column (`str`, *optional*):
+            Columns of problems and answers, as in [`~trl_sgpo.data.columns.Columns`].
         hub_id (`str`, *optional*):
             Dataset on the Hub that these problems are, for results in the Hub's format.
         task_id (`str`, *optional*, defaults to `"default"`):
@@ -46,11 +50,14 @@ class Suite:
     path: str
     split: str | None = None
     config: str | None = None
-    kind: str = "in_distribution"
+    kind: str = UNKNOWN
     limit: int | None = None
     class_column: str = "problem_class"
     hub_id: str | None = None
     task_id: str = "default"
+    prompt_column: str | None = None
+    prompt_template: str | None = None
+    answer_column: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not all(character.isalnum() or character in "._-" for character in self.name):
@@ -88,13 +95,14 @@ class LoadedSuite:
 NAMED = {
     suite.name: suite
     for suite in (
-        Suite("gsm8k", "openai/gsm8k", "test", "main", hub_id="openai/gsm8k", task_id="gsm8k"),
+        Suite("gsm8k", "openai/gsm8k", "test", "main", "in_distribution", hub_id="openai/gsm8k", task_id="gsm8k"),
         Suite(
             "gsm_plus",
             "qintongli/GSM-Plus",
             "test",
             kind="out_of_distribution",
             class_column="perturbation_type",
+            prompt_column="question",
             hub_id="qintongli/GSM-Plus",
         ),
         Suite("math500", "HuggingFaceH4/MATH-500", "test", kind="harder", hub_id="HuggingFaceH4/MATH-500"),
@@ -110,7 +118,8 @@ def parse_suite(text: str) -> Suite:
     Args:
         text (`str`):
             The name of a known suite, `NAME=PATH`, `NAME=PATH@SPLIT`, or a JSON object with the fields of [`Suite`].
-            Suites whose name begins with `ood` or `harder` are of that kind unless another one is given.
+            Suites whose name is `id` or begins with `id_`, `ood` or `harder` are of that kind unless another one is
+            given; the kind of others is unknown.
 
     Raises:
         [`ConfigError`]: An unknown suite or field.
@@ -142,7 +151,9 @@ def parse_suite(text: str) -> Suite:
 
 
 def _kind(name: str) -> str:
-    return "out_of_distribution" if name.startswith("ood") else "harder" if name.startswith("harder") else KINDS[0]
+    if name == "id" or name.startswith("id_"):
+        return "in_distribution"
+    return "out_of_distribution" if name.startswith("ood") else "harder" if name.startswith("harder") else UNKNOWN
 
 
 def load_suites(suites: Sequence[Suite], data_dir: str | None = None, limit: int | None = None) -> list[LoadedSuite]:
@@ -185,7 +196,8 @@ def _load(suite: Suite, data_dir: str | None, limit: int | None) -> LoadedSuite:
     if split is None:
         split = "train" if Path(path).is_file() else "test"
     try:
-        problems = load_problems(path, split, config)
+        columns = Columns(suite.prompt_column, suite.prompt_template, suite.answer_column)
+        problems = load_problems(path, split, config, columns)
     except (ValueError, OSError) as error:
         raise DataError(f"The suite {suite.name} cannot be loaded from {path} ({split}): {error}") from error
     if suite.class_column not in problems.column_names and suite.class_column != "problem_class":

@@ -59,8 +59,9 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
             for name, each in sampled.items()
         ]
         result.append(ResultTable(f"{n} sampled attempts", ["suite", "accuracy", f"pass@{n}", "majority"], attempts))
-    kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
-    result.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
+    if results["kinds"]:
+        kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
+        result.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
     for name, suite in suites.items():
         if len(suite["classes"]) > 1:
             per_class = [
@@ -73,7 +74,8 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
         differences = [[key, _cell(figures, signed=True)] for key, figures in transfer["differences"].items()]
         relative = transfer["relative"]
         ratio = [["transfer / own", "–" if relative is None else f"{relative:.3f}"]]
-        title = f"Transfer on {name}, {len(transfer['classes'])} classes"
+        count = len(transfer["classes"])
+        title = f"Transfer on {name}, {count} classes" if count > 1 else f"Transfer on {name}, 1 class: no interval"
         if transfer["left_out_classes"]:
             title += f" ({len(transfer['left_out_classes'])} too small, or beyond --transfer_classes)"
         result.append(ResultTable(title, ["", "mean over classes"], [*conditions, *differences, *ratio]))

@@ -45,8 +45,6 @@ class TransferReport:
         executions (`list[dict]`):
             Every verified execution: its `condition`, `problem` and `class`, the `written_for` and
             `written_class` of its strategy, and its `outcome`. Intervals are computed from these.
-        seed (`int`):
-            Seed of the intervals' resampling.
         unverified (`int`):
             Executions without a verdict of the verifier.
         strategies (`int`):
@@ -60,7 +58,6 @@ class TransferReport:
     classes: list[str]
     left_out: list[str]
     executions: list[dict[str, Any]]
-    seed: int
     unverified: int = 0
     strategies: int = 0
     flawed_strategies: int = 0
@@ -86,11 +83,12 @@ class TransferReport:
     def difference(self, first: str, second: str) -> Estimate | None:
         """Mean over classes of the difference between two conditions on the same problems."""
         ours, theirs = self.outcomes(first), self.outcomes(second)
-        return self._over_classes({problem: ours[problem] - theirs[problem] for problem in ours if problem in theirs})
+        differences = {problem: ours[problem] - theirs[problem] for problem in ours if problem in theirs}
+        return self._over_classes(differences, least=-1.0)
 
-    def _over_classes(self, values: dict[str, float]) -> Estimate | None:
+    def _over_classes(self, values: dict[str, float], least: float = 0.0) -> Estimate | None:
         names = self.problem_classes
-        return class_mean_estimate(list(values.values()), [names[problem] for problem in values], self.seed)
+        return class_mean_estimate(list(values.values()), [names[problem] for problem in values], least)
 
     @property
     def relative(self) -> float | None:
@@ -172,7 +170,7 @@ def transfer_report(
         transfers (`int`, *optional*, defaults to `2`):
             Strategies of the same class, and of others, executed on each problem.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the draw, of sampling and of the intervals.
+            Seed of the draw and of sampling.
         decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
             How to decode, greedily by default. Its seed is not used.
         bank ([`~trl_sgpo.bank.StrategyBank`], *optional*):
@@ -261,7 +259,6 @@ def measure_plan(
         classes=plan.classes,
         left_out=plan.left_out,
         executions=executions,
-        seed=seed,
         unverified=unverified,
         strategies=len(written),
         flawed_strategies=sum(strategy["flaw"] is not None for strategy in written.values()),

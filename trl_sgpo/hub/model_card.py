@@ -279,13 +279,10 @@ def _before_and_after(directory: Path) -> str:
         "| | before | after |",
         "|---|---|---|",
     ]
-    for name, key, count in (
-        ("accuracy with the own strategy", "accuracy", "problems"),
-        ("strategy transfer score", "transfer", "transfers"),
-    ):
+    for name, key in (("accuracy with the own strategy", "accuracy"), ("strategy transfer score", "transfer")):
         for decoding, after in report["after"].items():
             cells = [
-                _interval(score[key], *wilson_interval(score[key], score[count])) if score[count] else "–"
+                _interval(score[key], *wilson_interval(score[key], score["problems"])) if score["problems"] else "–"
                 for score in (report["before"][decoding], after)
             ]
             lines.append(f"| {name}, {decoding} | {cells[0]} | {cells[1]} |")
@@ -395,8 +392,8 @@ _LIMITS = """\
 - What it was trained and measured on is above. Nothing is known of its answers to other kinds of problems, other
   languages, or of its safety. It has the limits and biases of its base model.
 - **Strategies are text that a model wrote.** They enter prompts. They are never executed as code, and they may be
-  wrong or misleading. Those called trusted helped with problems that the training's verifier checked, and are as
-  reliable as that verifier.
+  wrong or misleading. Those called trusted were not inferior to others on problems that the training's verifier
+  checked, and are as reliable as that verifier.
 - A model and its bank can contain any text: use both only from people you trust, and pin
   the commit. Strategies that are imported into another bank are in quarantine there.
 - Check answers that matter. A sound strategy may be executed wrongly."""

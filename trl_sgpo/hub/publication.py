@@ -92,9 +92,14 @@ def merge_adapter(adapter: Path, base: str, target: Path) -> None:
             Directory to write.
     """
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
+    if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+        raise ModelError(
+            f"The adapter in {adapter} learns a prompt and cannot be merged into {base}, which others do not have: "
+            "train it on a model of the Hub, by its id."
+        )
     try:
         with torch.random.fork_rng(devices=[]):  # keeps the random state
             model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")

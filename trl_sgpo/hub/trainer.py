@@ -51,9 +51,15 @@ class HubTrainer(GRPOTrainer):
         """The bank whose strategies are exported."""
         return None
 
-    def training_facts(self) -> TrainingFacts:
-        """Facts of the training that are known at its start."""
-        name = get_config_model_id(self.model.config) or ""
+    def training_facts(self, model: Any = None) -> TrainingFacts:
+        """
+        Facts of the training that are known at its start.
+
+        Args:
+            model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+                Model as it was passed to the trainer. A name is kept where its weights are found elsewhere.
+        """
+        name = model if isinstance(model, str) else get_config_model_id(self.model.config) or ""
         earlier = TrainingFacts.load(name).base_model if os.path.isdir(name) else ""
         return TrainingFacts.of(self.args, earlier or name, self.reward_func_names)
 

@@ -12,6 +12,7 @@ from ..errors import ModelError
 from ..method.conversation import Conversation
 from ..method.prompts import ParsedStrategy, Prompt
 from ..speed.generation import left_padded
+from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from .loading import base_of, is_adapter, load_base
 from .settings import TwoPhaseSettings
 from .weights import require_model
@@ -129,7 +130,7 @@ class TwoPhaseModel:
 
                 base = load_base(base_of(directory), saved.trained_on, **model_kwargs)
                 model = PeftModel.from_pretrained(base, directory)
-                if "quantization_config" not in vars(model.config):
+                if "quantization_config" not in vars(model.config) and not is_prompt_learning(model):
                     model = model.merge_and_unload()
             else:
                 model = AutoModelForCausalLM.from_pretrained(directory, **model_kwargs)
@@ -204,6 +205,17 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Executions.
         """
+        return [text for text, _ in self.execute_to_limit(problems, strategies, decoding, progress, stream)]
+
+    def execute_to_limit(
+        self,
+        problems: Sequence["Problem"],
+        strategies: Sequence[str | ParsedStrategy],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+        stream: Stream | None = None,
+    ) -> list[tuple[str, bool]]:
+        """As [`TwoPhaseModel.execute`], and for each execution whether the limit cut it off."""
         conversation = self.conversation
         contexts = [
             conversation.execution_request(problem.prompt, problem.shown, _sampled(strategy))
@@ -228,7 +240,8 @@ class TwoPhaseModel:
         Returns:
             `list[str]`: Completions.
         """
-        return self._complete(list(map(self.conversation.plain_request, prompts)), decoding, progress)
+        contexts = list(map(self.conversation.plain_request, prompts))
+        return [text for text, _ in self._complete(contexts, decoding, progress)]
 
     def continue_from(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], decoding: Decoding | None = None
@@ -258,10 +271,10 @@ class TwoPhaseModel:
         decoding: Decoding | None,
         progress: str | None,
         stream: Stream | None = None,
-    ) -> list[str]:
+    ) -> list[tuple[str, bool]]:
         limit = self.settings.max_completion_length
         generated = self._generate(contexts, limit, decoding or Decoding(), progress, stream)
-        return [self._decode(ids).strip() for ids, _ in generated]
+        return [(self._decode(ids).strip(), end is None) for ids, end in generated]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -310,7 +323,10 @@ class TwoPhaseModel:
     ) -> list[list[int]]:
         ids, mask = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         streamer = None if stream is None else _Streamer(self.tokenizer, stream)
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        with learned_prompt(self.model):
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+            )
         return output[:, ids.size(1) :].tolist()
 
 

@@ -26,6 +26,13 @@ def center_by_problem(outcomes: torch.Tensor) -> torch.Tensor:
     return outcomes - torch.nanmean(outcomes, dim=1, keepdim=True)
 
 
+def _is_own(outcomes: torch.Tensor, own: int) -> torch.Tensor:
+    """Whether a strategy was written for a problem, `(S, K)`. Strategies of the bank were written for none."""
+    _, S, K = outcomes.shape
+    writer = torch.arange(S, device=outcomes.device).div(own, rounding_mode="floor")
+    return writer.unsqueeze(1) == torch.arange(K, device=outcomes.device)
+
+
 def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Splits a matrix into each written strategy's outcome on its own problem and its mean outcome on the siblings.
@@ -41,8 +48,7 @@ def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, to
     """
     N, _, K = outcomes.shape
     written = outcomes[:, : own * K]
-    writer = torch.arange(own * K, device=outcomes.device).div(own, rounding_mode="floor")
-    is_own = writer.unsqueeze(1) == torch.arange(K, device=outcomes.device)
+    is_own = _is_own(written, own)
     on_own = written[is_own.expand(N, -1, -1)].view(N, own * K)
     on_siblings = torch.nanmean(written.masked_fill(is_own, torch.nan), dim=2)
     return on_own, on_siblings
@@ -52,23 +58,56 @@ def strategy_outcomes(
     outcomes: torch.Tensor, own: int, correctness_weight: float = 1.0, transfer_weight: float = 1.0
 ) -> torch.Tensor:
     """
-    Outcome of a strategy: w_c * o[s, own] + w_t * mean o[s, siblings].
-
-    Pass outcomes centred by problem to compare strategies of problems of different difficulty.
+    Outcome of a strategy: w_c * O[s, own] + w_t * mean O[s, siblings].
 
     Args:
         outcomes (`torch.Tensor` of shape `(N, S, K)`):
-            Outcome matrices.
+            Outcome matrices, centred or not.
         own (`int`):
             n, strategies each problem writes.
         correctness_weight, transfer_weight (`float`, *optional*, defaults to `1.0`):
             w_c and w_t.
 
     Returns:
-        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as 0, which is the problem's mean if centred.
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as 0.
     """
     on_own, on_siblings = own_and_siblings(outcomes, own)
     return correctness_weight * on_own.nan_to_num(0.0) + transfer_weight * on_siblings.nan_to_num(0.0)
+
+
+def strategy_credit(
+    outcomes: torch.Tensor, own: int, correctness_weight: float = 1.0, transfer_weight: float = 1.0
+) -> torch.Tensor:
+    """
+    Credit of a strategy: its outcomes without the difficulty of the problems.
+
+    With equal weights, an outcome is compared with the mean over all strategies of the block. This mean holds own and
+    borrowed executions, so that an own outcome compared with it rewards transfer too, and a borrowed one correctness.
+    What a weight exceeds the other by therefore compares own executions of a problem with each other, or borrowed ones
+    with each other. A single one has nothing to be compared with, and is compared with the block.
+
+    Args:
+        outcomes (`torch.Tensor` of shape `(N, S, K)`):
+            Outcome matrices, not centred.
+        own (`int`):
+            n, strategies each problem writes.
+        correctness_weight, transfer_weight (`float`, *optional*, defaults to `1.0`):
+            w_c and w_t.
+
+    Returns:
+        `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as the mean that it is compared with.
+    """
+    is_own, borrowed = _is_own(outcomes, own), outcomes.shape[1] - own
+    shared = min(correctness_weight, transfer_weight)
+    correctness = shared if own > 1 else correctness_weight
+    transfer = shared if borrowed > 1 else transfer_weight
+    with_block = strategy_outcomes(center_by_problem(outcomes), own, correctness, transfer)
+    apart = torch.where(
+        is_own,
+        center_by_problem(outcomes.masked_fill(~is_own, torch.nan)),
+        center_by_problem(outcomes.masked_fill(is_own, torch.nan)),
+    )
+    return with_block + strategy_outcomes(apart, own, correctness_weight - correctness, transfer_weight - transfer)
 
 
 def scale(centred: torch.Tensor, values: torch.Tensor, dim: int | tuple[int, ...] | None) -> torch.Tensor:

@@ -11,6 +11,8 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..errors import ConfigError
 from .prompts import (
     REASONING_END,
@@ -53,6 +55,27 @@ def rendered(
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=add_generation_prompt, tokenize=False, **(chat_template_kwargs or {})
     )
+
+
+def check_system_role(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None = None) -> None:
+    """
+    Checks that the chat template writes the system message of a prompt, if there is one.
+
+    Raises:
+        [`ConfigError`]: It refuses the message, or leaves it out.
+    """
+    if isinstance(prompt, str) or tokenizer.chat_template is None or prompt[0]["role"] != "system":
+        return
+    try:
+        text = rendered(tokenizer, [{**prompt[0], "content": _MARK}, *prompt[1:]], chat_template_kwargs)
+        reason = "leaves system messages out"
+    except TemplateError as error:
+        text, reason = "", f"refuses system messages ({error})"
+    if _MARK not in text:
+        raise ConfigError(
+            f"The model's chat template {reason}: remove `system_prompt`, and write its text into the prompts or into "
+            "`strategy_prompt`."
+        )
 
 
 @dataclass(frozen=True)

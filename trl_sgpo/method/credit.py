@@ -83,10 +83,10 @@ def assign_credit(
 
     weights = (args.correctness_weight, args.transfer_weight)
     earned = advantages.strategy_outcomes(outcomes, n, *weights)
-    compared = advantages.strategy_outcomes(advantages.center_by_problem(outcomes), n, *weights)
+    credit = advantages.strategy_credit(outcomes, n, *weights)
     shaping = args.coherence_weight * coherent - args.leak_weight * leaked
     by_group = args.scale_rewards == "group"
-    strategy = advantages.strategy_advantages(compared, scaled=by_group)
+    strategy = advantages.strategy_advantages(credit, scaled=by_group)
     execution = advantages.execution_advantages(outcomes, args.execution_baseline, scaled=by_group)
     if args.scale_rewards == "batch":
         strategy = strategy / (spread(earned) + 1e-4)

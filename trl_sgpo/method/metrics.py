@@ -1,9 +1,16 @@
 """Metrics and table columns of the two phases, before any reward."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .rewards import distinct
 from .rollout import Rollout, RolloutBatch
+
+
+CREDIT_COLUMNS = ("transfer", "strategy_advantage", "execution_advantage")
+"""Columns of the completions table that credit assignment adds, in training only."""
+COLUMNS = ("source", "retrieved", "strategy", "execution", "correctness", *CREDIT_COLUMNS)
+"""Columns that SGPO adds to TRL's completions table."""
 
 
 def phase_metrics(
@@ -26,8 +33,8 @@ def phase_metrics(
     return means | {"distinct_strategies": distinct([rollout.strategy.text for rollout in own])}
 
 
-def phase_columns(rollouts: Sequence[Rollout], batch: RolloutBatch) -> dict[str, list[str]]:
-    """Columns of the completions table that are known before rewards."""
+def phase_columns(rollouts: Sequence[Rollout], batch: RolloutBatch, verified: Sequence[float]) -> dict[str, list[Any]]:
+    """Columns of the completions table that are known before credit."""
     rows = len(rollouts) // len(batch.problems)
     retrieved = [" ".join(strategy.id for strategy in problem.retrieved) for problem in batch.problems]
     return {
@@ -35,4 +42,5 @@ def phase_columns(rollouts: Sequence[Rollout], batch: RolloutBatch) -> dict[str,
         "retrieved": [ids for ids in retrieved for _ in range(rows)],
         "strategy": [rollout.strategy.text for rollout in rollouts],
         "execution": [rollout.execution for rollout in rollouts],
+        "correctness": list(verified),
     }

@@ -1,11 +1,11 @@
 """Texts of both phases: the requests for a strategy and for its execution, and the parsing of strategies."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 
 Prompt = str | list[dict[str, Any]]
@@ -19,7 +19,10 @@ STEPS_PROMPT = (
     "steps, one a line. Name what changes from problem to problem in braces, like {first number}. Use no numbers of "
     "this problem and do not give its answer."
 )
-EXECUTION_PROMPT = "Now apply this strategy to the problem, step by step, and finish with the final answer."
+# The form that `answer_reward` and TRL's `accuracy_reward` read
+EXECUTION_PROMPT = (
+    "Now apply this strategy to the problem, step by step, and finish with the final answer in \\boxed{}."
+)
 REASONING_START, REASONING_END = "<think>", "</think>"
 RETRIEVED_HEADER = "Strategies that worked on similar problems, quoted (adapt, combine or improve them):\n"
 
@@ -166,6 +169,25 @@ def problem_text(prompt: Prompt) -> str:
     return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
+def check_prompt(prompt: Prompt, name: str = "The prompt") -> None:
+    """Raises [`DataError`] when a conversation does not end in a user message, whose place the request takes."""
+    if isinstance(prompt, str):
+        return
+    if not prompt:
+        raise DataError(f"{name} has no messages: a prompt must end in a user message with the problem.")
+    if prompt[-1]["role"] != "user":
+        raise DataError(
+            f"{name} ends in a message of the role `{prompt[-1]['role']}`: a prompt must end in a user message with "
+            "the problem. Remove the messages after it."
+        )
+
+
+def check_prompts(prompts: Iterable[Prompt]) -> None:
+    """[`check_prompt`] for a dataset's prompts."""
+    for index, prompt in enumerate(prompts):
+        check_prompt(prompt, f"The prompt of row {index}")
+
+
 def as_text(prompt: Prompt) -> str:
     """Returns a prompt as text for a model without a chat template: its messages, an empty line between them."""
     if isinstance(prompt, str):
@@ -203,11 +225,15 @@ def strategy_prompt(prompt: Prompt, template: str, retrieved: Sequence[tuple[str
 
     Returns:
         `str` or `list[dict]`: A text, or messages that end in a user turn.
+
+    Raises:
+        [`DataError`]: The prompt does not end in a user message.
     """
+    check_prompt(prompt)
     request = strategy_request(template, problem_text(prompt), retrieved)
     if isinstance(prompt, str):
         return f"{request}\n\nStrategy:"
-    messages = [*prompt[:-1], {"role": prompt[-1]["role"], "content": request}]
+    messages = [*prompt[:-1], {"role": "user", "content": request}]
     if chat:
         return messages
     return f"{as_text(messages)}\n\nStrategy:"

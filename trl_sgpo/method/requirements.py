@@ -3,11 +3,18 @@
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import ProcessorMixin
+from peft import PeftModel, PeftType, PromptLearningConfig
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
+from ..speed.generation import base_of
+from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
+from .conversation import check_system_role
+from .prompts import check_prompts
+from .reward_functions import check_names
+from .sampling import check_generation_config
 
 
 QUANTIZED_VLLM = (
@@ -17,6 +24,11 @@ QUANTIZED_VLLM = (
 SHARDED_CHECKPOINTS = (
     "With FSDP's sharded state dicts, checkpoints would hold neither a model that others can load nor the bank: set "
     "`fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration."
+)
+
+_ENCODER_LOST = (
+    "PEFT saves the prompt that P-tuning or a prefix projection has learnt, and not the encoder that it is trained "
+    "through, so training cannot go on from a checkpoint"
 )
 
 
@@ -33,8 +45,10 @@ def check_arguments(
     Checks the arguments of [`SGPOTrainer`].
 
     Raises:
-        [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, or no reward function.
-        [`DataError`]: No training dataset, one that streams, without a column `prompt`, or with images.
+        [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, no reward function, or names of
+            reward functions that cannot be told apart.
+        [`DataError`]: No training dataset, one that streams, without a column `prompt`, with images, or with a prompt
+            that does not end in a user message.
     """
     for name in ("tools", "environment_factory", "rollout_func"):
         if trainer_kwargs.pop(name, None) is not None:
@@ -50,20 +64,57 @@ def check_arguments(
         _check_dataset(dataset)
     if reward_funcs is None:
         raise ConfigError("SGPO needs at least one reward function: pass `reward_funcs`. The first is the verifier.")
+    check_names(reward_funcs)
 
 
 def check_model(trainer: GRPOTrainer) -> None:
     """
-    Checks the model that a trainer has loaded, and how it is sharded.
+    Checks the model that a trainer has loaded, its chat template, and how it is sharded.
 
     Raises:
-        [`ConfigError`]: Quantized weights with vLLM, or FSDP with sharded state dicts.
+        [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
+            with gradient checkpointing, FSDP with sharded state dicts, or a chat template without the system role that
+            the prompts have.
     """
+    check_system_role(trainer.processing_class, trainer.train_dataset[0]["prompt"], trainer.args.chat_template_kwargs)
     if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
         raise ConfigError(QUANTIZED_VLLM)
+    if not trainer.use_vllm:
+        check_generation_config(trainer.generation_config, base_of(trainer.model).generation_config)
+    if is_prompt_learning(trainer.model):
+        _check_prompt_learning(trainer.model.active_peft_config, trainer.args)
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise ConfigError(SHARDED_CHECKPOINTS)
+
+
+def _check_prompt_learning(config: PromptLearningConfig, args: SGPOConfig) -> None:
+    if config.peft_type not in LEARNED_PROMPTS:
+        raise ConfigError(f"{config.peft_type.value} is refused: use prompt tuning, prefix tuning, P-tuning or LoRA.")
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        raise ConfigError(
+            "A learned prompt works with plain generation only: set `use_vllm` and "
+            "`use_transformers_continuous_batching` to false, or train with LoRA."
+        )
+    if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
+        raise ConfigError(
+            "Prefix tuning puts its prefix into the KV cache, which gradient checkpointing does not keep: set "
+            "`gradient_checkpointing` to false."
+        )
+    if args.load_best_model_at_end and _has_encoder(config):
+        raise ConfigError(f"{_ENCODER_LOST}: set `load_best_model_at_end` to false.")
+
+
+def check_resumable(model: PreTrainedModel | PeftModel) -> None:
+    """Raises [`ConfigError`] if checkpoints do not have all that is trained."""
+    if is_prompt_learning(model) and _has_encoder(model.active_peft_config):
+        raise ConfigError(f"{_ENCODER_LOST}: train without `resume_from_checkpoint`, or without an encoder.")
+
+
+def _has_encoder(config: PromptLearningConfig) -> bool:
+    return config.peft_type == PeftType.P_TUNING or (
+        config.peft_type == PeftType.PREFIX_TUNING and config.prefix_projection
+    )
 
 
 def _check_dataset(dataset: Dataset) -> None:
@@ -77,3 +128,4 @@ def _check_dataset(dataset: Dataset) -> None:
     images = {"image", "images"} & set(dataset.column_names)
     if images:
         raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")
+    check_prompts(dataset["prompt"])

@@ -18,6 +18,7 @@ _STEP_NUMBER = re.compile(
     r"^[ \t]*\(?(?:step\s*)?\d+[ \t]*[.):][ \t]*(?=[^\s\d])|\bsteps?\s+\d+\b", re.IGNORECASE | re.MULTILINE
 )
 _APPLIES = re.compile(r"\b(?:when|whenever|if|for|to|given|with|in)\b", re.IGNORECASE)
+_NUMBER_AND_UNIT = re.compile(r"([-+]?[\d,]*\d(?:\.\d*[1-9])?)(?:\.?0+)?(?: ?\([^()]*\))?")
 _FINAL_ANSWER = re.compile(
     r"(?:\\boxed\s*\{|####)\s*[-$\d]|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]", re.IGNORECASE
 )
@@ -99,7 +100,8 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
     Whether a strategy contains the answer of its problem.
 
     It does if it contains the answer as a word of its own, unless the problem contains it too, or if it has
-    the mark-up of a final answer followed by a number. Numbers of numbered steps are not read.
+    the mark-up of a final answer followed by a number. Of an answer such as `9 (apples)` or `9.0`, the number counts,
+    too. Numbers of numbered steps are not read.
 
     Args:
         strategy (`str`):
@@ -116,9 +118,14 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
         return 1.0
     if answer is None or not (wanted := " ".join(answer.split()).casefold()):
         return 0.0
-    whole = re.compile(rf"(?<![\w.]){re.escape(wanted)}(?![\w]|\.\d)")
+    number = _NUMBER_AND_UNIT.fullmatch(wanted)
     body = " ".join(_STEP_NUMBER.sub(" ", strategy).split()).casefold()
-    return float(whole.search(body) is not None and whole.search(" ".join(problem.split()).casefold()) is None)
+    problem = " ".join(problem.split()).casefold()
+    for form in {wanted, number[1] if number else wanted}:
+        whole = re.compile(rf"(?<![\w.]){re.escape(form)}(?![\w]|\.\d)")
+        if whole.search(body) is not None and whole.search(problem) is None:
+            return 1.0
+    return 0.0
 
 
 def distinct(strategies: Sequence[str]) -> float:

@@ -8,6 +8,7 @@ the script handles text as text, never as markup.
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def render(run: Run, other: Run | None = None) -> str:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_visible
     )
-    environment.filters |= {"number": number, "reward": _reward}
+    environment.filters.update(number=number, reward=_reward, code=_code)
     template = environment.from_string(package.joinpath("template.html").read_text(encoding="utf-8"))
     bank = run.bank
     strategies = _most_useful(bank.strategies) if bank is not None else []
@@ -188,6 +189,12 @@ def render(run: Run, other: Run | None = None) -> str:
 def _visible(value: Any) -> Any:
     """Replaces characters that can make text look like another by escapes."""
     return value.translate(_DECEPTIVE) if isinstance(value, str) else value
+
+
+def _code(text: str) -> Markup:
+    """Shows the parts of a message that are between backticks as code."""
+    parts = re.split(r"`([^`]+)`", text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _hash(text: str) -> str:
@@ -259,15 +266,17 @@ def _before_after(run: Run) -> ResultTable | None:
         return None
     rows = []
     for decoding in ("sampled", "greedy"):
-        for name, rate, trials in (("accuracy", "accuracy", "problems"), ("transfer", "transfer", "transfers")):
+        for rate in ("accuracy", "transfer"):
             scores = [run.measured[when][decoding] for when in ("before", "after")]
-            rows.append([f"{name}, {decoding}", *(_with_interval(score[rate], score[trials]) for score in scores)])
+            rows.append([f"{rate}, {decoding}", *(_with_interval(score[rate], score["problems"]) for score in scores)])
     return ResultTable("Before and after training, on unseen problems", ["", "before", "after"], rows)
 
 
-def _with_interval(rate: float, trials: int) -> str:
-    low, high = wilson_interval(rate, trials) if trials else (0.0, 1.0)
-    return f"{rate:.2f} [{low:.2f}, {high:.2f}]" if trials else "not measured"
+def _with_interval(rate: float, problems: int) -> str:
+    if problems == 0:
+        return "not measured"
+    low, high = wilson_interval(rate, problems)
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _matrices(run: Run) -> list[Matrix]:

@@ -189,9 +189,12 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
         if results is not None and _is_evaluation(results):
             run.evaluations[folder.name] = results
     if not any(results["transfer"] for results in run.evaluations.values()):
+        what = "No transfer measured on unseen problems"
+        if run.measured:
+            what = "Of transfer, nothing to compare it with and no classes were measured"
         run.missing["transfer"] = (
-            "No transfer measured on unseen problems: run `trl-sgpo eval --model RUN --suites … --transfer "
-            "--output_dir RUN/eval`, or name such an evaluation by `--eval`."
+            f"{what}: run `trl-sgpo eval --model RUN --suites … --transfer --output_dir RUN/eval`, or name such an "
+            "evaluation by `--eval`."
         )
 
 

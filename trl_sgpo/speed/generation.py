@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from .generation_settings import COUNTED, active, needs_whole_prompts
 from .row_cache import row_cache
 from .shared_prompts import within_window
 
@@ -106,6 +107,8 @@ class _PrefixGenerate:
         ]
         rests = [ids[len(prefixes[n]) :] for ids, n in zip(prompts, prefix_of, strict=True)]
         rest_ids, rest_mask = left_padded(rests, config.pad_token_id, device)
+        # A repetition penalty reads padding within a row, where it must be a token that the row has anyway
+        rest_ids = torch.where(rest_mask == 0, rest_ids[:, -1:], rest_ids)
         rows = torch.tensor(prefix_of, device=device)
         ids = torch.cat([prefix_ids[rows], rest_ids], dim=1)
         mask = torch.cat([prefix_mask[rows], rest_mask], dim=1)
@@ -141,7 +144,9 @@ class _PrefixGenerate:
             ids, rows = output[going], rows[going]
             mask = torch.nn.functional.pad(mask[going], (0, stop - start), value=1)
             start = stop
-        return new
+            if not self.drop_finished:
+                break
+        return new[:, :start]
 
 
 @contextmanager
@@ -168,12 +173,10 @@ def shared_prefixes(
             Whether finished rows leave the batch.
     """
     configs = (generation_config, base_of(model).generation_config)
-    if any(
-        config.cache_implementation is not None or config.use_cache is False or (config.num_beams or 1) > 1
-        for config in configs
-    ):
-        yield  # with these, `generate` accepts no KV cache
+    if needs_whole_prompts(*configs):
+        yield
         return
+    drop_finished = drop_finished and not active(COUNTED, *configs)
     before = vars(model).get("generate")
     model.generate = _PrefixGenerate(model, generation_config, prompts, calls, drop_finished)
     try:

@@ -4,7 +4,8 @@
 1. Training: rows of a prompt are packed, so that the prompt is read once, without padding, and only trained tokens are
    projected onto the vocabulary (`shared_prompts.py`, `scoring.py`).
 2. Generation: prompts are read once for all their rows, finished rows leave the batch, and LoRA adapters are merged
-   (`generation.py`, `row_cache.py`).
+   (`generation.py`, `row_cache.py`), where the settings of `generate` allow it (`generation_settings.py`).
+   Adapters that learn a prompt generate with it (`learned_prompts.py`).
 3. At the start, a tiny forward pass of each path is compared with the plain one; a path that differs is not used
    (`equivalence.py`).
 
@@ -20,12 +21,15 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, PeftType
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
+from ..inference.weights import local_weights, require_model
 from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
 from .generation import AdapterMerge, base_of, can_merge, limited, shared_prefixes, token_progress
+from .generation_settings import COUNTED, active, needs_whole_prompts
+from .learned_prompts import is_prompt_learning, learned_prompt
 from .lm_head import contiguous_head_input, project_labelled_tokens_only
 from .quantization import keep_4bit_layout, keep_adapters_in_float32
 from .scoring import RowScorer, fits_window, problems_together, without_padding
@@ -35,6 +39,10 @@ from .shared_prompts import packed_attention
 logger = transformers.utils.logging.get_logger(__name__)
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 class SharedPromptGRPOTrainer(GRPOTrainer):
@@ -65,6 +73,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     ```
 
     Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to train. Names are looked up as in recipes, also in packages from PyPI.
         *args:
             Passed on to [`~trl.GRPOTrainer`].
         share_prompts (`bool`, *optional*, defaults to `True`):
@@ -85,8 +95,20 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     aux_loss_enabled: bool
     eos_token_ids: list[int]
 
-    def __init__(self, *args: Any, share_prompts: bool = True, merge_adapters: bool = True, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        *args: Any,
+        share_prompts: bool = True,
+        merge_adapters: bool = True,
+        **kwargs: Any,
+    ):
+        try:
+            super().__init__(local_weights(model) if isinstance(model, str) else model, *args, **kwargs)
+        except OSError:
+            if isinstance(model, str):
+                require_model(model)  # raises an error that names what is missing
+            raise
         if self.args.fp16 and self._is_quantized():
             keep_adapters_in_float32(self.model)
         if self.accelerator.device.type == "cpu":
@@ -97,7 +119,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self.adapters = AdapterMerge(self.model) if merge_adapters and self._can_merge_adapters() else None
         self.merges_adapters = self.adapters is not None
         self.shares_prompts, self.shares_prefixes = self._check_paths() if share_prompts else (False, False)
-        self.drops_finished_rows = not self.args.generation_kwargs  # which may depend on where a call begins
+        self.drops_finished_rows = self.shares_prefixes and self._may_drop_rows()
 
     def _is_quantized(self) -> bool:
         return "quantization_config" in vars(self.model.config)
@@ -129,11 +151,15 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         """Whether rows may be packed in training, and prompts computed once in generation. Rank 0 decides."""
         usable = [False, False]
         if self.accelerator.is_main_process:
-            usable = [
-                self._passes("Rows of a prompt are trained apart", self._check_packed),
-                not self._generates_elsewhere()
-                and self._passes("Prompts are read for each row in generation", self._check_prefixes),
-            ]
+            elsewhere = self._generates_elsewhere()
+            packed = self._refusal(self._check_packed)
+            prefixes = None if elsewhere else self._refusal(self._check_prefixes)
+            if packed is not None and packed == prefixes:
+                self._log_slower("Rows of a prompt are trained and generated apart", packed)
+            else:
+                self._log_slower("Rows of a prompt are trained apart", packed)
+                self._log_slower("Prompts are read for each row in generation", prefixes)
+            usable = [packed is None, prefixes is None and not elsewhere]
         shares_prompts, shares_prefixes = broadcast_object_list(usable)
         return shares_prompts, shares_prefixes
 
@@ -142,7 +168,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return self.use_vllm or self.use_transformers_continuous_batching or sharded
 
     @torch.no_grad()
-    def _passes(self, consequence: str, check: Callable[[], None]) -> bool:
+    def _refusal(self, check: Callable[[], None]) -> str | None:
+        """Why a path cannot be used."""
         training = self.model.training
         self.model.eval()
         try:
@@ -150,16 +177,18 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         except torch.OutOfMemoryError:
             raise
         except PathDiffers as difference:
-            reason = str(difference)
+            return str(difference)
         except _REFUSALS as error:
             name = type(base_of(self.model)).__name__
-            reason = f"{name} raises {(str(error) or type(error).__name__).splitlines()[0]!r}"
-        else:
-            return True
+            return f"{name} raises {(str(error) or type(error).__name__).splitlines()[0]!r}"
         finally:
             self.model.train(training)
-        logger.warning(f"{consequence}: {reason}. This is slower.")
-        return False
+        return None
+
+    @staticmethod
+    def _log_slower(consequence: str, reason: str | None) -> None:
+        if reason is not None:
+            logger.warning(f"{consequence}: {reason}. This is slower.")
 
     def _check_layers(self, attention: tuple[str, ...]) -> None:
         config = self.model.config.get_text_config()
@@ -168,8 +197,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             raise PathDiffers("the model has a processor, which may add images to a prompt")
         if kinds or base_of(self.model)._is_stateful:
             raise PathDiffers(f"layers without a KV cache of single tokens ({', '.join(kinds) or 'recurrent'})")
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            raise PathDiffers("prompt tuning puts virtual tokens before a prompt")
+        if is_prompt_learning(self.model):
+            raise PathDiffers("prompt learning puts virtual tokens before a prompt")
         if is_deepspeed_zero3_enabled():
             raise PathDiffers("with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs")
         if config._attn_implementation not in attention:
@@ -196,9 +225,17 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     def _check_prefixes(self) -> None:
         self._check_layers(("sdpa", "eager"))
         base = base_of(self.model)
+        if settings := needs_whole_prompts(self.generation_config, base.generation_config):
+            raise PathDiffers(f"this does not work with the generation setting {_quoted(settings)}")
         vocab_size = self.model.config.get_text_config().vocab_size
         with self.accelerator.autocast():
             check_shared_prefixes(base, vocab_size, self._computes_in_float32())
+
+    def _may_drop_rows(self) -> bool:
+        counted = active(COUNTED, self.generation_config, base_of(self.model).generation_config)
+        if counted:
+            self._log_slower("Finished rows stay in the batch", f"{_quoted(counted)} counts from where a call starts")
+        return not counted
 
     # Generation
 
@@ -248,6 +285,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         with (
             self._limited(max_new_tokens),
             contiguous_head_input(self.model),
+            learned_prompt(self.model),
             self._progress(len(prompt_ids), max_new_tokens, description),
         ):
             return super()._generate_single_turn(prompt_ids, None, {}, num_generations)

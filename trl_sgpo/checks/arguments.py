@@ -1,0 +1,30 @@
+"""The parser of command lines: one way to write options, and errors that are raised."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    Parser of a command. Options are written with underscores, as keys of recipes are; `--no-bank` is read as
+    `--no_bank`. Errors are raised, so that they are printed as those of all commands.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(None if args is None else _with_underscores(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. `{self.prog} --help` lists the options.")
+
+
+def _with_underscores(arguments: Sequence[str]) -> list[str]:
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return [_with_underscore(argument) for argument in options] + list(arguments[len(options) :])
+
+
+def _with_underscore(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument

@@ -1,0 +1,35 @@
+"""Runs a command and prints errors that a user can mend without a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from ..errors import SettingsError
+from .origin import what_to_mend
+
+
+def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """
+    Runs a command.
+
+    Args:
+        prog (`str`):
+            Name of the command, for messages.
+        main (`Callable`):
+            The command, from arguments to an exit status.
+        argv (`list[str]`):
+            Its arguments.
+
+    Returns:
+        `int`: Exit status, 2 for an error whose message names the fix. Other errors are raised.
+    """
+    try:
+        return main(argv)
+    except Exception as error:
+        message = what_to_mend(error)
+        if message is None:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # not once for each process
+            text = message if isinstance(error, SettingsError) else " ".join(message.split())
+            print(f"{prog}: error: {text}", file=sys.stderr)
+        return 2

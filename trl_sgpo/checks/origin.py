@@ -1,0 +1,60 @@
+"""
+Whose error is it: a setting that a user can mend, or a bug?
+
+Decided by the kind of an exception and the place it comes from, not by its message. An error of the operating system
+about a file, such as a full disk, is told in one line wherever it is raised. So is what a library raises about its
+arguments, while they are parsed and while model, optimizer and trainer are made. What is raised in a training step,
+an evaluation or a generation, or in this package's or the user's own code, keeps its traceback.
+"""
+
+import errno
+import sysconfig
+from traceback import walk_tb
+from types import FrameType
+
+from ..errors import SGPOError
+
+
+LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")
+KINDS = (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError)
+RUNNING = {"_run_epoch", "training_step", "evaluation_loop", "generate"}
+"""Functions of the libraries within which work is under way."""
+PLACES = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+"""Errors of files that say something about the user's disk, not about a program."""
+
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_OWN = __name__.partition(".")[0]
+
+
+def what_to_mend(error: BaseException) -> str | None:
+    """
+    Returns an error as one line, if a user can mend it, otherwise `None`.
+
+    Args:
+        error (`BaseException`):
+            A caught exception.
+    """
+    if isinstance(error, SGPOError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if not isinstance(error, KINDS) or any(frame.f_code.co_name in RUNNING for frame in frames):
+        return None
+    origin = next((name for frame in reversed(frames) if (name := _package(frame)) is not None), None)
+    if origin not in LIBRARIES:
+        return None
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return text if " " in text else f"{origin}: {type(error).__name__} {text}".rstrip()
+
+
+def _package(frame: FrameType) -> str | None:
+    """The package that a frame belongs to, an empty string for a user's code, `None` for other installed code."""
+    name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    if name == _OWN or name in LIBRARIES:
+        return name
+    path = frame.f_code.co_filename
+    return "" if path.endswith(".py") and not path.startswith(_INSTALLED) else None

@@ -1,0 +1,51 @@
+"""Whether files can be written to a place, before long work."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..errors import ConfigError
+
+
+def check_directory(key: str, path: str | Path) -> None:
+    """
+    Checks that files can be written to a directory, which need not exist. Nothing is left behind.
+
+    Args:
+        key (`str`):
+            The key or option that names it.
+        path (`str` or `Path`):
+            The directory.
+
+    Raises:
+        [`ConfigError`]: They cannot.
+    """
+    target = Path(path).expanduser().absolute()
+    place = target
+    try:
+        while not place.exists():
+            place = place.parent
+        if place.is_dir():
+            with TemporaryDirectory(dir=place):
+                return
+    except OSError as error:
+        reason = f"where nothing can be written ({error.strerror})"
+        raise ConfigError(f"`{key}` is {path}, {reason}: name another directory.") from error
+    raise ConfigError(f"`{key}` is {path}, but {'it' if place == target else place} is a file: name a directory.")
+
+
+def check_file(option: str, path: str | Path) -> None:
+    """
+    Checks that a file can be written.
+
+    Args:
+        option (`str`):
+            The key or option that names it.
+        path (`str` or `Path`):
+            The file.
+
+    Raises:
+        [`ConfigError`]: It is a directory, or nothing can be written beside it.
+    """
+    if Path(path).is_dir():
+        raise ConfigError(f"`{option}` is {path}, a directory: name a file in it.")
+    check_directory(option, Path(path).expanduser().absolute().parent)

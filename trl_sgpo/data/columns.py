@@ -1,0 +1,224 @@
+"""Columns of a dataset that hold problems and answers: found by name or named, and read as text."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter, ascii_uppercase
+from typing import Any
+
+from ..errors import ConfigError, DataError
+
+
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "solution")
+NO_ANSWER = ("", "none", "null", "nan")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Columns:
+    """
+    Where the problems and the answers of a dataset are. Names match columns whatever their case.
+
+    Args:
+        prompt_column (`str`, *optional*):
+            Column with the problem. If `None`, the first of `prompt`, `question` and `problem` that a row has.
+        prompt_template (`str`, *optional*):
+            Text of the problem with column names in braces, like `"{Body} {Question}"`, instead of a column. Literal
+            braces are written `{{` and `}}`.
+        answer_column (`str`, *optional*):
+            Column with the answer. If `None`, `answer`, else `solution`.
+    """
+
+    prompt_column: str | None = None
+    prompt_template: str | None = None
+    answer_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_column is not None and self.prompt_template is not None:
+            raise ConfigError("`prompt_column` and `prompt_template` both name the problem: set one of them.")
+        if self.prompt_template is not None:
+            template_parts(self.prompt_template)
+
+
+def find_column(name: str, columns: Sequence[str]) -> str | None:
+    """
+    Finds a column by its name, whatever its case.
+
+    Args:
+        name (`str`):
+            The name. A column that is written exactly so is preferred.
+        columns (`Sequence[str]`):
+            Names of all columns.
+
+    Returns:
+        `str` or `None`: The column, `None` if there is none.
+
+    Raises:
+        [`DataError`]: Several columns differ from the name in case only.
+    """
+    if name in columns:
+        return name
+    matches = [column for column in columns if column.casefold() == name.casefold()]
+    if len(matches) > 1:
+        raise DataError(
+            f"`{name}` may be each of the columns {', '.join(matches)}: write it as the column is written."
+        )
+    return matches[0] if matches else None
+
+
+def require_column(key: str, name: str, columns: Sequence[str]) -> str:
+    """The column that a key names, or a [`DataError`] that lists the columns."""
+    found = find_column(name, columns)
+    if found is None:
+        raise DataError(f"`{key}` names no column {name!r}: the columns are {', '.join(columns)}.")
+    return found
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """
+    Splits a template into pairs of literal text and the column name that follows it, `None` at the end.
+
+    Raises:
+        [`ConfigError`]: Braces that do not match, or hold something else than a column name.
+    """
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(
+            f"`prompt_template` {template!r} cannot be read ({error}): write column names in braces, and literal "
+            "braces as {{ and }}."
+        ) from error
+    for _, name, form, conversion in parsed:
+        if name is not None and (not name.strip() or form or conversion):
+            raise ConfigError(
+                f"`prompt_template` {template!r} has more or less than a column name in braces: write it like "
+                "{Body}, and literal braces as {{ and }}."
+            )
+    if not any(name for _, name, _, _ in parsed):
+        raise ConfigError(f"`prompt_template` {template!r} names no column: write it like '{{Body}} {{Question}}'.")
+    return [(text, name) for text, name, _, _ in parsed]
+
+
+def prompt_sources(chosen: Columns, columns: Sequence[str]) -> list[str]:
+    """
+    Finds the columns that problems are read from.
+
+    Args:
+        chosen ([`Columns`]):
+            What is named.
+        columns (`Sequence[str]`):
+            Names of all columns.
+
+    Returns:
+        `list[str]`: Columns of the template, the named column, or those of which each row has one.
+
+    Raises:
+        [`DataError`]: There is no such column.
+    """
+    if chosen.prompt_template is not None:
+        names = [name for _, name in template_parts(chosen.prompt_template) if name is not None]
+        return [require_column("prompt_template", name, columns) for name in names]
+    if chosen.prompt_column is not None:
+        return [require_column("prompt_column", chosen.prompt_column, columns)]
+    found = [column for name in PROMPT_COLUMNS if (column := find_column(name, columns)) is not None]
+    if not found:
+        raise DataError(
+            f"No prompts in the columns {', '.join(columns)}: name the one with the problems as `prompt_column`, or "
+            "several in a `prompt_template` like '{Body} {Question}'."
+        )
+    return found
+
+
+def answer_sources(chosen: Columns, columns: Sequence[str]) -> list[str]:
+    """
+    Finds the columns that answers are read from, the short one first.
+
+    Args:
+        chosen ([`Columns`]):
+            What is named.
+        columns (`Sequence[str]`):
+            Names of all columns.
+
+    Returns:
+        `list[str]`: The named column, or `answer` and `solution` where they exist.
+
+    Raises:
+        [`DataError`]: There is no such column.
+    """
+    if chosen.answer_column is not None:
+        return [require_column("answer_column", chosen.answer_column, columns)]
+    return [column for name in ANSWER_COLUMNS if (column := find_column(name, columns)) is not None]
+
+
+def fill_template(template: str, row: Mapping[str, Any], sources: Sequence[str]) -> str | None:
+    """
+    Writes a problem.
+
+    Args:
+        template (`str`):
+            Text with column names in braces.
+        row (`Mapping[str, Any]`):
+            Values of the columns. A missing one is an empty text.
+        sources (`Sequence[str]`):
+            The columns of the template, see [`prompt_sources`].
+
+    Returns:
+        `str` or `None`: The text without surrounding white space, `None` if all values are missing.
+    """
+    values = [as_text(row[column], column) for column in sources]
+    if not any(values):
+        return None
+    left = iter(values)
+    return "".join(text + (next(left) if name else "") for text, name in template_parts(template)).strip()
+
+
+def as_text(value: Any, column: str) -> str:
+    """
+    Writes a value in a problem: numbers without a needless `.0`, and choices on lines of their own, as `A. …`. Choices
+    are a list, whose items are lettered, texts by their labels, or a list of texts beside one of labels.
+
+    Raises:
+        [`DataError`]: It is none of these.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float):
+        return "" if is_missing(value) else as_answer(value)
+    if isinstance(value, list):
+        choices: list[tuple[Any, Any]] = list(zip(ascii_uppercase, value, strict=False))
+    elif isinstance(value, dict):
+        labelled = value.keys() == {"label", "text"}
+        choices = list(zip(value["label"], value["text"], strict=True)) if labelled else list(value.items())
+    else:
+        choices = []
+    if not choices or any(isinstance(item, list | dict) for _, item in choices):
+        raise DataError(f"The column `{column}` of `prompt_template` holds neither text nor choices: leave it out.")
+    return "".join(f"\n{label}. {as_text(item, column)}" for label, item in choices if item is not None)
+
+
+def as_answer(value: Any) -> str:
+    """Writes an answer as text: `8` for the number 8.0."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether an answer is none: empty, or what other programs write for it, such as `None` and `nan`."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and value.strip().casefold() in NO_ANSWER)
+
+
+def missing_answers(solutions: Sequence[str | None]) -> str | None:
+    """One line that names the rows without an answer, `None` if all have one."""
+    rows = [number for number, solution in enumerate(solutions, 1) if solution is None]
+    if not rows:
+        return None
+    first = ", ".join(map(str, rows[:_SHOWN])) + (", …" if len(rows) > _SHOWN else "")
+    of_them = f"row{'s' if len(rows) > 1 else ''} {first}, counted from 1"
+    have = "has no answer" if len(rows) == 1 else "have no answer"
+    return f"{len(rows)} of {len(solutions)} problems {have} and get no reward from it ({of_them})."
