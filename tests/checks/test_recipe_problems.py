@@ -205,7 +205,10 @@ class TestOneLine:
         [
             ("eval", ["--samples", "many"], "--samples: invalid int value: 'many'"),
             ("export", [], "required: --model, --output_dir"),
+            ("eval", ["--dtype", "float33"], "invalid choice: 'float33'"),
             ("solve", ["--n", "x"], "--n: invalid int value"),
+            ("solve", ["--model", "m", "--dtype", "float33", "1 + 1?"], "invalid choice: 'float33'"),
+            ("solve", ["--model", "m", "--device", "gpux", "1 + 1?"], "`--device gpux` cannot be used"),
             ("compare", [], "required: --config"),
             ("train", ["--seed", "x"], "--seed: invalid int value: 'x'"),
         ],
@@ -219,6 +222,23 @@ class TestOneLine:
     def test_options_with_hyphens(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["solve", "--model", "m", "--no-bank", "--bank", "b", "1 + 1?"]) == 2
         assert "`--no_bank`" in capsys.readouterr().err
+
+    def test_of_broken_weights(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        weights = Path(save_tiny_model(tmp_path / "model"), "model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:200])
+        assert main(["solve", "--model", str(tmp_path / "model"), "--no_bank", "1 + 1?"]) == 2
+        assert "deserializing header" in capsys.readouterr().err.splitlines()[-1]
+
+    def test_of_other_files_with_several_unknown_keys(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / "config.yaml"
+        config.write_text("seedz: [1]\nxyzzy: 2\n")
+        for command in ("eval", "compare"):
+            assert main([command, "--config", str(config)]) == 2
+            heading, *problems = capsys.readouterr().err.splitlines()
+            assert f"{config}, whose keys are " in heading and len(problems) == 2
+            assert re.search("`seedz`.*did you mean `seeds?`", problems[0]) and "`xyzzy`" in problems[1]
 
 
 class TestBugs:
