@@ -321,6 +321,17 @@ class TestAllAtOnce:
         path.write_text(yaml.safe_dump(content) + written + "\n")
         assert vars(read_recipe(["--config", str(path)], "x").training)[key] == value
 
+    @pytest.mark.parametrize(
+        ("written", "targets"),
+        [("[q_proj]", ["q_proj"]), ("q_proj", ["q_proj"]), ("all-linear", "all-linear"), ("[.*q_proj]", ".*q_proj")],
+    )
+    def test_one_target_of_lora_is_a_name(
+        self, content: dict[str, Any], tmp_path: Path, written: str, targets: Any
+    ) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content) + f"lora_target_modules: {written}\n")
+        assert read_recipe(["--config", str(path)], "x").model.lora_target_modules == targets
+
     def test_a_recipe_of_open_r1(self, run: Callable[..., Answer], content: dict[str, Any], tmp_path: Path) -> None:
         """All problems in the first answer; with these mended, the second run trains."""
         recipe = yaml.safe_load((FIXTURES / "open_r1_grpo_demo.yaml").read_text())
