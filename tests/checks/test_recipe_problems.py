@@ -147,7 +147,10 @@ class TestOneLine:
         evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         status, lines = run(evaluated | {"metric_for_best_model": "eval_nothing", "dataset_test_split": "train[:4]"})
         assert status == 2 and len(lines) == 1
-        assert "`metric_for_best_model` is eval_nothing" in lines[0] and "eval_reward" in lines[0]
+        assert (
+            "`metric_for_best_model` training argument is set to 'eval_nothing'" in lines[0]
+            and "eval_reward" in lines[0]
+        )
 
     @pytest.mark.parametrize(
         ("template", "words"),
