@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..inference.pipeline import SGPOPipeline
     from ..inference.solution import Solution
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
 
 CHAT_HELP = """\
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--max_completion_length", type=int, metavar="TOKENS", help="of an execution (as trained)")
     local = parser.add_argument_group("a model on this machine")
     local.add_argument("--batch_size", type=int, default=32, metavar="N", help="texts generated at a time (32)")
-    local.add_argument("--dtype", default="auto", help="of the weights (auto)")
+    local.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto)")
     local.add_argument("--load_in_4bit", action="store_true", help="quantize the weights, for small GPUs")
     local.add_argument("--device", help="such as cpu or cuda:1 (the accelerator, if there is one)")
     server = parser.add_argument_group("a model behind a server", "A token is read from TRL_SGPO_SERVER_TOKEN.")
@@ -202,6 +203,7 @@ def _open(options: argparse.Namespace) -> "SGPOPipeline":
                 retries=2 if options.input is None else 5,
             )
         else:
+            _check_device(options.device)
             prepare_model(options.model)
             pipeline = SGPOPipeline.from_pretrained(
                 options.model,
@@ -236,6 +238,17 @@ def _copy_to_use(options: argparse.Namespace) -> str:
     if checkpoint is None:
         return "`--bank` takes a copy of it, which is in each checkpoint of the run. Or solve without: `--no_bank`."
     return f"`--bank` takes a copy of it, such as `--bank {checkpoint}`. Or solve without: `--no_bank`."
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a build of PyTorch without such devices
+        raise ConfigError(f"`--device {device}` cannot be used: {str(error).partition(chr(10))[0]}") from error
 
 
 def _quantization(options: argparse.Namespace) -> dict[str, Any]:
