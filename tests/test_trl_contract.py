@@ -102,6 +102,7 @@ def loss_and_gradients(trainer, batch):
         ("push_to_hub", ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_finish_current_push", ["self"]),
+        ("_determine_best_metric", ["self", "metrics", "trial"]),
     ],
 )
 def test_signatures(method, parameters):

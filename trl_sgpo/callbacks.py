@@ -1,5 +1,4 @@
-"""Trainer callbacks: writing the bank, recording the run, the worst-case step, the best model's metric,
-and advice on metrics."""
+"""Trainer callbacks: writing the bank, recording the run, the worst-case step, and advice on metrics."""
 
 import json
 from collections import Counter
@@ -15,7 +14,6 @@ from trl import GRPOTrainer
 from ._version import __version__
 from .bank.session import BankSession
 from .data.classes import CLASS_COLUMN
-from .errors import ConfigError
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
 from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
@@ -101,18 +99,6 @@ class WorstCaseCallback(TrainerCallback):
             enabled = trainer.accelerator.device.type != "cpu"
         if enabled and not (trainer.use_vllm or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             take_worst_case_step(trainer, self.conversation, self.geometry, self.peaks)
-
-
-class BestMetricCallback(TrainerCallback):
-    """Raises an error at the first evaluation if it has no metric `metric_for_best_model`."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        name = args.metric_for_best_model
-        if name is not None and name not in metrics and f"eval_{name}" not in metrics:
-            raise ConfigError(
-                f"`metric_for_best_model` is {name}, which no evaluation has: set it to one of "
-                f"{', '.join(sorted(metrics))}."
-            )
 
 
 class AdviceCallback(TrainerCallback):

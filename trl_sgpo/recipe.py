@@ -208,6 +208,9 @@ def read_recipe(
         problems.append(f"{named} are for `dataset_name`: in a mixture, set them in each entry of `datasets`.")
     refuse(path or "The command line", problems)
     script, training, model, mixture = parts
+    target = model.lora_target_modules
+    if isinstance(target, str) and target != "all-linear" and target.isidentifier():
+        model.lora_target_modules = [target]  # TRL makes text of a list of one, which peft takes for a pattern
     if "dataset_name" in given:
         mixture.datasets = []  # the command line overrides the recipe's mixture
     leftover = list(from_command_line)

@@ -38,7 +38,7 @@ from trl.trainer.utils import get_config_model_id, nanstd
 
 from .bank import StrategyBank
 from .bank.session import BankSession, in_blocks
-from .callbacks import AdviceCallback, BestMetricCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
+from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import CLASS_COLUMN, with_classes
 from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
@@ -159,7 +159,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self.run_record = RunRecordCallback(self)
         self.worst_case = WorstCaseCallback(self, self.conversation, self.geometry)
         bank_callback = StrategyBankCallback(self.bank_session, self._log_metric)
-        for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback(), BestMetricCallback()):
+        for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback()):
             self.add_callback(callback)
 
     # 1. Sampling

@@ -59,10 +59,12 @@ def check_keys(keys: Iterable[Any], known: Collection[str], path: str) -> None:
     Raises:
         [`ConfigError`]: There are others than `known`. The message lists all of them.
     """
-    problems = []
-    for key in map(str, keys):
-        if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
-            problems.append(f"Unknown key `{key}` in {path}: {hint}")
-    refuse(path, problems)
+    unknown = [key for key in map(str, keys) if key not in known]
+    close = {key: get_close_matches(key, known, n=1) for key in unknown}
+    if len(unknown) == 1 and not close[unknown[0]]:
+        raise ConfigError(f"Unknown key `{unknown[0]}` in {path}: the keys are {', '.join(known)}.")
+    problems = [
+        f"Unknown key `{key}` in {path}{f': did you mean `{close[key][0]}`?' if close[key] else '.'}"
+        for key in unknown
+    ]
+    refuse(f"{path}, whose keys are {', '.join(known)},", problems)

@@ -68,6 +68,10 @@ class TestKind:
             ("ImportError('install it first')", "install it first"),
             ("RuntimeError('needs a package')", "needs a package"),
             ("KeyError('no such metric')", "no such metric"),
+            (
+                "type('Its', (Exception,), {'__module__': 'package'})('invalid header')",
+                "invalid header",
+            ),
             ("KeyError('gelu2')", "transformers: KeyError gelu2"),
         ],
     )

@@ -147,7 +147,10 @@ class TestOneLine:
         evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         status, lines = run(evaluated | {"metric_for_best_model": "eval_nothing", "dataset_test_split": "train[:4]"})
         assert status == 2 and len(lines) == 1
-        assert "`metric_for_best_model` is eval_nothing" in lines[0] and "eval_reward" in lines[0]
+        assert (
+            "`metric_for_best_model` training argument is set to 'eval_nothing'" in lines[0]
+            and "eval_reward" in lines[0]
+        )
 
     @pytest.mark.parametrize(
         ("template", "words"),
@@ -205,7 +208,10 @@ class TestOneLine:
         [
             ("eval", ["--samples", "many"], "--samples: invalid int value: 'many'"),
             ("export", [], "required: --model, --output_dir"),
+            ("eval", ["--dtype", "float33"], "invalid choice: 'float33'"),
             ("solve", ["--n", "x"], "--n: invalid int value"),
+            ("solve", ["--model", "m", "--dtype", "float33", "1 + 1?"], "invalid choice: 'float33'"),
+            ("solve", ["--model", "m", "--device", "gpux", "1 + 1?"], "`--device gpux` cannot be used"),
             ("compare", [], "required: --config"),
             ("train", ["--seed", "x"], "--seed: invalid int value: 'x'"),
         ],
@@ -219,6 +225,23 @@ class TestOneLine:
     def test_options_with_hyphens(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["solve", "--model", "m", "--no-bank", "--bank", "b", "1 + 1?"]) == 2
         assert "`--no_bank`" in capsys.readouterr().err
+
+    def test_of_broken_weights(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        weights = Path(save_tiny_model(tmp_path / "model"), "model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:200])
+        assert main(["solve", "--model", str(tmp_path / "model"), "--no_bank", "1 + 1?"]) == 2
+        assert "deserializing header" in capsys.readouterr().err.splitlines()[-1]
+
+    def test_of_other_files_with_several_unknown_keys(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / "config.yaml"
+        config.write_text("seedz: [1]\nxyzzy: 2\n")
+        for command in ("eval", "compare"):
+            assert main([command, "--config", str(config)]) == 2
+            heading, *problems = capsys.readouterr().err.splitlines()
+            assert f"{config}, whose keys are " in heading and len(problems) == 2
+            assert re.search("`seedz`.*did you mean `seeds?`", problems[0]) and "`xyzzy`" in problems[1]
 
 
 class TestBugs:
@@ -300,6 +323,17 @@ class TestAllAtOnce:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(content) + written + "\n")
         assert vars(read_recipe(["--config", str(path)], "x").training)[key] == value
+
+    @pytest.mark.parametrize(
+        ("written", "targets"),
+        [("[q_proj]", ["q_proj"]), ("q_proj", ["q_proj"]), ("all-linear", "all-linear"), ("[.*q_proj]", ".*q_proj")],
+    )
+    def test_one_target_of_lora_is_a_name(
+        self, content: dict[str, Any], tmp_path: Path, written: str, targets: Any
+    ) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content) + f"lora_target_modules: {written}\n")
+        assert read_recipe(["--config", str(path)], "x").model.lora_target_modules == targets
 
     def test_a_recipe_of_open_r1(self, run: Callable[..., Answer], content: dict[str, Any], tmp_path: Path) -> None:
         """All problems in the first answer; with these mended, the second run trains."""

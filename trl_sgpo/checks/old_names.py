@@ -26,6 +26,7 @@ RENAMED = {
     # open-r1 and others
     "dataset_configs": "dataset_config",
     "dataset_mixture": "datasets",
+    "dataset_prompt_column": "prompt_column",
     "hub_model_revision": "hub_revision",
 }
 """Old keys and the keys that replace them."""

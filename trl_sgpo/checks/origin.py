@@ -42,7 +42,8 @@ def what_to_mend(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    if not isinstance(error, KINDS) or any(frame.f_code.co_name in RUNNING for frame in frames):
+    deliberate = isinstance(error, KINDS) or type(error).__module__ != "builtins"  # a type that a package defines
+    if not deliberate or any(frame.f_code.co_name in RUNNING for frame in frames):
         return None
     origin = next((name for frame in reversed(frames) if (name := _package(frame)) is not None), None)
     if origin not in LIBRARIES:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..inference.model import TwoPhaseModel
     from ..inference.verifier import Verifier
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 TWO_PHASE = (
     "strategy_prompt",
     "execution_prompt",
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_p", type=float, default=1.0, help="of sampled attempts (1.0)")
     parser.add_argument("--seed", type=int, default=42, help="seed of all random draws (42)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="problems a chunk (32)")
-    parser.add_argument("--dtype", default="auto", help="of the weights (auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto)")
     parser.add_argument(
         "--verifier", default="answer_reward", help="reward function, by name or dotted path (answer_reward)"
     )

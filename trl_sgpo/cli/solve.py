@@ -3,17 +3,16 @@
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checks.arguments import Parser
 from ..checks.paths import check_file
-from ..errors import BankError, BankInUseError, ConfigError, DataError
+from ..errors import ConfigError, DataError
 from .options import check_at_least
+from .solve_pipeline import open_pipeline
 
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from ..inference.pipeline import SGPOPipeline
     from ..inference.solution import Solution
 
-LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 CHAT_HELP = """\
 Write a problem to solve it. Problems are independent: earlier ones are not remembered.
@@ -119,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--max_completion_length", type=int, metavar="TOKENS", help="of an execution (as trained)")
     local = parser.add_argument_group("a model on this machine")
     local.add_argument("--batch_size", type=int, default=32, metavar="N", help="texts generated at a time (32)")
-    local.add_argument("--dtype", default="auto", help="of the weights (auto)")
+    local.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto)")
     local.add_argument("--load_in_4bit", action="store_true", help="quantize the weights, for small GPUs")
     local.add_argument("--device", help="such as cpu or cuda:1 (the accelerator, if there is one)")
     server = parser.add_argument_group("a model behind a server", "A token is read from TRL_SGPO_SERVER_TOKEN.")
@@ -178,98 +177,6 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-# The pipeline
-
-
-def _open(options: argparse.Namespace) -> "SGPOPipeline":
-    from ..compare.lab.model import prepare_model
-    from ..inference.pipeline import SGPOPipeline
-    from ..inference.server import TOKEN_VARIABLE
-
-    bank = None if options.no_bank or options.strategy is not None else options.bank or "auto"
-    try:
-        if options.server is not None:
-            pipeline = SGPOPipeline.from_server(
-                options.server,
-                options.model,
-                bank,
-                options.run,
-                revision=options.revision,
-                trust_bank=options.trust_bank,
-                token=os.environ.get(TOKEN_VARIABLE),
-                concurrency=options.concurrency,
-                timeout=options.timeout,
-                retries=2 if options.input is None else 5,
-            )
-        else:
-            prepare_model(options.model)
-            pipeline = SGPOPipeline.from_pretrained(
-                options.model,
-                bank,
-                options.run,
-                batch_size=options.batch_size,
-                device=options.device,
-                revision=options.revision,
-                trust_bank=options.trust_bank,
-                dtype=options.dtype,
-                **_quantization(options),
-            )
-    except BankInUseError as error:
-        raise BankError(f"The bank is in use by {error.holder}. {_copy_to_use(options)}") from error
-    except BankError as error:
-        raise BankError(f"{error} Or name another by `--bank`, or solve without: `--no_bank`.") from error
-    given = {name: vars(options)[name] for name in LIMITS if vars(options)[name] is not None}
-    pipeline.model.settings = replace(pipeline.model.settings, **given)
-    _tell_bank(pipeline, options)
-    return pipeline
-
-
-def _copy_to_use(options: argparse.Namespace) -> str:
-    """What to do where the bank is in use: its copy in the last checkpoint of the run can be read."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from ..bank.files import BANK_DIRECTORY
-
-    run = Path(options.bank or options.run or options.model)
-    run = run.parent if run.name == BANK_DIRECTORY else run
-    checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if checkpoint is None:
-        return "`--bank` takes a copy of it, which is in each checkpoint of the run. Or solve without: `--no_bank`."
-    return f"`--bank` takes a copy of it, such as `--bank {checkpoint}`. Or solve without: `--no_bank`."
-
-
-def _quantization(options: argparse.Namespace) -> dict[str, Any]:
-    if not options.load_in_4bit:
-        return {}
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": config}
-
-
-def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
-    if pipeline.pulled is not None:
-        print(f"Pulled {pipeline.pulled}.", file=sys.stderr)
-    if options.no_bank or options.strategy is not None:
-        return
-    if pipeline.bank is None:
-        where = options.run or options.model
-        text = f"There is no strategy bank in {where}: none is shown." if where else "No strategy bank: none is shown."
-        if options.server is not None and options.run is None and not Path(options.model or "").is_dir():
-            text = "No strategies of a bank are shown, and the default prompts are used: name the run by `--run`."
-    else:
-        strategies = pipeline.bank.strategies()
-        trusted = sum(strategy.trust == "trusted" for strategy in strategies)
-        text = f"Bank: {len(strategies)} strategies, {trusted} of them trusted, which may be shown."
-        from_hub = pipeline.pulled is not None and options.bank is None
-        if options.trust_bank or (from_hub and (options.run is None or options.server is not None)):
-            where = options.bank or pipeline.pulled
-            text = f"Bank of {where}: {len(strategies)} strategies, {trusted} of them trusted there, as far as its "
-            text += "author goes, which may be shown."
-    print(text, file=sys.stderr)
-
-
 def _decoding(options: argparse.Namespace) -> "Decoding":
     from ..inference.model import Decoding
 
@@ -286,12 +193,12 @@ def _solve(options: argparse.Namespace) -> int:
     if options.problem is None and sys.stdin.isatty():
         if options.json:
             raise ConfigError("`--json` is for one problem: give it, or leave `--json` out.")
-        with _open(options) as pipeline:
+        with open_pipeline(options) as pipeline:
             return _chat(pipeline, options)
     problem = sys.stdin.read() if options.problem is None else options.problem
     if not problem.strip():
         raise ConfigError("The problem is empty: pass it as an argument or on standard input, or use `--input`.")
-    with _open(options) as pipeline:
+    with open_pipeline(options) as pipeline:
         if options.json:
             prepared = pipeline.prepare([problem.strip()], [options.problem_class])
             (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options))
@@ -440,7 +347,7 @@ def _solve_file(options: argparse.Namespace) -> int:
     prompts = [row["prompt"] for row in loaded.rows]
     check_problems(prompts, options.input)
     classes = [options.problem_class or row.get("problem_class") for row in loaded.rows]
-    with _open(options) as pipeline:
+    with open_pipeline(options) as pipeline:
         model, bank = pipeline.model, pipeline.bank
         depends_on = {
             "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
