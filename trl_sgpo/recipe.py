@@ -17,6 +17,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from .checks.old_names import unknown_key
 from .checks.origin import what_to_mend
+from .checks.remote_code import remote_code_problems
 from .checks.values import check_mixture, read_value
 from .data.columns import Columns
 from .data.mixture import ProblemMixtureConfig
@@ -199,14 +200,13 @@ def read_recipe(
             found = error.problems if isinstance(error, SettingsError) else [message]
             # What follows from a value that is refused is not told twice
             problems += [text for text in found if not any(key in text for key in keys)]
-    if values["trust_remote_code"]:
-        problems.append("`trust_remote_code` is refused: it would run code from the model's repository.")
+    problems += remote_code_problems(values)
     own_columns = [key for key in ("prompt_column", "prompt_template") if values[key] is not None]
     own_columns += [key for key in ("answer_column",) if key in given | content.keys()]
     if own_columns and values["datasets"] and "dataset_name" not in given:
         named = " and ".join(f"`{key}`" for key in own_columns)
         problems.append(f"{named} are for `dataset_name`: in a mixture, set them in each entry of `datasets`.")
-    refuse(path or "The command line", problems)
+    refuse(path or "The command line", list(dict.fromkeys(problems)))
     script, training, model, mixture = parts
     target = model.lora_target_modules
     if isinstance(target, str) and target != "all-linear" and target.isidentifier():

@@ -8,6 +8,7 @@ from trl import GRPOConfig
 from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .checks.origin import what_to_mend
 from .checks.ranges import range_problems
+from .checks.remote_code import remote_code_problems
 from .errors import ConfigError, SettingsError, refuse
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 from .method.sampling import check_generation_kwargs
@@ -277,6 +278,7 @@ class SGPOConfig(GRPOConfig):
 
     def __post_init__(self):
         problems = list(range_problems(vars(self)))
+        problems += remote_code_problems(vars(self))
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

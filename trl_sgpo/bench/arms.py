@@ -17,7 +17,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
@@ -25,6 +25,7 @@ from ..bank.session import Observation
 from ..compare.lab.model import fetch_model
 from ..data.classes import CLASS_COLUMN, with_classes
 from ..data.loading import load_data, load_rewards, without_long_problems
+from ..inference.pretrained import load_tokenizer
 from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
@@ -92,7 +93,7 @@ def build_trainer(
     }
     common: dict[str, Any] = {
         "model": name if model is None else model,
-        "processing_class": AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left"),
+        "processing_class": load_tokenizer(name, padding_side="left", truncation_side="left"),
         "reward_funcs": load_rewards(recipe.script),
         "train_dataset": dataset,
         "quantization_config": get_quantization_config(recipe.model) if model is None else None,

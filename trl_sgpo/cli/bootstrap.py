@@ -255,9 +255,9 @@ def _doing(
 
     @cache
     def tokenizer() -> Any:
-        from transformers import AutoTokenizer
+        from ..inference.pretrained import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(fetch_model(recipe.model.model_name_or_path))
+        return load_tokenizer(fetch_model(recipe.model.model_name_or_path))
 
     def fits(strategy: str, execution: str) -> bool:
         lengths = [len(ids) for ids in tokenizer()([strategy, execution], add_special_tokens=False)["input_ids"]]

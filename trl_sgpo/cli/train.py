@@ -16,7 +16,6 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
@@ -31,6 +30,7 @@ from ..errors import ConfigError, SGPOError
 from ..evaluation.block_transfer import TransferScore, measure_transfer
 from ..evaluation.statistics import wilson_interval
 from ..hub.push import claim
+from ..inference.pretrained import load_tokenizer
 from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
@@ -123,7 +123,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     train_dataset = with_classes(
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     check_system_role(tokenizer, train_dataset[0]["prompt"], training.chat_template_kwargs)
     if training.use_bank and training.process_index == 0:
         load_embedder(training.embedding_model)

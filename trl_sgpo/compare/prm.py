@@ -236,20 +236,22 @@ def train_process_reward_model(
         [`ModelError`]: The policy's architecture has no token classification head.
     """
     from datasets import Dataset
-    from transformers import AutoModelForTokenClassification, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
     from trl.trainer.utils import disable_dropout_in_model
+
+    from ..inference.pretrained import load_model, load_tokenizer
 
     template_kwargs = config.chat_template_kwargs
     parts = [policy_dir, dataset.to_list(), learning_rate, epochs, config.seed]
     made_of = fingerprint([*parts, template_kwargs] if template_kwargs else parts)
     if is_made_of(output_dir, made_of):
         return str(output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    tokenizer = load_tokenizer(policy_dir)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(config.seed)
     try:
-        model = AutoModelForTokenClassification.from_pretrained(policy_dir, num_labels=1, dtype=torch.float32)
+        model = load_model(policy_dir, AutoModelForTokenClassification, num_labels=1, dtype=torch.float32)
     except ValueError as error:
         raise ModelError(
             f"The model {policy_dir} cannot score steps, as transformers has no token classification head for its "
@@ -405,15 +407,17 @@ class ProcessReward:
     """
 
     def __init__(self, directory: str, separator: str, aggregation: str = "min", batch_size: int = 32):
-        from transformers import AutoModelForTokenClassification, AutoTokenizer
+        from transformers import AutoModelForTokenClassification
+
+        from ..inference.pretrained import load_model, load_tokenizer
 
         self.__name__ = "process_reward"
         self.separator = separator
         self.aggregation = aggregation
         self.batch_size = batch_size
         try:
-            self.model = AutoModelForTokenClassification.from_pretrained(directory)
-            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+            self.model = load_model(directory, AutoModelForTokenClassification)
+            self.tokenizer = load_tokenizer(directory)
         except OSError as error:
             raise ModelError(f"The process reward model {directory} cannot be loaded: {error}") from error
         self.chat_template_kwargs = TwoPhaseSettings.load(directory).chat_template_kwargs

@@ -160,15 +160,16 @@ def train_reward_model(
         `str`: `output_dir`, which is a reward function of [`~trl.GRPOTrainer`].
     """
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import RewardConfig, RewardTrainer
+
+    from ..inference.pretrained import load_tokenizer
 
     template_kwargs = config.chat_template_kwargs
     parts = [policy_dir, pairs.to_list(), learning_rate, epochs, config.seed]
     made_of = fingerprint([*parts, template_kwargs] if template_kwargs else parts)
     if is_made_of(output_dir, made_of):
         return str(output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    tokenizer = load_tokenizer(policy_dir)
     training, held_out = (
         [
             {

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
 
 from ..errors import ConfigError, DataError, refuse
+from ..inference.pretrained import load_tokenizer
 from ..method.prompts import check_prompts, problem_text, with_system_prompt
 from ..recipe import Recipe, SGPOScriptArguments
 from .mixture import ProblemMixtureConfig
@@ -164,7 +164,7 @@ def without_long_problems(dataset: Dataset, limit: int | None, model: str) -> Da
     """
     if limit is None:
         return dataset
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     lengths = [len(ids) for ids in tokenizer([problem_text(prompt) for prompt in dataset["prompt"]])["input_ids"]]
     kept = [index for index, length in enumerate(lengths) if length <= limit]
     if not kept:

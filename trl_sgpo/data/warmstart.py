@@ -15,10 +15,10 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import DataError, ModelError
+from ..inference.pretrained import load_tokenizer
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
@@ -151,7 +151,7 @@ def warmstart(
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
     two_phase = TwoPhaseSettings.from_config(config, traces[0].prompt).of_model(tokenizer)

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .._version import __version__
 from ..bank.exchange import export_bank
@@ -25,6 +25,7 @@ from ..bank.snapshot import open_read_only
 from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
 from ..inference.loading import base_of, is_adapter, load_base
+from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer
 from ..inference.settings import TwoPhaseSettings
 from .parity import Parity, compare, logits_on, probes
 
@@ -104,12 +105,12 @@ def export(plan: ExportPlan) -> dict[str, Any]:
     _check_output(output, plan)
     source = _local(plan.model)
     settings = TwoPhaseSettings.load(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     adapter = is_adapter(source)
-    if adapter and PeftConfig.from_pretrained(source).is_prompt_learning:
+    if adapter and load_adapter_config(source).is_prompt_learning:
         raise ModelError(f"{plan.model} is no adapter of weights: only such can be merged. Use it with PEFT.")
     base = _local(base_of(source)) if adapter else source
-    config = AutoConfig.from_pretrained(base)
+    config = load_config(base)
     quantized = adapter and "quantization_config" in (settings.trained_on or {})
     if plan.base == "original" and not quantized:
         raise ConfigError(f"{plan.model} was not trained on quantized weights: leave out `--base original`.")
@@ -143,7 +144,7 @@ def _write(
     sequences = probes(tokenizer, settings)
     compute = _DTYPES[plan.compute_dtype]
     adapter = is_adapter(source)
-    own_dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    own_dtype = load_config(base).dtype or torch.float32
     report: dict[str, Any] = {
         "model": published(plan.model),
         "base": published(base) if adapter else None,
@@ -226,12 +227,12 @@ def load_unmerged(source: str, base: str, trained_on: dict[str, Any] | None, com
     """
     try:
         if not is_adapter(source):
-            return AutoModelForCausalLM.from_pretrained(source, dtype=compute).eval()
+            return load_model(source, dtype=compute).eval()
         model = load_base(base, trained_on, device_map={"": "cpu"})
         if "quantization_config" in vars(model.config):
             with redirect_stderr(StringIO()):
                 model = model.dequantize(dtype=compute)
-        return PeftModel.from_pretrained(model.to(compute), source).to(compute).eval()
+        return load_adapter(model.to(compute), source).to(compute).eval()
     except (OSError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{source} cannot be loaded: {error}") from error
 
@@ -247,7 +248,7 @@ def _read(directory: Path, name: str, config: Any, compute: torch.dtype) -> PreT
 
         with redirect_stderr(StringIO()):  # one of its progress bars cannot be turned off
             return read_gguf(directory / name, config, compute).eval()
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=compute).eval()
+    return load_model(directory, dtype=compute).eval()
 
 
 def _check_parity(form: Written, effect: Parity | None) -> None:

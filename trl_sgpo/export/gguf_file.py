@@ -23,10 +23,11 @@ from gguf import (
     get_tensor_name_map,
     quantize,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import GgufConfig, PreTrainedModel
 
 from .._version import __version__
 from ..errors import ModelError
+from ..inference.pretrained import load_config, load_model
 
 
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
@@ -251,10 +252,10 @@ def read_gguf(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         dtype (`torch.dtype`):
             Data type to compute in.
     """
-    from_file = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    from_file = load_config(path.parent, gguf_file=path.name)
     if _rope(config)["rope_type"] == "llama3":
         from_file.rope_parameters = config.rope_parameters
-    return AutoModelForCausalLM.from_pretrained(
+    return load_model(
         path.parent,
         gguf_file=path.name,
         config=from_file,

@@ -17,6 +17,7 @@ from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..errors import ModelError
 from ..inference.loading import ADAPTER_FILE, adapter_base
+from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import SETTINGS_FILE
 from ..report.run_files import REPORT_FILE
 from .model_card import (
@@ -92,19 +93,17 @@ def merge_adapter(adapter: Path, base: str, target: Path) -> None:
             Directory to write.
     """
     import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
 
-    if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+    if load_adapter_config(adapter).is_prompt_learning:
         raise ModelError(
             f"The adapter in {adapter} learns a prompt and cannot be merged into {base}, which others do not have: "
             "train it on a model of the Hub, by its id."
         )
     try:
         with torch.random.fork_rng(devices=[]):  # keeps the random state
-            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-            model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
-        model.merge_and_unload().save_pretrained(target)
+            model = load_model(base, dtype="auto")
+            adapted = load_adapter(model, adapter, torch_device="cpu")
+        adapted.merge_and_unload().save_pretrained(target)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The adapter in {adapter} and its model in {base} cannot be merged: {error}") from error
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..speed.quantization import keep_4bit_layout
+from .pretrained import load_model
 from .weights import require_model
 
 
@@ -112,7 +113,7 @@ def load_base(name: str, trained_on: dict[str, Any] | None, **model_kwargs: Any)
                 "`pip install 'trl-sgpo[quantization]'`."
             )
         kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(kwargs["quantization_config"])
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    model = load_model(name, **kwargs)
     if model.device.type == "cpu":
         keep_4bit_layout(model)
     return model

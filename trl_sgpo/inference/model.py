@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from ..errors import ModelError
 from ..method.conversation import Conversation
@@ -14,6 +14,7 @@ from ..method.prompts import ParsedStrategy, Prompt
 from ..speed.generation import left_padded
 from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from .loading import base_of, is_adapter, load_base
+from .pretrained import load_adapter, load_model, load_tokenizer
 from .settings import TwoPhaseSettings
 from .weights import require_model
 
@@ -126,15 +127,13 @@ class TwoPhaseModel:
         saved = TwoPhaseSettings.load(directory)
         try:
             if is_adapter(directory):
-                from peft import PeftModel
-
                 base = load_base(base_of(directory), saved.trained_on, **model_kwargs)
-                model = PeftModel.from_pretrained(base, directory)
+                model = load_adapter(base, directory)
                 if "quantization_config" not in vars(model.config) and not is_prompt_learning(model):
                     model = model.merge_and_unload()
             else:
-                model = AutoModelForCausalLM.from_pretrained(directory, **model_kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(directory)
+                model = load_model(directory, **model_kwargs)
+            tokenizer = load_tokenizer(directory)
         except (OSError, ValueError) as error:
             raise ModelError(f"The model {name} cannot be loaded: {error}") from error
         if device is None and torch.accelerator.is_available():

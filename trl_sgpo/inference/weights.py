@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 from ..errors import ModelError
+from .pretrained import load_model, load_tokenizer
 
 
 LAB_MODEL = "trl-sgpo/lab"
@@ -113,7 +114,7 @@ def require_model(name: str) -> str:
 def _convert_gguf(name: str, gguf: Path) -> Path:
     """Saves a GGUF file as safetensors, once, and returns the directory."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
     target = _cache() / name.split("/")[-1]
     if target.is_dir():
@@ -125,8 +126,8 @@ def _convert_gguf(name: str, gguf: Path) -> Path:
     # one of the progress bars cannot be turned off
     with redirect_stderr(StringIO()), tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         converted = Path(temporary) / target.name
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(converted)
-        model = AutoModelForCausalLM.from_pretrained(
+        load_tokenizer(gguf.parent, gguf_file=gguf.name).save_pretrained(converted)
+        model = load_model(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
         model.config._model_name_or_path = name  # the GGUF file records a training run's name

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import ModelError
+from ..inference.pretrained import load_config
 from ..inference.weights import require_model
 
 
@@ -28,7 +29,7 @@ def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConf
     """
     try:
         source = require_model(name)
-        return AutoConfig.from_pretrained(source, revision=revision), source
+        return load_config(source, revision=revision), source
     except (ModelError, OSError) as error:
         known = architectures()
         if name not in known:
