@@ -19,6 +19,7 @@ from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
 from trl_sgpo.evaluation.digest import digest, settings_record
 from trl_sgpo.inference.settings import TwoPhaseSettings
 
+
 # The default of version 0.1.0
 EXECUTION_PROMPT = "Now apply this strategy to the problem, step by step, and finish with the final answer."
 
