@@ -20,6 +20,10 @@ from trl_sgpo.evaluation.digest import digest, settings_record
 from trl_sgpo.inference.settings import TwoPhaseSettings
 
 
+# The default of version 0.1.0
+EXECUTION_PROMPT = "Now apply this strategy to the problem, step by step, and finish with the final answer."
+
+
 ARCHIVE = Path(__file__).parent / "fixtures" / "run_of_0_1_0.tar.xz"
 
 
@@ -58,6 +62,7 @@ def test_a_checkpoint_resumes_with_the_same_figures(run):
             gradient_accumulation_steps=1,
             steps_per_generation=2,
             seed=7,
+            execution_prompt=EXECUTION_PROMPT,
         ),
         train_dataset=problems(),
         strategy_bank=StrategyBank(run / "out" / "strategy_bank", hash_embedder),
@@ -87,7 +92,7 @@ def test_a_bank_opens_and_finds_its_strategies(run):
 
 def test_digests_of_settings_without_newer_keys_are_the_same():
     """`eval` and `solve` continue the records of version 0.1.0, which computed the first digest here."""
-    settings = TwoPhaseSettings(system_prompt="Be brief.")
+    settings = TwoPhaseSettings(execution_prompt=EXECUTION_PROMPT, system_prompt="Be brief.")
     assert digest({"settings": settings_record(settings)}) == (
         "a9e4e38ad5c3385e3fbcdcceceaf6b9b8591f40961ec1189342d16f3391a246c"
     )

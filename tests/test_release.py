@@ -182,7 +182,7 @@ class TestInstalled:
                 "max_steps": 2,
                 "report_problems": 4,
                 "bank_min_problems": 1,
-                "bank_tolerance": 0.9,
+                "bank_tolerance": 0.99,
                 "output_dir": "run",
             }
             (user.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
