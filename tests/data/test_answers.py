@@ -14,7 +14,8 @@ from trl_sgpo.data import check_process, expressions
 from trl_sgpo.data.answers import answer_reward, check_answer, same_answer, same_answer_text
 from trl_sgpo.data.check_process import CheckProcess
 from trl_sgpo.data.final_answers import final_answer
-from trl_sgpo.data.numbers import plain_text, read_number, same_number
+from trl_sgpo.data.numbers import read_number, same_number
+from trl_sgpo.data.plain_text import plain_text
 from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.errors import DataError
 
@@ -84,23 +85,27 @@ def test_forms_of_real_solutions(form):
     [
         ("−1,234.50", "-1234.5", None),
         ("1 234 567", "1234567", None),
-        ("1½ cups", "1.5", None),
+        ("1½ cups", "1.5", "cups"),
         (r"1\frac{1}{2}", "1.5", None),
         (r"-\dfrac34", "-0.75", None),
-        (r"1{,}234\text{ cm}^2", "1234", "cm^2"),
-        ("6 square centimeters", "6", "cm^2"),
-        ("60 miles per hour", "60", "mi/h"),
-        ("$1.2 million", "1200000", "dollar"),
-        ("Rs. 50", "50", "rupee"),
-        (r"90^\circ", "90", "degree"),
+        (r"1{,}234\text{ cm}^2", "1234", "length^2"),
+        ("6 square centimeters", "6", "length^2"),
+        ("60 miles per hour", "60", "length/time"),
+        ("$1.2 million", "1200000", "money-usd"),
+        ("Rs. 50", "50", "money-inr"),
+        (r"90^\circ", "90", "angle"),
         (r"1.2 \times 10^{3}", "1200", None),
         ("10^-2", "0.01", None),
         ("minus twenty-one", "-21", None),
-        ("two thousand three hundred and five dollars", "2305", "dollar"),
+        ("two thousand three hundred and five dollars", "2305", "money-usd"),
         ("a dozen eggs", "12", None),
         ("x = 5", "5", None),
         ("**9** apples", "9", None),
         ("5-year-old", "5", None),
+        ("two and a half hours", "2.5", "time"),
+        ("two thirds", "2/3", None),
+        (r"0.1\overline{6}", "1/6", None),
+        ("2 hundred thousand", "200000", None),
         ("50% of the students", "50", None),
         ("٣", "3", None),
     ],
@@ -108,7 +113,7 @@ def test_forms_of_real_solutions(form):
 def test_read_number(text, value, measure):
     number, wanted = read_number(plain_text(text)), read_number(value)
     assert number is not None and wanted is not None
-    assert (number.value, number.measure) == (wanted.value, measure)
+    assert (number.value, number.unit.dimension) == (wanted.value, measure)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +132,6 @@ def test_read_number(text, value, measure):
         "5 or 6",
         "five twenty",
         "1,23",
-        "5 and a half",
-        "one-half",
         "2 5 9",
         "(1,2)",
         "1/0",
@@ -174,6 +177,36 @@ def test_texts_that_are_no_number(text):
         ("2", r"\sqrt{4}", True, "mathematics"),
         ("1+x", "x + 1", True, "mathematics"),
         ("x", "y", False, "mathematics"),
+        (r"2√3", r"\sqrt{12}", True, "mathematics"),
+        ("60 minutes", "1 hour", True, "number"),
+        ("60 km", "60 miles", False, "number"),
+        ("60 miles", "60 mph", False, "number"),
+        ("$5", "$5 per hour", True, "number"),
+        ("5%", "5 dollars", False, "number"),
+        ("5 May", "5 June", False, "number"),
+        ("$5 loss", "$5 profit", False, "number"),
+        ("5 (five apples)", "5", True, "number"),
+        ("y = 5", "x = 5", False, "number"),
+        ("0.000000", "1/3000000", False, "number"),
+        ("40_9", "40_5", False, "number"),
+        ("40", "40_{5}", True, "number"),
+        ("three eighths", "3", False, "number"),
+        ("x = 1, y = 2", "y = 2, x = 1", True, "list"),
+        ("x = 2, y = 1", "y = 2, x = 1", False, "list"),
+        ("x = 1 or x = 2", "1, 2", True, "list"),
+        (r"x \in (1, 2)", "(1, 2)", True, "list"),
+        ("1,000", "1, 0", False, "list"),
+        ("2024-01-02", "2024-02-01", False, "text"),
+        ("2:30", "1:15", False, "text"),
+        ("5-6", "6-7", False, "text"),
+        ("4B", "B4", False, "text"),
+        ("10:30am", "10:30 AM", True, "text"),
+        ("3 PM", "3:00 PM", True, "text"),
+        ("10:30 PM", "10:30 AM", False, "text"),
+        ("A. Paris", "A", True, "text"),
+        ("Option (A)", "A", True, "text"),
+        ("B", "A", False, "mathematics"),
+        ("Yes, because 3 > 2", "yes", True, "text"),
         ("5x", "5", False, "number"),
         ("5", "5x", False, "mathematics"),
     ],
@@ -204,6 +237,22 @@ def test_families_accept_their_solutions_only(family):
     for other in columns["solution"]:
         found = answer_reward([f"#### {other}"] * 8, **columns)
         assert found == [float(solution == other) for solution in columns["solution"]]
+
+
+@pytest.mark.parametrize("family", ["gsm_symbolic", "coin_flip", "complex_arithmetic", "letter_jumble", "sokoban"])
+@pytest.mark.parametrize("form", ["not {}", "{} or 5", "nan", "0"])
+def test_families_accept_no_more_than_an_answer(family, form):
+    row = load_problems(f"reasoning_gym/{family}?size=1")[0]
+    assert answer_reward([f"#### {form.format(row['solution'])}"], [row["solution"]], [row["entry"]]) == [0.0]
+
+
+def test_solutions_are_texts_or_numbers():
+    assert answer_reward(["#### 5", "#### 0.5"], [5, 0.5]) == [1.0, 1.0]
+    with pytest.raises(DataError, match="answer_column"):
+        answer_reward(["#### 5"])
+    for solution in (True, [5], {"a": 5}):
+        with pytest.raises(DataError, match="short text or a number"):
+            answer_reward(["#### 5"], [solution])
 
 
 def test_another_calculation(monkeypatch):
@@ -283,6 +332,14 @@ def test_derivatives(point, name):
         ("<think>The answer is 4</think>\n#### 5", "5"),
         ("\\boxed{" * 10_000, None),
         ("#### ####", None),
+        ("#### 5 ####", "5"),
+        ("#### A# B#", "A# B#"),
+        ("The answer is 5. This answer is correct.", "5"),
+        ("Answer: 5\nLet me verify the answer: 2+3=5.", "5"),
+        ("The answer is 5 because 2+3=5.", "5"),
+        ("The answer is 5, not 6.", "5"),
+        ("The answer is therefore **5** apples.", "5 apples"),
+        ("Answer:\n\\[\n5\n\\]", "5"),
     ],
 )
 def test_final_answer(text, answer):
@@ -305,7 +362,8 @@ def test_numbers_are_exact(value, places):
     decimal = read_number(f"{float(value):.{places}f}")
     assert decimal is not None
     assert same_number(decimal, fraction) == (
-        decimal.value == value or (places >= 6 and abs(decimal.value - value) <= 10**-places / 2)
+        decimal.value == value
+        or (places >= 6 and abs(decimal.value) >= 10 ** (5 - places) and abs(decimal.value - value) <= 10**-places / 2)
     )
 
 

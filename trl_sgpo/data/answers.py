@@ -8,17 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import DataError
+from .answer_lists import AnswerList, as_list
 from .check_process import equal_expressions
-from .families import accepted, family_of
+from .families import accepted, family_of, has_several_answers
 from .final_answers import final_answer
-from .numbers import plain_text, read_number, same_number
+from .numbers import read_number, same_number
+from .plain_text import plain_text
 
 
 MAX_LENGTH = 1000
 MAX_EXPRESSIONS = 16
 
 _SIMPLE = re.compile(r"[+-]?\d{1,15}")
-_PLAIN_NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:0|[1-9][\d,]*)(?:\.\d+)?(?:[eE][+-]\d+)?(?:/\d+|°)?")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z*]+\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _OPERATOR = re.compile(r"[-+*/^=<>|!_\\\d]")
@@ -28,7 +31,13 @@ _FUNCTIONS = frozenset([
     "sqrt", "pi", "gcd", "lcm", "mod", "max", "min", "lim", "inf",
 ])
 # fmt: on
-_PAIRS = {"(": ")", "[": "]", "{": "}"}
+_NUMERAL_IN_BASE = re.compile(r"\(?(\d[\dA-Fa-f]*)\)?_\{?\s*\w+\s*\}?")
+_CHOICE = re.compile(r"\(?([A-Ja-j])\)?")
+_NAMED_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?\(?([A-Ja-j])(?:\)[.:]?(?:\s|$)|[.:](?:\s|$)|$)", re.IGNORECASE
+)
+_YES_OR_NO = re.compile(r"(yes|no|true|false)\s*[,.;:(-]", re.IGNORECASE)
+_TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?m\.?)?")
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,15 @@ def check_answer(answer: str, gold: str, entry: str | None = None) -> AnswerChec
     Raises:
         [`DataError`]: If mathematics is to be compared and math-verify is not installed.
     """
-    if entry is not None and family_of(entry) is not None:
-        return _check_by_family(answer, gold, entry)
+    family = family_of(entry)
+    if entry is not None and family is not None:
+        return _check_by_family(answer, gold, entry, family)
     return _compare(answer, gold, equal_expressions)
 
 
 def answer_reward(
     completions: list[str | list[dict[str, Any]]],
-    solution: list[str | None],
+    solution: list[str | float | None] | None = None,
     entry: list[str | None] | None = None,
     problem_class: list[str | None] | None = None,
     **kwargs: Any,
@@ -94,8 +104,8 @@ def answer_reward(
     Args:
         completions (`list[str | list[dict[str, Any]]]`):
             Completions, as text or messages, read by [`~trl_sgpo.data.final_answers.final_answer`].
-        solution (`list[str | None]`):
-            Short answers.
+        solution (`list[str | float | None]`):
+            Short answers, as texts or numbers.
         entry (`list[str | None]`, *optional*):
             Which problems of reasoning-gym families they are, as [`~trl_sgpo.data.tasks.load_problems`] writes it.
         problem_class (`list[str | None]`, *optional*):
@@ -107,13 +117,20 @@ def answer_reward(
         `list[float | None]`: `None` where the solution is `None`.
 
     Raises:
-        [`DataError`]: If the package that checks the answer is not installed.
+        [`DataError`]: If there are no solutions, or one is neither text nor number, or the package that checks the
+            answer is not installed.
     """
+    if solution is None:
+        raise DataError("`answer_reward` needs a column `solution`: name the column with the answers `answer_column`.")
     rewards: list[float | None] = []
     for completion, gold, raw in zip(completions, solution, entry or [None] * len(solution), strict=True):
         if gold is None:
             rewards.append(None)
             continue
+        if not isinstance(gold, str):
+            if isinstance(gold, bool) or not isinstance(gold, int | float):
+                raise DataError(f"A solution is {gold!r}: `answer_reward` needs a short text or a number.")
+            gold = str(gold)
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         answer = final_answer(text, lines=len(gold.strip().splitlines()))
         rewards.append(float(answer is not None and check_answer(answer, gold, raw).right))
@@ -149,12 +166,17 @@ def same_answer_text(first: str, second: str) -> bool:
     return _compare(first, second, _never_equal).right
 
 
-def _check_by_family(answer: str, gold: str, entry: str) -> AnswerCheck:
-    if answer.strip() == gold.strip():
+def _check_by_family(answer: str, gold: str, entry: str, family: str) -> AnswerCheck:
+    lines = [[plain_text(line) for line in text.strip().splitlines()] for text in (answer, gold)]
+    if lines[0] == lines[1]:
         return AnswerCheck(True, "text")
-    if _PLAIN_NUMBER.fullmatch(gold) and _compare(answer, gold, _never_equal).right:
-        return AnswerCheck(True, "number")
-    return AnswerCheck(accepted(answer, gold, entry), "family")
+    if has_several_answers(family):
+        return AnswerCheck(accepted(answer, gold, entry), "family")
+    found = _compare(answer, gold, equal_expressions if family == "complex_arithmetic" else _never_equal)
+    if found.rung == "text" or (found.rung == "number" and _PLAIN_NUMBER.fullmatch(gold) is None):
+        return AnswerCheck(False, "family")  # letters, and digits of other bases, are compared one by one
+    right = found.right and len(lines[0]) == len(lines[1])
+    return AnswerCheck(right, found.rung if right else "family")
 
 
 def _never_equal(gold: str, answer: str) -> bool:
@@ -170,20 +192,44 @@ def _compare(answer: str, gold: str, equal: Callable[[str, str], bool]) -> Answe
 
 
 def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool]) -> AnswerCheck:
-    if _folded(answer) == _folded(gold):
+    if _folded(answer) == _folded(gold) or _same_choice(answer, gold) or _same_time(answer, gold):
         return AnswerCheck(True, "text")
     wanted = read_number(gold, spaced=False)
     found = read_number(answer, spaced=wanted is not None)
     if found is not None and wanted is not None:
         return AnswerCheck(same_number(found, wanted), "number")
-    lists = _items(answer), _items(gold)
+    bases = _NUMERAL_IN_BASE.fullmatch(answer), _NUMERAL_IN_BASE.fullmatch(gold)
+    if bases[0] is not None or bases[1] is not None:
+        digits = [text if base is None else base[1] for text, base in zip((answer, gold), bases, strict=True)]
+        return AnswerCheck(digits[0] == digits[1] and None in bases, "number")
+    lists = as_list(answer), as_list(gold)
     if lists[0] is not None and lists[1] is not None:
-        return AnswerCheck(_same_items(*lists[0], *lists[1], equal), "list")
+        # 1,000 is no list where it is a number
+        same = found is None and _same_items(lists[0], lists[1], equal)
+        return AnswerCheck(same, "list")
     if lists[0] is not None or lists[1] is not None:
         return AnswerCheck(False, "list")
     if wanted is None and _is_mathematics(gold) and (found is not None or _is_mathematics(answer)):
         return AnswerCheck(equal(gold, answer), "mathematics")
     return AnswerCheck(False, "number" if wanted is not None else "text")
+
+
+def _same_choice(answer: str, gold: str) -> bool:
+    """Whether an answer names the choice that a gold answer such as `B` or `yes` is, and says more about it."""
+    if (letter := _CHOICE.fullmatch(gold)) is not None:
+        named = _NAMED_CHOICE.match(answer)
+        return named is not None and named[1].upper() == letter[1].upper()
+    named = _YES_OR_NO.match(answer)
+    return named is not None and named[1].casefold() == gold.casefold()
+
+
+def _same_time(answer: str, gold: str) -> bool:
+    """Whether both are the same time of day. One of them may lack am or pm."""
+    times = [_TIME.fullmatch(text.casefold()) for text in (answer, gold)]
+    if times[0] is None or times[1] is None or (times[0][2] is None and times[1][2] is None):
+        return False
+    own, other = ((int(time[1]), int(time[2] or 0), int(time[3] or 0), time[4]) for time in times if time)
+    return own[:3] == other[:3] and (own[3] == other[3] or None in (own[3], other[3]))
 
 
 def _folded(text: str) -> str:
@@ -195,68 +241,18 @@ def _folded(text: str) -> str:
     return text
 
 
-def _items(text: str) -> tuple[str, list[str]] | None:
-    """Brackets and items of a list, `None` if the text is not one."""
-    text = text.replace("\\{", "{").replace("\\}", "}")
-    brackets = ""
-    if text[:1] in _PAIRS and text[-1:] in ")]}" and _closes_at_end(text):
-        brackets, text = text[0] + text[-1], text[1:-1].strip()
-    items = _split(text, ";") or _split(re.sub(r",?\s+and\s+", ", ", text), ",")
-    if items is None:
-        words = text.split()
-        if len(words) > 1 and all(read_number(word) is not None for word in words):
-            items = words
-    if items is None:
-        return (brackets, [text] if text else []) if brackets in ("[]", "{}") else None
-    if any(not item for item in items):
-        return None
-    return brackets, items
-
-
-def _closes_at_end(text: str) -> bool:
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0:
-            return position == len(text) - 1
-    return False
-
-
-def _split(text: str, separator: str) -> list[str] | None:
-    parts, depth, start = [], 0, 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == separator and depth == 0:
-            parts.append(text[start:position].strip())
-            start = position + 1
-    return [*parts, text[start:].strip()] if parts else None
-
-
-def _same_items(
-    brackets: str,
-    answer: list[str],
-    gold_brackets: str,
-    gold: list[str],
-    equal: Callable[[str, str], bool],
-) -> bool:
-    if len(answer) != len(gold):
+def _same_items(answer: AnswerList, gold: AnswerList, equal: Callable[[str, str], bool]) -> bool:
+    if len(answer.items) != len(gold.items) or not answer.may_be(gold):
         return False
-    if (
-        brackets
-        and gold_brackets
-        and brackets != gold_brackets
-        and (len(gold) == 2 or "{}" in (brackets, gold_brackets))
-    ):
-        return False  # intervals, points and sets
-    compare = equal if len(gold) <= MAX_EXPRESSIONS else _never_equal
+    compare = equal if len(gold.items) <= MAX_EXPRESSIONS else _never_equal
 
     def same(first: str, second: str) -> bool:
         return _compare_plain(plain_text(first), plain_text(second), compare).right
 
-    if gold_brackets != "{}":
-        return all(same(*pair) for pair in zip(answer, gold, strict=True))
-    left = list(gold)
-    for item in answer:
+    if gold.brackets != "{}" and not (answer.labelled and gold.labelled):
+        return all(same(*pair) for pair in zip(answer.items, gold.items, strict=True))
+    left = list(gold.items)
+    for item in answer.items:
         place = next((index for index, other in enumerate(left) if same(item, other)), None)
         if place is None:
             return False
@@ -265,10 +261,14 @@ def _same_items(
 
 
 def _is_mathematics(text: str) -> bool:
-    """Whether a text is an expression: no words but names of functions, and an operator, a digit or one letter."""
+    """Whether a text is an expression, and no words, code, date, time, range or score."""
     letters = _COMMAND.sub(" ", text)
+    if re.search(r"[A-Za-z\\^!]", text) is None or (":" in text and "\\" not in text):
+        return False
     if _OPERATOR.search(text) is None:
         return len(letters.strip()) == 1 and letters.strip().isalpha()
+    if text.isalnum() and re.fullmatch(r"\d+[a-z]+", text) is None:
+        return False  # such as B4 or CO2
     words = [word for word in _WORD.findall(letters) if word.lower() not in _FUNCTIONS]
     # Two letters may be a product, such as 2xy, where something else shows that this is mathematics
     return not words or (max(map(len, words)) == 2 and re.search(r"[\d\\^]", text) is not None)

@@ -27,7 +27,7 @@ _REFERENCE = re.compile(rf"{GYM}(\w{{1,60}})\?([\w.=&+-]{{0,1000}})#(\d{{1,9}})"
 _POINTS = 8
 _REFUSED: set[tuple[str, str]] = set()  # families and settings that gave no problem in time
 
-# Families whose module evaluates text as code. Their solution is the only right answer unless `_GRAMMARS` has them.
+# Families whose module evaluates text as code: their verifiers are never called
 # fmt: off
 EVALUATING = frozenset([
     "basic_arithmetic", "binary_matrix", "bitwise_arithmetic", "codeio", "countdown", "intermediate_integration",
@@ -35,8 +35,32 @@ EVALUATING = frozenset([
     "spiral_matrix", "string_insertion",
 ])
 # fmt: on
-# Their solution is the only right answer, too; reasoning-gym 0.1.25 accepts `True` for `False` in game_of_life_halting
-_ONE_ANSWER = frozenset([list_functions.FAMILY, "game_of_life_halting"])
+_JSON = r"[\[\]\",\s\w>-]+"
+# Families with several right answers whose verifier decides, and the form that an answer must have before it may: the
+# verifiers of reasoning-gym 0.1.25 accept `not 5` and `5 or 6` where they look for 5. Other families have one answer.
+VERIFIED = {
+    family: re.compile(form)
+    for family, form in {
+        "cryptarithm": r"[A-Z]=\d(?:\s*,\s*[A-Z]=\d)*",
+        "fraction_simplification": r"(?:(?!\s*(?:or|and|not)\b)[\\$\w{}/\s(),-])+?(?<!\s)",
+        "futoshiki": r"[\d\s<>∧∨]+",
+        "group_anagrams": _JSON,
+        "jugs": _JSON,
+        "kakurasu": r"[01\s]+",
+        "knight_swap": rf"{_JSON}|No",
+        "mini_sudoku": r"[\d\s]+",
+        "palindrome_generation": r"[a-z]+",
+        "palindrome_partitioning": _JSON,
+        "prime_factorization": r"[\d\s×]+",
+        "quantum_lock": r"[A-Z](?:\s*→\s*[A-Z])*",
+        "shortest_path": r"(?:up|down|left|right|\s)+|infeasible",
+        "sokoban": r"[LRUD]+",
+        "sudoku": r"[\d\s]+",
+        "survo": r"[\d\s]+",
+        "tower_of_hanoi": r"(?:Move disk \d+ from Peg \d+ to Peg \d+\s*)+",
+        "word_ladder": r"[A-Za-z]+(?:\s*,\s*[A-Za-z]+)*",
+    }.items()
+}
 
 
 @dataclass(frozen=True)
@@ -106,9 +130,14 @@ def family_of(entry: str | None) -> str | None:
     return list_functions.FAMILY if list_functions.metadata_of(entry) is not None else None
 
 
+def has_several_answers(family: str) -> bool:
+    """Whether more than its solution is right for a problem of the family."""
+    return family in _GRAMMARS or family in VERIFIED
+
+
 def accepted(answer: str, solution: str, entry: str) -> bool:
     """
-    Whether a family accepts an answer that is not its solution word for word.
+    Whether a family with several right answers accepts one.
 
     Args:
         answer (`str`):
@@ -116,20 +145,23 @@ def accepted(answer: str, solution: str, entry: str) -> bool:
         solution (`str`):
             The row's solution.
         entry (`str`):
-            The row's `entry`, with a family.
+            The row's `entry`, which refers to a problem of such a family.
     """
     reference = read_reference(entry)
-    if reference is None or reference.family in _ONE_ANSWER | (EVALUATING - set(_GRAMMARS)):
+    if reference is None:
+        return False
+    answer = answer.strip()
+    if reference.family in VERIFIED and VERIFIED[reference.family].fullmatch(answer) is None:
         return False
     problem = generated_again(reference)
     if problem is None or str(problem["answer"]) != solution:
         return False
-    if reference.family in _GRAMMARS:
-        try:
-            return _GRAMMARS[reference.family](answer, problem["metadata"])
-        except NotInGrammar:
-            return False
-    return CHECKS.ask("accepts", reference.family, reference.settings, reference.index, answer) is True
+    if reference.family in VERIFIED:
+        return CHECKS.ask("accepts", reference.family, reference.settings, reference.index, answer) is True
+    try:
+        return _GRAMMARS[reference.family](answer, problem["metadata"])
+    except NotInGrammar:
+        return False
 
 
 def _reaches(target: Callable[[dict[str, Any]], int]) -> Callable[[str, dict[str, Any]], bool]:

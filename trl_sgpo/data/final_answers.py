@@ -4,14 +4,28 @@ import re
 
 
 MAX_MARKS = 8
+MAX_REST = 2000
 
 _MARK = re.compile(r"####|\\boxed\s*\{|<answer>", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"\banswers?\b(?:\s+to\s[^.:\n]{0,80}?)?(?:\s*[*_]*\s*[:=]\s*[*_]*|\s+(?:is|are)\b\s*:?)"
-    r"|^\W*(?:final\s+)?answer\W*$",
+    r"\banswers?\b(?:[ \t]to[ \t][^.:\n]{0,80}?)?"
+    r"(?:[ \t]{0,3}[*_]{0,3}[ \t]{0,3}[:=][ \t]{0,3}[*_]{0,3}|[ \t]{1,3}(?:is|are)\b[ \t]{0,3}:?)"
+    r"|^[^\w\n]{0,10}(?:final[ \t]+)?answer[^\w\n]{0,10}$",
     re.IGNORECASE | re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"(?<=[a-z]{4}|\d\d\d\d)\.\s+(?=[A-Z])|(?<=[\d)}\]$*%])\.\s+(?=[A-Z])")
+_CHECKING = re.compile(r"\b(?:verify|check|confirm)\w*(?:[ \t]+(?:the|this|our|that))?[ \t]*$", re.IGNORECASE)
+# What follows "the answer is" without stating it
+_REMARK = re.compile(
+    r"(?:correct|incorrect|wrong|verified|confirmed|reasonable|clear|consistent|in|not|as|what|that|given|found)\b",
+    re.IGNORECASE,
+)
+_ADVERB = re.compile(r"(?:therefore|thus|then|hence|simply|just|indeed|clearly)[ \t,]+", re.IGNORECASE)
+_SENTENCE_END = re.compile(
+    r"(?:(?<=[a-z]{4})|(?<=[\d)}\]$*%]))\.[ \t]+(?=[A-Z])"
+    r"|[ \t]+(?:because|since)\b|,[ \t]*(?:not|because|since|so|as)\b"
+)
+_CLOSING = re.compile(r"\s{0,3}#{4,}\s*$")
+_OPENING = re.compile(r"(?:\\\[|\$\$|```\w*)[ \t]*$")
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 
 
@@ -53,7 +67,8 @@ def _marked(text: str, lines: int) -> str | None:
             content = _in_braces(rest) or ""
         else:
             content = re.split(r"</?answer>", rest, maxsplit=1, flags=re.IGNORECASE)[0].strip()
-        if content.strip("# "):
+        content = _CLOSING.sub("", content)
+        if content:
             return content
     return None
 
@@ -69,11 +84,22 @@ def _in_braces(rest: str) -> str | None:
 
 def _phrased(text: str) -> str | None:
     """Rest of the sentence after the last phrase that states an answer."""
-    phrases = list(_PHRASE.finditer(text))
-    if not phrases:
+    stated = None
+    for phrase in list(_PHRASE.finditer(text))[-MAX_MARKS:]:
+        if _CHECKING.search(text[max(0, phrase.start() - 40) : phrase.start()]) is None:
+            found = _rest_of_sentence(text[phrase.end() : phrase.end() + MAX_REST])
+            if found is not None and (stated is None or _REMARK.match(found) is None):
+                stated = found
+    return stated
+
+
+def _rest_of_sentence(rest: str) -> str | None:
+    lines = [line.strip() for line in _BOLD.sub(r"\1", rest).lstrip(" \t*_:").split("\n")]
+    stated = [line for line in lines if line and not _OPENING.fullmatch(line)]
+    if not stated:
         return None
-    rest = text[phrases[-1].end() :].lstrip(" \t*_:")
-    line = rest.split("\n", 1)[0].strip() or next(iter(rest.strip().split("\n")), "")
+    line = stated[0]
+    line = _ADVERB.sub("", line, count=1) if _ADVERB.match(line) else line
     answer = _SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*").rstrip(" .*")
     if answer.count(")") > answer.count("("):
         answer = answer.removesuffix(")").rstrip(" .*")  # of a remark in parentheses
