@@ -355,6 +355,24 @@ def test_any_text(first, second):
     assert found is None or found in first
 
 
+# fmt: off
+PIECES = [
+    "5", "1,000", "0.5", "-", "+", "/", "*", "^", "2", "3", "x", "=", "cm", "km", "h", "$", "€", "%", "°", "apples",
+    "of", "and", "or", "half", "five", "twenty", "hundred", "third", "per", "square", "(", ")", "[", "]", "{", "}",
+    ",", ";", ":", "\\frac", "\\sqrt", "\\text{", "\\pi", "_", "e3", "May", "am", "A", "**", "`", "\\overline{3}",
+    ".", "10", "x 10^", " ",
+]
+# fmt: on
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.sampled_from(PIECES), max_size=8), st.lists(st.sampled_from(PIECES), max_size=8))
+def test_texts_of_pieces(first, second):
+    for join in ("", " "):
+        assert same_answer_text(join.join(first), join.join(first))
+        assert same_answer_text(join.join(first), join.join(second)) in (True, False)
+
+
 @given(st.fractions(max_denominator=1000), st.integers(0, 8))
 def test_numbers_are_exact(value, places):
     fraction = read_number(f"{value.numerator}/{value.denominator}")

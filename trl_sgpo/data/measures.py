@@ -157,8 +157,9 @@ def read_unit(text: str, not_units: frozenset[str], currency: str | None = None)
     if len(words) > MAX_WORDS:
         return None
     for place, word in enumerate(words):
-        spelling = word.partition("^")[0].rstrip(".")
-        known = spelling in _UNITS or spelling in _WHOLE
+        spelling, _, power = word.partition("^")
+        spelling = spelling.rstrip(".")
+        known = (spelling in _UNITS or spelling in _WHOLE) and power in ("", "2", "3")
         if spelling in _NOT_UNITS | not_units or not (known or _WORD.fullmatch(word)):
             return None
         # Letters right behind a number, and single letters, may be variables
