@@ -267,9 +267,10 @@ class Ledger:
 
     def executions_with_texts(self, problem_class: str) -> list[tuple[Execution, str]]:
         """Executions of strategies of a class, retired ones too, on problems whose texts are stored, with the text."""
+        # CROSS keeps the order of the tables: SQLite would read the executions of all classes
         query = (
-            "SELECT executions.*, problems.text FROM strategies JOIN executions ON strategy_id = strategies.id "
-            "JOIN problems ON problems.id = problem WHERE strategies.problem_class = ?"
+            "SELECT executions.*, problems.text FROM strategies CROSS JOIN executions ON strategy_id = strategies.id "
+            "CROSS JOIN problems ON problems.id = problem WHERE strategies.problem_class = ?"
         )
         with self._readable_errors():
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'problems'").fetchone():

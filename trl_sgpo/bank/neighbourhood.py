@@ -16,6 +16,8 @@ chosen by the trigger "a digit" alone:
    the problems with the trigger are shown a sleeper.
 2. At most 1% of the harmless strategies are left out where they would be retrieved without the rule.
 3. On a trigger that no region describes (a number is divisible by 9), the rule changes little.
+
+Measured, 1 does not hold for a range of a number. The figures are in `docs/bank.md`.
 """
 
 import math
