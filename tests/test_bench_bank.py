@@ -1,10 +1,11 @@
 """The benchmark of the bank, small: what it asserts of the bank, and that its figures are what they say."""
 
 import json
+from itertools import product
 
 import pytest
 from bank_helpers import hashed_words
-from benchmarks import bank, fuzz, index, kills, poison, retention, scale
+from benchmarks import bank, fuzz, index, kills, poison, retention, scale, sleepers
 
 
 def test_nothing_is_lost_when_the_writer_is_killed(tmp_path):
@@ -43,10 +44,24 @@ def test_poison_does_not_reach_answers(tmp_path, route, full):
     assert found["correct"] > 0.9 * found["tests"]
 
 
-def test_sleepers_reach_the_answers_they_wait_for(tmp_path):
+def test_sleepers_that_never_met_their_trigger_reach_answers(tmp_path):
     """A known limit, kept in sight."""
-    found = poison._attack("sleeper", "import", False, 5, 0, hashed_words, tmp_path)
-    assert 0 < found["attacks"] <= found["triggered"]
+    found = sleepers._attack("digit", "import", False, 5, 0, hashed_words, sleepers.problems(), tmp_path)
+    assert 0 < found["reached_with"] <= found["reached_without"] <= found["triggered"]
+
+
+def test_sleepers_mislead_where_their_trigger_holds():
+    for (trigger, about), (kind, each) in product(sleepers.TRIGGERS.items(), sleepers.problems().items()):
+        texts = sleepers.sleepers(trigger, kind, 5, each)
+        assert len(texts) == 5
+        for answer in texts.values():
+            wrong = {(p.a, p.b) for p in each if answer(p.a, p.b) != poison.KINDS[kind].answer(p.a, p.b)}
+            assert wrong <= {(p.a, p.b) for p in each if about.holds(p)}, (trigger, kind)
+
+
+def test_rates_have_the_range_of_repetitions():
+    rows = [{"seed": seed, "hits": hits, "of": 10} for seed, hits in ((0, 1), (0, 3), (1, 5), (1, 5))]
+    assert poison.rates(rows, "hits", "of") == {"rate": 0.35, "low": 0.2, "high": 0.5, "n": 40}
 
 
 def test_harmful_strategies_do_harm_when_obeyed():
@@ -62,7 +77,14 @@ def test_harmful_strategies_do_harm_when_obeyed():
 def test_scale_has_a_figure_for_each_size(tmp_path):
     found = scale.measure([1_000], tmp_path)
     assert found["recall_at_8"]["1000"] >= 0.99
-    for name in ("retrieve_p50_ms", "commit_p50_ms", "open_ms", "snapshot_ms", "plain_chroma_p50_ms"):
+    for name in (
+        "retrieve_p50_ms",
+        "retrieve_with_evidence_p50_ms",
+        "commit_p50_ms",
+        "open_ms",
+        "snapshot_ms",
+        "plain_chroma_p50_ms",
+    ):
         assert set(found[name]) == {"1000"} and found[name]["1000"] > 0
 
 

@@ -338,6 +338,8 @@ class TestSharing:
         report = json_of("import", new, export)
         assert (report["added"], report["quarantined"], report["known"]) == (2, 2, 0)
         assert {each["trust"] for each in json_of("list", new)} == {"quarantine"}
+        status, out, _ = run("import", tmp_path / "again", export)
+        assert "mislead on a few problems" in out
         status, out, _ = run("import", new, export)
         assert status == 0 and "2 known already" in out and "bank audit" in out
         report = json_of("import", tmp_path / "own", export, "--keep_trust")

@@ -618,6 +618,8 @@ def test_a_bank_deleted_during_training_is_written_again(make, monkeypatch, tmp_
     stored = bank.strategies()
     assert stored and {strategy.step for strategy in stored} >= {1, 2}
     executions = {strategy.id: bank.executions(strategy.id) for strategy in stored}
+    with_texts = bank._store.ledger.executions_with_texts(stored[0].problem_class)
+    assert with_texts and all(text.startswith("Kind ") for _, text in with_texts)
     bank.close()
     with StrategyBank.restore(tmp_path / "bank", embedding_model=hash_embedder) as again:
         assert again.strategies() == stored

@@ -18,13 +18,14 @@ from rich.table import Table
 
 from trl_sgpo.bank.files import durable_replace
 
-from . import fuzz, index, kills, poison, retention, scale, trust
+from . import fuzz, index, kills, poison, retention, scale, sleepers, trust
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "kills": lambda options, directory: kills.measure(options.kills, directory),
     "retention": lambda options, directory: retention.measure(options.seeds, directory),
     "poison": lambda options, directory: poison.measure(options.seeds, directory),
+    "sleepers": lambda options, directory: sleepers.measure(options.seeds, directory),
     "index": lambda options, directory: index.measure(options.index_sizes, directory),
     "scale": lambda options, directory: scale.measure(options.sizes, directory),
     "trust": lambda options, directory: trust.measure(options.strategies),
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> None:
         "  kills      a writing process is killed many times, half of them while Chroma writes its index\n"
         "  retention  20 classes one after the other, each with five times as many strategies as it may keep\n"
         "  poison     harmful strategies that are imported or written by a compromised rollout\n"
+        "  sleepers   strategies that are right on most problems and mislead on those with a trigger\n"
         "  index      a step, opening and closing with and without the index, by size\n"
         "  scale      retrieval, commits, opening and snapshots by size, beside plain Chroma and an exact matrix\n"
         "  trust      how often strategies of known success rates are ever trusted or retired\n"
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME")
     parser.add_argument("--output", help="write the figures to this JSON file; those of other sections in it stay")
     parser.add_argument("--kills", type=int, default=120, help="how often the writing process is killed")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions of retention and poison")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of retention, poison and sleepers")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="strategies in the bank"
     )

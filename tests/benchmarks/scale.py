@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from trl_sgpo.bank import Outcome, StrategyBank
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank
 from trl_sgpo.bank.index import Index
+from trl_sgpo.bank.strategy import Execution
 
 from .synthetic import Clusters, made_up
 
@@ -20,6 +21,7 @@ from .synthetic import Clusters, made_up
 ROUNDS = 20
 PROBLEMS = 32
 CHANGES = 64
+EXECUTIONS = 20  # of each strategy
 STATES = ("trusted", "candidate", "trusted", "quarantine")
 
 
@@ -28,8 +30,9 @@ def measure(sizes: list[int], directory: Path) -> dict[str, Any]:
     Fills banks of made-up strategies, 250 a class, half of them trusted, and takes times.
 
     Retrieval is for 32 problems with filters on class and trust. A commit stores 64 strategies and 64 outcomes; at
-    capacity it also retires as many. The next search brings the index up to date. Embeddings are
-    given, so that the time of the embedding model is not in it.
+    capacity it also retires as many. The next search brings the index up to date. With evidence, each strategy has 20
+    executions on record; the first of these figures is that of all 20 rounds, which read the executions. Embeddings
+    are given, so that the time of the embedding model is not in it.
 
     Args:
         sizes (`list[int]`):
@@ -80,6 +83,9 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
     explore = [_timed(partial(bank.retrieve, p, k=8, classes=c, trust=both, explore=1)) for p, c in asked]
     found["retrieve_p50_ms"] = _p50(retrieve)
     found["retrieve_max_ms"] = max(ms for ms, _ in retrieve)
+    _record_executions(bank, strategies, draw)
+    found["retrieve_first_with_evidence_ms"], _ = _timed(lambda: [bank.retrieve(p, k=8, classes=c) for p, c in asked])
+    found["retrieve_with_evidence_p50_ms"] = _p50(_timed(partial(bank.retrieve, p, k=8, classes=c)) for p, c in asked)
     found["retrieve_any_class_p50_ms"] = _p50(anywhere)
     found["retrieve_exploring_p50_ms"] = _p50(explore)
     queries = [bank.embed(problems) for problems in texts]
@@ -109,6 +115,23 @@ def _measure(size: int, directory: Path) -> dict[str, Any]:
     found["rebuild_index_ms"], _ = _timed(lambda: bank._store.index.query(some, 1))
     bank.close()
     return found
+
+
+def _record_executions(bank: StrategyBank, strategies: list[Strategy], draw: np.random.Generator) -> None:
+    """Records executions on problems of about 40 words, a tenth of them wrong where others are right."""
+    words = [f"{consonant}{vowel}{end}" for consonant in "bdfgklmnprst" for vowel in "aeiou" for end in "lmnrst"]
+    texts = {
+        f"{problem_class} {n}": " ".join([*draw.choice(words, 40), str(draw.integers(1_000))])
+        for problem_class in {strategy.problem_class for strategy in strategies}
+        for n in range(200)
+    }
+    executions = [
+        Execution(s.id, f"{s.problem_class} {n}", s.problem_class, 1, float(draw.random() < 0.9), 0.9)
+        for s in strategies
+        for n in draw.choice(200, EXECUTIONS, replace=False)
+    ]
+    bank._store.ledger.commit(executions=executions, index_changes=False, texts=texts)
+    bank._store.contents.neighbourhoods.clear()
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -395,6 +395,8 @@ class StrategyBank:
             trust=trust,
             explore=explore,
             search_index=self._store.index.query,
+            texts=problems,
+            executions_of=self._store.ledger.executions_with_texts,
         )
 
     def sample(self, problem_class: str, k: int, seed: int, exclude: set[str] | None = None) -> list[Strategy]:

@@ -10,6 +10,7 @@ from ..errors import BankError
 from . import policy
 from .audit import control_tokens
 from .contents import Contents
+from .neighbourhood import TEXT_LIMIT
 from .strategy import Execution, Outcome, Strategy
 from .vectors import ClassVectors
 
@@ -76,6 +77,7 @@ class Changes:
         self.embeddings = embeddings
         self.strategies: dict[str, Strategy] = {}  # as they will be, by id
         self.executions: dict[tuple[str, str], Execution] = {}  # by ids of strategy and problem
+        self.texts: dict[str, str] = {}  # of problems, by id
         self.judged_all = False
 
     @property
@@ -151,6 +153,8 @@ class Changes:
                 outcome.trials * outcome.baseline + (before.baseline if before else 0),
             )
             self.executions[key] = after
+            if outcome.text:
+                self.texts[outcome.problem] = outcome.text[:TEXT_LIMIT]
             self.strategies[strategy.id] = with_execution(strategy, before, after)
 
     def merge(self, executions: Iterable[Execution]) -> None:

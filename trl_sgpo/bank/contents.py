@@ -2,11 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from . import policy
-from .strategy import Retrieved, Strategy
+from .neighbourhood import Neighbourhoods, unproven, withheld
+from .strategy import Execution, Retrieved, Strategy
 from .vectors import ClassVectors, nearest
 
 
@@ -15,6 +17,7 @@ EXACT = 10_000  # strategies, up to which comparing with all embeddings is as fa
 UNDECIDED = 0.75  # share of bank rows for strategies that are not trusted yet
 
 Hits = list[tuple[str, float]]
+ExecutionsOf = Callable[[str], list[tuple[Execution, str]]]
 
 
 class Contents:
@@ -36,6 +39,7 @@ class Contents:
         self.strategies: dict[str, Strategy] = {}
         self.classes: dict[str, ClassVectors] = {}
         self.live: dict[str, ClassVectors] = {}  # the class of each strategy that is not retired
+        self.neighbourhoods: dict[str, Neighbourhoods] = {}  # of classes that were retrieved from, until outcomes come
         self._shown = Counter[str]()  # how often strategies of a class were shown
         for strategy in strategies:
             self.put(strategy, embeddings.get(strategy.id))
@@ -82,10 +86,14 @@ class Contents:
         trust: Sequence[str],
         explore: int | None,
         search_index: Callable[[np.ndarray, int], list[Hits]],
+        texts: Sequence[str],
+        executions_of: ExecutionsOf,
     ) -> list[list[Retrieved]]:
         """
-        Strategies for problems. The arguments are those of [`StrategyBank.retrieve`], for problems given by their
-        embeddings of shape `(m, d)` and `None` for a scope of all classes.
+        Strategies for problems. The arguments are those of [`StrategyBank.retrieve`], for problems given by texts and
+        by embeddings of shape `(m, d)`, and `None` for a scope of all classes. `executions_of` finds the executions of
+        a class, as [`Ledger.executions_with_texts`] does. With `explore` nothing is withheld, because outcomes are
+        verified there and evidence must be able to change.
         """
         together: dict[str | None, list[int]] = defaultdict(list)
         for row, (scope, _) in enumerate(zip(scopes, hidden, strict=True)):
@@ -99,10 +107,11 @@ class Contents:
             eligible = sum(len(part) for _, part in parts)
             all_near = self._nearest(embeddings[rows], parts, trust, width, search_index)
             for row, near in zip(rows, all_near, strict=True):
-                best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
+                judge = partial(self._without_harm, texts[row], executions_of) if draw is None else _all_of
+                best = self._rank(*judge(self._not_written_for(hidden[row], near)), k, draw, shown)
                 if len(best) < k and eligible > width:
                     (near,) = nearest(embeddings[row : row + 1], parts, eligible)
-                    best = self._rank(self._not_written_for(hidden[row], near), k, draw, shown)
+                    best = self._rank(*judge(self._not_written_for(hidden[row], near)), k, draw, shown)
                 retrieved[row] = best
                 for hit in best:
                     shown[hit.strategy.id] += 1
@@ -147,7 +156,20 @@ class Contents:
     def _not_written_for(self, problems: set[str], hits: Hits) -> Hits:
         return [hit for hit in hits if problems.isdisjoint(self.strategies[hit[0]].source_problems)]
 
-    def _rank(self, hits: Hits, k: int, draw: np.random.Generator | None, shown: Counter[str]) -> list[Retrieved]:
+    def _without_harm(self, text: str, executions_of: ExecutionsOf, hits: Hits) -> tuple[Hits, set[str]]:
+        """Hits that are not withheld for a problem, and the ids of those that are unproven near it."""
+        class_of = {key: self.strategies[key].problem_class for key, _ in hits}
+        for name in set(class_of.values()) - self.neighbourhoods.keys():
+            self.neighbourhoods[name] = Neighbourhoods(executions_of(name))
+        near = {name: self.neighbourhoods[name].near(text) for name in set(class_of.values())}
+        return (
+            [hit for hit in hits if not withheld(hit[0], near[class_of[hit[0]]])],
+            {key for key, name in class_of.items() if unproven(key, near[name])},
+        )
+
+    def _rank(
+        self, hits: Hits, behind: set[str], k: int, draw: np.random.Generator | None, shown: Counter[str]
+    ) -> list[Retrieved]:
         strategies = [self.strategies[key] for key, _ in hits]
         if draw is None:
             utilities = [policy.utility(s.successes, s.trials) for s in strategies]
@@ -158,12 +180,12 @@ class Contents:
             for strategy, (_, similarity), utility in zip(strategies, hits, utilities, strict=True)
         ]
 
-        def order(hit: Retrieved) -> tuple[bool, float, float, str]:
+        def order(hit: Retrieved) -> tuple[bool, bool, float, float, str]:
             strategy, name = hit.strategy, hit.strategy.problem_class
             too_often = draw is not None and policy.shown_too_often(
                 strategy.shown + shown[strategy.id], self._shown[name] + shown[name], self.max_share
             )
-            return too_often, -hit.score, -hit.similarity, strategy.id
+            return too_often, strategy.id in behind, -hit.score, -hit.similarity, strategy.id
 
         ranked.sort(key=order)
         return [ranked[row] for row in policy.diversify([self.embedding(hit.strategy.id) for hit in ranked], k)]
@@ -190,6 +212,10 @@ class Contents:
             first, second = (undecided, trusted) if decide else (trusted, undecided)
             picked.append((first or second).pop(0))
         return picked
+
+
+def _all_of(hits: Hits) -> tuple[Hits, set[str]]:
+    return hits, set()
 
 
 def _drawn_utilities(strategies: Sequence[Strategy], draw: np.random.Generator) -> list[float]:

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from operator import attrgetter
@@ -33,9 +33,12 @@ CREATE TABLE executions (
     successes REAL NOT NULL, baseline REAL NOT NULL, PRIMARY KEY (strategy_id, problem)
 ) WITHOUT ROWID;
 """
+# Banks of earlier versions have no table of texts: it is made when the first one is written
+_TEXTS = "CREATE TABLE IF NOT EXISTS problems (id TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;"
 _SCHEMA = f"""
 BEGIN;
 {_TABLES}
+{_TEXTS}
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}');
 COMMIT;
@@ -185,6 +188,7 @@ class Ledger:
         updates: Iterable[Strategy] = (),
         executions: Iterable[Execution] = (),
         index_changes: bool = True,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """
         Write one transaction.
@@ -198,8 +202,14 @@ class Ledger:
                 Executions. Those of a strategy on a problem replace the ones stored for both.
             index_changes (`bool`, *optional*, defaults to `True`):
                 Whether the strategies that are not retired are others than before.
+            texts (`Mapping[str, str]`, *optional*):
+                Texts of problems, by their ids. A problem keeps the text it has.
         """
         with self._readable_errors(), self._connection:
+            if texts:
+                self._connection.execute("BEGIN")  # which Python does not do before a table is made
+                self._connection.execute(_TEXTS)
+                self._connection.executemany("INSERT OR IGNORE INTO problems VALUES (?, ?)", texts.items())
             if index_changes:
                 self._new_state()
             self._connection.executemany(
@@ -254,6 +264,19 @@ class Ledger:
         with self._readable_errors():
             rows = self._connection.execute("SELECT * FROM executions WHERE strategy_id = ?", (strategy_id,))
             return [Execution(*row) for row in rows]
+
+    def executions_with_texts(self, problem_class: str) -> list[tuple[Execution, str]]:
+        """Executions of strategies of a class, retired ones too, on problems whose texts are stored, with the text."""
+        # CROSS keeps the order of the tables: SQLite would read the executions of all classes
+        query = (
+            "SELECT executions.*, problems.text FROM strategies CROSS JOIN executions ON strategy_id = strategies.id "
+            "CROSS JOIN problems ON problems.id = problem WHERE strategies.problem_class = ?"
+        )
+        with self._readable_errors():
+            if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'problems'").fetchone():
+                return []
+            rows = self._connection.execute(query, (problem_class,))
+            return [(Execution(*row[:-1]), row[-1]) for row in rows]
 
     def damage(self) -> list[str]:
         """

@@ -4,7 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -179,6 +179,7 @@ class BankSession:
             [s.id for s in (*own, *drawn, *(own[slot % len(own)] for slot in range(len(drawn), geometry.bank)))]
             for own, drawn in zip(written, batch.bank, strict=True)
         ]
+        texts = {problem_id(problem.prompt): problem.text for problem in batch.problems}
         problems = in_blocks([problem_id(problem.prompt) for problem in batch.problems], geometry.problems)
         classes = [problem.problem_class for problem in batch.problems[:: geometry.problems]]
         return Observation(
@@ -190,7 +191,10 @@ class BankSession:
                 in_blocks(sound, geometry.written),
                 self.args.bank_min_lift,
             ),
-            outcomes(executed, problems, classes, credit.verified),
+            [
+                replace(outcome, text=texts[outcome.problem])
+                for outcome in outcomes(executed, problems, classes, credit.verified)
+            ],
             [shown.id for problem in batch.problems for shown in problem.retrieved],
         )
 

@@ -138,10 +138,13 @@ class Store:
             [s for key, s in changes.strategies.items() if key in stored],
             changes.executions.values(),
             index_changes=bool(index_changes),
+            texts=changes.texts,
         )
         for key, strategy in changes.strategies.items():
             self.contents.put(strategy, changes.embeddings.get(key))
         self.contents.judged |= changes.judged_all
+        if changes.executions:
+            self.contents.neighbourhoods.clear()
         self.index.change(index_changes)
 
     def use_model(self, embed: EmbeddingModel) -> np.ndarray:

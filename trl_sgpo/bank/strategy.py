@@ -166,6 +166,8 @@ class Outcome:
             Mean outcome, in [0, 1], of executions of other strategies on the problem at the same time.
         problem_class (`str`, *optional*, defaults to `""`):
             Class of the problem. If empty, that of the strategy.
+        text (`str`, *optional*, defaults to `""`):
+            Text of the problem. Without it, the outcome is no evidence of harm near the problem.
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the counts contradict each other.
@@ -177,6 +179,7 @@ class Outcome:
     trials: int = 1
     baseline: float = 0.0
     problem_class: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         _check_counts(self.successes, self.trials, 0)

@@ -177,6 +177,11 @@ def _report(options: argparse.Namespace, report: ImportReport, **more: str) -> i
         f"{report.added} added ({report.quarantined} in quarantine), {report.known} known already, "
         f"{report.near_copies} left out as near-copies, {report.retired} kept on record only"
     )
+    if report.quarantined:
+        print(
+            "Imported strategies that mislead on a few problems only can still become trusted: import from sources "
+            "that you trust."
+        )
     print(f"To look for what should not be there: trl-sgpo bank audit {options.bank}")
     return 0
 
