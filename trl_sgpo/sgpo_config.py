@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .checks.origin import what_to_mend
-from .checks.ranges import range_problems
+from .checks.ranges import not_finite, range_problems
 from .checks.remote_code import remote_code_problems
 from .errors import ConfigError, SettingsError, refuse
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
@@ -277,6 +277,7 @@ class SGPOConfig(GRPOConfig):
         return GRPOConfig(**(settings | derived | changes))
 
     def __post_init__(self):
+        refuse("SGPOConfig", list(not_finite(vars(self))))  # before numbers are compared and rounded
         problems = list(range_problems(vars(self)))
         problems += remote_code_problems(vars(self))
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
