@@ -103,7 +103,7 @@ def reward_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     problems = [
         ("reward_funcs", f"Unknown reward function {name!r}: use one of {', '.join(known)}, or a dotted path.")
         for name in names
-        if name not in known and "." not in name
+        if name not in known and not all(name.rpartition(".")[::2])
     ]
     count = len(names) + (values["reward_model_name_or_path"] is not None)
     weights = values["reward_weights"]
