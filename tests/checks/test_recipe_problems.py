@@ -160,6 +160,15 @@ class TestOneLine:
             status, lines = run(changes)
             assert status == 2 and len(lines) == 1 and re.search(words, lines[0]), lines
 
+    def test_of_reward_functions(self, run: Callable[..., Answer], tmp_path: Path) -> None:
+        for name, words in (
+            ("os.path", "reward function posixpath is a module: name a function"),
+            ("sys.maxsize", "reward function [0-9]+ is of the type int: name a function"),
+            ("math.gcd", r"`gcd` takes no `\*\*kwargs`"),
+        ):
+            status, lines = run({"reward_funcs": [name]})
+            assert status == 2 and len(lines) == 1 and re.search(words, lines[0]), lines
+
     def test_of_a_metric_that_no_evaluation_has(self, run: Callable[..., Answer]) -> None:
         evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         status, lines = run(evaluated | {"metric_for_best_model": "eval_nothing", "dataset_test_split": "train[:4]"})

@@ -33,7 +33,7 @@ def setting_problems(values: Mapping[str, Any], hints: Mapping[str, Any]) -> Ite
     if unknown:
         yield f"`gradient_checkpointing_kwargs` takes {', '.join(_CHECKPOINT)}, not {', '.join(unknown)}."
     if values["remove_unused_columns"]:
-        yield "`remove_unused_columns` would remove the columns that classes and rewards are read from: set it to false."
+        yield "`remove_unused_columns` would remove the columns that rewards are read from: set it to false."
     if values["output_dir"] == "":
         yield "`output_dir` is empty: name a directory."
 

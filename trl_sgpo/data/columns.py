@@ -12,6 +12,8 @@ from ..errors import ConfigError, DataError
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 NO_ANSWER = ("", "none", "null", "nan")
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "rollout")
+"""What reward functions get beside the columns of the dataset."""
 _SHOWN = 5
 
 
@@ -73,6 +75,16 @@ def require_column(key: str, name: str, columns: Sequence[str]) -> str:
     if found is None:
         raise DataError(f"`{key}` names no column {name!r}: the columns are {', '.join(columns)}.")
     return found
+
+
+def check_column_names(columns: Sequence[str]) -> None:
+    """Raises [`DataError`] for a column that reward functions would not get, because its name is taken."""
+    for name in columns:
+        if name in GIVEN:
+            raise DataError(
+                f"The dataset has a column `{name}`, whose name is that of another argument of reward functions: "
+                "rename it."
+            )
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:

@@ -11,6 +11,7 @@ from .columns import (
     Columns,
     answer_sources,
     as_answer,
+    check_column_names,
     fill_template,
     find_column,
     is_missing,
@@ -163,6 +164,7 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
     from datasets import Value
 
     chosen, names = columns or Columns(), dataset.column_names
+    check_column_names(names)
     sources = prompt_sources(chosen, names)
     answers = answer_sources(chosen, names)
     worked_column, solution_column = find_column("worked_solution", names), find_column("solution", names)
