@@ -174,7 +174,7 @@ def test_a_column_that_a_function_needs_is_named(make):
     def strict(completions, gold, trainer_state, **kwargs):
         return [0.0] * len(completions)
 
-    with pytest.raises(DataError, match="`strict` needs the column `gold`.*the columns are prompt, "):
+    with pytest.raises(DataError, match=r"`strict` needs the column `gold`.*the columns are prompt, "):
         make(strict)
 
 
@@ -193,7 +193,7 @@ def test_what_is_no_list_of_rewards_is_named_outside_training(returned):
     def careless(completions, **kwargs):
         return returned
 
-    with pytest.raises(RewardError, match="`careless` returned .* 1 completions"):
+    with pytest.raises(RewardError, match=r"`careless` returned .* 1 completions"):
         verify(careless, [{"prompt": "1 + 1?"}], ["2"])
 
 

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..method.prompts import check_none_empty, is_conversation
 from .answers import answer_reward, same_answer
 from .columns import (
     Columns,
     answer_sources,
     as_answer,
+    check_answer_not_shown,
     check_column_names,
     fill_template,
     find_column,
     is_missing,
     missing_answers,
     prompt_sources,
+    read_answer,
 )
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
@@ -128,12 +131,27 @@ def load_rows(
 ) -> "Dataset":
     """Loads rows as they are, from what [`load_problems`] takes. The other arguments are those of `datasets`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
     builder, own_files = _source(path, split)
+    no_rows = f"{path} has no rows for the split `{split}`: name a source with problems."
     try:
-        return load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
+        rows = load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
     except OSError as error:
         raise _unreachable(path, error) from error
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path} cannot be read: {reason}. Correct the file, and save texts in UTF-8.") from error
+    except StopIteration as error:  # an empty file
+        raise DataError(no_rows) from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise DataError(no_rows) from error
+    if len(rows) == 0:
+        raise DataError(no_rows)
+    return rows
 
 
 def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str = "The dataset") -> "Dataset":
@@ -158,8 +176,8 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
         [`~datasets.Dataset`]
 
     Raises:
-        `DataError`: If there is no prompt column or not the column named, a row has no prompt, or the answer column
-            that is named has no answer.
+        `DataError`: If there is no prompt column or not the column named, problems are empty or show their answer, or
+            the answer column that is named has no answer, or others than texts and numbers.
     """
     from datasets import Value
 
@@ -167,6 +185,7 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
     check_column_names(names)
     sources = prompt_sources(chosen, names)
     answers = answer_sources(chosen, names)
+    check_answer_not_shown(chosen, sources, answers)
     worked_column, solution_column = find_column("worked_solution", names), find_column("solution", names)
     class_sources = [found for name in ("problem_class", "subject") if (found := find_column(name, names)) is not None]
     text = Value("string")
@@ -183,10 +202,12 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
         if chosen.prompt_template is not None:
             prompt = fill_template(chosen.prompt_template, row, sources)
         else:
-            prompt = next((row[column] for column in sources if row[column] is not None), None)
-            prompt = as_answer(prompt) if isinstance(prompt, int | float) else prompt
-        if prompt is None:
-            raise DataError(f"A row has no prompt: remove rows with an empty {', '.join(sources)}.")
+            source = next((column for column in sources if row[column] is not None), sources[0])
+            prompt = as_answer(row[source]) if isinstance(row[source], int | float) else row[source]
+            if not (prompt is None or isinstance(prompt, str) or is_conversation(prompt)):
+                raise DataError(
+                    f"The column `{source}` holds neither text nor messages: name another `prompt_column`."
+                )
         new: dict[str, Any] = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
         if answers:
             new["solution"], new["worked_solution"] = _answer_of(row, answers, worked_column, solution_column)
@@ -196,6 +217,7 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
         return new
 
     problems = dataset.map(convert, features=features, desc="Reading problems")
+    check_none_empty(problems["prompt"][:])
     if not answers:
         return problems
     missing = missing_answers(problems["solution"])
@@ -214,12 +236,12 @@ def _answer_of(
     """The short answer of a row and its worked solution."""
     worked = None if worked_column is None else row[worked_column]
     in_order = answers if worked is None else answers[::-1]  # a `solution` beside a worked one is the short one
-    short = next((row[column] for column in in_order if not is_missing(row[column])), None)
-    if worked is None and isinstance(short, str) and ("####" in short or "\\boxed{" in short):
+    short = next((text for column in in_order if (text := read_answer(row[column], column)) is not None), None)
+    if worked is None and short is not None and ("####" in short or "\\boxed{" in short):
         short, worked = final_answer(short), short
     elif worked is None and solution_column is not None and not is_missing(row[solution_column]):
-        worked = row[solution_column] if as_answer(row[solution_column]) != as_answer(short) else None
-    return None if is_missing(short) else as_answer(short), None if worked is None else str(worked)
+        worked = row[solution_column] if as_answer(row[solution_column]) != short else None
+    return None if is_missing(short) else short, None if worked is None else str(worked)
 
 
 def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:
