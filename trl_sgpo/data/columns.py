@@ -199,6 +199,17 @@ def as_text(value: Any, column: str) -> str:
         return value.strip()
     if isinstance(value, int | float):
         return "" if is_missing(value) else as_answer(value)
+    choices = choices_of(value, column)
+    return "".join(f"\n{label}. {as_text(item, column)}" for label, item in choices if item is not None)
+
+
+def choices_of(value: Any, column: str) -> list[tuple[Any, Any]]:
+    """
+    Reads choices as pairs of label and text.
+
+    Raises:
+        [`DataError`]: They are none.
+    """
     if isinstance(value, list):
         choices: list[tuple[Any, Any]] = list(zip(ascii_uppercase, value, strict=False))
     elif isinstance(value, dict):
@@ -208,7 +219,7 @@ def as_text(value: Any, column: str) -> str:
         choices = []
     if not choices or any(isinstance(item, list | dict) for _, item in choices):
         raise DataError(f"The column `{column}` of `prompt_template` holds neither text nor choices: leave it out.")
-    return "".join(f"\n{label}. {as_text(item, column)}" for label, item in choices if item is not None)
+    return choices
 
 
 def as_answer(value: Any) -> str:
@@ -271,8 +282,8 @@ def check_answer_not_shown(chosen: Columns, sources: Sequence[str], answers: Seq
     key = "`prompt_column`" if chosen.prompt_column is not None else "the problem"
     key = "`prompt_template`" if chosen.prompt_template is not None else key
     raise DataError(
-        f"{key} shows the column `{shown[0]}`, which the answer is read from: leave it out of the problem, or name the "
-        "column with the answers as `answer_column`."
+        f"{key} shows the column `{shown[0]}`, which the answer is read from: leave it out of the problem, or name "
+        "another `answer_column`."
     )
 
 

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..method.prompts import check_none_empty, is_conversation
 from .answers import answer_reward, same_answer
+from .choices import as_letters, check_letters_shown, index_base, shown_choices
 from .columns import (
     Columns,
     answer_sources,
@@ -64,7 +66,8 @@ def load_problems(
     Raises:
         `DataError`: If there is no such source, or it has no prompts or not the columns named.
     """
-    return _to_problems_of(path, load_rows(path, split, name), columns or Columns())
+    rows = load_rows(path, split, name)
+    return _to_problems_of(path, rows, columns or Columns(), lambda: load_rows(path, split.partition("[")[0], name))
 
 
 def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
@@ -111,12 +114,15 @@ def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
 def _load_part(part: "ProblemsConfig") -> "Dataset":
     dataset = load_rows(part.path, part.split, part.name, part.data_dir, part.data_files)
     dataset = dataset if part.columns is None else dataset.select_columns(part.columns)
-    return _to_problems_of(part.path, dataset, part.chosen)
+    base = part.split.partition("[")[0]
+    return _to_problems_of(
+        part.path, dataset, part.chosen, lambda: load_rows(part.path, base, part.name, part.data_dir, part.data_files)
+    )
 
 
-def _to_problems_of(path: str, rows: "Dataset", columns: Columns) -> "Dataset":
+def _to_problems_of(path: str, rows: "Dataset", columns: Columns, whole: Callable[[], "Dataset"]) -> "Dataset":
     """Problems of a file, with a line in the log for columns that look like parts of them and are left out."""
-    problems = to_problems(rows, columns, path)
+    problems = to_problems(rows, columns, path, whole)
     if columns.prompt_column is None and columns.prompt_template is None:
         for name in leftover(rows, problems, columns).parts:
             logger.warning(
@@ -154,7 +160,12 @@ def load_rows(
     return rows
 
 
-def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str = "The dataset") -> "Dataset":
+def to_problems(
+    dataset: "Dataset",
+    columns: Columns | None = None,
+    source: str = "The dataset",
+    whole: Callable[[], "Dataset"] | None = None,
+) -> "Dataset":
     """
     Gives every row a conversational `prompt` and a short `solution`, keeping the other columns.
 
@@ -162,6 +173,7 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
     solution is the answer column that `columns` names, else `answer`, else `solution`; if that is a worked text with
     `#### 42` (GSM8K) or a boxed answer, or there is a `solution` beside the `answer` (MATH), the text goes to
     `worked_solution`. A `subject` becomes the `problem_class` unless there is one. Names match whatever their case.
+    Where a template shows choices with letters, an answer that is the text or index of a choice becomes its letter.
     Rows whose answer is missing, or written as `None`, are named in one line of the log.
 
     Args:
@@ -171,6 +183,8 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
             Columns of problems and answers. If `None`, they are found by their usual names.
         source (`str`, *optional*, defaults to `"The dataset"`):
             Name of the dataset in messages.
+        whole (`Callable[[], Dataset]`, *optional*):
+            Returns all rows of which these are a part, in case these do not tell whether indices count from 0 or 1.
 
     Returns:
         [`~datasets.Dataset`]
@@ -216,6 +230,11 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
             new["problem_class"] = None if problem_class is None else str(problem_class)
         return new
 
+    def whole_base() -> int | None:
+        rows = [] if whole is None else whole().to_list()
+        given = [_answer_of(row, answers, worked_column, solution_column)[0] for row in rows]
+        return index_base(given, [shown_choices(chosen.prompt_template or "", row, sources) for row in rows])
+
     problems = dataset.map(convert, features=features, desc="Reading problems")
     check_none_empty(problems["prompt"][:])
     if not answers:
@@ -227,7 +246,30 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
         logger.warning(f"{source}: {missing}")
     if not any(value is not None for value in problems["worked_solution"]):
         problems = problems.remove_columns("worked_solution")
-    return problems
+    if chosen.prompt_template is None:
+        return problems
+    return _with_letters(problems, dataset, chosen.prompt_template, sources, source, whole_base)
+
+
+def _with_letters(
+    problems: "Dataset",
+    rows: "Dataset",
+    template: str,
+    sources: list[str],
+    source: str,
+    base: Callable[[], int | None],
+) -> "Dataset":
+    """The problems with the letters of choices as answers, where the template shows choices."""
+    shown = rows.select_columns(sorted(set(sources))).to_list()
+    choices = [shown_choices(template, row, sources) for row in shown]
+    answers: list[str | None] = problems["solution"][:]
+    if not any(choices):
+        check_letters_shown(template, shown, sources, answers)
+        return problems
+    letters = as_letters(answers, choices, source, base)
+    if letters == answers:
+        return problems
+    return problems.map(lambda row, index: {"solution": letters[index]}, with_indices=True, desc="Letters of choices")
 
 
 def _answer_of(
