@@ -32,7 +32,7 @@ def option_letters(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if (match := _OPTION.fullmatch(name)) is not None:
             groups.setdefault((match[1] or "").casefold(), {})[match[2].casefold()] = name
-    letters = {}
+    letters: dict[str, str] = {}
     for group in groups.values():
         signs = sorted(group)
         run = [chr(ord(signs[0]) + place) for place in range(len(signs))]
