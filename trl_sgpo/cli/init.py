@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..checks.arguments import Parser
 from ..checks.paths import check_directory, check_file
 from ..data.columns import Columns
-from ..errors import ConfigError, DataError, SGPOError
+from ..errors import ConfigError, DataError, ModelError, SGPOError
 from .init_problems import choose_columns, has_answers
 from .init_recipe import ANSWERS, BLOCK_SIZE, NO_ANSWERS, SIZES, recipe_text, sections
 from .trial import try_recipe
@@ -194,7 +194,9 @@ def _reward_path(text: str) -> Path:
 def _check_model(name: str) -> str:
     from ..compare.lab.model import fetch_model
 
-    fetch_model(name)
+    found = Path(fetch_model(name))
+    if found.is_dir() and not any((found / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ModelError(f"`--model` is {name}, and {name} has no config.json: name the directory of a model.")
     return name
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ...data.worked import Trace
-from ...errors import ModelError
 from ...inference.weights import LAB_MODEL, lab_directory, require_model
 from ...method.prompts import RETRIEVED_HEADER
 from .list_functions import (
@@ -56,15 +55,10 @@ def fetch_model(name: str) -> str:
         `str`: What to pass to `from_pretrained`.
 
     Raises:
-        [`~trl_sgpo.errors.ModelError`]: There are no such weights, or the directory holds no model.
+        [`~trl_sgpo.errors.ModelError`]: There are no such weights.
     """
     prepare_model(name)
-    found = require_model(name)
-    if os.path.isdir(found) and not any(
-        Path(found, file).is_file() for file in ("config.json", "adapter_config.json")
-    ):
-        raise ModelError(f"{name} has no config.json: name the directory of a model or of an adapter.")
-    return found
+    return require_model(name)
 
 
 def lab_tokenizer() -> Any:
