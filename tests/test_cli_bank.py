@@ -331,6 +331,11 @@ class TestRetiring:
 
 
 class TestSharing:
+    def test_import_of_a_directory_that_is_not_there(self, run, tmp_path):
+        status, _, told = run("import", tmp_path / "new", tmp_path / "nowhere")
+        assert status == 2 and f"There is no directory {tmp_path / 'nowhere'} with an export" in told
+        assert not (tmp_path / "new").exists()
+
     def test_export_and_import(self, run, json_of, path, tmp_path):
         export, new = tmp_path / "export", tmp_path / "new"
         assert json_of("export", path, export, "--license", "cc-by-4.0") == {"directory": str(export)}

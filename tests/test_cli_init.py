@@ -152,6 +152,13 @@ def test_asks_again_until_it_can_write(
         (["--model", "MODEL", "--data", "gcd", "--output", "recipe.txt"], ".yaml"),
         (["--model", "MODEL", "--data", "gcd", "--reward_file", "../reward.py"], "my_rewards.py"),
         (["--model", "MODEL", "--data", "open.jsonl", "--vram", "0"], "`--reward_file`"),
+        (["--model", "folder", "--data", "gcd"], "folder has no config.json"),
+        (["--model", "MODEL", "--data", ""], "`--data` is empty"),
+        (["--model", "MODEL", "--data", "folder"], "folder is a directory"),
+        (["--model", "MODEL", "--data", "q"], "'q' is no reasoning-gym family, and files need"),
+        (["--model", "MODEL", "--data", "nowhere.jsonl", "--vram", "much"], "`--vram much`"),
+        (["--model", "MODEL", "--data", "gcd", "--output_dir", "open.jsonl"], "`--output_dir` is open.jsonl"),
+        (["--model", "MODEL", "--data", "gcd", "--output_dir", ""], "`--output_dir` is empty"),
         (["--model", "MODEL", "--data", "gcd", "--output", "there.yaml"], "`--overwrite`"),
     ],
 )
@@ -160,10 +167,11 @@ def test_one_line_that_names_the_fix(
 ) -> None:
     write_sums(here / "open.jsonl", size=8, solutions=False)
     Path("there.yaml").write_text("")
+    Path("folder").mkdir()
     assert main(["init", *(tiny if argument == "MODEL" else argument for argument in arguments)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("trl-sgpo init: error: ") and words in message
-    assert sorted(path.name for path in here.iterdir()) == ["open.jsonl", "there.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == ["folder", "open.jsonl", "there.yaml"]
 
 
 # Columns

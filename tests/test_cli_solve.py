@@ -357,7 +357,9 @@ class TestMessages:
         path = tmp_path / "problems.jsonl"
         path.write_text('{"prompt": "What is 1 + 1?"}\n{"prompt": " "}\n')
         assert solve("--model", run, "--input", str(path), "--output", str(tmp_path / "out.jsonl")) == 2
-        assert "Problem 2" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+        told = capsys.readouterr().err
+        assert "problems.jsonl" in told and "1 of 2 problems is empty (row 2, counted from 1)" in told
+        assert not (tmp_path / "out.jsonl").exists()
 
     def test_nothing_a_terminal_acts_on_is_printed(
         self, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,10 @@ from models import evenness, hash_embedder, problems, save_tiny_model
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import StrategyBank
-from trl_sgpo.errors import ConfigError, RewardError
+from trl_sgpo.data.columns import GIVEN
+from trl_sgpo.data.tasks import to_problems
+from trl_sgpo.errors import ConfigError, DataError, RewardError
+from trl_sgpo.inference.verifier import verify
 from trl_sgpo.method.metrics import COLUMNS
 from trl_sgpo.report.records import read_run
 
@@ -109,8 +112,11 @@ def test_a_row_without_a_reward_is_left_out(make, value):
 
 @pytest.mark.parametrize(
     "returned",
-    [None, 1.0, "1.0", ["1.0"] * 8, [1.0] * 7, [1.0] * 9, [[1.0]] * 8, {"reward": 1.0}, [0.0] * 7 + ["right"]],
-)
+    [
+        None, 1.0, "1.0", ["1.0"] * 8, [1.0] * 7, [1.0] * 9, [[1.0]] * 8, {"reward": 1.0}, [0.0] * 7 + ["right"],
+        dict.fromkeys(range(8), 1.0), set(range(8)), dict.fromkeys(range(8)).keys(), [0] * 7 + [10**400],
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("is_async", [False, True])
 def test_what_is_no_list_of_rewards_is_named(make, returned, is_async):
     def careless(completions, **kwargs):
@@ -145,6 +151,50 @@ def test_other_forms_of_rewards_are_taken(make):
     trainer.train()
     logs = trainer.state.log_history[0]
     assert logs["rewards/tensor/mean"] == logs["rewards/Whole/mean"]
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(("function", "words"), [(math, "is a module"), (5, "is of the type int"), ({}, "type dict")])
+def test_what_cannot_be_called_is_refused(make, function, words):
+    with pytest.raises(ConfigError, match=f"reward function .*{words}.*name a function"):
+        make([evenness, function])
+
+
+def test_a_function_that_takes_not_all_columns_is_refused(make):
+    def narrow(completions, solution):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ConfigError, match=r"`narrow` takes no `\*\*kwargs`.*add `\*\*kwargs`"):
+        make(narrow)
+
+
+def test_a_column_that_a_function_needs_is_named(make):
+    def strict(completions, gold, trainer_state, **kwargs):
+        return [0.0] * len(completions)
+
+    with pytest.raises(DataError, match=r"`strict` needs the column `gold`.*the columns are prompt, "):
+        make(strict)
+
+
+@pytest.mark.parametrize("column", GIVEN)
+def test_a_column_that_reward_functions_would_not_get_is_refused(model, tmp_path, column):
+    args = SGPOConfig(str(tmp_path), bf16=False, use_bank=False)
+    rows = problems().add_column(column, ["x"] * len(problems()))
+    with pytest.raises(DataError, match=f"column `{column}`.*rename it"):
+        SGPOTrainer(model, evenness, args, rows)
+    with pytest.raises(DataError, match=f"column `{column}`.*rename it"):
+        to_problems(rows)
+
+
+@pytest.mark.parametrize("returned", [{0: 1.0}, {1.0}, [10**400], [1.0, 1.0]])
+def test_what_is_no_list_of_rewards_is_named_outside_training(returned):
+    def careless(completions, **kwargs):
+        return returned
+
+    with pytest.raises(RewardError, match=r"`careless` returned .* 1 completions"):
+        verify(careless, [{"prompt": "1 + 1?"}], ["2"])
 
 
 # Names

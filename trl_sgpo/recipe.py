@@ -17,6 +17,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from .checks.old_names import unknown_key
 from .checks.origin import what_to_mend
+from .checks.ranges import RECIPE_RANGES, not_finite, out_of_range
 from .checks.remote_code import remote_code_problems
 from .checks.values import check_mixture, read_value
 from .data.columns import Columns
@@ -201,6 +202,7 @@ def read_recipe(
             # What follows from a value that is refused is not told twice
             problems += [text for text in found if not any(key in text for key in keys)]
     problems += remote_code_problems(values)
+    problems += [*not_finite(values), *out_of_range(values, RECIPE_RANGES)]
     own_columns = [key for key in ("prompt_column", "prompt_template") if values[key] is not None]
     own_columns += [key for key in ("answer_column",) if key in given | content.keys()]
     if own_columns and values["datasets"] and "dataset_name" not in given:

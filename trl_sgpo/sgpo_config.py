@@ -1,14 +1,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from trl import GRPOConfig
 
 from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .checks.origin import what_to_mend
-from .checks.ranges import range_problems
+from .checks.ranges import not_finite, range_problems
 from .checks.remote_code import remote_code_problems
+from .checks.settings import setting_problems
 from .errors import ConfigError, SettingsError, refuse
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 from .method.sampling import check_generation_kwargs
@@ -277,7 +278,8 @@ class SGPOConfig(GRPOConfig):
         return GRPOConfig(**(settings | derived | changes))
 
     def __post_init__(self):
-        problems = list(range_problems(vars(self)))
+        refuse("SGPOConfig", list(not_finite(vars(self))))  # before numbers are compared and rounded
+        problems = [*range_problems(vars(self)), *setting_problems(vars(self), get_type_hints(SGPOConfig))]
         problems += remote_code_problems(vars(self))
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set

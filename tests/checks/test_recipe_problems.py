@@ -109,6 +109,23 @@ class TestOneLine:
             ({"use_vllm": True}, r"`use_vllm` needs vllm.*pip install 'trl\[vllm\]'"),
             ({"use_liger_kernel": True}, "`use_liger_kernel` needs liger_kernel"),
             ({"chat_template_kwargs": "{bad"}, "`chat_template_kwargs` is no valid JSON"),
+            ({"chat_template_kwargs": "x"}, "`chat_template_kwargs` must be a mapping of keys to values, got 'x'"),
+            ({"generation_kwargs": "x"}, "`generation_kwargs` must be a mapping of keys to values, got 'x'"),
+            ({"lr_scheduler_kwargs": "x"}, "`lr_scheduler_kwargs` must be a mapping of keys to values, got 'x'"),
+            ({"model_init_kwargs": "[1]"}, "`model_init_kwargs` must be a mapping of keys to values, got"),
+            (
+                {"gradient_checkpointing_kwargs": "x"},
+                "`gradient_checkpointing_kwargs` must be a mapping of keys to values, got 'x'",
+            ),
+            (
+                {"gradient_checkpointing_kwargs": {"nope": 1}, "gradient_checkpointing": True},
+                "`gradient_checkpointing_kwargs` takes .*use_reentrant.*, not nope",
+            ),
+            ({"remove_unused_columns": True}, "`remove_unused_columns` would remove the columns .*set it to false"),
+            ({"output_dir": ""}, "`output_dir` is empty: name a directory"),
+            ({"bank_path": "", "use_bank": True}, "`bank_path` is empty: name a directory"),
+            ({"reward_funcs": ["."]}, "Unknown reward function '.': use one of"),
+            ({"reward_funcs": ["models."]}, "Unknown reward function 'models.': use one of"),
             ({"push_to_hub": True}, "`push_to_hub` needs the network"),
             ({"dtype": "float33"}, "`dtype` must be one of auto"),
             ({"datasets": [{"pth": "x"}]}, "`datasets` must be a list of mappings, each with a `path`"),
@@ -141,6 +158,15 @@ class TestOneLine:
             ({"torch_compile_backend": "nope"}, "not a valid DynamoBackend"),
         ):
             status, lines = run(changes)
+            assert status == 2 and len(lines) == 1 and re.search(words, lines[0]), lines
+
+    def test_of_reward_functions(self, run: Callable[..., Answer], tmp_path: Path) -> None:
+        for name, words in (
+            ("os.path", "reward function posixpath is a module: name a function"),
+            ("sys.maxsize", "reward function [0-9]+ is of the type int: name a function"),
+            ("math.gcd", r"`gcd` takes no `\*\*kwargs`"),
+        ):
+            status, lines = run({"reward_funcs": [name]})
             assert status == 2 and len(lines) == 1 and re.search(words, lines[0]), lines
 
     def test_of_a_metric_that_no_evaluation_has(self, run: Callable[..., Answer]) -> None:

@@ -115,6 +115,12 @@ def test_few_problems_without_a_class_make_classes_big_enough_for_a_block(
         assert "`num_clusters` is 16" in caplog.text
 
 
+@pytest.mark.filterwarnings("error")
+def test_fewer_different_problems_than_clusters_give_no_warning():
+    dataset = Dataset.from_dict({"prompt": PROMPTS * 2})
+    assert set(problem_classes(dataset, None, embed, 4, 0)[0]) == {"cluster-0", "cluster-1"}
+
+
 def test_too_few_problems_are_refused_naming_num_clusters(monkeypatch):
     monkeypatch.setattr(trl_sgpo.data.classes, "load_embedder", lambda name: hashed)
     args = SGPOConfig(bf16=False, report_to="none", transfer_block_size=2, num_generations=4, small_classes="error")

@@ -244,6 +244,12 @@ def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
     return manifest
 
 
+def check_export(directory: str | Path) -> None:
+    """Raises [`~trl_sgpo.errors.BankError`] if there is no such directory."""
+    if not Path(directory).is_dir():
+        raise BankError(f"There is no directory {directory} with an export: name one that an export or a pull wrote.")
+
+
 def read_export(directory: str | Path) -> tuple[list[Strategy], list[Execution], dict[str, Any]]:
     """
     Read an export and check all of it.
@@ -259,6 +265,7 @@ def read_export(directory: str | Path) -> tuple[list[Strategy], list[Execution],
     Raises:
         [`~trl_sgpo.errors.BankError`]: If anything is missing, damaged, inconsistent or too large.
     """
+    check_export(directory)
     directory = Path(directory)
     manifest_path, path = directory / EXPORT_MANIFEST, directory / EXPORT_FILE
     manifest = parse_manifest(_read(manifest_path, MAX_MANIFEST_BYTES), str(manifest_path))

@@ -19,6 +19,8 @@ def check_directory(key: str, path: str | Path) -> None:
     Raises:
         [`ConfigError`]: They cannot.
     """
+    if not str(path):
+        raise ConfigError(f"`{key}` is empty: name a directory.")
     target = Path(path).expanduser().absolute()
     place = target
     try:

@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from ..errors import ConfigError
 from .origin import what_to_mend
 from .paths import check_directory
+from .settings import FILES
 
 
 Problems = list[tuple[str, str]]
@@ -26,7 +27,6 @@ PACKAGES = {
     "use_vllm": ("vllm", "'trl[vllm]'"),
 }
 """Keys, the modules they need and what to install."""
-FILES = ("accelerator_config", "deepspeed", "fsdp_config", "warmstart_file")
 FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -112,7 +112,7 @@ def _attention_problems(implementation: str | None) -> Problems:
 
 
 def _file_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in FILES:
+    for key in (*FILES, "warmstart_file"):
         if isinstance(values[key], str) and not values[key].startswith("{") and not os.path.isfile(values[key]):
             yield key, f"`{key}` is {values[key]}, but there is no such file."
     name = values["dataset_name"]

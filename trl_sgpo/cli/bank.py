@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from ..bank import StrategyBank
 from ..bank.exchange import export_bank, import_bank, push_bank
+from ..bank.export_files import check_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.manifest import is_snapshot
@@ -188,6 +189,7 @@ def _report(options: argparse.Namespace, report: ImportReport, **more: str) -> i
 
 def import_strategies(options: argparse.Namespace) -> int:
     """`trl-sgpo bank import`"""
+    check_export(options.directory)  # before a bank is made for it
     with _writing(options.bank, options.embedding_model) as bank:
         return _report(options, import_bank(bank, options.directory, options.keep_trust))
 

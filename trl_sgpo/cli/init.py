@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..checks.arguments import Parser
-from ..checks.paths import check_file
+from ..checks.paths import check_directory, check_file
 from ..data.columns import Columns
-from ..errors import ConfigError, DataError, SGPOError
+from ..errors import ConfigError, DataError, ModelError, SGPOError
 from .init_problems import choose_columns, has_answers
 from .init_recipe import ANSWERS, BLOCK_SIZE, NO_ANSWERS, SIZES, recipe_text, sections
 from .trial import try_recipe
@@ -35,9 +35,13 @@ def main(argv: list[str]) -> int:
         return 0
     recipe = Path(options.output)
     rewards = None if options.reward_file is None else Path(options.reward_file)
+    output_dir = f"runs/{recipe.stem}" if options.output_dir is None else options.output_dir
     given = Columns(options.prompt_column, options.prompt_template, options.answer_column)
     try:
         _check_paths(recipe, rewards, options.overwrite)
+        check_directory("--output_dir", output_dir)
+        if options.vram is not None:
+            _check_vram(options.vram)  # before data are loaded
         model = _get(options.model, "--model", "Model, a Hub id or directory", DEFAULT_MODEL, _check_model)
         data, rows = _get(
             options.data,
@@ -59,7 +63,6 @@ def main(argv: list[str]) -> int:
         _check_paths(recipe, rewards, options.overwrite)
     except EOFError:
         raise ConfigError("Stopped: nothing is written.") from None
-    output_dir = options.output_dir or f"runs/{recipe.stem}"
     written = sections(model, data, options.data_config, columns, problems, vram, rewards, output_dir)
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(recipe_text(written, recipe, vram), encoding="utf-8")
@@ -191,7 +194,9 @@ def _reward_path(text: str) -> Path:
 def _check_model(name: str) -> str:
     from ..compare.lab.model import fetch_model
 
-    fetch_model(name)
+    found = Path(fetch_model(name))
+    if found.is_dir() and not any((found / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ModelError(f"`--model` is {name}, and {name} has no config.json: name the directory of a model.")
     return name
 
 
@@ -221,6 +226,10 @@ def _load(text: str, config: str | None) -> tuple[str, "Dataset"]:
     from ..data.tasks import load_rows
 
     path = text
+    if not text.strip():
+        raise DataError("`--data` is empty: name a file, a Hub id or reasoning-gym families.")
+    if Path(text).is_dir():
+        raise DataError(f"`--data {text}`: {text} is a directory, name a file in it.")
     if "/" not in text.partition("?")[0] and Path(text).suffix not in FILE_ENDINGS:
         path = f"reasoning_gym/{text}"
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..data.columns import ANSWER_COLUMNS, Columns, prompt_sources, require_column
+from ..data.columns import ANSWER_COLUMNS, Columns, answer_sources, prompt_sources, read_answer, require_column
 from ..errors import ConfigError, DataError
 from .text import printable
 
@@ -59,7 +59,7 @@ def choose_columns(
         columns = _with_answers(rows.column_names, columns, left, ask)
         problems = to_problems(rows, columns, source)
         left = leftover(rows, problems, columns)
-    _show(problems, left)
+    _show(problems, left, lambda index: _written(rows, columns, index))
     return columns, problems
 
 
@@ -121,7 +121,21 @@ def _with_answers(names: list[str], columns: Columns, left: "Leftover", ask: Ask
     return ask("Column with the answers, - for none", left.answers[0], check)
 
 
-def _show(problems: "Dataset", left: "Leftover") -> None:
+def _written(rows: "Dataset", columns: Columns, index: int) -> str | None:
+    """The answer of a row as it is in the file, where its problem shows choices with letters."""
+    from ..data.choices import shown_choices
+
+    row, names = rows[index], rows.column_names
+    if columns.prompt_template is None:
+        return None
+    if not shown_choices(columns.prompt_template, row, prompt_sources(columns, names)):
+        return None
+    answers = (read_answer(row[name], name) for name in answer_sources(columns, names))
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def _show(problems: "Dataset", left: "Leftover", written: Callable[[int], str | None]) -> None:
+    from ..data.leftover import in_short
     from ..method.prompts import problem_text
 
     answers: list[str | None] = problems["solution"][:] if has_answers(problems) else [None] * len(problems)
@@ -130,6 +144,9 @@ def _show(problems: "Dataset", left: "Leftover") -> None:
     print(f"Problem {shown + 1} of {len(problems)}, as the model will see it:\n")
     print("\n".join(f"  {line}" for line in text.splitlines()))
     print(f"\nIts answer: {'none' if answer is None else printable(answer)}")
+    given = written(shown)
+    if answer is not None and given is not None and given != answer:
+        print(f"Answers are the letters of the choices: this one is {printable(in_short(given))} in the file.")
     if left.texts:
         print(f"Text columns that are left out: {', '.join(map(printable, left.texts))}")
     long = sum(each is not None and len(each.split()) > LONG for each in answers)

@@ -334,7 +334,7 @@ def _solve_file(options: argparse.Namespace) -> int:
     from ..evaluation.digest import digest, settings_record, weights_digest
     from ..evaluation.suites import load_suites, parse_suite
     from ..inference.model import TwoPhaseModel
-    from ..inference.solve_file import check_output, check_problems, solve_file
+    from ..inference.solve_file import check_output, solve_file
 
     output = check_output(options.output, options.input)
     check_file("--output", output)
@@ -345,7 +345,6 @@ def _solve_file(options: argparse.Namespace) -> int:
     except DataError as error:
         raise DataError(str(error).replace("The suite input", "`--input`")) from error
     prompts = [row["prompt"] for row in loaded.rows]
-    check_problems(prompts, options.input)
     classes = [options.problem_class or row.get("problem_class") for row in loaded.rows]
     with open_pipeline(options) as pipeline:
         model, bank = pipeline.model, pipeline.bank

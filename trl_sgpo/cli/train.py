@@ -33,6 +33,7 @@ from ..hub.push import claim
 from ..inference.pretrained import load_tokenizer
 from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
+from ..method.reward_functions import check_columns_read
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import REPORT_FILE
 from ..sgpo_trainer import SGPOTrainer
@@ -123,6 +124,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     train_dataset = with_classes(
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
     )
+    check_columns_read(rewards, train_dataset.column_names)
     tokenizer = load_tokenizer(model)
     check_system_role(tokenizer, train_dataset[0]["prompt"], training.chat_template_kwargs)
     if training.use_bank and training.process_index == 0:

@@ -1,6 +1,7 @@
 """Problem classes: from a column, or by clustering the problems."""
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ def problem_classes(
     missing = [row for row, name in enumerate(classes) if name is None]
     if missing:
         from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
 
         prompts = dataset.select(missing)["prompt"]
         embeddings = embed([problem_text(prompt) for prompt in prompts])
@@ -74,7 +76,9 @@ def problem_classes(
                 f"`num_clusters` is {num_clusters}, but {len(missing)} problems without a class make {possible} "
                 f"cluster{'s' * (possible > 1)} of at least {min_size}: {possible} made."
             )
-        kmeans = KMeans(min(num_clusters, possible), n_init=4, random_state=seed).fit(embeddings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer different problems than clusters
+            kmeans = KMeans(min(num_clusters, possible), n_init=4, random_state=seed).fit(embeddings)
         for row, label in zip(missing, kmeans.labels_, strict=True):
             classes[row] = f"cluster-{label}"
         sizes = Counter(classes[row] for row in missing)

@@ -12,6 +12,8 @@ from ..errors import ConfigError, DataError
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 NO_ANSWER = ("", "none", "null", "nan")
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "rollout")
+"""What reward functions get beside the columns of the dataset."""
 _SHOWN = 5
 
 
@@ -73,6 +75,16 @@ def require_column(key: str, name: str, columns: Sequence[str]) -> str:
     if found is None:
         raise DataError(f"`{key}` names no column {name!r}: the columns are {', '.join(columns)}.")
     return found
+
+
+def check_column_names(columns: Sequence[str]) -> None:
+    """Raises [`DataError`] for a column that reward functions would not get, because its name is taken."""
+    for name in columns:
+        if name in GIVEN:
+            raise DataError(
+                f"The dataset has a column `{name}`, whose name is that of another argument of reward functions: "
+                "rename it."
+            )
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -187,6 +199,17 @@ def as_text(value: Any, column: str) -> str:
         return value.strip()
     if isinstance(value, int | float):
         return "" if is_missing(value) else as_answer(value)
+    choices = choices_of(value, column)
+    return "".join(f"\n{label}. {as_text(item, column)}" for label, item in choices if item is not None)
+
+
+def choices_of(value: Any, column: str) -> list[tuple[Any, Any]]:
+    """
+    Reads choices as pairs of label and text.
+
+    Raises:
+        [`DataError`]: They are none.
+    """
     if isinstance(value, list):
         choices: list[tuple[Any, Any]] = list(zip(ascii_uppercase, value, strict=False))
     elif isinstance(value, dict):
@@ -196,7 +219,7 @@ def as_text(value: Any, column: str) -> str:
         choices = []
     if not choices or any(isinstance(item, list | dict) for _, item in choices):
         raise DataError(f"The column `{column}` of `prompt_template` holds neither text nor choices: leave it out.")
-    return "".join(f"\n{label}. {as_text(item, column)}" for label, item in choices if item is not None)
+    return choices
 
 
 def as_answer(value: Any) -> str:
@@ -213,12 +236,61 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().casefold() in NO_ANSWER)
 
 
+def read_answer(value: Any, column: str) -> str | None:
+    """
+    Reads an answer as text, as [`~trl_sgpo.data.answers.answer_reward`] compares it: of a list of one, its item, and
+    several numbers with commas between them.
+
+    Args:
+        value (`Any`):
+            A value of the column.
+        column (`str`):
+            Its name, for messages.
+
+    Returns:
+        `str` or `None`: `None` if it is missing.
+
+    Raises:
+        [`DataError`]: It is a mapping, bytes, or a list of several texts.
+    """
+    if isinstance(value, list):
+        if len(value) > 1 and all(isinstance(item, int | float) for item in value):
+            return ", ".join(map(as_answer, value))
+        if len(value) > 1:
+            raise DataError(
+                f"The column `{column}` holds lists of several texts, such as {value!r:.80}, of which one or all may "
+                "be right: write each answer as one text, with commas between its parts."
+            )
+        return read_answer(value[0], column) if value else None
+    if isinstance(value, dict | bytes):
+        keys = f"mappings with the keys {', '.join(map(str, value))}" if isinstance(value, dict) else "bytes"
+        raise DataError(f"The column `{column}` holds {keys}: write each answer as one text.")
+    return None if is_missing(value) else as_answer(value)
+
+
+def rows_in_short(numbers: Sequence[int]) -> str:
+    """The first of some rows by their numbers, for messages."""
+    first = ", ".join(map(str, numbers[:_SHOWN])) + (", …" if len(numbers) > _SHOWN else "")
+    return f"row{'s' if len(numbers) > 1 else ''} {first}, counted from 1"
+
+
+def check_answer_not_shown(chosen: Columns, sources: Sequence[str], answers: Sequence[str]) -> None:
+    """Raises [`DataError`] if problems show the column that answers are read from."""
+    shown = [name for name in (sources if chosen.prompt_template is not None else sources[:1]) if name in answers]
+    if not shown:
+        return
+    key = "`prompt_column`" if chosen.prompt_column is not None else "the problem"
+    key = "`prompt_template`" if chosen.prompt_template is not None else key
+    raise DataError(
+        f"{key} shows the column `{shown[0]}`, which the answer is read from: leave it out of the problem, or name "
+        "another `answer_column`."
+    )
+
+
 def missing_answers(solutions: Sequence[str | None]) -> str | None:
     """One line that names the rows without an answer, `None` if all have one."""
     rows = [number for number, solution in enumerate(solutions, 1) if solution is None]
     if not rows:
         return None
-    first = ", ".join(map(str, rows[:_SHOWN])) + (", …" if len(rows) > _SHOWN else "")
-    of_them = f"row{'s' if len(rows) > 1 else ''} {first}, counted from 1"
     have = "has no answer" if len(rows) == 1 else "have no answer"
-    return f"{len(rows)} of {len(solutions)} problems {have} and get no reward from it ({of_them})."
+    return f"{len(rows)} of {len(solutions)} problems {have} and get no reward from it ({rows_in_short(rows)})."

@@ -141,6 +141,11 @@ def _settings(family: str) -> list[str]:
     from reasoning_gym.factory import DATASETS
 
     if family not in DATASETS:
-        close = get_close_matches(family, DATASETS, n=3) or sorted(DATASETS)[:3]
+        close = get_close_matches(family, DATASETS, n=3)
+        if not close:
+            raise DataError(
+                f"'{family}' is no reasoning-gym family, and files need the ending .jsonl, .json, .parquet or .csv: "
+                "correct the name."
+            )
         raise DataError(f"No reasoning-gym family '{family}': did you mean {', '.join(close)}?")
     return [field.name for field in fields(DATASETS[family][1]) if field.name not in ("size", "seed")]

@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..method.prompts import problem_text
+from .choices import option_letters
 from .columns import Columns, answer_sources, find_column, prompt_sources
 
 
@@ -144,7 +145,8 @@ def _flat(value: Any) -> str:
 
 def suggest_template(names: Sequence[str], source: str, left: Leftover, row: dict[str, Any]) -> str:
     """
-    A template of the problem and the columns that look like parts of it, in the order of the file, with choices last.
+    A template of the problem and the columns that look like parts of it, in the order of the file, with choices last
+    and a letter before each column of one choice.
 
     Args:
         names (`Sequence[str]`):
@@ -161,10 +163,14 @@ def suggest_template(names: Sequence[str], source: str, left: Leftover, row: dic
     """
     if left.wholes:
         return f"{{{left.wholes[0]}}}"
-    chosen = [name for name in names if name == source or name in left.parts]
-    texts = [name for name in chosen if not isinstance(row[name], list | dict)]
+    letters = option_letters(names)
+    last = max((place for place, name in enumerate(letters) if name in left.parts), default=-1)
+    options = {name: letter for place, (name, letter) in enumerate(letters.items()) if place <= last}
+    chosen = [name for name in names if (name == source or name in left.parts) and name not in options]
+    texts = [f"{{{name}}}" for name in chosen if not isinstance(row[name], list | dict)]
+    texts += [f"{letter}. {{{name}}}" for name, letter in options.items()]
     choices = [name for name in chosen if isinstance(row[name], list | dict)]
-    return " ".join(f"{{{name}}}" for name in texts) + "".join(f"{{{name}}}" for name in choices)
+    return " ".join(texts) + "".join(f"{{{name}}}" for name in choices)
 
 
 def in_short(value: Any, width: int = 60) -> str:

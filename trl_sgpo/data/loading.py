@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from ..errors import ConfigError, DataError, refuse
 from ..inference.pretrained import load_tokenizer
 from ..method.prompts import check_prompts, problem_text, with_system_prompt
+from ..method.reward_functions import check_function
 from ..recipe import Recipe, SGPOScriptArguments
 from .mixture import ProblemMixtureConfig
 from .tasks import answer_reward, load_mixture, load_problems
@@ -103,7 +104,7 @@ def reward_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     problems = [
         ("reward_funcs", f"Unknown reward function {name!r}: use one of {', '.join(known)}, or a dotted path.")
         for name in names
-        if name not in known and "." not in name
+        if name not in known and not ("." in name and all(name.split(".")))
     ]
     count = len(names) + (values["reward_model_name_or_path"] is not None)
     weights = values["reward_weights"]
@@ -124,7 +125,7 @@ def load_rewards(script: SGPOScriptArguments) -> list[Any]:
         `list`: What [`~trl.GRPOTrainer`] takes as `reward_funcs`.
 
     Raises:
-        [`ConfigError`]: A name that is neither known nor importable.
+        [`ConfigError`]: A name that is neither known nor importable, or that of no function that takes all columns.
     """
     known = _known_rewards()
     problems = reward_problems(vars(script) | {"reward_weights": None})
@@ -141,6 +142,7 @@ def load_rewards(script: SGPOScriptArguments) -> list[Any]:
             rewards.append(vars(importlib.import_module(module_name))[function])
         except (ImportError, KeyError) as error:
             raise ConfigError(f"The reward function {name!r} cannot be imported: {error}.") from error
+        check_function(rewards[-1])
     return rewards
 
 

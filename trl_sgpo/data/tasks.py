@@ -2,20 +2,26 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..method.prompts import check_none_empty, is_conversation
 from .answers import answer_reward, same_answer
+from .choices import as_letters, check_letters_shown, index_base, shown_choices
 from .columns import (
     Columns,
     answer_sources,
     as_answer,
+    check_answer_not_shown,
+    check_column_names,
     fill_template,
     find_column,
     is_missing,
     missing_answers,
     prompt_sources,
+    read_answer,
 )
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
@@ -60,7 +66,8 @@ def load_problems(
     Raises:
         `DataError`: If there is no such source, or it has no prompts or not the columns named.
     """
-    return _to_problems_of(path, load_rows(path, split, name), columns or Columns())
+    rows = load_rows(path, split, name)
+    return _to_problems_of(path, rows, columns or Columns(), lambda: load_rows(path, split.partition("[")[0], name))
 
 
 def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
@@ -107,12 +114,15 @@ def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
 def _load_part(part: "ProblemsConfig") -> "Dataset":
     dataset = load_rows(part.path, part.split, part.name, part.data_dir, part.data_files)
     dataset = dataset if part.columns is None else dataset.select_columns(part.columns)
-    return _to_problems_of(part.path, dataset, part.chosen)
+    base = part.split.partition("[")[0]
+    return _to_problems_of(
+        part.path, dataset, part.chosen, lambda: load_rows(part.path, base, part.name, part.data_dir, part.data_files)
+    )
 
 
-def _to_problems_of(path: str, rows: "Dataset", columns: Columns) -> "Dataset":
+def _to_problems_of(path: str, rows: "Dataset", columns: Columns, whole: Callable[[], "Dataset"]) -> "Dataset":
     """Problems of a file, with a line in the log for columns that look like parts of them and are left out."""
-    problems = to_problems(rows, columns, path)
+    problems = to_problems(rows, columns, path, whole)
     if columns.prompt_column is None and columns.prompt_template is None:
         for name in leftover(rows, problems, columns).parts:
             logger.warning(
@@ -127,15 +137,35 @@ def load_rows(
 ) -> "Dataset":
     """Loads rows as they are, from what [`load_problems`] takes. The other arguments are those of `datasets`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
     builder, own_files = _source(path, split)
+    no_rows = f"{path} has no rows for the split `{split}`: name a source with problems."
     try:
-        return load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
+        rows = load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
     except OSError as error:
         raise _unreachable(path, error) from error
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path} cannot be read: {reason}. Correct the file, and save texts in UTF-8.") from error
+    except StopIteration as error:  # an empty file
+        raise DataError(no_rows) from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise DataError(no_rows) from error
+    if len(rows) == 0:
+        raise DataError(no_rows)
+    return rows
 
 
-def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str = "The dataset") -> "Dataset":
+def to_problems(
+    dataset: "Dataset",
+    columns: Columns | None = None,
+    source: str = "The dataset",
+    whole: Callable[[], "Dataset"] | None = None,
+) -> "Dataset":
     """
     Gives every row a conversational `prompt` and a short `solution`, keeping the other columns.
 
@@ -143,6 +173,7 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
     solution is the answer column that `columns` names, else `answer`, else `solution`; if that is a worked text with
     `#### 42` (GSM8K) or a boxed answer, or there is a `solution` beside the `answer` (MATH), the text goes to
     `worked_solution`. A `subject` becomes the `problem_class` unless there is one. Names match whatever their case.
+    Where a template shows choices with letters, an answer that is the text or index of a choice becomes its letter.
     Rows whose answer is missing, or written as `None`, are named in one line of the log.
 
     Args:
@@ -152,19 +183,23 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
             Columns of problems and answers. If `None`, they are found by their usual names.
         source (`str`, *optional*, defaults to `"The dataset"`):
             Name of the dataset in messages.
+        whole (`Callable[[], Dataset]`, *optional*):
+            Returns all rows of which these are a part, in case these do not tell whether indices count from 0 or 1.
 
     Returns:
         [`~datasets.Dataset`]
 
     Raises:
-        `DataError`: If there is no prompt column or not the column named, a row has no prompt, or the answer column
-            that is named has no answer.
+        `DataError`: If there is no prompt column or not the column named, problems are empty or show their answer, or
+            the answer column that is named has no answer, or others than texts and numbers.
     """
     from datasets import Value
 
     chosen, names = columns or Columns(), dataset.column_names
+    check_column_names(names)
     sources = prompt_sources(chosen, names)
     answers = answer_sources(chosen, names)
+    check_answer_not_shown(chosen, sources, answers)
     worked_column, solution_column = find_column("worked_solution", names), find_column("solution", names)
     class_sources = [found for name in ("problem_class", "subject") if (found := find_column(name, names)) is not None]
     text = Value("string")
@@ -181,10 +216,12 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
         if chosen.prompt_template is not None:
             prompt = fill_template(chosen.prompt_template, row, sources)
         else:
-            prompt = next((row[column] for column in sources if row[column] is not None), None)
-            prompt = as_answer(prompt) if isinstance(prompt, int | float) else prompt
-        if prompt is None:
-            raise DataError(f"A row has no prompt: remove rows with an empty {', '.join(sources)}.")
+            source = next((column for column in sources if row[column] is not None), sources[0])
+            prompt = as_answer(row[source]) if isinstance(row[source], int | float) else row[source]
+            if not (prompt is None or isinstance(prompt, str) or is_conversation(prompt)):
+                raise DataError(
+                    f"The column `{source}` holds neither text nor messages: name another `prompt_column`."
+                )
         new: dict[str, Any] = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
         if answers:
             new["solution"], new["worked_solution"] = _answer_of(row, answers, worked_column, solution_column)
@@ -193,7 +230,13 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
             new["problem_class"] = None if problem_class is None else str(problem_class)
         return new
 
+    def whole_base() -> int | None:
+        rows = [] if whole is None else whole().to_list()
+        given = [_answer_of(row, answers, worked_column, solution_column)[0] for row in rows]
+        return index_base(given, [shown_choices(chosen.prompt_template or "", row, sources) for row in rows])
+
     problems = dataset.map(convert, features=features, desc="Reading problems")
+    check_none_empty(problems["prompt"][:])
     if not answers:
         return problems
     missing = missing_answers(problems["solution"])
@@ -203,7 +246,30 @@ def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str 
         logger.warning(f"{source}: {missing}")
     if not any(value is not None for value in problems["worked_solution"]):
         problems = problems.remove_columns("worked_solution")
-    return problems
+    if chosen.prompt_template is None:
+        return problems
+    return _with_letters(problems, dataset, chosen.prompt_template, sources, source, whole_base)
+
+
+def _with_letters(
+    problems: "Dataset",
+    rows: "Dataset",
+    template: str,
+    sources: list[str],
+    source: str,
+    base: Callable[[], int | None],
+) -> "Dataset":
+    """The problems with the letters of choices as answers, where the template shows choices."""
+    shown = rows.select_columns(sorted(set(sources))).to_list()
+    choices = [shown_choices(template, row, sources) for row in shown]
+    answers: list[str | None] = problems["solution"][:]
+    if not any(choices):
+        check_letters_shown(template, shown, sources, answers)
+        return problems
+    letters = as_letters(answers, choices, source, base)
+    if letters == answers:
+        return problems
+    return problems.map(lambda row, index: {"solution": letters[index]}, with_indices=True, desc="Letters of choices")
 
 
 def _answer_of(
@@ -212,12 +278,12 @@ def _answer_of(
     """The short answer of a row and its worked solution."""
     worked = None if worked_column is None else row[worked_column]
     in_order = answers if worked is None else answers[::-1]  # a `solution` beside a worked one is the short one
-    short = next((row[column] for column in in_order if not is_missing(row[column])), None)
-    if worked is None and isinstance(short, str) and ("####" in short or "\\boxed{" in short):
+    short = next((text for column in in_order if (text := read_answer(row[column], column)) is not None), None)
+    if worked is None and short is not None and ("####" in short or "\\boxed{" in short):
         short, worked = final_answer(short), short
     elif worked is None and solution_column is not None and not is_missing(row[solution_column]):
-        worked = row[solution_column] if as_answer(row[solution_column]) != as_answer(short) else None
-    return None if is_missing(short) else as_answer(short), None if worked is None else str(worked)
+        worked = row[solution_column] if as_answer(row[solution_column]) != short else None
+    return None if is_missing(short) else short, None if worked is None else str(worked)
 
 
 def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..evaluation.statistics import derived_seed
 from ..method.prompts import Prompt, problem_text
 from .model import Decoding
@@ -23,13 +23,6 @@ def check_output(output: str, source: str) -> Path:
     if path.resolve() == Path(source).resolve():
         raise ConfigError("`--output` must be another file than `--input`.")
     return path
-
-
-def check_problems(prompts: Sequence[Prompt], source: str) -> None:
-    """Raises an error for the first empty problem."""
-    empty = [number for number, prompt in enumerate(prompts, 1) if not problem_text(prompt).strip()]
-    if empty:
-        raise DataError(f"Problem {empty[0]} in {source} is empty: remove it, or write what is to be solved.")
 
 
 def solve_file(

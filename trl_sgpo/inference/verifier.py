@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl.data_utils import is_conversational
+from trl.trainer.utils import get_callable_name
 
 from ..method.prompts import Prompt
+from ..method.reward_functions import as_rewards
 
 
 Verifier = Callable[..., list[float | None]]
@@ -32,11 +34,15 @@ def verify(verifier: Verifier, rows: Sequence[dict[str, Any]], texts: Sequence[s
 
     Returns:
         `list[float]`: Outcomes in [0, 1], NaN where the verifier cannot tell.
+
+    Raises:
+        [`RewardError`]: The verifier returned no list of numbers.
     """
     if not rows:
         return []
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
     completions = as_completions(prompts[0], texts)
-    outcomes = verifier(prompts=prompts, completions=completions, completion_ids=[[]] * len(rows), **columns)
-    return [float("nan") if outcome is None else min(max(float(outcome), 0.0), 1.0) for outcome in outcomes]
+    returned = verifier(prompts=prompts, completions=completions, completion_ids=[[]] * len(rows), **columns)
+    outcomes = as_rewards(returned, get_callable_name(verifier), len(rows))
+    return [min(max(float(outcome), 0.0), 1.0) for outcome in outcomes]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.columns import rows_in_short
 from ..errors import ConfigError, DataError
 
 
@@ -170,9 +171,14 @@ def problem_text(prompt: Prompt) -> str:
 
 
 def check_prompt(prompt: Prompt, name: str = "The prompt") -> None:
-    """Raises [`DataError`] when a conversation does not end in a user message, whose place the request takes."""
+    """
+    Raises [`DataError`] when a prompt is neither text nor messages, or does not end in a user message, whose place the
+    request takes.
+    """
     if isinstance(prompt, str):
         return
+    if not is_conversation(prompt):
+        raise DataError(f"{name} is neither text nor messages with `role` and `content`, but {prompt!r:.80}.")
     if not prompt:
         raise DataError(f"{name} has no messages: a prompt must end in a user message with the problem.")
     if prompt[-1]["role"] != "user":
@@ -182,10 +188,37 @@ def check_prompt(prompt: Prompt, name: str = "The prompt") -> None:
         )
 
 
+def is_conversation(prompt: Any) -> bool:
+    """Whether a value is a list of messages."""
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
+    )
+
+
 def check_prompts(prompts: Iterable[Prompt]) -> None:
-    """[`check_prompt`] for a dataset's prompts."""
+    """[`check_prompt`] for a dataset's prompts, none of which may be empty."""
+    prompts = list(prompts)
     for index, prompt in enumerate(prompts):
-        check_prompt(prompt, f"The prompt of row {index}")
+        if prompt is not None:
+            check_prompt(prompt, f"The prompt of row {index}")
+    check_none_empty(prompts)
+
+
+def check_none_empty(prompts: Sequence[Prompt | None]) -> None:
+    """Raises [`DataError`] for problems without text."""
+    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt or not _has_problem(prompt)]
+    if empty:
+        are, them = ("is", "it") if len(empty) == 1 else ("are", "them")
+        raise DataError(
+            f"{len(empty)} of {len(prompts)} problems {are} empty ({rows_in_short(empty)}): remove {them}."
+        )
+
+
+def _has_problem(prompt: Prompt) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    message = next((message for message in reversed(prompt) if message["role"] == "user"), prompt[-1])
+    return message["content"] is not None and bool(problem_text([message]).strip())
 
 
 def as_text(prompt: Prompt) -> str:

@@ -7,13 +7,14 @@ from peft import PeftModel, PeftType, PromptLearningConfig
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
 
+from ..data.columns import check_column_names
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
 from ..speed.generation import base_of
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
 from .conversation import check_system_role
 from .prompts import check_prompts
-from .reward_functions import check_names
+from .reward_functions import check_columns_read, check_functions
 from .sampling import check_generation_config
 
 
@@ -45,10 +46,10 @@ def check_arguments(
     Checks the arguments of [`SGPOTrainer`].
 
     Raises:
-        [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, no reward function, or names of
-            reward functions that cannot be told apart.
-        [`DataError`]: No training dataset, one that streams, without a column `prompt`, with images, or with a prompt
-            that does not end in a user message.
+        [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, no reward function, one that
+            cannot be called, or names of reward functions that cannot be told apart.
+        [`DataError`]: No training dataset, one that streams, without a column `prompt` or one that a reward function
+            needs, with images, or with a prompt that does not end in a user message.
     """
     for name in ("tools", "environment_factory", "rollout_func"):
         if trainer_kwargs.pop(name, None) is not None:
@@ -60,11 +61,14 @@ def check_arguments(
     if train_dataset is None:
         raise DataError("SGPO needs a `train_dataset`.")
     evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for dataset in (train_dataset, *(dataset for dataset in evals if dataset is not None)):
+    datasets = [train_dataset, *(dataset for dataset in evals if dataset is not None)]
+    for dataset in datasets:
         _check_dataset(dataset)
     if reward_funcs is None:
         raise ConfigError("SGPO needs at least one reward function: pass `reward_funcs`. The first is the verifier.")
-    check_names(reward_funcs)
+    check_functions(reward_funcs)
+    for dataset in datasets:
+        check_columns_read(reward_funcs, dataset.column_names)
 
 
 def check_model(trainer: GRPOTrainer) -> None:
@@ -125,6 +129,7 @@ def _check_dataset(dataset: Dataset) -> None:
         )
     if "prompt" not in dataset.column_names:
         raise DataError(f"The dataset has no column `prompt`, only {', '.join(dataset.column_names)}.")
+    check_column_names(dataset.column_names)
     images = {"image", "images"} & set(dataset.column_names)
     if images:
         raise DataError(f"SGPO trains text models: remove the column `{images.pop()}`.")

@@ -1,15 +1,19 @@
 """Checks of reward functions: their names, what they return, and the columns they log."""
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
-from ..errors import ConfigError, RewardError
+from ..data.classes import CLASS_COLUMN
+from ..data.columns import GIVEN
+from ..errors import ConfigError, DataError, RewardError
 from .metrics import COLUMNS
 from .prompts import Prompt, problem_text
 
@@ -18,18 +22,23 @@ _TAKEN = ("step", "prompt", "completion", "advantage", *COLUMNS)
 _EXCERPT = 80
 
 
-def check_names(reward_funcs: Any) -> None:
+def check_functions(reward_funcs: Any) -> None:
     """
-    Checks that each reward function has a column of its own in the completions table.
+    Checks that reward functions can be called as TRL calls them, and that each has a column of its own in the
+    completions table.
 
     Args:
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             TRL reward functions or reward models.
 
     Raises:
-        [`ConfigError`]: A name is that of another column, or of two functions.
+        [`ConfigError`]: One is no function or takes no `**kwargs`, or a name is that of another column, or of two
+            functions.
     """
-    names = [_name(function) for function in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+    functions = _as_list(reward_funcs)
+    for function in functions:
+        check_function(function)
+    names = [_name(function) for function in functions]
     for name, count in Counter(names).items():
         if name in _TAKEN:
             raise ConfigError(
@@ -41,6 +50,60 @@ def check_names(reward_funcs: Any) -> None:
                 f"Two reward functions are named `{name}`, so their metrics would be mixed: define a function with a "
                 "name of its own for each."
             )
+
+
+def check_function(function: Any) -> None:
+    """Raises [`ConfigError`] if a reward function cannot be called, or does not take all columns."""
+    if isinstance(function, str | torch.nn.Module):
+        return
+    if not callable(function):
+        is_module = isinstance(function, ModuleType)
+        kind = "is a module" if is_module else f"is of the type {type(function).__name__}"
+        shown = function.__name__ if is_module else _excerpt(repr(function))
+        raise ConfigError(f"The reward function {shown} {kind}: name a function, as in `my_rewards.reward`.")
+    parameters = _parameters(function)
+    if parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        raise ConfigError(
+            f"The reward function `{_name(function)}` takes no `**kwargs`, and it gets every column of the dataset: "
+            "add `**kwargs` to its arguments."
+        )
+
+
+def check_columns_read(reward_funcs: Any, columns: Sequence[str]) -> None:
+    """
+    Checks that a dataset has the columns that reward functions need.
+
+    Args:
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            TRL reward functions or reward models.
+        columns (`Sequence[str]`):
+            Names of the dataset's columns.
+
+    Raises:
+        [`DataError`]: An argument without a default is no column.
+    """
+    for function in _as_list(reward_funcs):
+        if isinstance(function, str | torch.nn.Module):
+            continue
+        for each in _parameters(function):
+            named = each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and each.default is each.empty
+            if named and each.name not in (*GIVEN, CLASS_COLUMN, *columns):
+                raise DataError(
+                    f"The reward function `{_name(function)}` needs the column `{each.name}`, which the dataset does "
+                    f"not have (the columns are {', '.join(columns)}): add it, or use another reward function."
+                )
+
+
+def _as_list(reward_funcs: Any) -> list[Any]:
+    return reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a function, none if they cannot be known, as of some in C."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return []
 
 
 def _name(function: Any) -> str:
@@ -86,23 +149,42 @@ def _checked(function: Callable[..., Any], name: str, taken: Sequence[str]) -> C
         @wraps(function, updated=())
         async def call_async(*, log_extra: Any, **kwargs: Any) -> Any:
             returned = await function(log_extra=logging(log_extra), **kwargs)
-            return _as_rewards(returned, name, len(kwargs["completions"]))
+            return as_rewards(returned, name, len(kwargs["completions"]))
 
         return call_async
 
     @wraps(function, updated=())
     def call(*, log_extra: Any, **kwargs: Any) -> Any:
         returned = function(log_extra=logging(log_extra), **kwargs)
-        return _as_rewards(returned, name, len(kwargs["completions"]))
+        return as_rewards(returned, name, len(kwargs["completions"]))
 
     return call
 
 
-def _as_rewards(returned: Any, name: str, rows: int) -> list[Any]:
+def as_rewards(returned: Any, name: str, rows: int) -> list[Any]:
+    """
+    Reads what a reward function returned.
+
+    Args:
+        returned (`Any`):
+            What it returned.
+        name (`str`):
+            Its name.
+        rows (`int`):
+            Number of completions.
+
+    Returns:
+        `list`: Rewards, NaN for `None`.
+
+    Raises:
+        [`RewardError`]: It is no list of one number for each completion.
+    """
     try:
+        if isinstance(returned, Mapping | Set):  # their keys and items are no rewards, and sets have no order
+            raise TypeError
         rewards = [torch.nan if reward is None else reward for reward in returned]
         right = torch.tensor(rewards, dtype=torch.float32).shape == (rows,)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         right = False
     if not right:
         raise RewardError(
