@@ -808,7 +808,7 @@ def apply_chat_templates(package: Path) -> set[str]:
 
 
 def test_chat_templates_are_applied_in_one_file(tmp_path: Path) -> None:
-    assert apply_chat_templates(PACKAGE) == {"method/conversation.py"}
+    assert apply_chat_templates(PACKAGE) == {"data/check_worker.py"}
     (tmp_path / "planted.py").write_text("from trl.data_utils import apply_chat_template as render\n")
     (tmp_path / "other.py").write_text("ids = tokenizer.apply_chat_template(messages)\n")
     assert apply_chat_templates(tmp_path) == {"planted.py", "other.py"}
