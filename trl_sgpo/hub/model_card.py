@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..inference.weights import LAB_MODEL
 from ..report.run_files import REPORT_FILE
+from ..yaml_files import read_mapping
 
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def _evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
     if evaluation is None:
         return []
     path = evaluation / "hub" / "model_index.yaml"
-    return yaml.safe_load(path.read_text())["model-index"][0]["results"] if path.is_file() else []
+    return read_mapping(str(path))["model-index"][0]["results"] if path.is_file() else []
 
 
 def _link(name: str, kind: str = "") -> str:
