@@ -238,6 +238,12 @@ def test_content_in_parts_is_joined():
     assert ask(stream(event(PARTS[:1]), event(PARTS[1:], "stop")), streamed=True) == ["#### 3"]
 
 
+def test_halves_of_characters_are_replaced():
+    """The encoder of a terminal, a file or a tokenizer would refuse them."""
+    assert ask(whole(answer({"content": "#### 3 \ud83d"}))) == ["#### 3 ?"]
+    assert ask(stream(event("#### 3 \ud83d", "stop")), streamed=True) == ["#### 3 ?"]
+
+
 @pytest.mark.parametrize("parts", [[{"type": "text", "text": 3}], [3], [None]])
 def test_parts_that_are_no_text(parts):
     with pytest.raises(ModelError, match="server of chat completions"):

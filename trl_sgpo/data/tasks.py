@@ -127,12 +127,16 @@ def load_rows(
 ) -> "Dataset":
     """Loads rows as they are, from what [`load_problems`] takes. The other arguments are those of `datasets`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     builder, own_files = _source(path, split)
     try:
         return load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
     except OSError as error:
         raise _unreachable(path, error) from error
+    except DatasetGenerationError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise DataError(f"{path} cannot be read ({reason}): correct the file.") from error
 
 
 def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str = "The dataset") -> "Dataset":

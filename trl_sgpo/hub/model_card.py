@@ -15,6 +15,7 @@ import yaml
 from .._version import __version__
 from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
+from ..checks.json_text import parse_json
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..inference.weights import LAB_MODEL
@@ -120,7 +121,7 @@ class TrainingFacts:
         if not path.is_file():
             return cls()
         try:
-            given = json.loads(path.read_text())
+            given = parse_json(path.read_text())
             for item in fields(cls):
                 if isinstance(given.get(item.name), list):
                     given[item.name] = tuple(given[item.name])

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks.json_text import parse_json
 from .model import Stream
 
 
@@ -126,9 +127,7 @@ class StreamedCompletion:
 
 def _event(data: bytes) -> dict[str, Any]:
     try:
-        event = json.loads(data.decode())
-    except RecursionError as error:
-        raise NoCompletion("its JSON is nested too deeply") from error
+        event = parse_json(data)
     except ValueError as error:
         raise NoCompletion(f"{str(error)[:100]}") from error
     event = _object(event, "answer")
@@ -158,7 +157,7 @@ def _text(content: Any) -> str:
     texts: list[Any] = [part.get("text") for part in parts if part.get("type") == "text"]
     if not all(isinstance(text, str) for text in texts):
         raise NoCompletion("its content is no text")
-    return "".join(texts)
+    return "".join(texts).encode(errors="replace").decode()  # without halves of characters
 
 
 def _tokens(event: dict[str, Any]) -> int:

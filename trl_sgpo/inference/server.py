@@ -1,6 +1,5 @@
 """A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.model.TwoPhaseModel`]."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import httpx
 from tqdm.auto import tqdm
 
 from ..checks.http_limits import Answer, AnswerRefused, LimitedClient, limited_client
+from ..checks.json_text import parse_json
 from ..errors import ModelError
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
@@ -102,8 +102,8 @@ class ServerModel:
                 f"No server answers at {self.base} ({_reason(error)}): start it, or correct `--server`."
             ) from error
         try:
-            self.listed = [str(entry["id"]) for entry in json.loads(answer.content)["data"]]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            self.listed = [str(entry["id"]) for entry in parse_json(answer.content)["data"]]
+        except (ValueError, LookupError, TypeError):
             self.listed = []
         return self.listed
 
