@@ -76,7 +76,7 @@ def test_ctrl_c_waits_for_no_server(streamed):
 
 
 def test_ctrl_c_waits_for_no_repetition():
-    """The server asks for a minute."""
+    """The server asks for five seconds."""
 
     def reply(handler):
         handler.send(b"", 503, Retry_After="5")
@@ -123,7 +123,7 @@ def endless(piece: bytes, content_type: str) -> Callable[[Any], None]:
     [
         (EVENTS, b"x" * 2**20, "a line of more than 1 MiB"),
         (EVENTS, event("a" * 2**19), "more than 64 MiB"),
-        ("application/json", b" " * 2**20, "more than 64 MiB"),
+        ("application/json", b" " * 2**20, "more than 8 MiB"),
     ],
     ids=["line", "stream", "body"],
 )
@@ -133,6 +133,23 @@ def test_an_answer_without_end(content_type, piece, words):
 
 
 # Malformed
+
+
+NO_HTTP = {
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "nothing": b"",
+    "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+    "no length": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{}",
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n{}",
+    "headers": b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 2**20,
+    "no header": b"HTTP/1.1 200 OK\r\n\xff\x00\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("name", NO_HTTP)
+def test_what_is_no_http(name):
+    with pytest.raises(ModelError, match=r"failed 1 times|does not answer like"):
+        ask(lambda handler: handler.wfile.write(NO_HTTP[name]))
 
 
 def stream(*events: bytes) -> Callable[[Any], None]:

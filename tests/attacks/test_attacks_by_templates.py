@@ -1,8 +1,9 @@
 """Chat templates of a model repository that do not end or fill memory."""
 
 import pytest
-from models import tokenizer
+from models import save_tiny_model, tokenizer
 
+from trl_sgpo.cli import main as cli
 from trl_sgpo.errors import ConfigError
 from trl_sgpo.method.conversation import Conversation, check_system_role, prompt_ids, rendered
 
@@ -51,6 +52,15 @@ def test_wherever_it_is_applied(template):
     ):
         with pytest.raises(ConfigError, match="chat template"):
             apply()
+
+
+@pytest.mark.parametrize("name", ["product", "loop for this problem"])
+def test_one_line_and_status_2(name, tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    with_template(TEMPLATES[name]).save_pretrained(model)
+    assert cli.main(["solve", "What is 1 + 2?", "--model", model, "--no_bank"]) == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("trl-sgpo solve: error: The model's chat template needs more than 2 seconds")
 
 
 def test_a_template_that_refuses():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
 
 MAX_LINE_BYTES = 2**20
+MAX_STREAM_BYTES = 64 * 2**20
 
 OnLine = Callable[[bytes], None]
 
@@ -66,7 +67,7 @@ class LimitedClient:
         portal (`anyio.from_thread.BlockingPortal`):
             The event loop that it runs in.
         max_bytes (`int`):
-            Limit of the size of an answer.
+            Limit of the size of an answer that is not a stream of events.
     """
 
     def __init__(self, client: "httpx.AsyncClient", portal: "BlockingPortal", max_bytes: int):
@@ -111,15 +112,16 @@ class LimitedClient:
         raise TimeoutError(f"it took more than {seconds:g} seconds")
 
     async def _read(self, response: "httpx.Response", on_line: OnLine | None) -> Answer:
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if (response.headers.get("Content-Encoding") or "identity").lower() != "identity":
             raise AnswerRefused("it sent a compressed answer, which was not asked for")
         if not response.is_success or "event-stream" not in response.headers.get("Content-Type", ""):
             on_line = None
+        limit = self._max_bytes if on_line is None else MAX_STREAM_BYTES
         content, size = bytearray(), 0
         async for piece in response.aiter_raw():
             size += len(piece)
-            if size > self._max_bytes:
-                raise AnswerTooLarge(f"it answered with more than {self._max_bytes >> 20} MiB")
+            if size > limit:
+                raise AnswerTooLarge(f"it answered with more than {limit >> 20} MiB")
             content += piece
             if on_line is not None and b"\n" in piece:
                 *lines, content = content.split(b"\n")
@@ -142,7 +144,7 @@ def limited_client(headers: dict[str, str], max_bytes: int, **options: Any) -> I
         headers (`dict[str, str]`):
             Headers of each request.
         max_bytes (`int`):
-            Limit of the size of an answer.
+            Limit of the size of an answer that is not a stream of events.
         **options:
             Passed on to `httpx.AsyncClient`.
     """
