@@ -3,7 +3,9 @@
 import ast
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from trl_sgpo.evaluation.runner import Protocol, _attempt
 from trl_sgpo.evaluation.transfer_score import _execute, _write, _written
 from trl_sgpo.export.parity import _PROBES, probes
 from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.inference.chat_completions import Completion
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.server import ServerModel
 from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
@@ -226,7 +229,7 @@ class TestSameTokens:
             pytest.skip("Servers of chat completions have a chat template.")
         tok, bodies = case.tokenizer(), []
         model = ServerModel("http://nowhere/v1", "m", settings_of(case))
-        monkeypatch.setattr(model, "_post", lambda body, stream: bodies.append(body) or ("", False, 0))
+        monkeypatch.setattr(model, "_post", lambda body, **_: bodies.append(body) or Completion("", False, 0))
         problem = Problem(case.prompt(PROBLEM))
         model.write_strategies([problem])
         model.execute([problem], [strategy])
@@ -312,6 +315,17 @@ def make_trainer(case: Case, directory: Path, bank: StrategyBank | None = None, 
         processing_class=tok,
         strategy_bank=StrategyBank(directory / "bank", embedding_model=hash_embedder) if bank is None else bank,
     )
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, reply: Callable[[httpx.Request], httpx.Response]) -> None:
+    """Answers the requests to servers by a function."""
+
+    def unread(request: httpx.Request) -> httpx.Response:
+        answer = reply(request)
+        return httpx.Response(answer.status_code, headers=answer.headers, stream=httpx.ByteStream(answer.content))
+
+    client = partial(httpx.AsyncClient, transport=httpx.MockTransport(unread))
+    monkeypatch.setattr(httpx, "AsyncClient", client)
 
 
 def script(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> list[list[list[int]]]:
@@ -533,7 +547,7 @@ class TestTextPrompts:
             assert sequence == [*asked_for, *conversation.content(problem, executed)]
 
         server = ServerModel("http://nowhere/v1", "m", settings)
-        monkeypatch.setattr(server, "_post", lambda body, stream: bodies.append(body) or (strategy, False, 0))
+        monkeypatch.setattr(server, "_post", lambda body, **_: bodies.append(body) or Completion(strategy, False, 0))
         SGPOPipeline(server)(PROBLEM)
         server.answer([PROBLEM])
         assert [body["prompt"] for body in bodies] == [asked, f"{asked}{strategy}{case.eos}{turn}", PROBLEM]
@@ -553,7 +567,7 @@ class TestTextPrompts:
         saved = TwoPhaseSettings.load(trainer.args.output_dir)
         assert (saved.plain_text, saved.turn_end) == (True, case.eos)
 
-    def test_completions_of_a_server(self) -> None:
+    def test_completions_of_a_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = TwoPhaseSettings(plain_text=True, turn_end="<eos>")
         model, asked = ServerModel("http://nowhere/v1", "m", settings), []
         answer = {"choices": [{"text": " Add.", "finish_reason": "stop"}]}
@@ -565,7 +579,7 @@ class TestTextPrompts:
             events = f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n"
             return httpx.Response(200, text=events, headers={"Content-Type": "text/event-stream"})
 
-        model._client = httpx.Client(transport=httpx.MockTransport(reply))
+        answering(monkeypatch, reply)
         pieces: list[str] = []
         for stream in (None, pieces.append):
             (parsed,) = model.write_strategies([Problem(PROBLEM)], stream=stream)
@@ -712,7 +726,7 @@ class TestReasoning:
     def test_served_strategies_are_executed_as_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, bodies = ServerModel("http://nowhere/v1", "m"), []
         text = " \n<think>\nA sum.\n</think>\n\nAdd both. \n"
-        monkeypatch.setattr(model, "_post", lambda body, stream: bodies.append(body) or (text, False, 0))
+        monkeypatch.setattr(model, "_post", lambda body, **_: bodies.append(body) or Completion(text, False, 0))
         (solution,) = SGPOPipeline(model).solve([Problem(self.CASE.prompt(PROBLEM))])
         assert solution.strategy == "Add both."
         assert bodies[1]["messages"][-2]["content"] == text
@@ -725,7 +739,7 @@ class TestReasoning:
         model = ServerModel("http://nowhere/v1", "m", settings)
         message = {"content": "It is a sum"} | ({"reasoning_content": "Hm."} if separated else {})
         answer = {"choices": [{"message": message, "finish_reason": "length"}]}
-        monkeypatch.setattr(model._client, "post", lambda url, json: httpx.Response(200, json=answer))
+        answering(monkeypatch, lambda _: httpx.Response(200, json=answer))
         (parsed,) = model.write_strategies([Problem(case.prompt(PROBLEM))])
         assert (parsed.text, parsed.reasoning) == (("It is a sum", "") if separated else ("", "It is a sum"))
         assert parsed.flaw == "truncated"
@@ -794,7 +808,7 @@ def apply_chat_templates(package: Path) -> set[str]:
 
 
 def test_chat_templates_are_applied_in_one_file(tmp_path: Path) -> None:
-    assert apply_chat_templates(PACKAGE) == {"method/conversation.py"}
+    assert apply_chat_templates(PACKAGE) == {"data/check_worker.py"}
     (tmp_path / "planted.py").write_text("from trl.data_utils import apply_chat_template as render\n")
     (tmp_path / "other.py").write_text("ids = tokenizer.apply_chat_template(messages)\n")
     assert apply_chat_templates(tmp_path) == {"planted.py", "other.py"}

@@ -33,7 +33,7 @@ PRIVATE_NAMES = {
     "vram/worst_case.py",
 }
 CHROMA = {"bank/index.py"}
-CHAT_TEMPLATE = {"method/conversation.py"}
+CHAT_TEMPLATE = {"data/check_worker.py"}
 CHAT_TEMPLATE_FUNCTIONS = {"apply_chat_template", "maybe_apply_chat_template", "render_jinja_template"}
 MAX_FILES_ON_TOP = 9
 MAX_LINES_OF_TRAINER = 350
@@ -462,7 +462,7 @@ def small_package(tmp_path: Path) -> Path:
         "cli/eval.py": "from .text import printable\n",
         "cli/text.py": "def printable(): ...\n",
         "compare/methods.py": "",
-        "method/conversation.py": "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
+        "data/check_worker.py": "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
         "vram/check.py": "def check(): ...\n",
         **{f"top_{number}.py": "" for number in range(MAX_FILES_ON_TOP - 1)},
     }.items():

@@ -1,6 +1,5 @@
 """Recipes: YAML files and command-line overrides, read into dataclasses the way `trl` does."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from trl import ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
 
+from .checks.json_text import parse_json
 from .checks.old_names import unknown_key
 from .checks.origin import what_to_mend
 from .checks.ranges import RECIPE_RANGES, not_finite, out_of_range
@@ -294,7 +294,7 @@ def _read_command_line(
             values[key] = None
         elif isinstance(value, str) and value.startswith("{") and dict in kinds:
             try:
-                values[key] = json.loads(value)
+                values[key] = parse_json(value)
             except ValueError as error:
                 refused.append((key, f"`{key}` is no valid JSON: {error}."))
     values["report_to"] = values["report_to"] or "none"  # transformers takes an empty value for a name
@@ -367,7 +367,7 @@ def resume_point(training: SGPOConfig) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     """Whether the trainer state, which is written last, can be read."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        parse_json((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return False
     return True

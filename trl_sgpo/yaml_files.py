@@ -10,19 +10,64 @@ import yaml
 from .errors import ConfigError, refuse
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which PyYAML takes the last."""
+MAX_BYTES = 2**20
+MAX_NODES = 100_000  # with aliases written out
+MAX_DIGITS = 40
+
+
+class _Limited:
+    """Refuses a document whose aliases repeat too much, or contain themselves."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()  # type: ignore[misc]
+        if node is not None:
+            _size(node, {})
+        return node
+
+
+class _TextLoader(_Limited, yaml.BaseLoader): ...
+
+
+class _Loader(_Limited, yaml.SafeLoader):
+    """Refuses a key that is written twice, of which PyYAML takes the last, and numbers of many digits."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
+                name = self.construct_object(key)
+                if name in seen:
                     raise yaml.YAMLError(
                         f"the key `{key.value}` is there twice, again in line {key.start_mark.line + 1}"
                     )
-                seen.add(key.value)
+                seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {MAX_DIGITS} digits is in line {node.start_mark.line + 1}")
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Number of nodes with aliases written out. `sizes` are those of nodes that were met, `None` for one within."""
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    size = sizes[id(node)]
+    if size is None:
+        raise yaml.YAMLError(f"an alias in line {node.start_mark.line + 1} contains itself")
+    if size > MAX_NODES:
+        raise yaml.YAMLError(f"its aliases repeat more than {MAX_NODES} values, in line {node.start_mark.line + 1}")
+    return size
 
 
 def read_mapping(path: str) -> dict[str, Any]:
@@ -37,15 +82,21 @@ def read_mapping(path: str) -> dict[str, Any]:
 
 def read_texts(path: str) -> dict[str, Any]:
     """Reads the same file with all scalars as the text that is written, such as `no` and `1e-4`."""
-    return _load(path, yaml.BaseLoader)
+    return _load(path, _TextLoader)
 
 
 def _load(path: str, loader: Any) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), loader)
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB")
+        content = yaml.load(data.decode(), loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path} is no valid YAML: it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values.")

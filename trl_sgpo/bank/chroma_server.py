@@ -6,15 +6,14 @@ answers of any size, and builds embedding functions that the server names, so it
 """
 
 import json
-import socket
 import ssl
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from threading import Timer
+from contextlib import ExitStack
 from time import monotonic
 from typing import Any, Self
 
+from ..checks import http_limits
 from .rows import MAX_ROW_BYTES, from_json
 
 
@@ -77,63 +76,38 @@ class ChromaServer:
     """
 
     def __init__(self, url: str, headers: dict[str, str]):
-        import httpx
-
         self._root = f"{url.rstrip('/')}/api/v2/tenants/default_tenant/databases/default_database/collections"
-        # Answers are asked for, and read, without compression: so the size limit holds for what is parsed
-        own = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        self._client = httpx.Client(
-            headers=headers | own, timeout=READ_TIMEOUT, trust_env=False, verify=ssl.create_default_context()
-        )
-        self._socket: socket.socket | None = None
-        self._end = monotonic() + DEADLINE
-        self._timer = Timer(DEADLINE, self._hang_up)
-        self._timer.daemon = True
+        self._headers = headers
+        self._opened = ExitStack()
 
     def __enter__(self) -> Self:
-        self._timer.start()
+        client = http_limits.limited_client(
+            self._headers,
+            MAX_ANSWER_BYTES,
+            timeout=READ_TIMEOUT,
+            trust_env=False,
+            verify=ssl.create_default_context(),
+        )
+        self._client = self._opened.enter_context(client)
+        self._end = monotonic() + DEADLINE
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        self._client.close()
-
-    def _trace(self, event: str, info: dict[str, Any]) -> None:
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
-
-    def _hang_up(self) -> None:
-        """Ends the request in progress. Timeouts alone do not, where a server sends a byte now and then."""
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def _expect_in_time(self) -> None:
-        if monotonic() >= self._end:
-            raise ServerError(f"it took more than {DEADLINE:g} seconds")
-
-    def _request(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        content = None if body is None else json.dumps(body).encode()
-        extensions = {"trace": self._trace}
-        data = bytearray()
-        with self._client.stream(method, self._root + path, content=content, extensions=extensions) as response:
-            for chunk in response.iter_raw():
-                data += chunk
-                if len(data) > MAX_ANSWER_BYTES:
-                    raise AnswerTooLarge(f"it answered with more than {MAX_ANSWER_BYTES >> 20} MiB")
-        return response.status_code, bytes(data)
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         import httpx
 
-        self._expect_in_time()
         try:
-            status, data = self._request(method, path, body)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            self._expect_in_time()
+            answer = self._client.request(method, self._root + path, self._end - monotonic(), body)
+        except TimeoutError as error:
+            raise ServerError(f"it took more than {DEADLINE:g} seconds") from error
+        except http_limits.AnswerTooLarge as error:
+            raise AnswerTooLarge(str(error)) from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, http_limits.AnswerRefused) as error:
             message = (str(error) or type(error).__name__).encode("unicode_escape").decode()
             raise ServerError(message[:200]) from error
-        self._expect_in_time()
+        status, data = answer.status, answer.content
         if status in (401, 403):
             raise ServerRefused(f"it answered {status}: set {TOKEN} to the token that it, or a proxy, asks for")
         if status != 200:

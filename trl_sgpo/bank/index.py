@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..checks.json_text import parse_json
 from ..errors import BankError
 from .contents import Contents
 from .files import file_sha256
@@ -52,7 +53,7 @@ def break_seal(directory: Path, state: str) -> bool:
     """
     path = directory / SEAL
     try:
-        sealed = json.loads(path.read_text())
+        sealed = parse_json(path.read_text())
     except (OSError, ValueError):
         return False
     path.unlink()

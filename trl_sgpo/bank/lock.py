@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..checks.json_text import parse_json
 from ..errors import BankError, BankInUseError
 
 
@@ -58,7 +59,7 @@ class BankLock:
     def _named(self) -> tuple[str, bool]:
         """Name of what holds the bank, and whether it is this process."""
         try:
-            holder = json.loads(self._holder.read_text())
+            holder = parse_json(self._holder.read_text())
             process, since, host = holder["process"], holder["since"], holder.get("host")
         except (OSError, ValueError, KeyError):
             return "another process", False

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checks.json_text import parse_json
 from ..errors import BankError
 from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, durable_replace, file_sha256
 
@@ -31,7 +32,7 @@ def copy_verified(snapshot: Path, target: Path) -> None:
     """
     try:
         shutil.copyfile(snapshot / LEDGER, target)
-        intact = json.loads((snapshot / SNAPSHOT_MANIFEST).read_text())["sha256"] == file_sha256(target)
+        intact = parse_json((snapshot / SNAPSHOT_MANIFEST).read_text())["sha256"] == file_sha256(target)
     except (OSError, ValueError, KeyError) as error:
         raise BankError(
             f"{snapshot} is no complete snapshot of a strategy bank: {error}. Resume from another checkpoint."
@@ -47,7 +48,7 @@ def snapshot_damage(snapshot: Path) -> list[str]:
     """Differences between a snapshot and its manifest, one line each."""
     manifest, ledger = snapshot / SNAPSHOT_MANIFEST, snapshot / LEDGER
     try:
-        expected = json.loads(manifest.read_text())["sha256"]
+        expected = parse_json(manifest.read_text())["sha256"]
     except (ValueError, KeyError, TypeError):
         return [f"{manifest} is damaged"]
     if file_sha256(ledger) == expected:

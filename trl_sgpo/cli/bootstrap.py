@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_positive, default=32, help="texts generated at a time (32)")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests to the server at a time (8)")
     parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds to wait for an answer of the server (600)"
+        "--timeout", type=float, default=600.0, help="time limit of a request to the server in seconds (600)"
     )
     parser.add_argument(
         "--bank", metavar="DIR", help=f"bank to add the strategies to, as candidates (OUTPUT_DIR/{BANK_DIRECTORY})"

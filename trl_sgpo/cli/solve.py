@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "transformers serve",
     )  # fmt: skip
     server.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (8)")
-    server.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="to wait for a text (600)")
+    server.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (600)")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     return parser
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
 from ..checks.command import run_command
+from ..checks.json_text import parse_json
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards
 from ..data.warmstart import warmstart_model
@@ -61,7 +62,7 @@ def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
 def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
     """Result of a run with these settings, `None` if it is not finished."""
     try:
-        result = json.loads((comparison.run_directory(arm, seed) / RESULT_FILE).read_text())
+        result = parse_json((comparison.run_directory(arm, seed) / RESULT_FILE).read_text())
     except (OSError, ValueError):
         return None
     return result if result["fingerprint"] == fingerprint(comparison, arm, seed) else None

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from ..bank.strategy import problem_id
+from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
 from ..inference.model import Decoding
 from ..inference.verifier import Verifier, verify
@@ -345,9 +346,9 @@ def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
     if len(whole) < len(data):
         os.truncate(path, len(whole))
     try:
-        recorded = json.loads(lines[0])["settings"]
+        recorded = parse_json(lines[0])["settings"]
         differing = {name for name in {*recorded, *settings} if recorded.get(name) != settings.get(name)}
-        blocks = [] if differing else [Block.from_dict(json.loads(line)) for line in lines[1:]]
+        blocks = [] if differing else [Block.from_dict(parse_json(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away to start anew.") from error
     if differing:

@@ -1,4 +1,6 @@
-"""Comparisons that may take long or much memory, in a process of its own: mathematics and verifiers of families."""
+"""
+What may take long or much memory, in a process of its own: mathematics, verifiers of families and chat templates.
+"""
 
 import atexit
 import importlib.util
@@ -14,16 +16,21 @@ from ..errors import DataError
 
 
 START_SECONDS = 120.0
-SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0}
+SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0}
 
-_PACKAGES = {"equal": ("math_verify", "math"), "entry": ("reasoning_gym", "gym"), "accepts": ("reasoning_gym", "gym")}
+_PACKAGES = {
+    "equal": ("math_verify", "math"),
+    "entry": ("reasoning_gym", "gym"),
+    "accepts": ("reasoning_gym", "gym"),
+    "render": ("transformers", ""),
+}
 
 
 class CheckProcess:
     """
     A process with a limit of 3 GiB of memory and a time limit for each request: 2 seconds of computation for
-    mathematics, 5 for a verifier. It starts with the first request, and again after one that passed a limit. Threads
-    may share it.
+    mathematics and chat templates, 5 for a verifier. It starts with the first request, and again after one that passed
+    a limit. Threads may share it.
     """
 
     def __init__(self) -> None:
@@ -40,7 +47,7 @@ class CheckProcess:
 
         Args:
             name (`str`):
-                `"equal"`, `"entry"` or `"accepts"`, see [`~trl_sgpo.data.check_worker`].
+                `"equal"`, `"entry"`, `"accepts"` or `"render"`, see [`~trl_sgpo.data.check_worker`].
             *arguments:
                 Its arguments, as JSON has them.
 
@@ -91,7 +98,7 @@ class CheckProcess:
             raise DataError(f"Checking these answers needs `pip install 'trl-sgpo[{extra}]'`.")
         if self._exchange(["load", name], START_SECONDS) != '"loaded"':
             self.close()
-            raise DataError(f"The process that checks answers does not start: see `python -c 'import {package}'`.")
+            raise DataError(f"A process with limits does not start: see `python -c 'import {package}'`.")
         self._loaded.add(package)
 
     def _exchange(self, request: list[Any], seconds: float) -> str | None:

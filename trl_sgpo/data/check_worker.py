@@ -1,6 +1,6 @@
 """
-Process that compares mathematical expressions and runs the verifiers of reasoning-gym, so that no answer can stop the
-caller or fill its memory.
+Process that compares mathematical expressions, runs the verifiers of reasoning-gym and renders chat templates, so that
+no answer and no template can stop the caller or fill its memory.
 
 It is started as a script by [`~trl_sgpo.data.check_process.CheckProcess`] and imports nothing of this package. A line
 of standard input is a JSON list, the name of a request and its arguments; a line of standard output is the reply. It
@@ -15,7 +15,8 @@ from typing import Any
 
 
 MEMORY = 3 * 2**30
-SECONDS = {"equal": 2, "entry": 5, "accepts": 5}
+SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2}
+MAX_RENDERED = 2**24
 
 
 @lru_cache(4096)
@@ -71,13 +72,38 @@ def accepts(family: str, settings: str, index: int, answer: str) -> bool:
     return bool(dataset(family, settings).score_answer(answer, problem) >= 0.99)
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"equal": equal, "entry": entry, "accepts": accepts}
+@lru_cache(1)
+def renderer() -> Any:
+    """A tokenizer that has no vocabulary and is given its templates."""
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    return PreTrainedTokenizerBase()
+
+
+def render(messages: list[dict[str, Any]], variables: dict[str, Any]) -> tuple[str, str] | None:
+    """What a chat template makes of a conversation: the kind of the outcome, and the text or error."""
+    from jinja2 import TemplateError
+
+    try:
+        text = renderer().apply_chat_template(messages, tokenize=False, **variables)
+    except TemplateError as error:
+        return "refused", str(error)[:1000]
+    except (MemoryError, OverflowError):
+        return None
+    except Exception as error:
+        return "failed", " ".join(f"{type(error).__name__}: {str(error)[:200]}".split())
+    return ("text", text) if len(text) <= MAX_RENDERED else None
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {"equal": equal, "entry": entry, "accepts": accepts, "render": render}
 
 
 def load(name: str) -> None:
     """Imports what a request needs, which its time limit does not cover."""
     if name == "equal":
         import math_verify  # noqa: F401
+    elif name == "render":
+        renderer()
     else:
         import reasoning_gym  # noqa: F401
 

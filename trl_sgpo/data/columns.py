@@ -230,9 +230,12 @@ def as_answer(value: Any) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether an answer is none: empty, or what other programs write for it, such as `None` and `nan`."""
+    """
+    Whether an answer is none: empty, or what other programs write for it, such as `None` and `nan`, or a number of so
+    many digits that it was read as infinite.
+    """
     if isinstance(value, float):
-        return math.isnan(value)
+        return not math.isfinite(value)
     return value is None or (isinstance(value, str) and value.strip().casefold() in NO_ANSWER)
 
 

@@ -147,7 +147,7 @@ def load_rows(
     except OSError as error:
         raise _unreachable(path, error) from error
     except (DatasetGenerationError, ArrowInvalid) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise DataError(f"{path} cannot be read: {reason}. Correct the file, and save texts in UTF-8.") from error
     except StopIteration as error:  # an empty file
         raise DataError(no_rows) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bank.audit import control_tokens
+from ..checks.json_text import parse_json
 from ..errors import DataError
 from .worked import Trace
 
@@ -42,7 +43,7 @@ def read_traces(path: str | Path) -> list[Trace]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: no JSON ({error}): correct or remove the line.") from error
         try:

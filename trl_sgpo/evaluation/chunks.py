@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
 from .digest import compared_settings
 
@@ -105,7 +106,7 @@ def write_text(path: Path, text: str) -> None:
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
-        before, now = (compared_settings(each) for each in (json.loads(path.read_text(encoding="utf-8")), settings))
+        before, now = (compared_settings(each) for each in (parse_json(path.read_text(encoding="utf-8")), settings))
         different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if different:
             raise ConfigError(
@@ -130,7 +131,7 @@ def _read(path: Path) -> dict[str, Chunk]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        chunks = [json.loads(line) for line in whole.splitlines()]
+        chunks = [parse_json(line) for line in whole.splitlines()]
         return {chunk["key"]: chunk for chunk in chunks}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away, or drop it with `--overwrite`.") from error

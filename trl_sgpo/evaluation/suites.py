@@ -1,6 +1,5 @@
 """Suites: the problems of an evaluation."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..checks.json_text import parse_json
 from ..data.columns import Columns
 from ..errors import ConfigError, DataError
 from ..method.prompts import with_system_prompt
@@ -126,7 +126,7 @@ def parse_suite(text: str) -> Suite:
     """
     if text.startswith("{"):
         try:
-            given = json.loads(text)
+            given = parse_json(text)
         except ValueError as error:
             raise ConfigError(f"The suite {text!r} is no JSON ({error}): correct it, or use NAME=PATH.") from error
         valid = [field.name for field in fields(Suite)]

@@ -15,10 +15,12 @@ import yaml
 from .._version import __version__
 from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
+from ..checks.json_text import parse_json
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..inference.weights import LAB_MODEL
 from ..report.run_files import REPORT_FILE
+from ..yaml_files import read_mapping
 
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ class TrainingFacts:
         if not path.is_file():
             return cls()
         try:
-            given = json.loads(path.read_text())
+            given = parse_json(path.read_text())
             for item in fields(cls):
                 if isinstance(given.get(item.name), list):
                     given[item.name] = tuple(given[item.name])
@@ -233,7 +235,7 @@ def _evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
     if evaluation is None:
         return []
     path = evaluation / "hub" / "model_index.yaml"
-    return yaml.safe_load(path.read_text())["model-index"][0]["results"] if path.is_file() else []
+    return read_mapping(str(path))["model-index"][0]["results"] if path.is_file() else []
 
 
 def _link(name: str, kind: str = "") -> str:

@@ -1,13 +1,13 @@
 """Loads what a run saved: a whole model, or an adapter on its base model in the precision of training."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from ..checks.json_text import parse_json
 from ..errors import ModelError
 from ..speed.quantization import keep_4bit_layout
 from .pretrained import load_model
@@ -35,7 +35,7 @@ def adapter_base(directory: str | Path) -> str | None:
         not exist, one of the same name in the run's folder: where a run that was moved has its warm-started model.
     """
     try:
-        base = json.loads(Path(directory, ADAPTER_FILE).read_text())["base_model_name_or_path"]
+        base = parse_json(Path(directory, ADAPTER_FILE).read_text())["base_model_name_or_path"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -1,9 +1,9 @@
 """A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.model.TwoPhaseModel`]."""
 
-import json
-import time
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,17 +11,24 @@ from typing import Any
 import httpx
 from tqdm.auto import tqdm
 
+from ..checks.http_limits import Answer, AnswerRefused, LimitedClient, limited_client
+from ..checks.json_text import parse_json
 from ..errors import ModelError
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, as_text, parse_strategy, plain_bridge, strategy_prompt
+from .chat_completions import Completion, CompletionFailed, NoCompletion, StreamedCompletion, read_completion
 from .model import Decoding, Stream
 from .settings import TwoPhaseSettings
 
 
+logger = logging.getLogger(__name__)
+
 TOKEN_VARIABLE = "TRL_SGPO_SERVER_TOKEN"
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
+LIST_SECONDS = 10.0
+MAX_ANSWER_BYTES = 8 * 2**20  # its JSON takes about twenty times as much memory, for each request at a time
 
 
 class ServerModel:
@@ -41,7 +48,7 @@ class ServerModel:
         concurrency (`int`, *optional*, defaults to `8`):
             Requests at a time.
         timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds to wait for an answer.
+            Time limit of a request in seconds, up to the end of the answer.
         retries (`int`, *optional*, defaults to `5`):
             Number of times that a request is repeated after a dropped connection, a timeout, status 429 or 5xx.
         first_wait (`float`, *optional*, defaults to `1.0`):
@@ -70,9 +77,10 @@ class ServerModel:
         self.concurrency, self.retries, self.first_wait = concurrency, retries, first_wait
         self.generated_tokens = 0
         self._separates_reasoning = False
+        self._limit_key = "max_tokens"
         self.listed: list[str] = []
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
+        self._timeout = timeout
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def list_models(self) -> list[str]:
         """
@@ -85,16 +93,16 @@ class ServerModel:
             [`ModelError`]: There is no server.
         """
         try:
-            response = self._client.get(f"{self.base}/models", timeout=10.0)
+            with self._client() as client:
+                answer = client.request("GET", f"{self.base}/models", LIST_SECONDS)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
             raise self._no_address(error) from error
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
+        except (httpx.HTTPError, TimeoutError, AnswerRefused) as error:
             raise ModelError(
-                f"No server answers at {self.base} ({reason}): start it, or correct `--server`."
+                f"No server answers at {self.base} ({_reason(error)}): start it, or correct `--server`."
             ) from error
         try:
-            self.listed = [str(entry["id"]) for entry in response.json()["data"]]
+            self.listed = [str(entry["id"]) for entry in parse_json(answer.content)["data"]]
         except (ValueError, LookupError, TypeError):
             self.listed = []
         return self.listed
@@ -111,8 +119,10 @@ class ServerModel:
         written = self._complete(requests, self.settings.max_strategy_length, decoding, progress, stream)
         opened = self.settings.opens_reasoning and not self._separates_reasoning
         return [
-            replace(parse_strategy(text, self.settings.strategy_format, truncated, opened), sampled=text)
-            for text, truncated in written
+            replace(
+                parse_strategy(each.text, self.settings.strategy_format, each.truncated, opened), sampled=each.text
+            )
+            for each in written
         ]
 
     def execute(
@@ -128,7 +138,7 @@ class ServerModel:
             self._execution_request(problem, strategy) for problem, strategy in zip(problems, strategies, strict=True)
         ]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress, stream)
-        return [text.strip() for text, _ in completed]
+        return [each.text.strip() for each in completed]
 
     def answer(
         self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
@@ -136,7 +146,7 @@ class ServerModel:
         """Answers prompts as they are, without a strategy."""
         requests = [self._prompt(prompt) for prompt in prompts]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
-        return [text.strip() for text, _ in completed]
+        return [each.text.strip() for each in completed]
 
     def _request(self, problem: Problem) -> Prompt:
         chat = not self.settings.plain_text
@@ -162,10 +172,9 @@ class ServerModel:
         decoding: Decoding | None,
         progress: str | None,
         stream: Stream | None = None,
-    ) -> list[tuple[str, bool]]:
-        """Texts, and whether each was cut off by length."""
+    ) -> list[Completion]:
         decoding = decoding or Decoding()
-        common: dict[str, Any] = {"model": self.name, "max_tokens": limit, "temperature": 0.0}
+        common: dict[str, Any] = {"model": self.name, self._limit_key: limit, "temperature": 0.0}
         if not decoding.greedy:
             common |= {"temperature": decoding.temperature, "top_p": decoding.top_p}
         if self.settings.chat_template_kwargs:
@@ -178,10 +187,10 @@ class ServerModel:
             }
             for position, request in enumerate(requests)
         ]
-        with ThreadPoolExecutor(self.concurrency) as workers:
-            answers = list(
+        with ThreadPoolExecutor(self.concurrency) as workers, self._client() as client:
+            completed = list(
                 tqdm(
-                    workers.map(partial(self._post, stream=stream), bodies),
+                    workers.map(partial(self._post, client=client, stream=stream), bodies),
                     total=len(bodies),
                     desc=progress,
                     unit="text",
@@ -189,48 +198,103 @@ class ServerModel:
                     disable=progress is None,
                 )
             )
-        self.generated_tokens += sum(tokens for _, _, tokens in answers)
-        return [(text, truncated) for text, truncated, _ in answers]
+        self.generated_tokens += sum(each.tokens for each in completed)
+        self._separates_reasoning |= any(each.reasoned for each in completed)
+        self._warn_of_missing_texts(completed)
+        return completed
 
-    def _post(self, body: dict[str, Any], stream: Stream | None = None) -> tuple[str, bool, int]:
-        """Text, whether it was cut off, and its tokens. A request is not repeated after `stream` received text."""
+    @contextmanager
+    def _client(self) -> Iterator[LimitedClient]:
+        timeout = httpx.Timeout(self._timeout, connect=10.0)
+        with limited_client(self._headers, MAX_ANSWER_BYTES, timeout=timeout) as client:
+            yield client
+
+    def _post(self, body: dict[str, Any], client: LimitedClient, stream: Stream | None = None) -> Completion:
+        """A request is not repeated after `stream` received text."""
         url = f"{self.base}/completions" if "prompt" in body else self.url
         for attempt in range(self.retries + 1):
             wait = min(self.first_wait * 2**attempt, _LONGEST_WAIT)
+            events = None if stream is None else StreamedCompletion(stream)
             try:
-                if stream is None:
-                    response = self._client.post(url, json=body)
-                else:
-                    with self._client.stream("POST", url, json=body | {"stream": True}) as response:
-                        if response.is_success and "event-stream" in response.headers.get("Content-Type", ""):
-                            return self._read_stream(response, stream)
-                        response.read()
+                answer = self._send(client, url, body, events)
+                if answer.is_success:
+                    return self._read(answer, events, stream)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
                 raise self._no_address(error) from error
-            except httpx.HTTPError as error:
-                reason = str(error) or type(error).__name__
+            except NoCompletion as error:
+                raise ModelError(
+                    f"The server at {self.url} does not answer like a server of chat completions ({error}): check "
+                    "`--server`, with its /v1."
+                ) from error
+            except CompletionFailed as error:
+                raise ModelError(f"The server at {self.url} failed: {error}. See its log.") from error
+            except AnswerRefused as error:
+                raise ModelError(f"The server at {self.url} cannot be used: {error}.") from error
+            except (httpx.HTTPError, TimeoutError) as error:
+                reason = _reason(error)
+                if events is not None and events.started:
+                    raise ModelError(
+                        f"The connection to {self.url} broke off ({reason}): run the same command again."
+                    ) from error
             else:
-                if response.is_success:
-                    answer = self._read(response)
-                    if stream is not None:
-                        stream(answer[0])
-                    return answer
-                reason = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code not in _TRY_AGAIN:
+                reason = f"status {answer.status}: {answer.text[:200]}"
+                if answer.status not in _TRY_AGAIN:
                     raise ModelError(
                         f"The server at {self.url} refuses requests with {reason}. Check `--server` (with its /v1), "
                         f"the name of the model, {self._name_and_listed()}, and, if it asks for a token, the "
                         f"environment variable {TOKEN_VARIABLE}."
                     )
-                asked = response.headers.get("Retry-After", "")
+                asked = answer.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
             if attempt < self.retries:
-                time.sleep(wait)
+                client.sleep(wait)
         raise ModelError(
             f"The server at {self.url} failed {self.retries + 1} times, at last with {reason}. Check the name of the "
             f"model, {self._name_and_listed()}. Once the server is up, run the same command again: what was written "
             "to files is kept and continued. If it is overloaded, lower `--concurrency` or raise `--timeout`."
         )
+
+    def _send(
+        self, client: LimitedClient, url: str, body: dict[str, Any], events: StreamedCompletion | None
+    ) -> Answer:
+        """Sends a request, and again where the server wants the other name of the limit of tokens."""
+        if events is not None:
+            body = body | {"stream": True}
+        on_line = None if events is None else events.read_line
+        answer = client.request("POST", url, self._timeout, body, on_line)
+        if answer.status == 400 and "max_tokens" in body and "max_completion_tokens" in answer.text:
+            self._limit_key = "max_completion_tokens"
+            body = {self._limit_key if key == "max_tokens" else key: value for key, value in body.items()}
+            answer = client.request("POST", url, self._timeout, body, on_line)
+        return answer
+
+    def _read(self, answer: Answer, events: StreamedCompletion | None, stream: Stream | None) -> Completion:
+        if events is not None and not answer.content:
+            return events.completion()
+        completion = read_completion(answer.content)
+        if stream is not None:
+            stream(completion.text)
+        return completion
+
+    def _warn_of_missing_texts(self, completed: list[Completion]) -> None:
+        empty = [each for each in completed if not each.text]
+        filtered = sum(each.filtered for each in completed)
+        reasoned = sum(each.reasoned and not each.filtered for each in empty)
+        if filtered:
+            logger.warning(
+                "The content filter of the server at %s withheld %d of %d texts (`content_filter`).",
+                self.url,
+                filtered,
+                len(completed),
+            )
+        if reasoned:
+            logger.warning(
+                "%d of %d texts of the server at %s are reasoning only (`reasoning_content`): raise "
+                "`--max_strategy_length` and `--max_completion_length`, or switch reasoning off on the server.",
+                reasoned,
+                len(completed),
+                self.url,
+            )
 
     def _no_address(self, error: Exception) -> ModelError:
         return ModelError(f"{self.base} is no address of a server ({error}): correct `--server`.")
@@ -239,49 +303,6 @@ class ServerModel:
         listed = f" (the server lists {', '.join(self.listed[:8])})" if self.listed else ""
         return f"`{self.name}`{listed}"
 
-    def _read_stream(self, response: httpx.Response, stream: Stream) -> tuple[str, bool, int]:
-        """Reads server-sent events and passes on their text."""
-        text, truncated, tokens = "", False, 0
-        try:
-            for line in response.iter_lines():
-                data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
-                    continue
-                event = json.loads(data)
-                tokens = (event.get("usage") or {}).get("completion_tokens") or tokens
-                if "choices" not in event:
-                    raise ModelError(f"The server at {self.url} stopped with an error: {data[:200]}. See its log.")
-                for choice in event["choices"]:
-                    if piece := choice.get("text") or self._content(choice.get("delta") or {}):
-                        text += piece
-                        stream(piece)
-                    truncated = truncated or choice.get("finish_reason") == "length"
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise ModelError(
-                f"The connection to {self.url} broke off ({reason}): run the same command again."
-            ) from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"The server at {self.url} does not stream like a server of chat completions ({error}): check "
-                "`--server`, with its /v1."
-            ) from error
-        return text, truncated, int(tokens)
 
-    def _content(self, message: dict[str, Any]) -> str:
-        """Content of a message or of its next piece. It is `None` in a reasoning part that the server separates."""
-        self._separates_reasoning |= bool(message.get("reasoning_content") or message.get("reasoning"))
-        return message.get("content") or ""
-
-    def _read(self, response: httpx.Response) -> tuple[str, bool, int]:
-        try:
-            answer = response.json()
-            choice = answer["choices"][0]
-            text = choice["text"] if "text" in choice else self._content(choice["message"])
-            tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-            return str(text), choice.get("finish_reason") == "length", int(tokens)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"The server at {self.url} does not answer like a server of chat completions "
-                f"({response.text[:200]!r}): check `--server`, with its /v1."
-            ) from error
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..checks.json_text import parse_json
 from ..errors import ConfigError
 from ..evaluation.statistics import derived_seed
 from ..method.prompts import Prompt, problem_text
@@ -91,7 +92,7 @@ def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) 
     content = output.read_bytes()
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
-        entries = [json.loads(line) for line in lines]
+        entries = [parse_json(line) for line in lines]
         same = all(entry["made_by"] == made_by for entry in entries)
         same = same and [entry["problem"] for entry in entries] == problems[: len(entries)]
     except (ValueError, LookupError, TypeError):

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..errors import ConfigError
 
 
 def rollouts_file(checkpoint: str | Path, rank: int) -> Path:
@@ -48,12 +50,18 @@ def load_rollouts(path: Path, count: int, device: torch.device) -> tuple[int, li
 
     Returns:
         `tuple`: Number of micro-batches trained so far, and the micro-batches, none if all were trained.
+
+    Raises:
+        [`ConfigError`]: It is no such file.
     """
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-        tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
-    batches: list[dict[str, torch.Tensor]] = [{} for _ in range(count)] if tensors else []
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        batches[int(index)][key] = tensor
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(count)] if tensors else []
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            batches[int(index)][key] = tensor
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
     return step, batches

@@ -1,7 +1,7 @@
 """
 The conversation of both phases as tokens: request, strategy, turn, execution.
 
-The only file that applies a chat template. Training, warm start, evaluation, solving, export checks and the code in
+The only file that uses a chat template. Training, warm start, evaluation, solving, export checks and the code in
 model cards build their tokens here, so that a model is used with the tokens it was trained on.
 """
 
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
-
-from jinja2 import TemplateError
 
 from ..errors import ConfigError
 from .prompts import (
@@ -24,6 +22,7 @@ from .prompts import (
     plain_bridge,
     strategy_prompt,
 )
+from .templates import TemplateRefusal, render
 
 
 Messages = list[dict[str, Any]]
@@ -40,9 +39,8 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, A
     """Returns the tokens of a text, or of a conversation up to the start of the assistant's next turn."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {})
-    )
+    text = rendered(tokenizer, prompt, chat_template_kwargs, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def rendered(
@@ -52,9 +50,7 @@ def rendered(
     add_generation_prompt: bool = False,
 ) -> str:
     """Returns a conversation as the text that the chat template makes of it."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=False, **(chat_template_kwargs or {})
-    )
+    return render(tokenizer, messages, chat_template_kwargs, add_generation_prompt)
 
 
 def check_system_role(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None = None) -> None:
@@ -69,8 +65,8 @@ def check_system_role(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict
     try:
         text = rendered(tokenizer, [{**prompt[0], "content": _MARK}, *prompt[1:]], chat_template_kwargs)
         reason = "leaves system messages out"
-    except TemplateError as error:
-        text, reason = "", f"refuses system messages ({error})"
+    except TemplateRefusal as error:
+        text, reason = "", f"refuses system messages ({error.reason})"
     if _MARK not in text:
         raise ConfigError(
             f"The model's chat template {reason}: remove `system_prompt`, and write its text into the prompts or into "

@@ -1,6 +1,5 @@
 """Reads the records of a run for its report. Missing records are listed in `Run.missing`."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
+from ..checks.json_text import parse_json
 from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..method.prompts import problem_text
@@ -149,7 +149,7 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
