@@ -353,10 +353,11 @@ def _put_into_bank(
 
 
 def _print(summary: "Summary", traces: int, added: int, options: argparse.Namespace, output_dir: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from ..checks.console import console
+
+    terminal = console()
     table = Table(title=f"Bootstrap, {options.source}")
     table.add_column("")
     table.add_column("", justify="right")
@@ -370,16 +371,15 @@ def _print(summary: "Summary", traces: int, added: int, options: argparse.Namesp
     table.add_row("new candidates in the bank", f"{added:,}")
     table.add_row("traces", f"{traces:,}")
     table.add_row("tokens generated", f"{summary.tokens:,}")
-    console.print(table)
+    terminal.print(table)
     if traces == 0:
-        console.print("No strategy was kept: lower --min_lift, or use a stronger --teacher or --server.")
+        terminal.print("No strategy was kept: lower --min_lift, or use a stronger --teacher or --server.")
         return
     bank = options.bank or output_dir / BANK_DIRECTORY
-    console.print(
+    terminal.print(
         f"Next:\n  warm start  trl-sgpo warmstart --config {options.config} --traces {output_dir / TRACES}\n"
         f"  use bank    trl-sgpo train --config {options.config} --bank_path {bank}",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 
