@@ -20,10 +20,10 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from ..errors import BankError
+from ..files import durable_replace, unfinished_file
 from .bank import StrategyBank
 from .chroma_server import TOKEN, ChromaServer, Row, ServerError, ServerRefused, batches
 from .export_files import published
-from .files import durable_replace
 from .rows import FIELDS, expect_keys, from_json, from_row, to_row
 from .strategy import Strategy
 
@@ -76,12 +76,10 @@ def _identity(directory: Path) -> str:
         if stored["inode"] == path.stat().st_ino and re.fullmatch("[0-9a-f]{16}", stored["id"]):
             return stored["id"]
     identity = uuid.uuid4().hex[:16]
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    # A file keeps its inode when it is renamed and not when it is copied
-    temporary.write_text(json.dumps({"id": identity, "inode": temporary.stat().st_ino}))
-    durable_replace(temporary, path)
+    with unfinished_file(path) as temporary:
+        # A file keeps its inode when it is renamed and not when it is copied
+        temporary.write_text(json.dumps({"id": identity, "inode": temporary.stat().st_ino}))
+        durable_replace(temporary, path)
     return identity
 
 

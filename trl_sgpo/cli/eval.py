@@ -191,8 +191,8 @@ def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
 
 def check(options: argparse.Namespace) -> int:
     """`trl-sgpo eval --check_verifier`"""
-    from ..evaluation.chunks import write_text
     from ..evaluation.verifier_check import check_verifier
+    from ..files import write_file
 
     loaded = load_suites([parse_suite(text) for text in options.suites], options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
@@ -204,7 +204,7 @@ def check(options: argparse.Namespace) -> int:
             f"{name}: {options.verifier} accepts {result.gold_accepted} of {result.gold} worked solutions and "
             f"{result.wrong_accepted} of {result.wrong} solutions of other problems"
         )
-    write_text(path, json.dumps({name: result.to_dict() for name, result in found.items()}, indent=2) + "\n")
+    write_file(path, json.dumps({name: result.to_dict() for name, result in found.items()}, indent=2) + "\n")
     print(f"Written to {path}")
     return int(any(not result.sound for result in found.values()))
 

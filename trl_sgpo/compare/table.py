@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.chunks import write_text
+from ..files import write_file
 from .config import Comparison
 
 
@@ -283,7 +283,7 @@ def write(summed: dict[str, Any], stem: Path) -> list[Path]:
     """Writes a summary beside `stem` as `.json`, `.md` and `.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
-    write_text(paths[0], json.dumps(summed, indent=1) + "\n")
-    write_text(paths[1], markdown(summed))
+    write_file(paths[0], json.dumps(summed, indent=1) + "\n")
+    write_file(paths[1], markdown(summed))
     picture(summed, paths[2])
     return paths

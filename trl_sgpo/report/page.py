@@ -25,9 +25,9 @@ from .._version import __version__
 from ..bank import Strategy, policy
 from ..bank.statistics import transfer
 from ..bank.strategy import TRUST_STATES
-from ..evaluation.chunks import write_text
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import ResultTable, tables
+from ..files import write_file
 from .charts import Chart, Points, bank_map, class_colours, line_chart, number
 from .records import RolledProblem, Run
 
@@ -143,7 +143,7 @@ def write_report(run: Run, output: Path, other: Run | None = None) -> None:
             A run to compare it with.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, render(run, other))
+    write_file(output, render(run, other))
 
 
 def render(run: Run, other: Run | None = None) -> str:
