@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks.secrets import redacted
 from ..files import write_file
 from .config import Comparison
 
@@ -130,18 +131,20 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
                 if figure in paired[0][0] and not figure.startswith(_COSTS)
             }
     return {
-        "settings": {
-            "recipe": comparison.recipe,
-            "budget": comparison.budget,
-            "seeds": comparison.seeds,
-            "suites": [asdict(suite) for suite in comparison.parsed_suites],
-            "transfer": comparison.transfer,
-            "overrides": comparison.overrides,
-            "arms": {
-                arm.name: {"method": arm.method, "form": arm.form} | arm.settings | arm.overrides
-                for arm in comparison.arms
-            },
-        },
+        "settings": redacted(
+            {
+                "recipe": comparison.recipe,
+                "budget": comparison.budget,
+                "seeds": comparison.seeds,
+                "suites": [asdict(suite) for suite in comparison.parsed_suites],
+                "transfer": comparison.transfer,
+                "overrides": comparison.overrides,
+                "arms": {
+                    arm.name: {"method": arm.method, "form": arm.form} | arm.settings | arm.overrides
+                    for arm in comparison.arms
+                },
+            }
+        ),
         "reference": comparison.reference,
         "arms": arms,
         "differences": differences,

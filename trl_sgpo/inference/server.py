@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from tqdm.auto import tqdm
 
+from ..checks.addresses import address_problem, header_problem
 from ..errors import ModelError
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
@@ -22,6 +23,7 @@ from .settings import TwoPhaseSettings
 TOKEN_VARIABLE = "TRL_SGPO_SERVER_TOKEN"
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
+_ADDRESSES = "http://127.0.0.1:8000/v1 or https://example.org/v1"
 
 
 class ServerModel:
@@ -47,6 +49,9 @@ class ServerModel:
         first_wait (`float`, *optional*, defaults to `1.0`):
             Seconds before the first repetition, doubled for each further one, unless the server says how long.
 
+    Raises:
+        [`ModelError`]: If the address or the token cannot be one.
+
     Attributes:
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
         listed (`list[str]`): Names of models that the server lists, after [`ServerModel.list_models`].
@@ -63,6 +68,12 @@ class ServerModel:
         retries: int = 5,
         first_wait: float = 1.0,
     ):
+        headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
+        problem = address_problem(
+            url, "a server", "http://127.0.0.1:8000/v1 or https://example.org/v1", TOKEN_VARIABLE
+        )
+        if problem := problem or header_problem(headers, "the server", TOKEN_VARIABLE):
+            raise ModelError(problem)
         self.base = url.rstrip("/")
         self.url = f"{self.base}/chat/completions"
         self.name = name
@@ -71,7 +82,6 @@ class ServerModel:
         self.generated_tokens = 0
         self._separates_reasoning = False
         self.listed: list[str] = []
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
 
     def list_models(self) -> list[str]:
