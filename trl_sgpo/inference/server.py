@@ -69,9 +69,7 @@ class ServerModel:
         first_wait: float = 1.0,
     ):
         headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
-        problem = address_problem(
-            url, "a server", "http://127.0.0.1:8000/v1 or https://example.org/v1", TOKEN_VARIABLE
-        )
+        problem = address_problem(url, "a server, `--server`,", _ADDRESSES, TOKEN_VARIABLE)
         if problem := problem or header_problem(headers, "the server", TOKEN_VARIABLE):
             raise ModelError(problem)
         self.base = url.rstrip("/")
