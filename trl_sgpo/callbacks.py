@@ -13,7 +13,9 @@ from trl import GRPOTrainer
 
 from ._version import __version__
 from .bank.session import BankSession
+from .checks.secrets import redacted
 from .data.classes import CLASS_COLUMN
+from .files import write_file
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
 from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
@@ -50,8 +52,8 @@ class StrategyBankCallback(TrainerCallback):
 
 class RunRecordCallback(TrainerCallback):
     """
-    Writes files that `trl-sgpo report` reads into `output_dir`: `settings.json` when training begins and
-    `trainer_state.json` when it ends.
+    Writes files that `trl-sgpo report` reads into `output_dir`: `settings.json`, without secrets,
+    when training begins and `trainer_state.json` when it ends.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -70,12 +72,12 @@ class RunRecordCallback(TrainerCallback):
                 "trl-sgpo": __version__,
                 **{name: version(name) for name in ("trl", "transformers", "torch")},
             },
-            **self.recipe,
-            **args.to_dict(),  # without tokens
+            **redacted(self.recipe),
+            **args.to_dict(),
         }
         path = Path(args.output_dir)
         path.mkdir(parents=True, exist_ok=True)
-        (path / RUN_SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str))
+        write_file(path / RUN_SETTINGS_FILE, json.dumps(settings, indent=2, default=str), private=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -19,6 +19,7 @@ from .checks.old_names import unknown_key
 from .checks.origin import what_to_mend
 from .checks.ranges import RECIPE_RANGES, not_finite, out_of_range
 from .checks.remote_code import remote_code_problems
+from .checks.terminal import printable
 from .checks.values import check_mixture, read_value
 from .data.columns import Columns
 from .data.mixture import ProblemMixtureConfig
@@ -252,7 +253,7 @@ def _read_file(path: str, parser: TrlParser, hints: dict[str, Any]) -> tuple[dic
     environment = content.pop("env", None) or {}
     if isinstance(environment, dict):
         for name, value in environment.items():
-            print(f"{path} sets the environment variable {name}")  # its value may be a token
+            print(f"{path} sets the environment variable {printable(str(name), kept='')}")  # its value may be a token
             os.environ[str(name)] = str(value)
     else:
         refused.append(("env", "`env` must be a mapping from environment variables to values."))

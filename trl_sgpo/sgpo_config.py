@@ -9,14 +9,15 @@ from .bank.strategy import DEFAULT_EMBEDDING_MODEL
 from .checks.origin import what_to_mend
 from .checks.ranges import not_finite, range_problems
 from .checks.remote_code import remote_code_problems
+from .checks.secrets import WithoutSecrets
 from .checks.settings import setting_problems
 from .errors import ConfigError, SettingsError, refuse
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 from .method.sampling import check_generation_kwargs
 
 
-@dataclass
-class SGPOConfig(GRPOConfig):
+@dataclass(repr=False)
+class SGPOConfig(WithoutSecrets, GRPOConfig):
     r"""
     Configuration class for the [`SGPOTrainer`].
 

@@ -274,7 +274,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(source, tmp_path):
     stored = source.strategies()
     directory = export_bank(source, tmp_path / "export")
     (directory / "strategies.parquet").write_bytes(b"of an earlier version")
-    (directory / "strategies.jsonl.tmp").symlink_to(tmp_path / "elsewhere")
+    (directory / ".strategies.jsonl.0.unfinished").symlink_to(tmp_path / "elsewhere")
     assert export_bank(source, directory, states=["trusted"]) == directory
     assert sorted(path.name for path in directory.iterdir()) == ["manifest.json", "strategies.jsonl"]
     assert {s.id for s in read_export(directory)[0]} == {s.id for s in stored if s.trust == "trusted"}

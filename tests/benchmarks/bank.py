@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trl_sgpo.bank.files import durable_replace
+from trl_sgpo.files import write_file
 
 from . import fuzz, index, kills, poison, retention, scale, sleepers, trust
 
@@ -73,9 +73,7 @@ def main(argv: list[str]) -> None:
         known |= figures | {"device": platform.processor() or platform.machine()}
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            temporary = output.with_name(output.name + ".tmp")
-            temporary.write_text(json.dumps(known, indent=2))
-            durable_replace(temporary, output)
+            write_file(output, json.dumps(known, indent=2))
 
 
 def _print(name: str, figures: dict[str, Any]) -> None:

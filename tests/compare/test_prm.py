@@ -26,6 +26,7 @@ from trl_sgpo.compare.prm import (
     training_example,
 )
 from trl_sgpo.errors import ConfigError, DataError, ModelError
+from trl_sgpo.files import unfinished_files
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.sgpo_config import SGPOConfig
@@ -177,7 +178,7 @@ def test_process_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path)
     directory = train_process_reward_model(policy, dataset, config(tmp_path), tmp_path / "prm", 1e-2, 15)
     held_out = json.loads(Path(directory, "held_out.json").read_text())
     assert held_out["steps"] == 18 and held_out["accuracy"] > 0.9 and held_out["auc"] > 0.95
-    assert not Path(f"{directory}.unfinished").exists()
+    assert unfinished_files(Path(directory)) == []
     before, after = (load_file(Path(path, "model.safetensors")) for path in (policy, directory))
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
 

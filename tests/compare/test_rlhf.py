@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo.compare.rlhf import answer_ids, preference_pairs, split_by_problem, train_reward_model
 from trl_sgpo.errors import ConfigError, DataError
+from trl_sgpo.files import unfinished_files
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.sgpo_config import SGPOConfig
@@ -105,7 +106,7 @@ def test_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path):
     assert directory == str(tmp_path / "reward")
     held_out = json.loads(Path(directory, "held_out.json").read_text())
     assert held_out["pairs"] == 4 and held_out["accuracy"] == 1.0
-    assert not Path(f"{directory}.unfinished").exists()
+    assert unfinished_files(Path(directory)) == []
     before, after = (load_file(Path(path, "model.safetensors")) for path in (policy, directory))
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
 

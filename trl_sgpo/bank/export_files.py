@@ -20,7 +20,8 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import BankError
-from .files import EXPORT_FILE, EXPORT_MANIFEST, PARQUET_FILE, durable_replace
+from ..files import durable_replace, unfinished_file, unfinished_files
+from .files import EXPORT_FILE, EXPORT_MANIFEST, PARQUET_FILE
 from .rows import count, expect_keys, from_json, from_jsonl, from_row, items, line, to_jsonl, to_row
 from .strategy import Execution, Strategy
 
@@ -130,15 +131,15 @@ def write_export(directory: Path, data: bytes, manifest: bytes) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        own = {EXPORT_MANIFEST, EXPORT_FILE, PARQUET_FILE}
-        foreign = sorted(path.name for path in directory.iterdir() if path.name.removesuffix(".tmp") not in own)
+        own = [directory / name for name in (EXPORT_MANIFEST, EXPORT_FILE, PARQUET_FILE)]
+        own += [left for path in own for left in unfinished_files(path)]
+        foreign = sorted(path.name for path in {*directory.iterdir()} - {*own})
         if foreign:
             raise BankError(f"{directory} has {foreign[0]!r} in it: name a directory for nothing but the export.")
         for name, content in ((EXPORT_FILE, data), (EXPORT_MANIFEST, manifest)):
-            temporary = directory / f"{name}.tmp"
-            temporary.unlink(missing_ok=True)
-            temporary.write_bytes(content)
-            durable_replace(temporary, directory / name)
+            with unfinished_file(directory / name) as temporary:
+                temporary.write_bytes(content)
+                durable_replace(temporary, directory / name)
         (directory / PARQUET_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise BankError(

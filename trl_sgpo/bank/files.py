@@ -1,7 +1,6 @@
-"""Names of a bank's files, and functions to replace and hash files."""
+"""Names of a bank's files, and functions to hash and identify files."""
 
 import hashlib
-import os
 from pathlib import Path
 
 
@@ -27,15 +26,3 @@ def file_identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def durable_replace(temporary: Path, target: Path) -> None:
-    """Move a file over another one so that a crash leaves either the old or the new content."""
-    for path, move in ((temporary, True), (target.parent, False)):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if move:
-            os.replace(temporary, target)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BankError, BankStorageError
-from .files import durable_replace
+from ..files import durable_replace, unfinished_file
 from .strategy import Execution, Strategy
 
 
@@ -325,15 +325,14 @@ class Ledger:
                 The file to write or replace.
         """
         target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        with self._readable_errors():
-            self._connection.execute("VACUUM INTO ?", (str(temporary),))
-            # Opening a ledger turns WAL on, which changes the file's header: done here, reading a snapshot in place
-            # does not change its checksum
-            with closing(sqlite3.connect(temporary)) as copy:
-                copy.execute("PRAGMA journal_mode=WAL")
-        durable_replace(temporary, target)
+        with unfinished_file(target) as temporary:
+            with self._readable_errors():
+                self._connection.execute("VACUUM INTO ?", (str(temporary),))
+                # Opening a ledger turns WAL on, which changes the file's header: done here, reading a snapshot in
+                # place does not change its checksum
+                with closing(sqlite3.connect(temporary)) as copy:
+                    copy.execute("PRAGMA journal_mode=WAL")
+            durable_replace(temporary, target)
 
     def close(self) -> None:
         """Close the file."""

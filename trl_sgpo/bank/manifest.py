@@ -7,7 +7,8 @@ from typing import Any
 
 from ..checks.json_text import parse_json
 from ..errors import BankError
-from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, durable_replace, file_sha256
+from ..files import write_file
+from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, file_sha256
 
 
 def is_snapshot(directory: Path) -> bool:
@@ -18,9 +19,8 @@ def is_snapshot(directory: Path) -> bool:
 
 def write_manifest(directory: Path, **about: Any) -> None:
     """Write the manifest of the ledger in a directory, with other values that describe it."""
-    temporary = directory / f"{SNAPSHOT_MANIFEST}.tmp"
-    temporary.write_text(json.dumps(about | {"sha256": file_sha256(directory / LEDGER)}, indent=2))
-    durable_replace(temporary, directory / SNAPSHOT_MANIFEST)
+    content = json.dumps(about | {"sha256": file_sha256(directory / LEDGER)}, indent=2)
+    write_file(directory / SNAPSHOT_MANIFEST, content)
 
 
 def copy_verified(snapshot: Path, target: Path) -> None:

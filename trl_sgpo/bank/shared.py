@@ -17,13 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
+from ..checks.addresses import address_problem, header_problem
 from ..errors import BankError
+from ..files import durable_replace, unfinished_file
 from .bank import StrategyBank
 from .chroma_server import TOKEN, ChromaServer, Row, ServerError, ServerRefused, batches
 from .export_files import published
-from .files import durable_replace
 from .rows import FIELDS, expect_keys, from_json, from_row, to_row
 from .strategy import Strategy
 
@@ -76,12 +77,10 @@ def _identity(directory: Path) -> str:
         if stored["inode"] == path.stat().st_ino and re.fullmatch("[0-9a-f]{16}", stored["id"]):
             return stored["id"]
     identity = uuid.uuid4().hex[:16]
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    # A file keeps its inode when it is renamed and not when it is copied
-    temporary.write_text(json.dumps({"id": identity, "inode": temporary.stat().st_ino}))
-    durable_replace(temporary, path)
+    with unfinished_file(path) as temporary:
+        # A file keeps its inode when it is renamed and not when it is copied
+        temporary.write_text(json.dumps({"id": identity, "inode": temporary.stat().st_ino}))
+        durable_replace(temporary, path)
     return identity
 
 
@@ -104,31 +103,6 @@ def _from_server(key: str, document: Any, metadata: Any) -> Strategy:
     strategy, _ = from_row(row)
     _, bank, _ = key.split(":")
     return strategy.quarantined(f"shared:{bank[:8]}")
-
-
-def _parse_url(url: str) -> SplitResult:
-    try:
-        parsed = urlsplit(url)
-        usable = parsed.scheme in ("http", "https") and bool(parsed.hostname) and parsed.port != 0
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch(r"[!-~]+", url) or {"@", "?", "#"} & set(url):
-        given = "one with a user" if "@" in url else repr(url)
-        raise BankError(
-            f"The address of a bank server must be like http://127.0.0.1:8000 or https://bank.example.org/path, got "
-            f"{given}. A token belongs into the environment variable {TOKEN}."
-        )
-    return parsed
-
-
-def _check_headers(headers: dict[str, str]) -> dict[str, str]:
-    for name, value in headers.items():
-        if not (re.fullmatch(r"[A-Za-z0-9-]+", name) and re.fullmatch(r"[ -~]+", value)):
-            raise BankError(
-                f"The header {name!r} for the bank server, or the token in {TOKEN}, is empty or has characters that a "
-                "header cannot have: pass it on one line and in ASCII."
-            )
-    return headers
 
 
 class SharedBank:
@@ -163,7 +137,10 @@ class SharedBank:
         headers: dict[str, str] | None = None,
     ):
         self._bank = bank
-        self._url = _parse_url(url)
+        examples = "http://127.0.0.1:8000 or https://bank.example.org/path"
+        if problem := address_problem(url, "a bank server", examples, TOKEN):
+            raise BankError(problem)
+        self._url = urlsplit(url)
         if not _COLLECTION.fullmatch(collection):
             raise BankError(
                 f"collection must have 3 to 512 letters, digits or ._- and a letter or digit at either end, got "
@@ -172,7 +149,9 @@ class SharedBank:
         self._collection = collection
         if headers is None:
             headers = {"Authorization": f"Bearer {os.environ[TOKEN].strip()}"} if TOKEN in os.environ else {}
-        self._headers = _check_headers(headers)
+        if problem := header_problem(headers, "the bank server", TOKEN):
+            raise BankError(problem)
+        self._headers = headers
         if headers and self._url.scheme == "http" and self._url.hostname not in ("127.0.0.1", "localhost", "::1"):
             logger.warning(
                 "The token for the bank server at %s travels unencrypted: use https or an SSH tunnel.",

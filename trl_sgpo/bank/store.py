@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BankError, BankStorageError
+from ..files import durable_replace, unfinished_file
 from .changes import Changes
 from .contents import Contents
 from .embedding import SAME_MODEL, EmbeddingModel
-from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, durable_replace, file_identity
+from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, file_identity
 from .index import BankIndex
 from .ledger import SCHEMA_VERSION, Ledger
 from .lock import BankLock
@@ -205,13 +206,10 @@ class Store:
     def load_snapshot(self, snapshot: Path) -> None:
         """Replace the record by that of a snapshot, which is not changed, or leave it if the snapshot is damaged."""
         self.restore_files()
-        copy = self.path / f"{LEDGER}.tmp"
-        try:
+        with unfinished_file(self.path / LEDGER) as copy:
             copy_verified(snapshot, copy)
             Ledger(copy).close()
             self._replace_ledger(copy)
-        finally:
-            copy.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove all strategies."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -22,6 +21,7 @@ from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
 from ..bank.session import Observation
+from ..checks.console import console
 from ..compare.lab.model import fetch_model
 from ..data.classes import CLASS_COLUMN, with_classes
 from ..data.loading import load_data, load_rewards, without_long_problems
@@ -324,4 +324,4 @@ def report(title: str, result: dict[str, Any], output: str | None) -> None:
     for name, value in result.items():
         if isinstance(value, float):
             table.add_row(name, f"{value:.3f}" if value < 1e6 else f"{value / 2**20:.0f} MiB")
-    Console().print(table)
+    console().print(table)

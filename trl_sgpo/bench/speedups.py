@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..checks.arguments import Parser
+from ..checks.console import console
 from ..recipe import read_recipe
 from .arms import build_trainer, counted_step, measured_step, write
 from .throughput import add_step_options, check_step_options, step_settings
@@ -87,4 +87,4 @@ def _print(figures: dict[str, dict[str, float]]) -> None:
         table.add_column(measure, justify="right")
     for name, values in figures.items():
         table.add_row(SPEEDUPS[name], *(f"{value:.2f}" for value in values.values()))
-    Console().print(table)
+    console().print(table)

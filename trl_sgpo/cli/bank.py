@@ -16,6 +16,7 @@ from ..bank.manifest import is_snapshot
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import TRUST_STATES, ImportReport
 from ..checks.arguments import Parser
+from ..checks.terminal import printable
 from ..errors import BankError
 from .bank_views import (
     SORT_KEYS,
@@ -29,7 +30,7 @@ from .bank_views import (
     stats,
     verify,
 )
-from .text import print_json, printable
+from .text import print_json
 
 
 def main(argv: list[str]) -> int:

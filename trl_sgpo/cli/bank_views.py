@@ -19,9 +19,10 @@ from ..bank.manifest import is_snapshot, snapshot_damage
 from ..bank.snapshot import bank_directory, open_read_only, read_only_directory
 from ..bank.statistics import class_figures, transfer
 from ..bank.strategy import TRUST_STATES, Strategy
+from ..checks.terminal import printable
 from ..errors import BankError, ConfigError
 from ..report.run_files import STATE_FILE
-from .text import print_facts, print_json, print_table, printable, rate
+from .text import print_facts, print_json, print_table, rate
 
 
 _EMPTY = (

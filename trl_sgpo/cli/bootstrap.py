@@ -143,12 +143,12 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     Raises:
         [`DataError`]: The problems cannot be verified, or have no usable worked solutions.
     """
-    from ..bank.files import durable_replace
     from ..bank.strategy import problem_id
     from ..data.acceptance import kept, summarize, to_traces
     from ..data.bootstrap import ANSWER_PROMPT, Plan, run_blocks
     from ..data.loading import load_data, load_rewards
     from ..data.trace_files import write_traces
+    from ..files import durable_replace, unfinished_file
     from ..inference.model import Decoding
     from ..inference.settings import TwoPhaseSettings
 
@@ -199,9 +199,9 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     prompts = {key: row["prompt"] for key, row in zip(ids, rows, strict=True)}
     answers = {key: row.get("solution") for key, row in zip(ids, rows, strict=True)}
     traces = to_traces(good, prompts, answers)
-    unfinished = output_dir / f"{TRACES}.unfinished"
-    write_traces(traces, unfinished)
-    durable_replace(unfinished, output_dir / TRACES)
+    with unfinished_file(output_dir / TRACES) as unfinished:
+        write_traces(traces, unfinished)
+        durable_replace(unfinished, output_dir / TRACES)
     added = _put_into_bank(good, recipe, options, output_dir, name)
     problems = {key for block in done for key in block.problems}
     summary = summarize(tried, len(problems), sum(block.tokens for block in done), min_lift)
@@ -353,10 +353,11 @@ def _put_into_bank(
 
 
 def _print(summary: "Summary", traces: int, added: int, options: argparse.Namespace, output_dir: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from ..checks.console import console
+
+    terminal = console()
     table = Table(title=f"Bootstrap, {options.source}")
     table.add_column("")
     table.add_column("", justify="right")
@@ -370,16 +371,15 @@ def _print(summary: "Summary", traces: int, added: int, options: argparse.Namesp
     table.add_row("new candidates in the bank", f"{added:,}")
     table.add_row("traces", f"{traces:,}")
     table.add_row("tokens generated", f"{summary.tokens:,}")
-    console.print(table)
+    terminal.print(table)
     if traces == 0:
-        console.print("No strategy was kept: lower --min_lift, or use a stronger --teacher or --server.")
+        terminal.print("No strategy was kept: lower --min_lift, or use a stronger --teacher or --server.")
         return
     bank = options.bank or output_dir / BANK_DIRECTORY
-    console.print(
+    terminal.print(
         f"Next:\n  warm start  trl-sgpo warmstart --config {options.config} --traces {output_dir / TRACES}\n"
         f"  use bank    trl-sgpo train --config {options.config} --bank_path {bank}",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checks.arguments import Parser
+from ..checks.console import console
 from ..checks.paths import check_file
 from ..errors import ConfigError
 from .text import print_table
@@ -33,11 +34,11 @@ def main(argv: list[str]) -> int:
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(results, indent=2))
-    console = Console()
+    terminal = console()
     if len(results) == 1:
-        _print_parts(console, results[0])
+        _print_parts(terminal, results[0])
     else:
-        _print_recipes(console, results)
+        _print_recipes(terminal, results)
     return 1 if any(result["fits"] is False for result in results) else 0
 
 
@@ -60,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_parts(console: Console, result: dict[str, Any]) -> None:
+def _print_parts(terminal: Console, result: dict[str, Any]) -> None:
     lengths = result["lengths"]
     title = f"{result['model']}: estimated peak memory, while {_WHEN[result['moment']]}"
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    terminal.print(title, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("")
     table.add_column("GB", justify="right")
@@ -73,7 +74,7 @@ def _print_parts(console: Console, result: dict[str, Any]) -> None:
     table.add_row("peak", _gb(result["peak"]), style="bold")
     for name, size in result["moments"].items():
         table.add_row(f"  {_WHEN[name]}", _gb(size), style="dim")
-    console.print(table)
+    terminal.print(table)
     lines = [
         f"{result['parameters'] / 1e6:,.1f}M parameters, {result['trained'] / 1e6:,.1f}M of them trained; config from "
         f"{result['model_config']}.",
@@ -84,7 +85,7 @@ def _print_parts(console: Console, result: dict[str, Any]) -> None:
         _verdict(result),
     ]
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        terminal.print(line, highlight=False, soft_wrap=True)
 
 
 _WHEN = {
@@ -95,7 +96,7 @@ _WHEN = {
 }
 
 
-def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
+def _print_recipes(terminal: Console, results: list[dict[str, Any]]) -> None:
     rows = []
     for result in results:
         vram, fits = result["vram_gb"], result["fits"]
@@ -104,7 +105,7 @@ def _print_recipes(console: Console, results: list[dict[str, Any]]) -> None:
     print_table(["recipe", "GB", "of", "fits"], rows, title="Estimated peak memory")
     for result in results:
         if result["fits"] is False:
-            console.print(f"{result['config']}: {_verdict(result)}", highlight=False, markup=False, soft_wrap=True)
+            terminal.print(f"{result['config']}: {_verdict(result)}", highlight=False, soft_wrap=True)
 
 
 def _verdict(result: dict[str, Any]) -> str:

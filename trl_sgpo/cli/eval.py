@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.arguments import Parser
 from ..checks.paths import check_directory
+from ..checks.secrets import redacted
 from ..errors import ConfigError, DataError
 from ..evaluation.suites import NAMED, UNKNOWN, LoadedSuite, load_suites, parse_suite
 from ..yaml_files import check_keys, read_mapping
@@ -191,8 +192,8 @@ def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
 
 def check(options: argparse.Namespace) -> int:
     """`trl-sgpo eval --check_verifier`"""
-    from ..evaluation.chunks import write_text
     from ..evaluation.verifier_check import check_verifier
+    from ..files import write_file
 
     loaded = load_suites([parse_suite(text) for text in options.suites], options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
@@ -204,7 +205,7 @@ def check(options: argparse.Namespace) -> int:
             f"{name}: {options.verifier} accepts {result.gold_accepted} of {result.gold} worked solutions and "
             f"{result.wrong_accepted} of {result.wrong} solutions of other problems"
         )
-    write_text(path, json.dumps({name: result.to_dict() for name, result in found.items()}, indent=2) + "\n")
+    write_file(path, json.dumps({name: result.to_dict() for name, result in found.items()}, indent=2) + "\n")
     print(f"Written to {path}")
     return int(any(not result.sound for result in found.values()))
 
@@ -255,17 +256,19 @@ def evaluate(options: argparse.Namespace) -> int:
     output = Path(options.output_dir)
     with ExitStack() as stack:
         bank = _open_bank(options, model, stack)
-        settings = {
-            "model": options.model,
-            "weights": weights_digest(model),
-            "two_phase": settings_record(model.settings),
-            "dtype": options.dtype,
-            "suites": {each.suite.name: suite_record(each.suite) | {"rows": digest(each.rows)} for each in loaded},
-            "protocol": asdict(protocol),
-            "verifier": options.verifier,
-            "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),
-            "transfer": {name: digest(asdict(plan)) for name, plan in plans.items()},
-        }
+        settings: dict[str, Any] = redacted(
+            {
+                "model": options.model,
+                "weights": weights_digest(model),
+                "two_phase": settings_record(model.settings),
+                "dtype": options.dtype,
+                "suites": {each.suite.name: suite_record(each.suite) | {"rows": digest(each.rows)} for each in loaded},
+                "protocol": asdict(protocol),
+                "verifier": options.verifier,
+                "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),
+                "transfer": {name: digest(asdict(plan)) for name, plan in plans.items()},
+            }
+        )
         texts = sum(suite_texts(len(each.rows), protocol) for each in loaded)
         texts += sum(plan.texts for plan in plans.values())
         log = stack.enter_context(ChunkLog(output, settings, texts, options.overwrite))

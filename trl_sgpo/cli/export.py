@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print(report: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from ..checks.console import console
 
     title = f"Logits at {report['positions']} positions, compared with the trained model"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -79,13 +80,13 @@ def _print(report: dict[str, Any]) -> None:
 
     for form in report["forms"]:
         add(form["name"], form["kind"], f"{form['tolerance']:g}", form["parity"])
-    console = Console()
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     if report["merged_into"] is not None:
-        console.print(f"Change of the logits by the adapter: {report['effect_of_adapter']:.2g}")
+        terminal.print(f"Change of the logits by the adapter: {report['effect_of_adapter']:.2g}")
     if "difference_to_trained" in report:
         difference = report["difference_to_trained"]
-        console.print(
+        terminal.print(
             f"Merged into the original weights, on which it was not trained: difference to the trained model "
             f"{difference['error']:.2g}, KL {difference['kl']:.2g} nats a token, same likeliest token "
             f"{difference['top1']:.1%}."

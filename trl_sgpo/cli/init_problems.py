@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..checks.terminal import printable
 from ..data.columns import ANSWER_COLUMNS, Columns, answer_sources, prompt_sources, read_answer, require_column
 from ..errors import ConfigError, DataError
-from .text import printable
 
 
 if TYPE_CHECKING:

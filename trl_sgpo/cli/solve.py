@@ -271,13 +271,14 @@ def _print_answer(solution: "Solution", pipeline: "SGPOPipeline") -> None:
 
 
 def _heading(text: str) -> None:
-    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(f"\n{bold}{text}{plain}", flush=True)
+    from ..checks.console import console
+
+    console().print(f"\n{text}", style="bold")
 
 
 def _write(text: str) -> None:
     """Prints untrusted text of a model or a bank, without control characters."""
-    from .text import printable
+    from ..checks.terminal import printable
 
     print(printable(text), end="", flush=True)
 

@@ -5,22 +5,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..bank.strategy import Strategy
+from ..checks.console import console
+from ..checks.terminal import printable
 
 
 SHORT = 20  # columns: cells up to this width are not wrapped
 TEXT = 30  # wider cells are text, and not wrapped to less
 GAP = 2
-
-
-def printable(text: str) -> str:
-    """The text with escapes for all characters that a terminal would act on, or not show."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(value: float) -> str:
@@ -97,24 +93,25 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     Print a table. Where its words do not fit side by side, the last column is printed beneath each row if it is text,
     then long words are truncated with `…`, and at last each row is printed as a list.
     """
-    console = Console()
+    terminal = console()
+    columns = [printable(column) for column in columns]
     body = [[printable(cell) for cell in row] for row in rows]
     cells = [list(column) for column in zip(columns, *body, strict=True)]
-    widths = _layout(cells, console.width)
-    console.print(Text(f"\n{title}" if title else "", "italic"))
+    widths = _layout(cells, terminal.width)
+    terminal.print(Text(f"\n{title}" if title else "", "italic"))
     if widths is None:
         for row in body:
             print_facts(dict(zip(columns, row, strict=True)))
-            console.print()
+            terminal.print()
         return
     shown = len(widths)
-    console.print(_line(columns[:shown], widths, "bold"))
-    console.print(Text("─" * (sum(widths) + GAP * (shown - 1))))
+    terminal.print(_line(columns[:shown], widths, "bold"))
+    terminal.print(Text("─" * (sum(widths) + GAP * (shown - 1))))
     for row in body:
-        console.print(_line(row[:shown], widths))
+        terminal.print(_line(row[:shown], widths))
         if shown < len(columns):
-            console.print(Padding(Text(row[-1], overflow="fold"), (0, 0, 0, 2)))
-    console.print()
+            terminal.print(Padding(Text(row[-1], overflow="fold"), (0, 0, 0, 2)))
+    terminal.print()
 
 
 def print_facts(facts: dict[str, str]) -> None:
@@ -123,5 +120,5 @@ def print_facts(facts: dict[str, str]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in facts.items():
-        grid.add_row(name, Text(printable(value)))
-    Console().print(grid)
+        grid.add_row(Text(printable(name)), Text(printable(value)))
+    console().print(grid)

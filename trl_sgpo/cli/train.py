@@ -22,6 +22,7 @@ from trl import get_peft_config, get_quantization_config
 from ..bank.embedding import load_embedder
 from ..checks.command import run_command
 from ..checks.setup import setup_problems
+from ..checks.terminal import printable
 from ..compare.lab.model import fetch_model
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards, reward_problems, without_long_problems
@@ -38,7 +39,6 @@ from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import REPORT_FILE
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
-from .text import printable
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -215,10 +215,11 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
 
 def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
     """Prints accuracy and transfer before and after training, the best strategies, and commands to run next."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from ..checks.console import console
+
+    terminal = console()
     table = Table(title=f"{after['greedy'].problems} unseen problems, with 95% intervals")
     for name in ("", "before", "after"):
         table.add_column(name)
@@ -230,21 +231,21 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
         table.add_row(
             f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.problems) for s in scores)
         )
-    console.print(table)
+    terminal.print(table)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
     if len(correct) >= 4:
         quarter = len(correct) // 4
         first, last = sum(correct[:quarter]) / quarter, sum(correct[-quarter:]) / quarter
-        console.print(f"Sampled correctness, first and last quarter of steps: {first:.3f} → {last:.3f}")
+        terminal.print(f"Sampled correctness, first and last quarter of steps: {first:.3f} → {last:.3f}")
     bank = trainer.strategy_bank
     if bank is not None and len(bank) > 0:
         trusted = sum(strategy.trust == "trusted" for strategy in bank.strategies())
-        console.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
+        terminal.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
         for strategy in bank.best(3):
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
-            console.print(f"  • {printable(strategy.text)} ({tally})", highlight=False, markup=False)
+            terminal.print(f"  • {printable(strategy.text)} ({tally})", highlight=False)
     output_dir, path = recipe.training.output_dir, recipe.path
-    console.print(
+    terminal.print(
         f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"
         f"  read what it learnt   trl-sgpo bank list {output_dir}\n"
         f"  train longer          trl-sgpo train --config {path} --max_steps {2 * trainer.state.global_step} "
@@ -253,7 +254,6 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
         "--output_dir runs/qwen\n"
         f"  what SGPO costs here  trl-sgpo bench step --config {path}",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 

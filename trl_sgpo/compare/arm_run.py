@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
 from ..evaluation.transfer_plan import plan_transfer
 from ..evaluation.transfer_score import transfer_report
+from ..files import write_file
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
@@ -179,9 +179,7 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         "curve": trained.curve,
         "training_seconds": round(seconds, 1),
     }
-    unfinished = directory / f"{RESULT_FILE}.unfinished"
-    unfinished.write_text(json.dumps(result, indent=1))
-    os.replace(unfinished, directory / RESULT_FILE)
+    write_file(directory / RESULT_FILE, json.dumps(result, indent=1))
     return result
 
 

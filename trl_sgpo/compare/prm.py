@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import DataError, ModelError
+from ..files import unfinished_directory
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import Verifier, verify
@@ -20,7 +22,6 @@ from .rlhf import (
     finish_directory,
     is_made_of,
     split_by_problem,
-    start_directory,
     training_settings,
 )
 
@@ -259,10 +260,9 @@ def train_process_reward_model(
         ) from error
     disable_dropout_in_model(model)
     training, held_out = split_by_problem(dataset.to_list(), config.seed)
-    unfinished = start_directory(output_dir)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(str(unfinished), **training_settings(config, learning_rate, epochs)),
+        args=TrainingArguments(str(output_dir), **training_settings(config, learning_rate, epochs)),
         train_dataset=Dataset.from_list(
             [training_example(tokenizer, **row, chat_template_kwargs=template_kwargs) for row in training]
         ),
@@ -278,10 +278,11 @@ def train_process_reward_model(
         labels = torch.tensor([label for row in held_out for label in row["labels"]])
         accuracy = ((scores >= 0.5) == (labels >= 0.5)).float().mean().item() if held_out else None
         figures = {"steps": len(labels), "accuracy": accuracy, "auc": concordance(scores, labels)}
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        TwoPhaseSettings.from_config(config).save(unfinished)
-        finish_directory(unfinished, output_dir, made_of, figures)
+        with unfinished_directory(Path(output_dir)) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            TwoPhaseSettings.from_config(config).save(unfinished)
+            finish_directory(unfinished, output_dir, made_of, figures)
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, DataError
+from ..files import unfinished_directory
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.verifier import Verifier, verify
 from ..method.conversation import rendered
@@ -180,12 +181,11 @@ def train_reward_model(
         ]
         for part in split_by_problem(pairs.to_list(), config.seed)
     )
-    unfinished = start_directory(output_dir)
     torch.manual_seed(config.seed)  # of the new head
     trainer = RewardTrainer(
         model=policy_dir,
         args=RewardConfig(
-            str(unfinished),
+            str(output_dir),
             per_device_eval_batch_size=1,  # TRL averages the accuracy over batches
             max_length=None,
             **training_settings(config, learning_rate, epochs),
@@ -197,9 +197,10 @@ def train_reward_model(
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"] if held_out else None
     if trainer.accelerator.is_main_process:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        finish_directory(unfinished, output_dir, made_of, {"pairs": len(held_out), "accuracy": accuracy})
+        with unfinished_directory(Path(output_dir)) as unfinished:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            finish_directory(unfinished, output_dir, made_of, {"pairs": len(held_out), "accuracy": accuracy})
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)
 
@@ -243,13 +244,6 @@ def is_made_of(directory: str | os.PathLike[str], made_of: str) -> bool:
     """Whether a directory is complete and has this fingerprint."""
     path = Path(directory, HELD_OUT_FILE)
     return path.is_file() and json.loads(path.read_text())["made_of"] == made_of
-
-
-def start_directory(output_dir: str | os.PathLike[str]) -> Path:
-    """Returns a directory beside `output_dir` to write to, after removing an earlier one."""
-    unfinished = Path(output_dir).with_name(f"{Path(output_dir).name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return unfinished
 
 
 def finish_directory(

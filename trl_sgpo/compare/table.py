@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.chunks import write_text
+from ..checks.secrets import redacted
+from ..files import write_file
 from .config import Comparison
 
 
@@ -130,18 +131,20 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
                 if figure in paired[0][0] and not figure.startswith(_COSTS)
             }
     return {
-        "settings": {
-            "recipe": comparison.recipe,
-            "budget": comparison.budget,
-            "seeds": comparison.seeds,
-            "suites": [asdict(suite) for suite in comparison.parsed_suites],
-            "transfer": comparison.transfer,
-            "overrides": comparison.overrides,
-            "arms": {
-                arm.name: {"method": arm.method, "form": arm.form} | arm.settings | arm.overrides
-                for arm in comparison.arms
-            },
-        },
+        "settings": redacted(
+            {
+                "recipe": comparison.recipe,
+                "budget": comparison.budget,
+                "seeds": comparison.seeds,
+                "suites": [asdict(suite) for suite in comparison.parsed_suites],
+                "transfer": comparison.transfer,
+                "overrides": comparison.overrides,
+                "arms": {
+                    arm.name: {"method": arm.method, "form": arm.form} | arm.settings | arm.overrides
+                    for arm in comparison.arms
+                },
+            }
+        ),
         "reference": comparison.reference,
         "arms": arms,
         "differences": differences,
@@ -283,7 +286,7 @@ def write(summed: dict[str, Any], stem: Path) -> list[Path]:
     """Writes a summary beside `stem` as `.json`, `.md` and `.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
-    write_text(paths[0], json.dumps(summed, indent=1) + "\n")
-    write_text(paths[1], markdown(summed))
+    write_file(paths[0], json.dumps(summed, indent=1) + "\n")
+    write_file(paths[1], markdown(summed))
     picture(summed, paths[2])
     return paths

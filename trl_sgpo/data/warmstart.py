@@ -18,6 +18,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import DataError, ModelError
+from ..files import unfinished_directory
 from ..inference.pretrained import load_tokenizer
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
@@ -167,13 +168,11 @@ def warmstart(
         return str(output_dir)
     print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
-    unfinished = output_dir.with_name(f"{output_dir.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            str(unfinished),
+            str(output_dir),
             model_init_kwargs=model_init_kwargs,
             per_device_train_batch_size=batch_size,
             num_train_epochs=1,
@@ -204,12 +203,13 @@ def warmstart(
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     merged = tuned if full else tuned.merge_and_unload()
     if trainer.accelerator.is_main_process:
-        merged.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        two_phase.save(unfinished)
-        (unfinished / _MADE_OF).write_text(made_of)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        os.replace(unfinished, output_dir)
+        with unfinished_directory(output_dir) as unfinished:
+            merged.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            two_phase.save(unfinished)
+            (unfinished / _MADE_OF).write_text(made_of)
+            shutil.rmtree(output_dir, ignore_errors=True)
+            os.replace(unfinished, output_dir)
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
+from ..files import write_file
 from .digest import compared_settings
 
 
@@ -96,13 +97,6 @@ class ChunkLog:
         self.close()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically: a killed process leaves the old or the new content, never a part of it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
@@ -118,7 +112,7 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
             f"{directory} has a {ROWS} and no {SETTINGS}: choose another `--output_dir`, or drop it with "
             "`--overwrite`."
         )
-    write_text(path, json.dumps(settings, indent=2, sort_keys=True))
+    write_file(path, json.dumps(settings, indent=2, sort_keys=True))
 
 
 def _read(path: Path) -> dict[str, Chunk]:

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from .chunks import write_text
+from ..files import write_file
 from .suites import Suite
 
 
@@ -47,13 +47,13 @@ def write_hub_results(
         entry = EvalResultEntry(dataset_id=suite.hub_id, task_id=suite.task_id, value=value, notes=setup)
         written.append(directory / HUB_DIRECTORY / ".eval_results" / f"{suite.name}.yaml")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
-        write_text(written[-1], yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+        write_file(written[-1], yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
     if measured:
         written.append(directory / HUB_DIRECTORY / "model_index.yaml")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         entries = [_entry(suite, results[suite.name], setup) for suite in measured]
         model_index = {"model-index": eval_results_to_model_index(model_name, entries)}
-        write_text(written[-1], yaml.safe_dump(model_index, sort_keys=False))
+        write_file(written[-1], yaml.safe_dump(model_index, sort_keys=False))
     return written
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .chunks import RESULTS_FILE, write_text
+from ..files import write_file
+from .chunks import RESULTS_FILE
 from .plots import draw_bars, draw_matrix
 
 
@@ -106,8 +107,8 @@ def write_results(directory: Path, results: dict[str, Any], plots: bool) -> list
         `list[Path]`: The files.
     """
     written = [directory / RESULTS_FILE, directory / "results.md"]
-    write_text(written[0], json.dumps(results, indent=2, allow_nan=False) + "\n")
-    write_text(written[1], "\n".join(table.markdown() for table in tables(results)))
+    write_file(written[0], json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_file(written[1], "\n".join(table.markdown() for table in tables(results)))
     if not plots:
         return written
     bars = {name: suite["accuracy"] for name, suite in results["suites"].items() if suite["accuracy"] is not None}

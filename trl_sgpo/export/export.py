@@ -24,6 +24,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
 from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
+from ..files import unfinished_directory
 from ..inference.loading import base_of, is_adapter, load_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer
 from ..inference.settings import TwoPhaseSettings
@@ -116,10 +117,7 @@ def export(plan: ExportPlan) -> dict[str, Any]:
         raise ConfigError(f"{plan.model} was not trained on quantized weights: leave out `--base original`.")
     _check_convertible(plan, config, tokenizer)
     _check_memory(config, plan.compute_dtype)
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    with unfinished_directory(output) as unfinished:
         report = _write(plan, source, base, settings, tokenizer, unfinished)
         if Path(source, BANK_DIRECTORY).is_dir():
             with open_read_only(source) as bank:
@@ -128,8 +126,6 @@ def export(plan: ExportPlan) -> dict[str, Any]:
         if plan.overwrite:
             shutil.rmtree(output, ignore_errors=True)
         os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 

@@ -16,6 +16,7 @@ from .._version import __version__
 from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..checks.json_text import parse_json
+from ..checks.secrets import redacted
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..inference.weights import LAB_MODEL
@@ -90,6 +91,11 @@ class TrainingFacts:
     tags: tuple[str, ...] = TAGS
     badges: tuple[str, ...] = ()
     license: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        public = redacted([self.base_model, list(self.datasets), self.settings])
+        for name, value in zip(("base_model", "datasets", "settings"), public, strict=True):
+            object.__setattr__(self, name, tuple(value) if name == "datasets" else value)
 
     @classmethod
     def of(cls, config: "SGPOConfig", base_model: str, rewards: Sequence[str]) -> "TrainingFacts":

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from tqdm.auto import tqdm
 
+from ..checks.addresses import address_problem, header_problem
 from ..checks.http_limits import Answer, AnswerRefused, LimitedClient, limited_client
 from ..checks.json_text import parse_json
 from ..errors import ModelError
@@ -29,6 +30,7 @@ _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 LIST_SECONDS = 10.0
 MAX_ANSWER_BYTES = 8 * 2**20  # its JSON takes about twenty times as much memory, for each request at a time
+_ADDRESSES = "http://127.0.0.1:8000/v1 or https://example.org/v1"
 
 
 class ServerModel:
@@ -54,6 +56,9 @@ class ServerModel:
         first_wait (`float`, *optional*, defaults to `1.0`):
             Seconds before the first repetition, doubled for each further one, unless the server says how long.
 
+    Raises:
+        [`ModelError`]: If the address or the token cannot be one.
+
     Attributes:
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
         listed (`list[str]`): Names of models that the server lists, after [`ServerModel.list_models`].
@@ -70,6 +75,10 @@ class ServerModel:
         retries: int = 5,
         first_wait: float = 1.0,
     ):
+        headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
+        problem = address_problem(url, "a server, `--server`,", _ADDRESSES, TOKEN_VARIABLE)
+        if problem := problem or header_problem(headers, "the server", TOKEN_VARIABLE):
+            raise ModelError(problem)
         self.base = url.rstrip("/")
         self.url = f"{self.base}/chat/completions"
         self.name = name
@@ -80,7 +89,7 @@ class ServerModel:
         self._limit_key = "max_tokens"
         self.listed: list[str] = []
         self._timeout = timeout
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = headers
 
     def list_models(self) -> list[str]:
         """

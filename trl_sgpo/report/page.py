@@ -16,6 +16,7 @@ from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -24,21 +25,24 @@ from .._version import __version__
 from ..bank import Strategy, policy
 from ..bank.statistics import transfer
 from ..bank.strategy import TRUST_STATES
-from ..evaluation.chunks import write_text
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import ResultTable, tables
+from ..files import write_file
 from .charts import Chart, Points, bank_map, class_colours, line_chart, number
 from .records import RolledProblem, Run
 
 
 MAX_STRATEGIES = 500
 MAX_ANCESTORS = 20
+MAX_TEXT = 20_000  # characters of a text that are shown
+_LONG_WORD = re.compile(r"[^ \t\r\n]{1000}(?=[^ \t\r\n])")
+"""Broken by a space, because the time that a browser takes to break a word grows with the square of its length."""
 
-# Characters that can make text look like another: control characters and those that change its direction
-_DECEPTIVE = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+_DECEPTIVE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
+"""
+Categories of characters that can make text look like another: control characters, marks of direction, zero-width and
+tag characters, separators, and those without a glyph.
+"""
 
 # id, title, what it says, bounds, and the metric, name and colour of each line
 CHARTS: list[tuple[str, str, str, tuple[float, float] | None, list[tuple[str, str, int]]]] = [
@@ -139,7 +143,7 @@ def write_report(run: Run, output: Path, other: Run | None = None) -> None:
             A run to compare it with.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, render(run, other))
+    write_file(output, render(run, other))
 
 
 def render(run: Run, other: Run | None = None) -> str:
@@ -154,7 +158,7 @@ def render(run: Run, other: Run | None = None) -> str:
     bank = run.bank
     strategies = _most_useful(bank.strategies) if bank is not None else []
     marks, kept = bank_map(strategies, bank.embeddings) if bank is not None else ([], 1.0)
-    html = template.render(
+    return template.render(
         # The package's own files, which are not escaped
         style=Markup(style),
         script=Markup(script),
@@ -183,17 +187,27 @@ def render(run: Run, other: Run | None = None) -> str:
         settings={name: _setting(value) for name, value in sorted(run.settings.items())},
         changes=_changes(run, other) if other is not None else None,
     )
-    return html.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
 
 
 def _visible(value: Any) -> Any:
-    """Replaces characters that can make text look like another by escapes."""
-    return value.translate(_DECEPTIVE) if isinstance(value, str) else value
+    """Replaces characters that can make text look like another by escapes, and cuts long text."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text, length = value[:MAX_TEXT], len(value)
+    if not text.isprintable():
+        text = "".join(map(_shown, text))
+    text = _LONG_WORD.sub(r"\g<0> ", text)
+    return text if length <= MAX_TEXT else f"{text}… (the first {MAX_TEXT:,} of {length:,} characters)"
+
+
+def _shown(character: str) -> str:
+    deceptive = category(character) in _DECEPTIVE and character not in "\t\n\r"
+    return character.encode("unicode_escape").decode() if deceptive else character
 
 
 def _code(text: str) -> Markup:
     """Shows the parts of a message that are between backticks as code."""
-    parts = re.split(r"`([^`]+)`", text)
+    parts = re.split(r"`([^`]+)`", _visible(text))
     return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 

@@ -13,6 +13,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
 from ..checks.json_text import parse_json
+from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..method.prompts import problem_text
@@ -174,7 +175,9 @@ def _read_history(run: Run) -> None:
 
 
 def _read_settings(run: Run) -> None:
-    run.settings = _read_json(run.path / RUN_SETTINGS_FILE) or _read_json(run.path.parent / RUN_SETTINGS_FILE) or {}
+    settings = _read_json(run.path / RUN_SETTINGS_FILE) or _read_json(run.path.parent / RUN_SETTINGS_FILE) or {}
+    classes = {"problems": settings["problems"]} if "problems" in settings else {}
+    run.settings = redacted(settings) | classes  # earlier versions wrote secrets
     if not run.settings:
         run.missing["settings"] = f"No {RUN_SETTINGS_FILE}: the run is of a version that did not write it."
 

@@ -1,0 +1,162 @@
+"""Tokens, passwords and user parts of addresses do not reach files, reports, cards, trackers and messages."""
+
+import json
+import logging
+import stat
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from models import evenness, hash_embedder, problems, save_tiny_model
+from report_runs import write_run
+from test_pipeline import PROBLEM
+from transformers import TrainerControl, TrainerState
+
+from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
+from trl_sgpo.bank.shared import SharedBank
+from trl_sgpo.callbacks import RunRecordCallback
+from trl_sgpo.checks.command import run_command
+from trl_sgpo.checks.secrets import is_secret, redacted, without_credentials
+from trl_sgpo.cli.main import main
+from trl_sgpo.data.classes import CLASS_COLUMN
+from trl_sgpo.errors import BankError, ConfigError
+from trl_sgpo.hub.model_card import FACTS_FILE, TrainingFacts, make_card
+from trl_sgpo.inference.server import TOKEN_VARIABLE
+from trl_sgpo.report.page import write_report
+from trl_sgpo.report.records import read_run
+
+
+SECRET = "s3cr3t-of-a-user"
+HIDDEN_IN = {
+    "model_init_kwargs": {"token": SECRET, "deep": [{"X-Api-Key": SECRET}, {"proxies": {"Authorization": SECRET}}]},
+    "generation_kwargs": {"no_repeat_ngram_size": 5},
+    "vllm_server_base_url": f"http://user:{SECRET}@host:8000/v1?api_key={SECRET}",
+    "hub_token": SECRET,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SGPOConfig:
+    return SGPOConfig(output_dir=str(tmp_path / "run"), report_to="none", **HIDDEN_IN)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["token", "hub_token", "api_key", "apiKey", "X-Api-Key", "Authorization", "password", "client_secret", "hf_token",
+     "aws_secret_access_key", "passwords", "tokenizer_token"],
+)  # fmt: skip
+def test_names_of_secrets(key):
+    assert is_secret(key)
+
+
+@pytest.mark.parametrize(
+    "key", ["max_tokens", "pad_token", "eos_token", "tokens", "tokenizer", "author", "num_key_value_heads", "keys"]
+)
+def test_names_of_others(key):
+    assert not is_secret(key)
+
+
+def test_settings_of_a_run(config):
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(name_or_path="org/model")),
+        reward_func_names=["r"],
+        train_dataset={CLASS_COLUMN: ["password", "sums"]},
+    )
+    record = RunRecordCallback(trainer)
+    record.recipe = {"datasets": [{"path": f"https://user:{SECRET}@host/data.jsonl"}]}
+    record.on_train_begin(config, TrainerState(is_world_process_zero=True), TrainerControl())
+    path = Path(config.output_dir, "settings.json")
+    assert SECRET not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    settings = json.loads(path.read_text())
+    assert settings["vllm_server_base_url"] == "http://***@host:8000/v1?api_key=***"
+    assert settings["generation_kwargs"] == {"no_repeat_ngram_size": 5}
+    assert settings["problems"] == {"password": 1, "sums": 1}
+
+
+def test_pickled_arguments_are_readable_by_their_owner_only(tmp_path):
+    args = SGPOConfig(str(tmp_path / "run"), report_to="none", use_bank=False, hub_token=SECRET)
+    trainer = SGPOTrainer(save_tiny_model(tmp_path / "model"), evenness, args, problems())
+    trainer.save_model(str(tmp_path / "saved"))
+    assert stat.S_IMODE((tmp_path / "saved" / "training_args.bin").stat().st_mode) == 0o600
+
+
+def test_trackers_and_texts_of_a_configuration(config):
+    for shown in (config.to_sanitized_dict(), config.to_json_string(), str(config), repr(config), f"{config}"):
+        assert SECRET not in str(shown)
+    assert config.hub_token == SECRET and config.model_init_kwargs["token"] == SECRET
+    assert config.to_grpo().model_init_kwargs["token"] == SECRET
+
+
+def test_report_of_settings_that_an_earlier_version_wrote(tmp_path):
+    write_run(tmp_path / "run", **HIDDEN_IN)
+    write_report(read_run(tmp_path / "run"), tmp_path / "report.html")
+    assert SECRET not in (tmp_path / "report.html").read_text()
+
+
+def test_card_and_facts(tmp_path):
+    data = f"https://user:{SECRET}@host/problems.jsonl?token={SECRET}"
+    facts = replace(TrainingFacts(base_model="org/model"), datasets=(data,))
+    facts.save(tmp_path)
+    card = make_card(tmp_path, "user/model", facts, {}, adapter=False)
+    for text in ((tmp_path / FACTS_FILE).read_text(), card):
+        assert SECRET not in text and "host/problems.jsonl" in text
+
+
+class TestMessages:
+    def test_token_with_a_line_feed(self, capsys, monkeypatch):
+        monkeypatch.setenv(TOKEN_VARIABLE, f"{SECRET}\nmore")
+        assert main(["solve", "--server", "http://127.0.0.1:9/v1", "--model", "m", PROBLEM]) == 2
+        printed = "".join(capsys.readouterr())
+        assert SECRET not in printed and "more" not in printed and TOKEN_VARIABLE in printed
+
+    @pytest.mark.parametrize("url", [f"http://user:{SECRET}@127.0.0.1:9/v1", f"http://{SECRET}@127.0.0.1:9/v1"])
+    def test_user_in_an_address(self, url, capsys):
+        assert main(["solve", "--server", url, "--model", "m", PROBLEM]) == 2
+        printed = "".join(capsys.readouterr())
+        assert SECRET not in printed and TOKEN_VARIABLE in printed
+
+    @pytest.mark.parametrize(
+        "url", ["file:///etc/passwd", "ftp://host/v1", "127.0.0.1:9/v1", "http://h/\nX: y", "http:"]
+    )
+    def test_addresses_of_no_server(self, url, capsys):
+        assert main(["solve", "--server", url, "--model", "m", PROBLEM]) == 2
+        assert "like http://127.0.0.1:8000" in capsys.readouterr().err
+
+    def test_the_bank_server_has_the_same_check(self, tmp_path, monkeypatch):
+        with StrategyBank(tmp_path / "bank", hash_embedder) as bank:
+            with pytest.raises(BankError, match="TRL_SGPO_BANK_TOKEN") as error:
+                SharedBank(bank, f"http://user:{SECRET}@host")
+            assert SECRET not in str(error.value)
+            monkeypatch.setenv("TRL_SGPO_BANK_TOKEN", f"{SECRET}\nmore")
+            with pytest.raises(BankError, match="TRL_SGPO_BANK_TOKEN") as error:
+                SharedBank(bank, "http://host")
+            assert SECRET not in str(error.value)
+
+    def test_values_of_a_recipe(self, tmp_path, capsys):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"learning_rate: {{token: {SECRET}}}\n")
+        assert main(["train", "--config", str(recipe)]) == 2
+        printed = capsys.readouterr().err
+        assert "learning_rate" in printed and SECRET not in printed
+
+    def test_errors_and_logs_of_libraries(self, capsys):
+        def command(argv: list[str]) -> int:
+            handler = logging.StreamHandler()
+            logger = logging.getLogger("a.library")
+            logger.addHandler(handler)
+            logger.warning("connecting to http://user:%s@host, Authorization: Bearer %s", SECRET, SECRET)
+            logger.removeHandler(handler)
+            raise ConfigError(f"no server at https://user:{SECRET}@host/v1, got {{'token': '{SECRET}'}}")
+
+        assert run_command("trl-sgpo test", command, []) == 2
+        printed = capsys.readouterr().err
+        assert SECRET not in printed and printed.count("://***@host") == 2
+
+
+def test_other_texts_stay():
+    for text in ("user@host.org", "https://host/a@b", "eos_token='<s>'", "a token: 5", "git@github.com:a/b", "x='y'"):
+        assert without_credentials(text) == text
+    settings = {"token": None, "use_token": True, "a": [1, "b"], "max_tokens": 5}
+    assert redacted(settings) == settings

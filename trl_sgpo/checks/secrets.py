@@ -1,0 +1,74 @@
+"""What is secret in settings and messages: values under names such as `token`, and user parts of addresses."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+
+HIDDEN = "***"
+
+_SECRET = re.compile(
+    r"(?:.*_)?(?:token|password|passwd|passphrase|pwd|auth|authorization|bearer|cookie|credential|secret|api_?key|"
+    r"(?:secret|access|private|account|signing)_?key)s?"
+)
+_OF_TEXT = re.compile(r"(?:.*_)?(?:tokens|(?:bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token)")
+"""Names of tokens of a text, and of numbers of them."""
+
+_USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@", re.IGNORECASE)
+_PAIR = re.compile(r"""(?P<before>(?P<quote>["']?)(?P<key>[\w-]+)(?P=quote)\s*[:=]\s*(?P<mark>["'])).+?(?P=mark)""")
+_PARAMETER = re.compile(r"(?P<before>[?&](?P<key>[\w-]+)=)[^\s&#\"']+(?P<mark>)")
+_TOKEN = re.compile(r"(?<=\bBearer )[^\s\"',]+|\bhf_[A-Za-z0-9]{20,}")
+
+
+def is_secret(key: str) -> bool:
+    """Whether the values of a key, such as `hub_token` or `X-Api-Key`, are secret."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", "_", key).lower().strip("_")
+    return bool(_SECRET.fullmatch(name)) and not _OF_TEXT.fullmatch(name)
+
+
+def without_credentials(text: str) -> str:
+    """A text without user parts of addresses, bearer tokens, and quoted values of secret keys."""
+
+    def hide(found: re.Match[str]) -> str:
+        return f"{found['before']}{HIDDEN}{found['mark']}" if is_secret(found["key"]) else found[0]
+
+    text = _USER.sub(rf"\1{HIDDEN}@", text)
+    for pattern in (_PAIR, _PARAMETER):
+        text = pattern.sub(hide, text)
+    return _TOKEN.sub(HIDDEN, text)
+
+
+def redacted(value: Any) -> Any:
+    """
+    Settings without secrets.
+
+    Args:
+        value (`Any`):
+            Settings, or a value of them. Mappings and lists are copied; other objects stay as they are.
+
+    Returns:
+        `Any`: The same, with `"***"` instead of values of secret keys, at any depth, and of credentials in texts.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if is_secret(str(key)) and each not in (None, "", True, False) else redacted(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redacted(each) for each in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+class WithoutSecrets:
+    """Makes a configuration show no secrets, as text and as a dictionary, which trackers of runs log."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, without secrets."""
+        return redacted(super().to_dict())  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        settings = redacted({item.name: vars(self)[item.name] for item in fields(self)})  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    __str__ = __repr__

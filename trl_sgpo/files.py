@@ -1,0 +1,98 @@
+"""
+Files and directories that appear complete, or not at all.
+
+Until then they have a name that nobody can foresee, so that no link can wait there to be written through.
+"""
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+
+
+_ENDING = ".unfinished"
+
+
+def unfinished_files(target: Path) -> list[Path]:
+    """What killed processes left beside a file or directory that they were writing."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}.*{_ENDING}*"))
+
+
+def _new_name(target: Path) -> Path:
+    """A name beside a file or directory. Removes what killed processes left there."""
+    for left in unfinished_files(target):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    return target.with_name(f".{target.name}.{token_hex(8)}{_ENDING}")
+
+
+@contextmanager
+def unfinished_file(target: Path, private: bool = False) -> Iterator[Path]:
+    """
+    Makes an empty file beside another one, to be moved over it by [`durable_replace`]. If it is not, it is removed.
+
+    Args:
+        target (`Path`):
+            The file to write or replace.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether only the user may read the file.
+    """
+    path = _new_name(target)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    os.close(os.open(path, flags, 0o600 if private else 0o666))
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished_directory(target: Path) -> Iterator[Path]:
+    """
+    Makes an empty directory beside another one, to be moved there. If it is not, it is removed.
+
+    Args:
+        target (`Path`):
+            The directory to write. Its parents are created.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = _new_name(target)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def durable_replace(temporary: Path, target: Path) -> None:
+    """Moves a file over another one so that a crash leaves either the old or the new content."""
+    for path, move in ((temporary, True), (target.parent, False)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if move:
+            os.replace(temporary, target)
+
+
+def write_file(target: Path, content: str, private: bool = False) -> None:
+    """
+    Writes a file: a killed process leaves the old or the new content, never a part of it.
+
+    Args:
+        target (`Path`):
+            The file to write or replace.
+        content (`str`):
+            Its text.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether only the user may read the file.
+    """
+    with unfinished_file(target, private) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+        durable_replace(temporary, target)
