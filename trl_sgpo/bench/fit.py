@@ -151,8 +151,9 @@ def _measure(
 
 def _with_random_model(arm: str, recipe: Recipe, tokenizer: str) -> Any:
     name = recipe.model.model_name_or_path
+    of_files = ("revision", "use_safetensors")
     loading = {
-        key: value for key, value in model_init_kwargs(recipe).items() if key != "revision" and value is not None
+        key: value for key, value in model_init_kwargs(recipe).items() if key not in of_files and value is not None
     }
     quantization = get_quantization_config(recipe.model)
     if quantization is not None:
