@@ -8,10 +8,9 @@ is encoded as if they had not been added. Other texts are encoded as always.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
-from uuid import uuid4
 
 from ..errors import DataError
 from .prompts import REASONING_END, REASONING_START, Prompt
@@ -19,6 +18,8 @@ from .prompts import REASONING_END, REASONING_START, Prompt
 
 Messages = list[dict[str, Any]]
 _BATCH = 1000
+# Noncharacters of Unicode, which enclose a text while a chat template is rendered
+_START, _END = "\ufdd0", "\ufdd1"
 REASONING_MARKS = (REASONING_START, REASONING_END)
 _MARK = re.compile(f"({'|'.join(map(re.escape, REASONING_MARKS))})")
 
@@ -41,9 +42,6 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        # They enclose a text within a rendered chat template, and cannot be foreseen by whoever wrote the text
-        mark = uuid4().hex
-        self._start, self._end = f"\ue000{mark}\ue000", f"\ue001{mark}\ue001"
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -85,7 +83,7 @@ class TextEncoder:
             encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             for prompt, text, ids in zip(batch, texts, encoded, strict=True):
                 if self._any_control(text, ids):
-                    count += isinstance(prompt, str) or self.marked(prompt) != prompt
+                    count += isinstance(prompt, str) or self.enclosed(prompt) != prompt
         return count
 
     def raw_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -114,28 +112,25 @@ class TextEncoder:
         encoded = [self.raw_ids(part) if place % 2 else self.ids(part) for place, part in enumerate(parts)]
         return [token for ids in encoded for token in ids]
 
-    def marked(self, messages: Messages) -> Messages:
+    def conversation_ids(self, messages: Messages, render: Callable[[Messages], str]) -> list[int]:
         """
-        Encloses contents that hold control tokens in marks, for [`TextEncoder.rendered_ids`].
+        Returns the tokens of a rendered conversation, in which control tokens are those of the chat template only.
 
         Args:
             messages (`list[dict]`):
-                A conversation, for a chat template.
+                The conversation.
+            render (`Callable[[list[dict]], str]`):
+                Applies the chat template. It may return a part of the text.
 
         Raises:
-            [`DataError`]: Other fields, such as a role, hold control tokens.
+            [`DataError`]: A message holds control tokens outside its content, or the template cuts one that has some.
         """
-        return [self._marked(message) for message in messages]
-
-    def rendered_ids(self, text: str) -> list[int]:
-        """
-        Returns the tokens of what a chat template makes of marked messages, with the control tokens of the template.
-
-        Raises:
-            [`DataError`]: The template changes contents, so that they cannot be told from its own text.
-        """
-        parts = re.split(f"({self._start}|{self._end})", text)
-        if parts[1::2] != [self._start, self._end] * (len(parts) // 4):
+        enclosed = self.enclosed(messages)
+        text = render(enclosed)
+        if enclosed == messages:
+            return self.raw_ids(text)
+        parts = re.split(f"({_START}|{_END})", text)
+        if parts[1::2] != [_START, _END] * (len(parts) // 4):
             raise DataError(
                 "A message holds control tokens of the model, and its chat template cuts the message, so that it "
                 "cannot be encoded as plain text: remove them from the dataset or the problem."
@@ -148,6 +143,24 @@ class TextEncoder:
         ]
         return [token for ids in encoded for token in ids]
 
+    def enclosed(self, messages: Messages) -> Messages:
+        """
+        Encloses contents that hold control tokens in marks.
+
+        Args:
+            messages (`list[dict]`):
+                A conversation.
+
+        Raises:
+            [`DataError`]: A message holds control tokens outside its content.
+        """
+        enclosed = [self._enclosed_message(message) for message in messages]
+        if enclosed != messages and {_START, _END} & set(json.dumps(messages, ensure_ascii=False, default=str)):
+            raise DataError(
+                "A conversation holds control tokens of the model and the noncharacters U+FDD0 or U+FDD1: remove them."
+            )
+        return enclosed
+
     def _any_control(self, text: str, ids: Sequence[int], but: Sequence[str] = ()) -> bool:
         found = self.control_ids.intersection(ids)
         if self._unknown_id in found and self.tokenizer.unk_token not in text:
@@ -157,7 +170,7 @@ class TextEncoder:
             found -= {added[token] for token in but if token in added}
         return bool(found)
 
-    def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _enclosed_message(self, message: dict[str, Any]) -> dict[str, Any]:
         content, own = message.get("content"), message.get("role") == "assistant"
         marks = REASONING_MARKS if own else ()
         parts = content if isinstance(content, list) else []
@@ -177,9 +190,7 @@ class TextEncoder:
 
     def _enclosed(self, text: str, with_reasoning: bool) -> str:
         parts = _MARK.split(text) if with_reasoning else [text]
-        return "".join(
-            part if place % 2 or not part else f"{self._start}{part}{self._end}" for place, part in enumerate(parts)
-        )
+        return "".join(part if place % 2 or not part else f"{_START}{part}{_END}" for place, part in enumerate(parts))
 
     @cached_property
     def _without_added(self) -> Any:

@@ -46,8 +46,10 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, A
 def _encoded(encoder: TextEncoder, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
     if isinstance(prompt, str):
         return encoder.ids(prompt, add_special_tokens=True)
-    marked = encoder.marked(prompt)
-    return encoder.rendered_ids(rendered(encoder.tokenizer, marked, chat_template_kwargs, add_generation_prompt=True))
+    return encoder.conversation_ids(
+        prompt,
+        lambda messages: rendered(encoder.tokenizer, messages, chat_template_kwargs, add_generation_prompt=True),
+    )
 
 
 def rendered(
@@ -268,16 +270,18 @@ class Conversation:
     @cached_property
     def _chat_turn(self) -> Turn:
         messages = execution_messages([{"role": "user", "content": "problem"}], _MARK, self.execution_prompt)
-        messages = self._encoder.marked(messages)
+        bridge = self._encoder.conversation_ids(messages, self._after_strategy)
+        before = self._before_end
+        return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
+
+    def _after_strategy(self, messages: Messages) -> str:
         text = self._rendered(messages, add_generation_prompt=True)
         if text.count(_MARK) != 1:
             raise ConfigError(
                 "The chat template does not show earlier assistant turns, so an execution could not see its "
                 "strategy. Give the tokenizer a template that does, or use plain-text prompts."
             )
-        bridge = self._encoder.rendered_ids(text.partition(_MARK)[2])
-        before = self._before_end
-        return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
+        return text.partition(_MARK)[2]
 
     @cached_property
     def _chat_end(self) -> int:

@@ -1,11 +1,11 @@
 """Checks of arguments and model, before any long work."""
 
-import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PeftType, PromptLearningConfig
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ..errors import ConfigError, DataError
@@ -19,7 +19,7 @@ from .reward_functions import check_names
 from .sampling import check_generation_config
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 QUANTIZED_VLLM = (
     "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. Set "
