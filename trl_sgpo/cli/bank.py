@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..bank import StrategyBank
+from ..bank.embedding import embed_with
 from ..bank.exchange import export_bank, import_bank, push_bank
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
@@ -20,7 +21,6 @@ from .bank_views import (
     SORT_KEYS,
     all_strategies,
     audit,
-    embed_with,
     find,
     list_strategies,
     search,

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..bank import StrategyBank, policy
 from ..bank.audit import audit as find_suspicious
+from ..bank.embedding import embed_with
 from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
 from ..bank.ledger import Ledger
 from ..bank.manifest import is_snapshot, snapshot_damage
@@ -41,11 +42,6 @@ SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "shown": lambda strategy: strategy.shown,
     "step": lambda strategy: strategy.step,
 }
-
-
-def embed_with(bank: StrategyBank, embedding_model: str | None) -> None:
-    """Use an embedding model, by default the one the bank was made with."""
-    bank.embedding_model = embedding_model or bank.made_with or bank.embedding_model
 
 
 def _with_bounds(lift: float, low: float, high: float) -> str:

@@ -131,8 +131,11 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     from huggingface_hub import snapshot_download
     from sentence_transformers import SentenceTransformer
 
-    local = Path(source).is_dir()
-    directory = Path(source if local else snapshot_download(source, allow_patterns=_OF_EMBEDDING_MODELS))
+    if Path(source).is_dir():
+        directory = Path(source)
+    else:
+        repository = source if "/" in source else f"sentence-transformers/{source}"
+        directory = Path(snapshot_download(repository, allow_patterns=_OF_EMBEDDING_MODELS))
     if (directory / "modules.json").is_file():
         for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
             _check_module(source, directory / str(module["path"]), str(module["type"]))
