@@ -83,7 +83,7 @@ def random_model(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
         of one array of random numbers, so that making them takes little time and memory.
     """
     with torch.device("meta"), no_init_weights():
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
     empty.tie_weights()
     shapes = dict(empty.named_parameters())  # tied ones once
     largest = max(weight.numel() for weight in shapes.values())

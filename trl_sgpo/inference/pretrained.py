@@ -55,16 +55,18 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
+    kwargs = _safe(kwargs)
     with _without_code(source):
-        return AutoTokenizer.from_pretrained(source, **_safe(kwargs))
+        return AutoTokenizer.from_pretrained(source, **kwargs)
 
 
 def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
     """Loads the config of a model. It takes what `AutoConfig.from_pretrained` takes."""
     from transformers import AutoConfig
 
+    kwargs = _safe(kwargs)
     with _without_code(source):
-        return AutoConfig.from_pretrained(source, **_safe(kwargs))
+        return AutoConfig.from_pretrained(source, **kwargs)
 
 
 def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrainedModel":
@@ -81,8 +83,9 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
+    kwargs = _safe(kwargs) | {"use_safetensors": True}
     with _without_code(source):
-        return (kind or AutoModelForCausalLM).from_pretrained(source, **_safe(kwargs) | {"use_safetensors": True})
+        return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
 
 
 def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any) -> "PeftModel":
