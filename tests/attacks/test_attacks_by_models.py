@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOPipeline, StrategyBank
 from trl_sgpo.bank import Strategy
-from trl_sgpo.bank.embedding import embed_with, load_embedder
+from trl_sgpo.bank.embedding import load_embedder
 from trl_sgpo.bank.exchange import export_bank
+from trl_sgpo.bank.snapshot import embed_with
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ConfigError, ModelError
 from trl_sgpo.inference.pretrained import load_model

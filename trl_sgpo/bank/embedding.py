@@ -1,16 +1,10 @@
 """Text embedding by a sentence-transformers model."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import BankError, ModelError
-from .strategy import DEFAULT_EMBEDDING_MODEL
-
-
-if TYPE_CHECKING:
-    from .bank import StrategyBank
 
 
 FINGERPRINT_TEXT = "List what is given, find what is asked, then check the result."
@@ -51,31 +45,6 @@ def load_embedder(name: str) -> Embedder:
         return model.encode(texts, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
 
     return embed
-
-
-def embed_with(bank: "StrategyBank", name: str | None = None) -> None:
-    """
-    Sets the embedding model of a bank, by default the one that it was made with.
-
-    Args:
-        bank ([`StrategyBank`]):
-            The bank.
-        name (`str`, *optional*):
-            The model that the user named.
-
-    Raises:
-        [`~trl_sgpo.errors.BankError`]: The bank was made with a model that would have to be downloaded. The user must
-            name it, because the files of a bank can be from someone else.
-    """
-    from ..inference.weights import on_this_machine
-
-    recorded = bank.made_with or bank.embedding_model
-    if name is None and recorded != DEFAULT_EMBEDDING_MODEL and "/" in recorded and not on_this_machine(recorded):
-        raise BankError(
-            f"The bank was made with the embedding model {recorded}, which is not on this machine and is not "
-            f"downloaded because a bank names it: pass `--embedding_model {recorded}`, or another one."
-        )
-    bank.embedding_model = name or recorded
 
 
 class EmbeddingModel:

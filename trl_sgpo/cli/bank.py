@@ -8,12 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..bank import StrategyBank
-from ..bank.embedding import embed_with
 from ..bank.exchange import export_bank, import_bank, push_bank
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.manifest import is_snapshot
-from ..bank.snapshot import bank_directory, open_read_only
+from ..bank.snapshot import bank_directory, embed_with, open_read_only
 from ..bank.strategy import TRUST_STATES, ImportReport
 from ..checks.arguments import Parser
 from ..errors import BankError

@@ -13,11 +13,10 @@ from typing import Any
 
 from ..bank import StrategyBank, policy
 from ..bank.audit import audit as find_suspicious
-from ..bank.embedding import embed_with
 from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
 from ..bank.ledger import Ledger
 from ..bank.manifest import is_snapshot, snapshot_damage
-from ..bank.snapshot import bank_directory, open_read_only, read_only_directory
+from ..bank.snapshot import bank_directory, embed_with, open_read_only, read_only_directory
 from ..bank.statistics import class_figures, transfer
 from ..bank.strategy import TRUST_STATES, Strategy
 from ..errors import BankError, ConfigError

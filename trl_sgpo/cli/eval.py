@@ -321,9 +321,8 @@ def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
 
 
 def _open_bank(options: argparse.Namespace, stack: ExitStack) -> "StrategyBank | None":
-    from ..bank.embedding import embed_with
     from ..bank.files import BANK_DIRECTORY
-    from ..bank.snapshot import open_read_only
+    from ..bank.snapshot import embed_with, open_read_only
 
     beside = Path(options.model) / BANK_DIRECTORY
     if options.bank is None:

@@ -10,11 +10,10 @@ from typing import Any, Self
 from transformers.utils import logging
 
 from ..bank import StrategyBank
-from ..bank.embedding import embed_with
 from ..bank.export_files import is_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
-from ..bank.snapshot import open_copy, open_export
+from ..bank.snapshot import embed_with, open_copy, open_export
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..data.final_answers import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
