@@ -10,7 +10,11 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer
 from trl_sgpo.errors import DataError
+from trl_sgpo.hub.snippet import transformers_snippet
 from trl_sgpo.inference.model import TwoPhaseModel
+from trl_sgpo.inference.server import ServerModel
+from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.method.control_tokens import TextEncoder
 from trl_sgpo.method.conversation import Conversation
 from trl_sgpo.method.problem import Problem
 from trl_sgpo.method.prompts import EXECUTION_PROMPT, STRATEGY_PROMPT
@@ -214,3 +218,40 @@ def test_the_marks_that_tell_a_text_from_its_template_cannot_be_forged(text: str
     with pytest.raises(DataError, match="noncharacters"):
         conversation().plain_request(user(text))
     assert conversation().plain_request(user("\ufdd1a\ufdd0"))
+
+
+@pytest.mark.parametrize("plain_text", [True, False])
+def test_a_server_is_sent_no_control_tokens(plain_text: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server encodes texts itself; the tokenizer is that of the run."""
+    TwoPhaseSettings(plain_text=plain_text).save(save_tiny_model(tmp_path))
+    monkeypatch.setattr(ServerModel, "list_models", lambda self: ["model"])
+    pipeline = SGPOPipeline.from_server("http://127.0.0.1:9/v1", run=str(tmp_path))
+    sent: list[Any] = []
+
+    def complete(self: Any, requests: list[Any], *_: Any) -> list[tuple[str, bool]]:
+        sent.extend(requests)
+        return [(ATTACK, False)] * len(requests)
+
+    monkeypatch.setattr(ServerModel, "_complete", complete)
+    pipeline(ATTACK)
+    pipeline(ATTACK, strategy=ATTACK)
+    assert len(sent) == 3 and controls(tokenizer(), tokenizer()(str(sent))["input_ids"]) == []
+
+
+def test_broken_control_tokens_are_read_as_text() -> None:
+    tok = tokenizer()
+    tok.add_tokens(["<think>", AddedToken("< think>", special=True)])
+    encoder = TextEncoder(tok)
+    assert encoder.broken("Add. 1 < 2") == "Add. 1 < 2"
+    assert encoder.broken("a<|im_end|>b") == "a< |im_end|>b"
+    assert controls(tok, encoder.raw_ids(encoder.broken("<think><|im_start|>"))) == []
+
+
+def test_the_code_of_a_model_card_gives_no_control_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = transformers_snippet("model", TwoPhaseSettings(), problem=ATTACK)
+    names: dict[str, Any] = {"tokenizer": tokenizer(), "SHOWN": "Shown:\n", "ASK": STRATEGY_PROMPT}
+    functions = code[code.index("def control_tokens") : code.index("def say")] + code[code.index("def request") :]
+    exec(functions[: functions.index("def execute")], names)
+    asked = names["request"](ATTACK, [("sums", ATTACK), (ATTACK, "Add.")])
+    assert controls(tokenizer(), tokenizer()(asked)["input_ids"]) == []
+    assert names["plain"]("Add 1 < 2\n\n") == "Add 1 < 2\n\n"

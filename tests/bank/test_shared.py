@@ -461,7 +461,6 @@ STRANGE_METADATA = [
     good_metadata(source_problems='["' + "x" * 1000 + '"]'),
     good_metadata(problem_class="x" * 201),
     good_metadata(problem_class="two\nlines"),
-    good_metadata(problem_class="<|im_start|>"),
     good_metadata(origin="a\x00b"),
     good_metadata(run=3),
 ]

@@ -20,9 +20,11 @@ from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
 from ..hub.model_card import HUB_NAME
 from ..hub.pull import pull_run
+from ..method.control_tokens import TextEncoder
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
 from .model import Decoding, TwoPhaseModel
+from .pretrained import load_tokenizer
 from .retrieval import with_retrieved
 from .server import ServerModel
 from .settings import TwoPhaseSettings
@@ -189,6 +191,8 @@ class SGPOPipeline:
             pulled = None if run is None else pull_run(run, revision)
             directory = run if pulled is None else str(pulled)
             model.settings = settings or _settings(directory) or TwoPhaseSettings()
+            if directory is not None and (Path(directory) / "tokenizer_config.json").is_file():
+                model.encoder = TextEncoder(load_tokenizer(directory))
             pipeline = cls(model, _open_bank(bank, directory, trust_bank, embedding_model, opened))._owning(opened)
             pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
             return pipeline

@@ -12,9 +12,18 @@ import httpx
 from tqdm.auto import tqdm
 
 from ..errors import ModelError
+from ..method.control_tokens import REASONING_MARKS, TextEncoder
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
-from ..method.prompts import ParsedStrategy, Prompt, as_text, parse_strategy, plain_bridge, strategy_prompt
+from ..method.prompts import (
+    ParsedStrategy,
+    Prompt,
+    as_text,
+    parse_strategy,
+    plain_bridge,
+    problem_text,
+    strategy_prompt,
+)
 from .model import Decoding, Stream
 from .settings import TwoPhaseSettings
 
@@ -48,6 +57,8 @@ class ServerModel:
             Seconds before the first repetition, doubled for each further one, unless the server says how long.
 
     Attributes:
+        encoder ([`~trl_sgpo.method.control_tokens.TextEncoder`] or `None`): Knows the control tokens of the model, in
+            which a space is put where a text holds them. Without it the server encodes texts as it does.
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
         listed (`list[str]`): Names of models that the server lists, after [`ServerModel.list_models`].
     """
@@ -70,6 +81,7 @@ class ServerModel:
         self.concurrency, self.retries, self.first_wait = concurrency, retries, first_wait
         self.generated_tokens = 0
         self._separates_reasoning = False
+        self.encoder: TextEncoder | None = None
         self.listed: list[str] = []
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
@@ -145,6 +157,7 @@ class ServerModel:
     def _execution_request(self, problem: Problem, strategy: str | ParsedStrategy) -> Prompt:
         if isinstance(strategy, ParsedStrategy):
             strategy = strategy.sampled if isinstance(strategy.sampled, str) else strategy.as_written
+        strategy = self._without_control(strategy, REASONING_MARKS)
         request, execution_prompt = self._request(problem), self.settings.execution_prompt
         if isinstance(request, str):
             return f"{request}{strategy}{self.settings.turn_end or ''}{plain_bridge(execution_prompt)}"
@@ -152,8 +165,14 @@ class ServerModel:
 
     def _prompt(self, prompt: Prompt) -> Prompt:
         if self.settings.plain_text:
-            return as_text(prompt)
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self._without_control(as_text(prompt))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.encoder is None:
+            return messages
+        return [message | {"content": self._without_control(problem_text([message]))} for message in messages]
+
+    def _without_control(self, text: str, but: Sequence[str] = ()) -> str:
+        return text if self.encoder is None else self.encoder.broken(text, but)
 
     def _complete(
         self,

@@ -18,6 +18,7 @@ from .prompts import REASONING_END, REASONING_START, Prompt
 
 Messages = list[dict[str, Any]]
 _BATCH = 1000
+_TRIES = 3  # a broken token can leave another one
 # Noncharacters of Unicode, which enclose a text while a chat template is rendered
 _START, _END = "\ufdd0", "\ufdd1"
 REASONING_MARKS = (REASONING_START, REASONING_END)
@@ -111,6 +112,31 @@ class TextEncoder:
         parts = _MARK.split(text)  # marks are at odd places
         encoded = [self.raw_ids(part) if place % 2 else self.ids(part) for place, part in enumerate(parts)]
         return [token for ids in encoded for token in ids]
+
+    def broken(self, text: str, but: Sequence[str] = ()) -> str:
+        """
+        Returns a text with a space in each control token, for a server that encodes texts itself.
+
+        Args:
+            text (`str`):
+                Any text.
+            but (`Sequence[str]`, *optional*):
+                Tokens that stay.
+
+        Raises:
+            [`DataError`]: Control tokens cannot be broken, or the tokenizer is not a fast one.
+        """
+        for _ in range(_TRIES):
+            if not self.holds_control(text, but):
+                return text
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            for token, (start, end) in sorted(spans, key=lambda span: -span[1][0]):
+                found = text[start:end]
+                if token in self.control_ids and found.strip() not in but:
+                    at = end - len(found.lstrip()) + 1
+                    text = f"{text[:at]} {text[at:]}"
+        raise DataError("A text holds control tokens of the model that cannot be broken: remove them.")
 
     def conversation_ids(self, messages: Messages, render: Callable[[Messages], str]) -> list[int]:
         """
