@@ -35,6 +35,8 @@ PRIVATE_NAMES = {
 CHROMA = {"bank/index.py"}
 CHAT_TEMPLATE = {"data/check_worker.py"}
 CHAT_TEMPLATE_FUNCTIONS = {"apply_chat_template", "maybe_apply_chat_template", "render_jinja_template"}
+LOADING = {"bench/fit.py", "inference/pretrained.py"}  # the former loads random weights that it saved
+OWN_LOADERS = {"SGPOPipeline", "StrategyBank", "TwoPhaseModel"}
 MAX_FILES_ON_TOP = 9
 MAX_LINES_OF_TRAINER = 350
 
@@ -363,6 +365,40 @@ def chat_templates_are_applied_in_one_file(package: Path) -> list[str]:
     return found
 
 
+def models_are_loaded_in_one_place(package: Path) -> list[str]:
+    """Only `inference/pretrained.py` loads from repositories, and its functions pass what `_safe` returns."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        for node in ast.walk(syntax_tree(path)):
+            match node:
+                case ast.Attribute(attr="from_pretrained") if root_name(node) not in OWN_LOADERS:
+                    loads = True
+                case ast.Attribute(attr="create_model_from_path") | ast.alias(name="create_model_from_path"):
+                    loads = True
+                case ast.Call(func=ast.Name(id="SentenceTransformer") | ast.Attribute(attr="SentenceTransformer")):
+                    loads = True
+                case ast.Constant(value="from_pretrained"):
+                    loads = True
+                case _:
+                    loads = False
+            if loads and name not in LOADING:
+                found.append(f"{name}:{node.lineno} loads from a repository")
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("AutoModel"):
+                safe = any(ast.unparse(keyword) == "trust_remote_code=False" for keyword in node.keywords)
+                if ast.unparse(node.func).endswith(".from_config") and not safe:
+                    found.append(f"{name}:{node.lineno} may run code")
+    for name in sorted(LOADING & {path.relative_to(package).as_posix() for path in package.rglob("*.py")}):
+        for function in ast.walk(syntax_tree(package / name)):
+            text = ast.unparse(function) if isinstance(function, ast.FunctionDef) else ""
+            auto = re.search(r"\bAuto\w+\)?\.from_pretrained\(", text) and "kwargs = _safe(kwargs)" not in text
+            sentence = "SentenceTransformer(" in text and "trust_remote_code=False" not in text
+            weights = re.search(r"AutoModel\w*\)\.from_|SentenceTransformer\(", text) and "use_safetensors" not in text
+            if auto or sentence or weights:
+                found.append(f"{name}:{function.lineno} may run code")
+    return found
+
+
 def few_files_on_top(package: Path) -> list[str]:
     names = sorted(path.name for path in package.glob("*.py"))
     return names if len(names) > MAX_FILES_ON_TOP else []
@@ -440,6 +476,25 @@ PLANTED: list[tuple[Rule, str, str]] = [
         for name in sorted(CHAT_TEMPLATE_FUNCTIONS)
         for text in (f"import trl\n\ntrl.data_utils.{name}([])\n", f"from trl.data_utils import {name} as f\n")
     ],
+    *[
+        (models_are_loaded_in_one_place, "cli/solve.py", text)
+        for text in (
+            "import transformers\n\ntransformers.AutoTokenizer.from_pretrained('a')\n",
+            "from peft import PeftModel\n\nload = PeftModel.from_pretrained\n",
+            "from sentence_transformers import SentenceTransformer\n\nSentenceTransformer('a')\n",
+            "def f(kind):\n    return getattr(kind, 'from_pretrained')('a')\n",
+            "from trl.trainer.utils import create_model_from_path\n",
+            "from transformers import AutoModelForCausalLM\n\nAutoModelForCausalLM.from_config(None)\n",
+        )
+    ],
+    *[
+        (models_are_loaded_in_one_place, "inference/pretrained.py", f"def f(source, **kwargs):\n    {text}\n")
+        for text in (
+            "return AutoTokenizer.from_pretrained(source, **kwargs)",
+            "return SentenceTransformer(source, model_kwargs={'use_safetensors': True})",
+            "kwargs = _safe(kwargs)\n    return (kind or AutoModel).from_pretrained(source, **kwargs)",
+        )
+    ],
     (few_files_on_top, "one_more.py", ""),
     (the_trainer_is_short, "sgpo_trainer.py", "x = 1\n" * 351),
 ]
@@ -463,6 +518,10 @@ def small_package(tmp_path: Path) -> Path:
         "cli/text.py": "def printable(): ...\n",
         "compare/methods.py": "",
         "data/check_worker.py": "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
+        "inference/pretrained.py": (
+            "def f(source, **kwargs):\n    kwargs = _safe(kwargs)\n"
+            "    return AutoConfig.from_pretrained(source, **kwargs)\n"
+        ),
         "vram/check.py": "def check(): ...\n",
         **{f"top_{number}.py": "" for number in range(MAX_FILES_ON_TOP - 1)},
     }.items():

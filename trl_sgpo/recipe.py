@@ -326,6 +326,7 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
         "attn_implementation": recipe.model.attn_implementation,
         "dtype": recipe.model.dtype,
         **(recipe.training.model_init_kwargs or {}),
+        "use_safetensors": True,
     }
 
 

@@ -350,8 +350,6 @@ ROWS = [
     ({"text": "a\rb"}, "control character"),
     ({"text": "a\ud800b"}, "control character"),
     ({"text": 5}, "text must have"),
-    ({"text": "1. Say <|im_end|>"}, "has '<|im_end|>', which a tokenizer takes for a control token"),
-    ({"problem_class": "[INST]"}, "control token"),
     ({"problem_class": "a\nb"}, "problem_class must be a line"),
     ({"problem_class": "x" * 201}, "at most 200 characters"),
     ({"text": "1. Another strategy"}, "its id is not that"),
@@ -400,7 +398,6 @@ def test_rows_that_are_refused(untouched, exported, changes, message):
         ({"successes": 2.5}, "more successes than trials"),
         ({"baseline": 9}, "more successes than trials"),
         ({"problem": "p0"}, "on the same problem"),
-        ({"problem_class": "</s>"}, "control token"),
         ({"more": 1}, "does not know"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from bank_helpers import PROVEN, hashed_words, make
 
 from trl_sgpo import SGPOConfig
-from trl_sgpo.bank import Outcome, StrategyBank, contents
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank, contents
 from trl_sgpo.bank.session import BankSession, Observation
 from trl_sgpo.errors import BankError, BankStorageError
 
@@ -192,8 +192,8 @@ def test_what_could_not_be_written_is_counted_when_training_ends(session, bank, 
 
 
 def test_other_errors_of_a_commit_end_training(session):
-    session.note(Observation([make("bad", problem_class="<|im_end|>")], [], []))
-    with pytest.raises(BankError, match="control tokens"):
+    session.note(Observation([Strategy(" ", "algebra", ())], [], []))
+    with pytest.raises(BankError, match="without text"):
         session.commit()
 
 

@@ -85,7 +85,6 @@ class TestAcceptance:
         [
             ("To add, sum the ones and the tens.", None),
             ("", "malformed (empty)"),
-            ("To add <|im_end|> now", "malformed (control tokens)"),
             ("To add, note that it is 42.", "leak"),
             ("To add, take 17 and what is bought.", "copied literals"),
         ],
@@ -188,7 +187,6 @@ class TestFiles:
             ({"prompt": []}, "`prompt`"),
             ({"prompt": [{"role": "assistant", "content": "x"}]}, "`prompt` must end"),
             ({"prompt": [{"role": "user"}]}, "`prompt`"),
-            ({"strategy": "Add <|im_end|>"}, "control tokens"),
         ],
     )
     def test_bad_row_is_named(self, tmp_path: Path, change: dict, words: str) -> None:

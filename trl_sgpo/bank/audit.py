@@ -21,21 +21,6 @@ ENOUGH_TRUSTED = 10  # trusted strategies of a class, from which on their source
 ONE_SOURCE = 0.9
 _BLOCK = 1024  # strategies that are compared with their class at a time
 
-_CONTROL_TOKEN = re.compile(
-    r"<\|[^<>|\n]{1,64}\|>"  # ChatML, Llama 3, Phi, DeepSeek, Command R and most others
-    r"|<\|[A-Za-z_]{3,32}>|<[A-Za-z_]{3,32}\|>"  # Gemma 4
-    r"|</?(?:s|sop|eop|eod|[A-Z]{3}_TOKEN|unused\d+|extra_id_\d+|reserved_\d+|SPECIAL_\d+|seed:\w+|repo_?name|"
-    r"file_sep|filename|gh_stars|issue_\w+|jupyter_\w+|empty_output|fim_\w+|im_(?:start|end|patch|col)|global-img|"
-    r"fake_token_around_image|row_\d+_col_\d+|(?i:unk|pad|bos|eos|mask|cls|sep|(?:begin|end)_of_text|"
-    r"(?:start|end)_of_(?:turn|image|utterance)|image_soft_token|think(?:ing)?|tool_(?:calls?|response)|"
-    r"image|img|video|audio))>"
-    r"|<</?SYS>>"
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|THINK|IMG(?:_BREAK|_END)?|ARGS|CALL_ID|(?:BEGIN_)?AUDIO|"
-    r"PREFIX|MIDDLE|SUFFIX|CLS|SEP|PAD|MASK|UNK|BOS|EOS|[gs]MASK)\]"
-    r"|\[\|(?:system|user|assistant|tool|endofturn)\|\]"  # EXAONE
-    r"|\]~!?b[\[\]]|\[e~\["  # MiniMax
-)
-
 _OF_OTHER_SCRIPTS = "\u200c\u200d\u200e\u200f\u061c"  # joiners and marks that Arabic, Indic scripts and emoji need
 _TWO_ALPHABETS = re.compile(r"[a-z][\u0400-\u04ff]|[\u0400-\u04ff][a-z]", re.IGNORECASE)
 _LOOKALIKES = str.maketrans("асеһіјкмоԛрѕтԝхувнԁɡαερονικυ", "acehijkmoqpstwxybhdgaepoviku")
@@ -209,8 +194,8 @@ class Finding:
         strategy_id (`str`):
             Id of the strategy, `""` for findings about a class or about a text alone.
         kind (`str`):
-            Kind: `"control_tokens"`, `"injected_instruction"`, `"deception"`, `"leak"`, `"unlike_its_class"`,
-            `"near_copy"`, `"copied"`, `"concentration"` or `"unproven"`.
+            Kind: `"injected_instruction"`, `"deception"`, `"leak"`, `"unlike_its_class"`, `"near_copy"`, `"copied"`,
+            `"concentration"` or `"unproven"`.
         severity (`str`):
             `"error"` for texts that no model should be shown, `"warning"` for a person to review.
         detail (`str`):
@@ -230,20 +215,6 @@ def _visible(text: str) -> str:
     """The text in compatibility form (NFKC), without invisible characters."""
     text = unicodedata.normalize("NFKC", text)
     return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
-
-
-def control_tokens(text: str) -> list[str]:
-    """
-    Control tokens of chat templates in a text, which a tokenizer would take as such when the text is quoted.
-
-    Args:
-        text (`str`):
-            Any text. Tokens disguised by full-width or invisible characters are found too.
-
-    Returns:
-        `list[str]`: The tokens, each once, in order.
-    """
-    return list(dict.fromkeys(_CONTROL_TOKEN.findall(_visible(text))))
 
 
 def _hidden_characters(text: str) -> list[str]:
@@ -291,12 +262,10 @@ def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
             Id to put into the findings.
 
     Returns:
-        `list[Finding]`: Errors of the kinds `"control_tokens"`, `"injected_instruction"`, `"deception"` and `"leak"`.
+        `list[Finding]`: Errors of the kinds `"injected_instruction"`, `"deception"` and `"leak"`.
     """
     details: dict[str, str] = {}
     shown = _visible(text)
-    if tokens := control_tokens(text):
-        details["control_tokens"] = f"has the control tokens {' '.join(tokens)}"
     if hidden := _hidden_characters(text):
         details["injected_instruction"] = f"hides something: {', '.join(hidden)}"
     if (header := _ROLE_HEADER.search(shown.casefold())) is not None:

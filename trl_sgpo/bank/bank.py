@@ -166,7 +166,7 @@ class StrategyBank:
         stored strategy of its class is skipped. A class that exceeds its capacity loses its least useful strategies.
 
         Raises:
-            [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
         """
         return self.record(strategies)
 
@@ -196,7 +196,7 @@ class StrategyBank:
                 Strategy id → how often it was shown with a problem since the last call.
 
         Raises:
-            [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
         """
         given, verified = list(strategies), list(outcomes)
         changes = self._changes(given)
@@ -217,7 +217,7 @@ class StrategyBank:
         trust states of the other bank. Otherwise states follow from the executions, by the settings of this bank.
 
         Raises:
-            [`~trl_sgpo.errors.BankError`]: If a strategy has no text, or control tokens in it.
+            [`~trl_sgpo.errors.BankError`]: If a strategy has no text.
         """
         taken = {strategy.id: strategy for strategy in strategies}
         given = list(taken.values())

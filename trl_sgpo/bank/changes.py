@@ -8,7 +8,6 @@ import numpy as np
 
 from ..errors import BankError
 from . import policy
-from .audit import control_tokens
 from .contents import Contents
 from .neighbourhood import TEXT_LIMIT
 from .strategy import Execution, Outcome, Strategy
@@ -21,15 +20,10 @@ ExecutionsOn = Callable[[Iterable[tuple[str, str]]], dict[tuple[str, str], Execu
 
 
 def expect_storable(strategies: Iterable[Strategy]) -> None:
-    """Raise a [`~trl_sgpo.errors.BankError`] if a strategy has no text, or control tokens in it."""
+    """Raise a [`~trl_sgpo.errors.BankError`] if a strategy has no text."""
     for strategy in strategies:
         if not strategy.text.strip():
             raise BankError("A strategy without text cannot be stored: drop it before it gets to the bank.")
-        if tokens := control_tokens(f"{strategy.problem_class}\n{strategy.text}"):
-            raise BankError(
-                f"A strategy with control tokens of chat templates ({', '.join(tokens)}) cannot be stored, since in a "
-                f"prompt they would start or end turns: remove them from {strategy.text[:60]!r} and its class."
-            )
 
 
 def with_execution(

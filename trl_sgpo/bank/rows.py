@@ -8,7 +8,6 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 from ..errors import BankError
-from .audit import control_tokens
 from .strategy import Execution, Strategy
 
 
@@ -195,17 +194,11 @@ def _text(value: Any) -> str:
         raise ValueError(f"text must have at least one and at most {MAX_TEXT} characters")
     if found := _NOT_TEXT.search(value):
         raise ValueError(f"text has the control character {found[0]!a}")
-    return _without_control_tokens(value, "text")
+    return value
 
 
 def _class(value: Any) -> str:
-    return _without_control_tokens(line(value, "problem_class"), "problem_class")
-
-
-def _without_control_tokens(value: str, what: str) -> str:
-    if found := control_tokens(value):
-        raise ValueError(f"{what} has {_quoted(found[0])}, which a tokenizer takes for a control token")
-    return value
+    return line(value, "problem_class")
 
 
 def _problem(value: Any) -> str:

@@ -17,7 +17,6 @@ from ..method.prompts import ParsedStrategy
 from ..method.rollout import Rollout, RolloutBatch, written_strategies
 from ..method.transfer import BlockGeometry
 from ..sgpo_config import SGPOConfig
-from .audit import control_tokens
 from .bank import StrategyBank
 from .files import BANK_DIRECTORY
 from .shared import SharedBank
@@ -174,7 +173,7 @@ class BankSession:
 
         pairs = list(zip(written_strategies(rollouts), batch.written_for(), strict=True))
         written = in_blocks([strategy(parsed, problem) for parsed, problem in pairs], geometry.written)
-        sound = [parsed.flaw is None and not control_tokens(parsed.text) for parsed, _ in pairs]
+        sound = [parsed.flaw is None for parsed, _ in pairs]
         executed = [
             [s.id for s in (*own, *drawn, *(own[slot % len(own)] for slot in range(len(drawn), geometry.bank)))]
             for own, drawn in zip(written, batch.bank, strict=True)

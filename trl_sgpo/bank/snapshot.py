@@ -13,6 +13,7 @@ from .embedding import Embedder
 from .export_files import MAX_ROWS, copy_export, is_export, read_export
 from .files import BANK_DIRECTORY, LEDGER
 from .manifest import is_snapshot
+from .strategy import DEFAULT_EMBEDDING_MODEL
 
 
 def bank_directory(path: str | Path) -> Path:
@@ -79,3 +80,28 @@ def open_export(directory: Path, embedding_model: str | Embedder, origin: str | 
             strategies, executions, _ = read_export(export)
             bank.merge([replace(s, origin=origin or s.origin) for s in strategies], executions, judge=False)
             yield bank
+
+
+def embed_with(bank: StrategyBank, name: str | None = None) -> None:
+    """
+    Sets the embedding model of a bank, by default the one that it was made with.
+
+    Args:
+        bank ([`StrategyBank`]):
+            The bank.
+        name (`str`, *optional*):
+            The model that the user named.
+
+    Raises:
+        [`~trl_sgpo.errors.BankError`]: The bank was made with a model that would have to be downloaded. The user must
+            name it, because the files of a bank can be from someone else.
+    """
+    from ..inference.weights import on_this_machine
+
+    recorded = bank.made_with or bank.embedding_model
+    if name is None and recorded != DEFAULT_EMBEDDING_MODEL and "/" in recorded and not on_this_machine(recorded):
+        raise BankError(
+            f"The bank was made with the embedding model {recorded}, which is not on this machine and is not "
+            f"downloaded because a bank names it: pass `--embedding_model {recorded}`, or another one."
+        )
+    bank.embedding_model = name or recorded

@@ -83,7 +83,7 @@ def random_model(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
         of one array of random numbers, so that making them takes little time and memory.
     """
     with torch.device("meta"), no_init_weights():
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
     empty.tie_weights()
     shapes = dict(empty.named_parameters())  # tied ones once
     largest = max(weight.numel() for weight in shapes.values())
@@ -151,8 +151,9 @@ def _measure(
 
 def _with_random_model(arm: str, recipe: Recipe, tokenizer: str) -> Any:
     name = recipe.model.model_name_or_path
+    of_files = ("revision", "use_safetensors")
     loading = {
-        key: value for key, value in model_init_kwargs(recipe).items() if key != "revision" and value is not None
+        key: value for key, value in model_init_kwargs(recipe).items() if key not in of_files and value is not None
     }
     quantization = get_quantization_config(recipe.model)
     if quantization is not None:

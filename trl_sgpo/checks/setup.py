@@ -101,7 +101,7 @@ def _attention_problems(implementation: str | None) -> Problems:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=implementation)
     except Exception as error:
         message = what_to_mend(error)
         if message is None:

@@ -13,7 +13,7 @@ from ..bank.export_files import check_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.manifest import is_snapshot
-from ..bank.snapshot import bank_directory, open_read_only
+from ..bank.snapshot import bank_directory, embed_with, open_read_only
 from ..bank.strategy import TRUST_STATES, ImportReport
 from ..checks.arguments import Parser
 from ..checks.terminal import printable
@@ -22,7 +22,6 @@ from .bank_views import (
     SORT_KEYS,
     all_strategies,
     audit,
-    embed_with,
     find,
     list_strategies,
     search,

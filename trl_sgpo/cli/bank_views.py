@@ -16,7 +16,7 @@ from ..bank.audit import audit as find_suspicious
 from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
 from ..bank.ledger import Ledger
 from ..bank.manifest import is_snapshot, snapshot_damage
-from ..bank.snapshot import bank_directory, open_read_only, read_only_directory
+from ..bank.snapshot import bank_directory, embed_with, open_read_only, read_only_directory
 from ..bank.statistics import class_figures, transfer
 from ..bank.strategy import TRUST_STATES, Strategy
 from ..checks.terminal import printable
@@ -42,11 +42,6 @@ SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "shown": lambda strategy: strategy.shown,
     "step": lambda strategy: strategy.step,
 }
-
-
-def embed_with(bank: StrategyBank, embedding_model: str | None) -> None:
-    """Use an embedding model, by default the one the bank was made with."""
-    bank.embedding_model = embedding_model or bank.made_with or bank.embedding_model
 
 
 def _with_bounds(lift: float, low: float, high: float) -> str:

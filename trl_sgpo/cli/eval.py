@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bank", metavar="DIR", help="bank whose trusted strategies are shown; auto: the one beside the model"
     )
+    parser.add_argument("--embedding_model", metavar="MODEL", help="of the bank (the one that it was made with)")
     transfer = parser.add_argument_group("transfer")
     transfer.add_argument(
         "--transfer", nargs="*", metavar="NAME", help="measure strategy transfer on these suites (all suites)"
@@ -255,7 +256,7 @@ def evaluate(options: argparse.Namespace) -> int:
         check_system_role(model.tokenizer, each.rows[0]["prompt"], model.settings.chat_template_kwargs)
     output = Path(options.output_dir)
     with ExitStack() as stack:
-        bank = _open_bank(options, model, stack)
+        bank = _open_bank(options, stack)
         settings: dict[str, Any] = redacted(
             {
                 "model": options.model,
@@ -322,9 +323,9 @@ def _load_model(options: argparse.Namespace) -> "TwoPhaseModel":
     return TwoPhaseModel.from_pretrained(options.model, settings, options.batch_size, dtype=options.dtype)
 
 
-def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitStack) -> "StrategyBank | None":
+def _open_bank(options: argparse.Namespace, stack: ExitStack) -> "StrategyBank | None":
     from ..bank.files import BANK_DIRECTORY
-    from ..bank.snapshot import open_read_only
+    from ..bank.snapshot import embed_with, open_read_only
 
     beside = Path(options.model) / BANK_DIRECTORY
     if options.bank is None:
@@ -332,7 +333,7 @@ def _open_bank(options: argparse.Namespace, model: "TwoPhaseModel", stack: ExitS
             print(f"{beside} is not used: pass `--bank auto` to show its strategies.")
         return None
     bank = stack.enter_context(open_read_only(str(beside.parent) if options.bank == "auto" else options.bank))
-    bank.embedding_model = bank.made_with or model.settings.embedding_model
+    embed_with(bank, options.embedding_model)
     return bank
 
 

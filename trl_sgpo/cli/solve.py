@@ -97,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         help="show what the author of a --bank that does not come with the model trusted, though nothing was "
         "verified here",
     )
+    bank.add_argument(
+        "--embedding_model",
+        metavar="DIR_OR_ID",
+        help="embeds problems and strategies (that of the bank, or of an export the default, because a file of "
+        "someone else does not decide what is downloaded)",
+    )
     bank.add_argument("--no_bank", action="store_true", help="show no strategies of a bank")
     bank.add_argument(
         "--class", dest="problem_class", metavar="NAME", help="show strategies of this class only (any, or the "

@@ -32,6 +32,7 @@ def open_pipeline(options: argparse.Namespace) -> "SGPOPipeline":
                 options.run,
                 revision=options.revision,
                 trust_bank=options.trust_bank,
+                embedding_model=options.embedding_model,
                 token=os.environ.get(TOKEN_VARIABLE),
                 concurrency=options.concurrency,
                 timeout=options.timeout,
@@ -48,6 +49,7 @@ def open_pipeline(options: argparse.Namespace) -> "SGPOPipeline":
                 device=options.device,
                 revision=options.revision,
                 trust_bank=options.trust_bank,
+                embedding_model=options.embedding_model,
                 dtype=options.dtype,
                 **_quantization(options),
             )

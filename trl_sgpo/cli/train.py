@@ -31,7 +31,7 @@ from ..errors import ConfigError, SGPOError
 from ..evaluation.block_transfer import TransferScore, measure_transfer
 from ..evaluation.statistics import wilson_interval
 from ..hub.push import claim
-from ..inference.pretrained import load_tokenizer
+from ..inference.pretrained import load_config, load_tokenizer
 from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..method.reward_functions import check_columns_read
@@ -125,6 +125,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
     )
     check_columns_read(rewards, train_dataset.column_names)
+    load_config(model)
     tokenizer = load_tokenizer(model)
     check_system_role(tokenizer, train_dataset[0]["prompt"], training.chat_template_kwargs)
     if training.use_bank and training.process_index == 0:

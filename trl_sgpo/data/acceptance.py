@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from ..bank.audit import control_tokens
 from ..method.prompts import ParsedStrategy
 from ..method.rewards import copied_literals, leak
 from .worked import Trace
@@ -83,13 +82,10 @@ def find_flaw(strategy: ParsedStrategy, problem: str, answer: str | None) -> str
             Its short answer, if known.
 
     Returns:
-        `str` or `None`: `"malformed (...)"` (by its format, or with control tokens of chat templates), `"leak"`,
-        `"copied literals"` or `None`.
+        `str` or `None`: `"malformed (...)"`, `"leak"`, `"copied literals"` or `None`.
     """
     if strategy.flaw is not None:
         return f"malformed ({strategy.flaw})"
-    if control_tokens(strategy.text):
-        return "malformed (control tokens)"
     if leak(strategy.text, problem, answer) > 0:
         return "leak"
     return "copied literals" if copied_literals(strategy.text, problem) else None

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..bank.audit import control_tokens
 from ..checks.json_text import parse_json
 from ..errors import DataError
 from .worked import Trace
@@ -61,8 +60,6 @@ def _to_trace(row: Any) -> Trace:
     for name in ("strategy", "execution", "problem_class"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise DataError(f"the field `{name}` must be a text that is not empty")
-    if tokens := control_tokens(row["strategy"]):
-        raise DataError(f"the field `strategy` has control tokens of chat templates ({', '.join(tokens)})")
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
         prompt = [{"role": "user", "content": prompt}]

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import DataError, ModelError
 from ..files import unfinished_directory
-from ..inference.pretrained import load_tokenizer
+from ..inference.pretrained import load_config, load_tokenizer
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
@@ -152,6 +152,7 @@ def warmstart(
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
     try:
+        load_config(model)
         tokenizer = load_tokenizer(model)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error

@@ -299,7 +299,7 @@ def _check_convertible(plan: ExportPlan, config: Any, tokenizer: Any) -> None:
 
 def _check_memory(config: Any, compute_dtype: str) -> None:
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
+        size = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     needed = 1.1 * size * _DTYPES[compute_dtype].itemsize
     available = psutil.virtual_memory().available
     if needed > available:

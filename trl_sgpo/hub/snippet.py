@@ -21,6 +21,20 @@ stops = [stops] if isinstance(stops, int) else list(stops or [])
 stops += tokenizer.convert_tokens_to_ids([tokenizer.eos_token, TURN_END])
 
 
+def control_tokens():
+    """Special tokens, and others that were added to the vocabulary and are markup."""
+    added = {{*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}}
+    named = [token for token in added if any(map(str.isalnum, token))]
+    return [token for token in named if not (token[0].isalnum() or token[-1].isalnum())]
+
+
+def plain(text):
+    """Puts a space into control tokens, so that a text cannot start or end a turn."""
+    for token in control_tokens():
+        text = text.replace(token, token[0] + " " + token[1:])
+    return text
+
+
 def say(ids, limit):
     ids = ids.to(model.device)
     mask = ids.new_ones(ids.shape)
@@ -36,6 +50,8 @@ def text(ids):
 
 def request(problem, shown):
     """Asks for a strategy. `shown` may hold strategies of the bank, as pairs of class and text."""
+    problem = plain(problem)
+    shown = [(plain(kind), plain(text)) for kind, text in shown]
     lines = [f"> [{{' '.join(kind.split())}}] {{' '.join(text.split())}}\\n" for kind, text in shown]
     quoted = {quoted} if shown else ""
     head, tail = ASK.split("{{problem}}")

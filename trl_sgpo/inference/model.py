@@ -217,7 +217,9 @@ class TwoPhaseModel:
         """As [`TwoPhaseModel.execute`], and for each execution whether the limit cut it off."""
         conversation = self.conversation
         contexts = [
-            conversation.execution_request(problem.prompt, problem.shown, _sampled(strategy))
+            conversation.execution_request(
+                problem.prompt, problem.shown, _turn(conversation, problem.prompt, strategy)
+            )
             for problem, strategy in zip(problems, strategies, strict=True)
         ]
         return self._complete(contexts, decoding, progress, stream)
@@ -329,7 +331,12 @@ class TwoPhaseModel:
         return output[:, ids.size(1) :].tolist()
 
 
-def _sampled(strategy: str | ParsedStrategy) -> str | Sequence[int]:
+def _turn(conversation: Conversation, prompt: Prompt, strategy: str | ParsedStrategy) -> str | Sequence[int]:
+    """What precedes an execution: a text with its reasoning, or the tokens of a strategy that was sampled or given."""
     if isinstance(strategy, str):
         return strategy
-    return strategy.as_written if strategy.sampled is None else strategy.sampled
+    if strategy.sampled is not None:
+        return strategy.sampled
+    if strategy.reasoning:
+        return strategy.as_written
+    return conversation.reply(prompt, strategy.text, reasoning=False)

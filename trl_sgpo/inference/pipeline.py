@@ -7,25 +7,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+from transformers.utils import logging
+
 from ..bank import StrategyBank
 from ..bank.export_files import is_export
 from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
-from ..bank.snapshot import open_copy, open_export
+from ..bank.snapshot import embed_with, open_copy, open_export
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..data.final_answers import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
 from ..hub.model_card import HUB_NAME
 from ..hub.pull import pull_run
+from ..method.control_tokens import TextEncoder
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
 from .model import Decoding, TwoPhaseModel
+from .pretrained import load_tokenizer
 from .retrieval import with_retrieved
 from .server import ServerModel
 from .settings import TwoPhaseSettings
 from .solution import Attempt, Solution, vote
 
+
+logger = logging.get_logger(__name__)
 
 Watch = Callable[[str, str], None]
 
@@ -72,6 +78,7 @@ class SGPOPipeline:
         device: str | None = None,
         revision: str | None = None,
         trust_bank: bool = False,
+        embedding_model: str | None = None,
         **model_kwargs: Any,
     ) -> "SGPOPipeline":
         """
@@ -102,6 +109,9 @@ class SGPOPipeline:
             trust_bank (`bool`, *optional*, defaults to `False`):
                 Whether an export of strategies that does not come with the model may be shown, with the trust states
                 that its author gave it.
+            embedding_model (`str`, *optional*):
+                Embeds problems and strategies. If `None`, the model that the bank was made with, if it is on this
+                machine, and for an export the default one: what someone else's file names is not downloaded.
             **model_kwargs:
                 Passed on to `from_pretrained`, such as `dtype` (`"auto"` by default) or `quantization_config`.
 
@@ -116,7 +126,7 @@ class SGPOPipeline:
                 model_kwargs["use_safetensors"] = True
             directory = name if pulled is None else str(pulled)
             run = None if run is None else str(pull_run(run) or run)
-            opened_bank = _open_bank(bank, run or directory, trust_bank, opened)
+            opened_bank = _open_bank(bank, run or directory, trust_bank, embedding_model, opened)
             settings = settings or _settings(run)
             model_kwargs.setdefault("dtype", "auto")
             model = TwoPhaseModel.from_pretrained(directory, settings, batch_size, device, **model_kwargs)
@@ -134,6 +144,7 @@ class SGPOPipeline:
         settings: TwoPhaseSettings | None = None,
         revision: str | None = None,
         trust_bank: bool = False,
+        embedding_model: str | None = None,
         **server_kwargs: Any,
     ) -> "SGPOPipeline":
         """
@@ -154,6 +165,8 @@ class SGPOPipeline:
             revision (`str`, *optional*):
                 Branch, tag or commit of the run on the Hub. If `None`, the latest commit.
             trust_bank (`bool`, *optional*, defaults to `False`):
+                As in [`SGPOPipeline.from_pretrained`].
+            embedding_model (`str`, *optional*):
                 As in [`SGPOPipeline.from_pretrained`].
             **server_kwargs:
                 Passed on to [`~trl_sgpo.inference.server.ServerModel`], such as `token` or `concurrency`.
@@ -178,7 +191,9 @@ class SGPOPipeline:
             pulled = None if run is None else pull_run(run, revision)
             directory = run if pulled is None else str(pulled)
             model.settings = settings or _settings(directory) or TwoPhaseSettings()
-            pipeline = cls(model, _open_bank(bank, directory, trust_bank, opened))._owning(opened)
+            if directory is not None and (Path(directory) / "tokenizer_config.json").is_file():
+                model.encoder = TextEncoder(load_tokenizer(directory))
+            pipeline = cls(model, _open_bank(bank, directory, trust_bank, embedding_model, opened))._owning(opened)
             pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
             return pipeline
 
@@ -294,7 +309,11 @@ class SGPOPipeline:
 
 
 def _open_bank(
-    bank: str | Path | StrategyBank | None, run: str | None, trust_bank: bool, opened: ExitStack
+    bank: str | Path | StrategyBank | None,
+    run: str | None,
+    trust_bank: bool,
+    embedding_model: str | None,
+    opened: ExitStack,
 ) -> StrategyBank | None:
     if bank is None or isinstance(bank, StrategyBank):
         return bank
@@ -307,13 +326,13 @@ def _open_bank(
         _require_trust(trust_bank, bank)
         with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
             directory, sha = pull_bank(str(bank), Path(temporary) / "export", repo_type="model")
-            return opened.enter_context(open_export(directory, _embedding_model(run), f"{bank}@{sha}"))
+            return opened.enter_context(open_export(directory, _of_export(embedding_model, run), f"{bank}@{sha}"))
     for directory in (Path(bank), Path(bank) / BANK_DIRECTORY):
         if is_export(directory):
             _require_trust(trust_bank, bank)
-            return opened.enter_context(open_export(directory, _embedding_model(run)))
+            return opened.enter_context(open_export(directory, _of_export(embedding_model, run)))
     copy = opened.enter_context(open_copy(bank))
-    copy.embedding_model = copy.made_with or copy.embedding_model
+    embed_with(copy, embedding_model)
     return copy
 
 
@@ -325,10 +344,18 @@ def _require_trust(trust_bank: bool, bank: str | Path) -> None:
         )
 
 
-def _embedding_model(run: str | None) -> str:
-    """The run's embedding model if it is a Hub id, else the default one: an export has no embeddings."""
-    name = TwoPhaseSettings.load(run).embedding_model if run is not None and Path(run).is_dir() else ""
-    return name if HUB_NAME.fullmatch(name) else DEFAULT_EMBEDDING_MODEL
+def _of_export(named: str | None, run: str | None) -> str:
+    """Embedding model for an export, which has no embeddings: the one that the user named, or the default one."""
+    if named is not None:
+        return named
+    if run is not None and Path(run).is_dir():
+        recorded = TwoPhaseSettings.load(run).embedding_model
+        if recorded != DEFAULT_EMBEDDING_MODEL:
+            logger.warning(
+                f"The default embedding model is used, and not {recorded!a}, which the author of the run used: to use "
+                "that one, pass it as `--embedding_model`."
+            )
+    return DEFAULT_EMBEDDING_MODEL
 
 
 def _settings(run: str | None) -> TwoPhaseSettings | None:

@@ -15,9 +15,18 @@ from ..checks.addresses import address_problem, header_problem
 from ..checks.http_limits import Answer, AnswerRefused, LimitedClient, limited_client
 from ..checks.json_text import parse_json
 from ..errors import ModelError
+from ..method.control_tokens import REASONING_MARKS, TextEncoder
 from ..method.conversation import execution_messages
 from ..method.problem import Problem
-from ..method.prompts import ParsedStrategy, Prompt, as_text, parse_strategy, plain_bridge, strategy_prompt
+from ..method.prompts import (
+    ParsedStrategy,
+    Prompt,
+    as_text,
+    parse_strategy,
+    plain_bridge,
+    problem_text,
+    strategy_prompt,
+)
 from .chat_completions import Completion, CompletionFailed, NoCompletion, StreamedCompletion, read_completion
 from .model import Decoding, Stream
 from .settings import TwoPhaseSettings
@@ -60,6 +69,8 @@ class ServerModel:
         [`ModelError`]: If the address or the token cannot be one.
 
     Attributes:
+        encoder ([`~trl_sgpo.method.control_tokens.TextEncoder`] or `None`): Knows the control tokens of the model, in
+            which a space is put where a text holds them. Without it the server encodes texts as it does.
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
         listed (`list[str]`): Names of models that the server lists, after [`ServerModel.list_models`].
     """
@@ -87,6 +98,7 @@ class ServerModel:
         self.generated_tokens = 0
         self._separates_reasoning = False
         self._limit_key = "max_tokens"
+        self.encoder: TextEncoder | None = None
         self.listed: list[str] = []
         self._timeout = timeout
         self._headers = headers
@@ -164,6 +176,7 @@ class ServerModel:
     def _execution_request(self, problem: Problem, strategy: str | ParsedStrategy) -> Prompt:
         if isinstance(strategy, ParsedStrategy):
             strategy = strategy.sampled if isinstance(strategy.sampled, str) else strategy.as_written
+        strategy = self._without_control(strategy, REASONING_MARKS)
         request, execution_prompt = self._request(problem), self.settings.execution_prompt
         if isinstance(request, str):
             return f"{request}{strategy}{self.settings.turn_end or ''}{plain_bridge(execution_prompt)}"
@@ -171,8 +184,14 @@ class ServerModel:
 
     def _prompt(self, prompt: Prompt) -> Prompt:
         if self.settings.plain_text:
-            return as_text(prompt)
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self._without_control(as_text(prompt))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.encoder is None:
+            return messages
+        return [message | {"content": self._without_control(problem_text([message]))} for message in messages]
+
+    def _without_control(self, text: str, but: Sequence[str] = ()) -> str:
+        return text if self.encoder is None else self.encoder.broken(text, but)
 
     def _complete(
         self,

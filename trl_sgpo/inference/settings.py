@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 
 SETTINGS_FILE = "sgpo.json"
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+# What a `BitsAndBytesConfig` writes
+_QUANTIZATION = {
+    "quant_method",
+    *(f"{prefix}load_in_{bits}bit" for prefix in ("", "_") for bits in (4, 8)),
+    *(f"llm_int8_{name}" for name in ("threshold", "skip_modules", "enable_fp32_cpu_offload", "has_fp16_weight")),
+    *(f"bnb_4bit_{name}" for name in ("compute_dtype", "quant_type", "use_double_quant", "quant_storage")),
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,34 @@ class TwoPhaseSettings:
         if not path.is_file():
             return cls()
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            written = json.loads(path.read_text(encoding="utf-8"))
+            _check(written)
+            return cls(**written)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): delete it to use the default prompts.") from error
+
+
+def _check(written: Any) -> None:
+    """Raises a `ValueError` if settings have unknown keys or values that no run writes."""
+    if not isinstance(written, dict):
+        raise ValueError("it is no JSON object")
+    kinds = {item.name: get_args(item.type) or (item.type,) for item in fields(TwoPhaseSettings)}
+    for name, value in written.items():
+        if name not in kinds:
+            raise ValueError(f"it has the unknown key {name!r}")
+        if type(value) not in [get_origin(kind) or kind for kind in kinds[name]]:
+            raise ValueError(f"`{name}` has a value of the type {type(value).__name__}")
+        if isinstance(value, int) and value < 0:
+            raise ValueError(f"`{name}` is below 0")
+    if written.get("strategy_format", "text") not in ("text", "steps"):
+        raise ValueError("`strategy_format` must be text or steps")
+    trained_on = written.get("trained_on") or {}
+    quantization = trained_on.get("quantization_config")
+    if other := trained_on.keys() - {"dtype", "quantization_config"}:
+        raise ValueError(f"`trained_on` has the key {min(other)!r}, and may have dtype and quantization_config only")
+    if trained_on.get("dtype", "float32") not in _DTYPES:
+        raise ValueError(f"`dtype` in `trained_on` must be one of {', '.join(_DTYPES)}")
+    if "quantization_config" in trained_on and not isinstance(quantization, dict):
+        raise ValueError("`quantization_config` in `trained_on` is no JSON object")
+    if other := (quantization or {}).keys() - _QUANTIZATION:
+        raise ValueError(f"`quantization_config` in `trained_on` has the key {min(other)!r}, unknown to bitsandbytes")

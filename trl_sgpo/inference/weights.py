@@ -58,6 +58,13 @@ def local_weights(name: str) -> str:
     return str(_convert_gguf(name, weights) if weights.suffix == ".gguf" else weights)
 
 
+def on_this_machine(name: str) -> bool:
+    """Whether a model is a directory, packaged, or in the Hugging Face cache, so that nothing would be downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return os.path.isdir(local_weights(name)) or isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def lab_directory() -> Path:
     """Directory of the laboratory's model after [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
     return _cache() / f"lab-{LAB_VERSION}"

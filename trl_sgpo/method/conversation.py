@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import ConfigError
+from .control_tokens import Messages, TextEncoder
 from .prompts import (
     REASONING_END,
     REASONING_START,
@@ -25,8 +26,6 @@ from .prompts import (
 from .templates import TemplateRefusal, render
 
 
-Messages = list[dict[str, Any]]
-
 _MARK = "\u2021strategy\u2021"  # stands in for a content, to find what a template writes around it
 
 
@@ -36,11 +35,20 @@ def execution_messages(request: Messages, strategy: str, execution_prompt: str) 
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
-    """Returns the tokens of a text, or of a conversation up to the start of the assistant's next turn."""
+    """
+    Returns the tokens of a text, or of a conversation up to the start of the assistant's next turn. Control tokens are
+    those of the chat template only.
+    """
+    return _encoded(TextEncoder(tokenizer), prompt, chat_template_kwargs)
+
+
+def _encoded(encoder: TextEncoder, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = rendered(tokenizer, prompt, chat_template_kwargs, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encoder.ids(prompt, add_special_tokens=True)
+    return encoder.conversation_ids(
+        prompt,
+        lambda messages: rendered(encoder.tokenizer, messages, chat_template_kwargs, add_generation_prompt=True),
+    )
 
 
 def rendered(
@@ -142,15 +150,28 @@ class Conversation:
         """Returns the tokens of the problem alone, to be answered without a strategy."""
         return self._prompt_ids(prompt if self._has_template else as_text(prompt))
 
-    def content(self, prompt: Prompt, text: str) -> list[int]:
-        """Returns the tokens of a strategy, execution or answer given as text, without the end of the turn."""
-        if self._is_chat(prompt) and self._template_opens_reasoning and REASONING_END not in text:
-            text = f"\n{REASONING_END}\n\n{text}"
-        return self._ids(text)
+    def content(self, prompt: Prompt, text: str, reasoning: bool = True) -> list[int]:
+        """
+        Returns the tokens of a strategy, execution or answer given as text, without the end of the turn.
 
-    def reply(self, prompt: Prompt, text: str) -> list[int]:
-        """Returns the tokens of an assistant's turn given as text, with its end."""
-        return [*self.content(prompt, text), self.turn(prompt).end]
+        Args:
+            prompt (`str` or `list[dict]`):
+                The problem.
+            text (`str`):
+                The text.
+            reasoning (`bool`, *optional*, defaults to `True`):
+                Whether the text may have a reasoning part, whose marks are control tokens of some models.
+        """
+        before = ""
+        if self._is_chat(prompt) and self._template_opens_reasoning and not (reasoning and REASONING_END in text):
+            before = f"\n{REASONING_END}\n\n"
+        if reasoning or not self._encoder.holds_control(text):
+            return self._encoder.turn_ids(before + text)
+        return [*self._encoder.raw_ids(before), *self._encoder.ids(text)]
+
+    def reply(self, prompt: Prompt, text: str, reasoning: bool = True) -> list[int]:
+        """Returns the tokens of an assistant's turn given as text, with its end. See [`Conversation.content`]."""
+        return [*self.content(prompt, text, reasoning), self.turn(prompt).end]
 
     def turn(self, prompt: Prompt) -> Turn:
         """
@@ -211,8 +232,12 @@ class Conversation:
     def _eos(self) -> int:
         return self.tokenizer.eos_token_id
 
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encoder.raw_ids(text)
 
     def _decoded(self, ids: Sequence[int]) -> str:
         """Returns generated tokens as text, without special tokens other than the marks of a reasoning part."""
@@ -230,27 +255,30 @@ class Conversation:
         return {token: mark for token, mark in marks.items() if self._is_special(token)}
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        return prompt_ids(self.tokenizer, prompt, self.chat_template_kwargs)
+        return _encoded(self._encoder, prompt, self.chat_template_kwargs)
 
     def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
         return rendered(self.tokenizer, messages, self.chat_template_kwargs, add_generation_prompt)
 
     @cached_property
     def _plain_turn(self) -> Turn:
-        return Turn(self._eos, self._ids(plain_bridge(self.execution_prompt)))
+        return Turn(self._eos, self._encoder.ids(plain_bridge(self.execution_prompt)))
 
     @cached_property
     def _chat_turn(self) -> Turn:
         messages = execution_messages([{"role": "user", "content": "problem"}], _MARK, self.execution_prompt)
+        bridge = self._encoder.conversation_ids(messages, self._after_strategy)
+        before = self._before_end
+        return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
+
+    def _after_strategy(self, messages: Messages) -> str:
         text = self._rendered(messages, add_generation_prompt=True)
         if text.count(_MARK) != 1:
             raise ConfigError(
                 "The chat template does not show earlier assistant turns, so an execution could not see its "
                 "strategy. Give the tokenizer a template that does, or use plain-text prompts."
             )
-        bridge = self._ids(text.partition(_MARK)[2])
-        before = self._before_end
-        return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
+        return text.partition(_MARK)[2]
 
     @cached_property
     def _chat_end(self) -> int:

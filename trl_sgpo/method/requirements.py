@@ -5,6 +5,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PeftType, PromptLearningConfig
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ..data.columns import check_column_names
@@ -12,11 +13,14 @@ from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
 from ..speed.generation import base_of
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
+from .control_tokens import TextEncoder
 from .conversation import check_system_role
 from .prompts import check_prompts
 from .reward_functions import check_columns_read, check_functions
 from .sampling import check_generation_config
 
+
+logger = logging.get_logger(__name__)
 
 QUANTIZED_VLLM = (
     "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. Set "
@@ -79,6 +83,7 @@ def check_model(trainer: GRPOTrainer) -> None:
         [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
             with gradient checkpointing, FSDP with sharded state dicts, or a chat template without the system role that
             the prompts have.
+        [`DataError`]: A message with control tokens of the model outside its content.
     """
     check_system_role(trainer.processing_class, trainer.train_dataset[0]["prompt"], trainer.args.chat_template_kwargs)
     if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
@@ -90,6 +95,13 @@ def check_model(trainer: GRPOTrainer) -> None:
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise ConfigError(SHARDED_CHECKPOINTS)
+    prompts = trainer.train_dataset["prompt"]
+    with_control = TextEncoder(trainer.processing_class).count(prompts)
+    if with_control and trainer.accelerator.is_main_process:
+        logger.warning(
+            f"{with_control} of {len(prompts)} problems hold control tokens of the model, which are encoded as plain "
+            "text."
+        )
 
 
 def _check_prompt_learning(config: PromptLearningConfig, args: SGPOConfig) -> None:

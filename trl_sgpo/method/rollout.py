@@ -205,7 +205,7 @@ def _source(
         slot = strategy - geometry.written
         if slot < len(batch.bank[block]):
             entry = batch.bank[block][slot]
-            ids = conversation.reply(batch.problems[position].prompt, entry.text)
+            ids = conversation.reply(batch.problems[position].prompt, entry.text, reasoning=False)
             return _Source("bank", ids, parse_strategy(entry.text), strategy_id=entry.id)
         strategy = slot % geometry.written
     own = written[block * geometry.written + strategy]

@@ -167,7 +167,9 @@ class SimulatedModel:
     ):
         self.config, self.autocast, self.triton = config, autocast, triton
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, dtype=dtype, attn_implementation=attention
+            )
         model.tie_weights()
         self.base = model
         head = model.get_output_embeddings()

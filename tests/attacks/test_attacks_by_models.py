@@ -1,0 +1,293 @@
+"""Model repositories, adapters, their settings and recipes run no code, ask for nothing and load no pickles."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import hash_embedder, save_tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from trl_sgpo import SGPOConfig, SGPOPipeline, StrategyBank
+from trl_sgpo.bank import Strategy
+from trl_sgpo.bank.embedding import load_embedder
+from trl_sgpo.bank.exchange import export_bank
+from trl_sgpo.bank.snapshot import embed_with
+from trl_sgpo.cli.main import main
+from trl_sgpo.errors import BankError, ConfigError, ModelError
+from trl_sgpo.inference.pretrained import load_model
+from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
+
+
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+
+
+class Touch:
+    """Its pickle makes a file where it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "owned"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def with_code(directory: Path, marker: Path, *parts: str) -> str:
+    """Gives a model's config or tokenizer a class in a file of the repository."""
+    code = (
+        f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class EvilConfig(LlamaConfig):\n    model_type = 'evil'\n"
+        "class EvilModel(LlamaForCausalLM):\n    config_class = EvilConfig\n"
+        "class EvilTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (directory / "evil.py").write_text(code)
+    if CONFIG in parts:
+        classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+        change(directory / CONFIG, model_type="evil", architectures=["EvilModel"], auto_map=classes)
+    if TOKENIZER in parts:
+        classes = {"AutoTokenizer": [None, "evil.EvilTokenizer"]}
+        change(directory / TOKENIZER, tokenizer_class="EvilTokenizer", auto_map=classes)
+    return str(directory)
+
+
+def adapter_of(base: Path, directory: Path) -> Path:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(directory)
+    for name in (TOKENIZER, "tokenizer.json"):
+        shutil.copy(base / name, directory / name)
+    return directory
+
+
+def recipe(directory: Path, model: str, **keys: Any) -> str:
+    path = directory / "recipe.yaml"
+    content = {
+        "model_name_or_path": model, "dataset_name": "reasoning_gym/gcd?size=8", "reward_funcs": ["answer_reward"],
+        "output_dir": str(directory / "out"), "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1,
+        "max_strategy_length": 4, "max_completion_length": 4, "report_problems": 0, "report_to": "none",
+        "bf16": False, "use_cpu": True, "use_bank": False, "warmstart_traces": 4, **keys,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def arguments(command: str, model: str, directory: Path) -> list[str]:
+    out = str(directory / "result")
+    return {
+        "solve": ["solve", "--model", model, "1 + 2"],
+        "eval": ["eval", "--model", model, "--suites", "id_gcd=reasoning_gym/gcd?size=2", "--output_dir", out],
+        "export": ["export", "--model", model, "--merge", "--output_dir", out],
+        "train": ["train", "--config", recipe(directory, model, warmstart_traces=0)],
+        "warmstart": ["warmstart", "--config", recipe(directory, model)],
+        "bootstrap": ["bootstrap", "--config", recipe(directory, model), "--output_dir", out],
+    }[command]
+
+
+@pytest.fixture
+def refused(marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command that must refuse: no code, no question, one line and status 2."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for permission to run code"))
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        status = main(arguments)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert not marker.exists() and status == 2, error
+        assert error.startswith(f"trl-sgpo {arguments[0]}: error: ") and "trust_remote_code=True" not in error
+        return error
+
+    return run
+
+
+COMMANDS = ("solve", "eval", "export", "train", "warmstart", "bootstrap")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("parts", [(CONFIG,), (TOKENIZER,), (CONFIG, TOKENIZER)], ids="+".join)
+def test_a_repository_with_code(
+    command: str, parts: tuple[str, ...], tiny: Path, marker: Path, refused: Any, tmp_path: Path
+) -> None:
+    assert "code" in refused(arguments(command, with_code(tiny, marker, *parts), tmp_path))
+
+
+@pytest.mark.parametrize("command", ["solve", "eval", "export"])
+def test_an_adapter_whose_base_has_code_and_whose_settings_trust_it(
+    command: str, tiny: Path, marker: Path, refused: Any, tmp_path: Path
+) -> None:
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    with_code(tiny, marker, CONFIG)
+    assert "code" in refused(arguments(command, str(adapter), tmp_path))
+    (adapter / SETTINGS_FILE).write_text(json.dumps({"trained_on": {"trust_remote_code": True}}))
+    assert "trained_on" in refused(arguments(command, str(adapter), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trained_on": {"trust_remote_code": True}}, "trust_remote_code"),
+        ({"trained_on": {"dtype": "float32", "attn_implementation": "evil/kernel"}}, "attn_implementation"),
+        ({"trained_on": {"quantization_config": {"load_in_4bit": True, "modules": "evil"}}}, "modules"),
+        ({"trained_on": {"quantization_config": ["gptq"]}}, "no JSON object"),
+        ({"trained_on": {"dtype": "float32.__class__"}}, "dtype"),
+        ({"trained_on": ["dtype"]}, "trained_on"),
+        ({"embedding_model": ["evil"]}, "embedding_model"),
+        ({"strategy_prompt": {"{problem}": 1}}, "strategy_prompt"),
+        ({"max_strategy_length": "9"}, "max_strategy_length"),
+        ({"max_completion_length": True}, "max_completion_length"),
+        ({"num_retrieved": -1}, "num_retrieved"),
+        ({"plain_text": 1}, "plain_text"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+        ({"strategy_format": "code"}, "strategy_format"),
+        ({"unknown": 1}, "unknown"),
+        ([], "no JSON object"),
+    ],
+)
+def test_settings_beside_a_model(settings: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message) as error:
+        TwoPhaseSettings.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"trust_remote_code": True},
+        {"model_init_kwargs": {"trust_remote_code": True}},
+        {"model_init_kwargs": {"quantization_config": [{"trust_remote_code": 1}]}},
+        {"model_init_kwargs": {"allow_all_kernels": True}},
+        {"model_init_kwargs": {"use_safetensors": False}},
+        {"chat_template_kwargs": {"a": {"trust_remote_code": "yes"}}},
+        {"lr_scheduler_kwargs": {"trust_remote_code": True}},
+        {"gradient_checkpointing_kwargs": {"trust_remote_code": True}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["train", "warmstart", "bootstrap"])
+def test_a_recipe_that_trusts_code(
+    command: str, keys: dict[str, Any], tiny: Path, marker: Path, refused: Any, tmp_path: Path
+) -> None:
+    config = recipe(tmp_path, with_code(tiny, marker, CONFIG), **keys)
+    more = ["--output_dir", str(tmp_path / "result")] if command == "bootstrap" else []
+    (name,) = keys
+    assert f"`{name}" in refused([command, "--config", config, *more])
+
+
+def test_settings_in_python_that_trust_code(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="refused"):
+        SGPOConfig(str(tmp_path), model_init_kwargs={"trust_remote_code": True})
+    with pytest.raises(ConfigError, match="refused"):
+        load_model(tiny, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("command", ["solve", "eval", "export", "train", "warmstart"])
+def test_pickled_weights(command: str, tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
+    (tiny / "model.safetensors").unlink()
+    (tiny / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(marker)))
+    assert "safetensors" in refused(arguments(command, str(tiny), tmp_path))
+
+
+@pytest.mark.parametrize("command", ["solve", "eval", "export"])
+def test_pickled_weights_of_an_adapter(command: str, tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1)}, adapter / "adapter_model.bin")
+    assert "safetensors" in refused(arguments(command, str(adapter), tmp_path))
+
+
+# Embedding models
+
+
+def embedding_model(directory: Path, **module: str) -> str:
+    save_tiny_model(directory)
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules.append({"idx": 1, "name": "1", "path": "1", "type": "sentence_transformers.models.Dense"} | module)
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1").mkdir()
+    (directory / "1" / CONFIG).write_text(json.dumps({"in_features": 32, "out_features": 8, "bias": False}))
+    return str(directory)
+
+
+def test_an_embedding_model_with_code(tmp_path: Path, marker: Path) -> None:
+    name = embedding_model(tmp_path / "model", type="evil.EvilModule")
+    with_code(tmp_path / "model", marker)
+    with pytest.raises(ModelError, match=r"evil\.EvilModule"):
+        load_embedder(name)(["text"])
+    assert not marker.exists()
+
+
+def test_an_embedding_model_whose_transformer_has_code(tmp_path: Path, marker: Path) -> None:
+    name = embedding_model(tmp_path / "model")
+    with_code(tmp_path / "model", marker, CONFIG)
+    trusting = {"model_args": {"trust_remote_code": True}, "config_args": {"trust_remote_code": True}}
+    (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps(trusting))
+    with pytest.raises(ModelError):
+        load_embedder(name)(["text"])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("place", ["", "1"])
+def test_an_embedding_model_with_pickled_weights(place: str, tmp_path: Path, marker: Path) -> None:
+    name = embedding_model(tmp_path / "model")
+    directory = tmp_path / "model" / place
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(marker)))
+    with pytest.raises(ModelError, match=r"safetensors|pickled"):
+        load_embedder(name)(["text"])
+    assert not marker.exists()
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the embedding models that are loaded."""
+    names: list[str] = []
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: names.append(name) or hash_embedder)
+    return names
+
+
+def test_the_embedding_model_of_a_pulled_run(tiny: Path, tmp_path: Path, loaded: list[str]) -> None:
+    """`sgpo.json` names one beside the export of a bank."""
+    (tiny / SETTINGS_FILE).write_text(json.dumps({"embedding_model": "evil/embedder"}))
+    with StrategyBank(tmp_path / "bank", hash_embedder) as bank:
+        bank.add([Strategy("Add both.", "sums", ())])
+        export_bank(bank, tiny / "strategy_bank")
+    for named, expected in ((None, "sentence-transformers/all-MiniLM-L6-v2"), ("evil/embedder", "evil/embedder")):
+        with SGPOPipeline.from_pretrained(str(tiny), embedding_model=named) as pipeline:
+            pipeline.prepare(["1 + 2"])
+        assert loaded.pop() == expected and not loaded
+
+
+def test_the_embedding_model_of_a_bank(tiny: Path, tmp_path: Path, loaded: list[str]) -> None:
+    """The ledger names one that is not on this machine."""
+    with StrategyBank(tiny / "strategy_bank", "evil/embedder") as bank:
+        bank.add([Strategy("Add both.", "sums", ())])
+    loaded.clear()
+    with pytest.raises(BankError, match="--embedding_model evil/embedder"):
+        SGPOPipeline.from_pretrained(str(tiny))
+    with StrategyBank.restore(tiny / "strategy_bank") as bank, pytest.raises(BankError, match="evil/embedder"):
+        embed_with(bank)
+    assert loaded == []
+    with SGPOPipeline.from_pretrained(str(tiny), embedding_model="evil/embedder") as pipeline:
+        pipeline.prepare(["1 + 2"])
+    assert set(loaded) == {"evil/embedder"}

@@ -1,0 +1,243 @@
+"""
+Texts as tokens, none of which is a control token.
+
+The model's own tokenizer says which tokens control: its special tokens, and of the others added to its vocabulary
+those that its chat template writes or that are markup, such as `<tool_call>`. Where a text would give any of them, it
+is encoded as if they had not been added. Other texts are encoded as always.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from ..errors import DataError
+from .prompts import REASONING_END, REASONING_START, Prompt
+
+
+Messages = list[dict[str, Any]]
+_BATCH = 1000
+_TRIES = 3  # a broken token can leave another one
+# Noncharacters of Unicode, which enclose a text while a chat template is rendered
+_START, _END = "\ufdd0", "\ufdd1"
+REASONING_MARKS = (REASONING_START, REASONING_END)
+_MARK = re.compile(f"({'|'.join(map(re.escape, REASONING_MARKS))})")
+
+
+def _is_markup(token: str, template: str) -> bool:
+    """Whether an added token is written by a template, or begins and ends with punctuation around a name."""
+    if not any(character.isalnum() for character in token):
+        return False
+    return token in template or not (token[0].isalnum() or token[-1].isalnum())
+
+
+class TextEncoder:
+    """
+    Encodes texts with a model's tokenizer, without control tokens.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that a text must not give."""
+        template = str(self.tokenizer.chat_template)
+        added = self.tokenizer.added_tokens_decoder.items()
+        named = {index for index, token in added if token.special or _is_markup(token.content, template)}
+        return frozenset({*named, *self.tokenizer.all_special_ids})
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        """Token of unknown characters, which controls nothing unless it has another role too."""
+        token = self.tokenizer.unk_token_id
+        return None if token in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id) else token
+
+    def holds_control(self, text: str, but: Sequence[str] = ()) -> bool:
+        """
+        Whether the tokenizer makes control tokens of a text.
+
+        Args:
+            text (`str`):
+                Any text.
+            but (`Sequence[str]`, *optional*):
+                Tokens that do not count.
+        """
+        return self._any_control(text, self.raw_ids(text), but)
+
+    def count(self, prompts: Sequence[Prompt]) -> int:
+        """
+        Number of prompts with texts of which the tokenizer makes control tokens.
+
+        Raises:
+            [`DataError`]: A message holds control tokens outside its content.
+        """
+        count = 0
+        for start in range(0, len(prompts), _BATCH):
+            batch = prompts[start : start + _BATCH]
+            texts = [item if isinstance(item, str) else json.dumps(item, ensure_ascii=False) for item in batch]
+            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for prompt, text, ids in zip(batch, texts, encoded, strict=True):
+                if self._any_control(text, ids):
+                    count += isinstance(prompt, str) or self.enclosed(prompt) != prompt
+        return count
+
+    def raw_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Tokens of a text of a chat template, control tokens among them."""
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """
+        Returns the tokens of a text, without control tokens in it.
+
+        Args:
+            text (`str`):
+                Any text.
+            add_special_tokens (`bool`, *optional*, defaults to `False`):
+                Whether the tokenizer's own tokens, such as BOS, are put around it.
+        """
+        if self.holds_control(text):
+            return self._plain_ids(text, add_special_tokens)
+        return self.raw_ids(text, add_special_tokens)
+
+    def turn_ids(self, text: str) -> list[int]:
+        """Returns the tokens of what an assistant wrote, where the marks of a reasoning part are tokens."""
+        if not self.holds_control(text, REASONING_MARKS):
+            return self.raw_ids(text)
+        parts = _MARK.split(text)  # marks are at odd places
+        encoded = [self.raw_ids(part) if place % 2 else self.ids(part) for place, part in enumerate(parts)]
+        return [token for ids in encoded for token in ids]
+
+    def broken(self, text: str, but: Sequence[str] = ()) -> str:
+        """
+        Returns a text with a space in each control token, for a server that encodes texts itself.
+
+        Args:
+            text (`str`):
+                Any text.
+            but (`Sequence[str]`, *optional*):
+                Tokens that stay.
+
+        Raises:
+            [`DataError`]: Control tokens cannot be broken, or the tokenizer is not a fast one.
+        """
+        for _ in range(_TRIES):
+            if not self.holds_control(text, but):
+                return text
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            for token, (start, end) in sorted(spans, key=lambda span: -span[1][0]):
+                found = text[start:end]
+                if token in self.control_ids and found.strip() not in but:
+                    at = end - len(found.lstrip()) + 1
+                    text = f"{text[:at]} {text[at:]}"
+        raise DataError("A text holds control tokens of the model that cannot be broken: remove them.")
+
+    def conversation_ids(self, messages: Messages, render: Callable[[Messages], str]) -> list[int]:
+        """
+        Returns the tokens of a rendered conversation, in which control tokens are those of the chat template only.
+
+        Args:
+            messages (`list[dict]`):
+                The conversation.
+            render (`Callable[[list[dict]], str]`):
+                Applies the chat template. It may return a part of the text.
+
+        Raises:
+            [`DataError`]: A message holds control tokens outside its content, or the template cuts one that has some.
+        """
+        enclosed = self.enclosed(messages)
+        text = render(enclosed)
+        if enclosed == messages:
+            return self.raw_ids(text)
+        parts = re.split(f"({_START}|{_END})", text)
+        if parts[1::2] != [_START, _END] * (len(parts) // 4):
+            raise DataError(
+                "A message holds control tokens of the model, and its chat template cuts the message, so that it "
+                "cannot be encoded as plain text: remove them from the dataset or the problem."
+            )
+        # The template's text, a mark, a message's text, a mark, the template's text ...
+        encoded = [
+            self._plain_ids(part) if place % 4 == 2 else self.raw_ids(part)
+            for place, part in enumerate(parts)
+            if place % 2 == 0
+        ]
+        return [token for ids in encoded for token in ids]
+
+    def enclosed(self, messages: Messages) -> Messages:
+        """
+        Encloses contents that hold control tokens in marks.
+
+        Args:
+            messages (`list[dict]`):
+                A conversation.
+
+        Raises:
+            [`DataError`]: A message holds control tokens outside its content.
+        """
+        enclosed = [self._enclosed_message(message) for message in messages]
+        if enclosed != messages and {_START, _END} & set(json.dumps(messages, ensure_ascii=False, default=str)):
+            raise DataError(
+                "A conversation holds control tokens of the model and the noncharacters U+FDD0 or U+FDD1: remove them."
+            )
+        return enclosed
+
+    def _any_control(self, text: str, ids: Sequence[int], but: Sequence[str] = ()) -> bool:
+        found = self.control_ids.intersection(ids)
+        if self._unknown_id in found and self.tokenizer.unk_token not in text:
+            found -= {self._unknown_id}
+        if found and but:
+            added = self.tokenizer.get_added_vocab()
+            found -= {added[token] for token in but if token in added}
+        return bool(found)
+
+    def _enclosed_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        content, own = message.get("content"), message.get("role") == "assistant"
+        marks = REASONING_MARKS if own else ()
+        parts = content if isinstance(content, list) else []
+        texts = [content] if isinstance(content, str) else [part["text"] for part in parts if part.get("text")]
+        others = [message | {"content": ""}, [part | {"text": ""} for part in parts]]
+        if self.holds_control(json.dumps(others, ensure_ascii=False, default=str), marks):
+            raise DataError(
+                "A message holds control tokens of the model outside its content, such as in its role, where they "
+                "cannot be encoded as plain text: remove them."
+            )
+        if not any(self.holds_control(text, marks) for text in {*texts, "".join(texts)}):
+            return message
+        if isinstance(content, str):
+            return message | {"content": self._enclosed(content, own)}
+        enclosed = [part | {"text": self._enclosed(part.get("text") or "", own)} for part in parts]
+        return message | {"content": enclosed}
+
+    def _enclosed(self, text: str, with_reasoning: bool) -> str:
+        parts = _MARK.split(text) if with_reasoning else [text]
+        return "".join(part if place % 2 or not part else f"{_START}{part}{_END}" for place, part in enumerate(parts))
+
+    @cached_property
+    def _without_added(self) -> Any:
+        """The tokenizer without added tokens."""
+        from tokenizers import Tokenizer
+
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                "A text holds control tokens of the model, and its tokenizer has no fast version, which is needed to "
+                "encode them as plain text: remove them."
+            )
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps({**state, "added_tokens": [], "truncation": None, "padding": None}))
+
+    def _plain_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        encoding = self._without_added.encode(text, add_special_tokens=add_special_tokens)
+        plain: list[int] = []
+        for token, (start, end), own in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if own or token not in self.control_ids or token == self._unknown_id:
+                plain.append(token)
+            else:  # the word is in the vocabulary itself
+                pieces = [self._without_added.encode(character).ids for character in text[start:end]]
+                plain += [piece for ids in pieces for piece in ids if piece not in self.control_ids]
+        return plain
