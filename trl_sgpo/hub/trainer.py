@@ -67,7 +67,8 @@ class HubTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).chmod(0o600)  # tokens are in this pickle
+        if self.args.should_save:  # by this process
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).chmod(0o600)  # tokens are in this pickle
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         try:
