@@ -78,6 +78,19 @@ def test_answers_become_the_letters_that_are_shown(shape: str) -> None:
         assert answer_reward([f"So the answer is {letter}"], [problem["solution"]]) == [1.0]
 
 
+def test_variables_are_no_choices() -> None:
+    rows = [{"a": i % 5, "b": 7 - i, "answer": max(i % 5, 7 - i)} for i in range(8)]
+    problems = to_problems(
+        Dataset.from_list(rows), Columns(prompt_template="If a = {a} and b = {b}, which is larger?")
+    )
+    assert problems["solution"][:] == [str(row["answer"]) for row in rows]
+
+
+def test_what_is_read_as_letters_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    to_problems(rows_of(SHAPES["MMLU"][0]), Columns(prompt_template="{question}{choices}"), "cities")
+    assert caplog.messages == ["cities: answers are read as letters of the choices, as C for 2."]
+
+
 def test_class_labels_are_indices() -> None:
     rows = rows_of(SHAPES["MMLU"][0]).cast_column("answer", ClassLabel(names=list("ABCD")))
     assert to_problems(rows, Columns(prompt_template="{question}{choices}"))["solution"][:] == LETTERS

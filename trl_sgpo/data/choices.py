@@ -12,7 +12,7 @@ from .columns import as_text, choices_of, rows_in_short, template_parts
 Choices = list[tuple[str, str]]
 """Labels and texts of the choices of a problem."""
 
-_LABEL = re.compile(r"(?:\A|\W)(\w)\W*\Z")  # of a column in a template, as `A.` in `A. {option_a}`
+_LABEL = re.compile(r"(?:\A|\W)(\w)[.):\]*]+\s*\Z")  # of a column in a template, as `A.` in `A. {option_a}`
 _OPTION = re.compile(r"(op(?:t|tion)?s?|choice|ending|sol)?_?([a-e]|[0-5])", re.IGNORECASE)
 _MEND = "write answers as letters"
 

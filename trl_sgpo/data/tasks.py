@@ -25,7 +25,7 @@ from .columns import (
 )
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
-from .leftover import leftover
+from .leftover import in_short, leftover
 
 
 if TYPE_CHECKING:
@@ -269,6 +269,10 @@ def _with_letters(
     letters = as_letters(answers, choices, source, base)
     if letters == answers:
         return problems
+    first = next(row for row, letter in enumerate(letters) if letter != answers[row])
+    logger.warning(
+        f"{source}: answers are read as letters of the choices, as {letters[first]} for {in_short(answers[first])}."
+    )
     return problems.map(lambda row, index: {"solution": letters[index]}, with_indices=True, desc="Letters of choices")
 
 
