@@ -180,11 +180,15 @@ def read_recipe(
         [`ConfigError`]: A file that cannot be read, unknown keys or invalid values. The message names all of them.
     """
     path, overrides = _split_config(argv)
-    parser = _Parser(_PARTS, prog=prog)
+    parser = _Parser(_PARTS, prog=prog, allow_abbrev=False)
     hints = {key: hint for part in _PARTS for key, hint in get_type_hints(part).items()}
     content, refused = ({}, []) if path is None else _read_file(path, parser, hints)
     from_file = parser.set_defaults_with_config(**content)
     values, from_command_line, wrong = _read_command_line(overrides, parser, hints)
+    # Of older recipes, which TRL reads the same way
+    values["scale_rewards"] = {"true": "group", "false": "none"}.get(
+        str(values["scale_rewards"]).lower(), values["scale_rewards"]
+    )
     given = {_key(argument) for argument in overrides if argument.startswith("--")}
     refused = [(key, text) for key, text in refused if key not in given] + wrong + check(values)
     launch, problems = _split_launch(from_file + from_command_line, parser)

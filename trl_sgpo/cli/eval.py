@@ -12,7 +12,7 @@ from ..checks.arguments import Parser
 from ..checks.paths import check_directory
 from ..checks.secrets import redacted
 from ..errors import ConfigError, DataError
-from ..evaluation.suites import NAMED, UNKNOWN, LoadedSuite, load_suites, parse_suite
+from ..evaluation.suites import NAMED, UNKNOWN, LoadedSuite, Suite, load_suites, parse_suite
 from ..yaml_files import check_keys, read_mapping
 from .options import check_at_least
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..inference.verifier import Verifier
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+COLUMNS = ("prompt_column", "prompt_template", "answer_column")
 TWO_PHASE = (
     "strategy_prompt",
     "execution_prompt",
@@ -62,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(NAMED)}, or NAME=PATH[@SPLIT] with a path as in recipes; a NAME beginning with id_, ood or "
         "harder says what the problems are, compared with those trained on",
     )
+    parser.add_argument("--prompt_column", metavar="NAME", help="column with the problem, for suites given by a path")
+    parser.add_argument(
+        "--prompt_template",
+        metavar="TEXT",
+        help="text of the problem with names of columns, such as '{Body} {Question}'",
+    )
+    parser.add_argument("--answer_column", metavar="NAME", help="column with the answer, for suites given by a path")
     parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
     parser.add_argument("--overwrite", action="store_true", help="delete the evaluation in the output directory")
     parser.add_argument(
@@ -188,6 +196,14 @@ def _load_verifier(name: str, loaded: list[LoadedSuite]) -> "Verifier":
     return verifier
 
 
+def _suites(options: argparse.Namespace) -> list[Suite]:
+    """The suites. The columns named by options are those of suites that are given by a path and name none."""
+    given = {key: vars(options)[key] for key in COLUMNS if vars(options)[key] is not None}
+    suites = [parse_suite(text) for text in options.suites]
+    own = [suite in NAMED.values() or any(vars(suite)[key] is not None for key in COLUMNS) for suite in suites]
+    return [suite if has_own else replace(suite, **given) for suite, has_own in zip(suites, own, strict=True)]
+
+
 # Commands
 
 
@@ -196,7 +212,7 @@ def check(options: argparse.Namespace) -> int:
     from ..evaluation.verifier_check import check_verifier
     from ..files import write_file
 
-    loaded = load_suites([parse_suite(text) for text in options.suites], options.data_dir, options.limit)
+    loaded = load_suites(_suites(options), options.data_dir, options.limit)
     verifier = _load_verifier(options.verifier, loaded)
     path = Path(options.output_dir) / "verifier_check.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +229,7 @@ def check(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`trl-sgpo eval`"""
-    suites = [parse_suite(text) for text in options.suites]
+    suites = _suites(options)
     names = [suite.name for suite in suites]
     measured = None if options.transfer is None else options.transfer or names
     for name in measured or []:

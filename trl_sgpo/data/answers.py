@@ -13,7 +13,7 @@ from .answer_lists import AnswerList, as_list
 from .check_process import equal_expressions
 from .families import accepted, family_of, has_several_answers
 from .final_answers import final_answer
-from .numbers import read_number, same_number
+from .numbers import read_number, read_stated_number, same_number
 from .plain_text import plain_text
 
 
@@ -196,6 +196,8 @@ def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool]) ->
         return AnswerCheck(True, "text")
     wanted = read_number(gold, spaced=False)
     found = read_number(answer, spaced=wanted is not None)
+    if wanted is not None and found is None:
+        found = read_stated_number(answer)
     if found is not None and wanted is not None:
         return AnswerCheck(same_number(found, wanted), "number")
     bases = _NUMERAL_IN_BASE.fullmatch(answer), _NUMERAL_IN_BASE.fullmatch(gold)

@@ -66,6 +66,16 @@ _PART = re.compile(rf"[\s-]+({'|'.join([*_PARTS, *_SEVERAL])})\b", re.IGNORECASE
 _AND_PART = re.compile(rf"\s+and\s+(?:an?|one)[\s-]+({'|'.join(_PARTS)})\b", re.IGNORECASE)
 
 
+_STATEMENT = re.compile(
+    r"[A-Za-z][A-Za-z' ]{0,80}?(?::|\b(?:is|are|was|were|be|has|have|had|gets?|got|costs?|needs?|makes?|made|takes?"
+    r"|equals?|sold|bought|spent|paid|earns?|earned|leaves|left|remain|remains)\b(?: a total of| exactly| only)?)\s+",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"\b(?:not|no|never|than|least|most|between|or|about|around|nearly|almost|if|step)\b|n't|[!<>≠]", re.IGNORECASE
+)
+
+
 @dataclass(frozen=True)
 class Number:
     """
@@ -140,6 +150,28 @@ def read_number(text: str, spaced: bool = True) -> Number | None:
         return None
     negative = sign[2] is not None and sign[2].strip().lower() != "+"
     return Number(-value if negative else value, places, unit, None if label is None else label[1])
+
+
+def read_stated_number(text: str) -> Number | None:
+    """
+    Reads the number that an equation or a short sentence states, such as `12 + 5 = 17 apples`, `total: 17` or `Noor
+    has 17 apples left`.
+
+    Args:
+        text (`str`):
+            A text as [`~trl_sgpo.data.plain_text.plain_text`] leaves it.
+
+    Returns:
+        [`Number`] or `None`: `None` if the text states no number, or says another thing about it, such as `not 17`.
+    """
+    if len(text) > MAX_LENGTH:
+        return None
+    left, equals, right = text.rpartition("=")
+    if equals and _DENIED.search(left) is None and (number := read_number(right.strip())) is not None:
+        return number
+    if (statement := _STATEMENT.match(text)) is None or _DENIED.search(text) is not None:
+        return None
+    return read_number(text[statement.end() :])
 
 
 def _in_digits(match: re.Match[str]) -> tuple[Fraction, int | None, int] | None:
