@@ -15,9 +15,13 @@ _SECRET = re.compile(
 _OF_TEXT = re.compile(r"(?:.*_)?(?:tokens|(?:bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token)")
 """Names of tokens of a text, and of numbers of them."""
 
-_USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@", re.IGNORECASE)
-_PAIR = re.compile(r"""(?P<before>(?P<quote>["']?)(?P<key>[\w-]+)(?P=quote)\s*[:=]\s*(?P<mark>["'])).+?(?P=mark)""")
-_PARAMETER = re.compile(r"(?P<before>[?&](?P<key>[\w-]+)=)[^\s&#\"']+(?P<mark>)")
+# Parts are bounded and begin at the start of a word, so that a text of megabytes takes no more than its length
+_USER = re.compile(r"(?<![\w+.-])([a-z][a-z0-9+.-]{0,30}://)[^\s/?#\"'<>]{0,1000}@", re.IGNORECASE)
+_PAIR = re.compile(
+    r"""(?P<before>(?P<quote>["']?)(?<![\w-])(?P<key>[\w-]{1,80})(?P=quote)\s{0,9}[:=]\s{0,9}(?P<mark>["']))"""
+    r""".{1,2000}?(?P=mark)"""
+)
+_PARAMETER = re.compile(r"(?P<before>[?&](?P<key>[\w-]{1,80})=)[^\s&#\"']+(?P<mark>)")
 _TOKEN = re.compile(r"(?<=\bBearer )[^\s\"',]+|\bhf_[A-Za-z0-9]{20,}")
 
 
