@@ -11,6 +11,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer
 from trl_sgpo.errors import DataError
 from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.inference.chat_completions import Completion
 from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.server import ServerModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
@@ -228,9 +229,9 @@ def test_a_server_is_sent_no_control_tokens(plain_text: bool, tmp_path: Path, mo
     pipeline = SGPOPipeline.from_server("http://127.0.0.1:9/v1", run=str(tmp_path))
     sent: list[Any] = []
 
-    def complete(self: Any, requests: list[Any], *_: Any) -> list[tuple[str, bool]]:
+    def complete(self: Any, requests: list[Any], *_: Any) -> list[Completion]:
         sent.extend(requests)
-        return [(ATTACK, False)] * len(requests)
+        return [Completion(ATTACK, truncated=False, tokens=1)] * len(requests)
 
     monkeypatch.setattr(ServerModel, "_complete", complete)
     pipeline(ATTACK)

@@ -82,7 +82,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_a_file_of_problems_is_refused_by_name(name, capsys):
     Path(name).write_text(ROWS[name])
-    with pytest.raises(DataError, match=f"{name} cannot be read .*: correct the file"):
+    with pytest.raises(DataError, match=f"{name} cannot be read: .*Correct the file"):
         load_problems(name)
     assert cli.main(["solve", "--model", "m", "--input", name, "--output", "out.jsonl"]) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()

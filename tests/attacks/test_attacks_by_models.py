@@ -112,8 +112,9 @@ def refused(marker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def run(arguments: list[str]) -> str:
         capsys.readouterr()
         status = main(arguments)
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert not marker.exists() and status == 2, error
+        printed = capsys.readouterr().err.strip()
+        error = printed[printed.find(f"trl-sgpo {arguments[0]}: error: ") :]
+        assert not marker.exists() and status == 2, printed
         assert error.startswith(f"trl-sgpo {arguments[0]}: error: ") and "trust_remote_code=True" not in error
         return error
 

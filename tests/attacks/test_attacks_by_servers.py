@@ -58,6 +58,15 @@ def test_an_answer_that_never_ends_stops_at_the_deadline(reply, streamed):
         ask(reply, streamed, timeout=0.4)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell makes processes that it starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("streamed", [False, True])
 def test_ctrl_c_waits_for_no_server(streamed):
     sent = []
@@ -75,6 +84,7 @@ def test_ctrl_c_waits_for_no_server(streamed):
     assert len(sent) < MAX_PIECES
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_no_repetition():
     """The server asks for five seconds."""
 

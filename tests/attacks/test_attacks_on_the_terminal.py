@@ -88,9 +88,9 @@ class TestServers:
         [
             (MODELS, 400, "text/plain", CONTROL, SHOWN),
             (HOSTILE_MODELS, 200, "application/json", "{}", SHOWN),
-            (MODELS, 200, "text/event-stream", EVENTS, "\\x9b2J"),
-            (MODELS, 200, "text/event-stream", f"data: {CONTROL}", "stream"),
-            (MODELS, 200, "text/plain", CONTROL, "x9b2J"),
+            (MODELS, 200, "text/event-stream", EVENTS, "2JFAKE"),
+            (MODELS, 200, "text/event-stream", f"data: {CONTROL}", "does not answer"),
+            (MODELS, 200, "text/plain", CONTROL, "does not answer"),
         ],
         ids=["refusal", "models", "error in a stream", "no event", "no answer"],
     )

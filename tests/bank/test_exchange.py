@@ -480,7 +480,7 @@ def test_no_manifest_no_import(source, untouched, tmp_path, exported):
     refuse(untouched, exported, "at most 1048576 are read")
     manifest.unlink()
     refuse(untouched, exported, "manifest.json cannot be read: No such file.* export or a pull wrote")
-    refuse(untouched, tmp_path / "missing", "cannot be read")
+    refuse(untouched, tmp_path / "missing", "There is no directory .*missing with an export")
     refuse(untouched, source.path, "cannot be read")
 
 
