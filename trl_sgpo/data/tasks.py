@@ -25,7 +25,7 @@ from .columns import (
 )
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
-from .leftover import in_short, leftover
+from .leftover import in_short, leftover, suggest_template
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def load_problems(
         [`~datasets.Dataset`]
 
     Raises:
-        `DataError`: If there is no such source, or it has no prompts or not the columns named.
+        `DataError`: If there is no such source, it has no prompts or not the columns named, or a column that looks
+            like a part of the problem would not be read.
     """
     rows = load_rows(path, split, name)
     return _to_problems_of(path, rows, columns or Columns(), lambda: load_rows(path, split.partition("[")[0], name))
@@ -121,13 +122,17 @@ def _load_part(part: "ProblemsConfig") -> "Dataset":
 
 
 def _to_problems_of(path: str, rows: "Dataset", columns: Columns, whole: Callable[[], "Dataset"]) -> "Dataset":
-    """Problems of a file, with a line in the log for columns that look like parts of them and are left out."""
+    """Problems of a file, unless columns that look like parts of them would be left out and none is named."""
     problems = to_problems(rows, columns, path, whole)
     if columns.prompt_column is None and columns.prompt_template is None:
-        for name in leftover(rows, problems, columns).parts:
-            logger.warning(
-                f"{path}: the column `{name}` looks like a part of the problem and is not read. Name all parts in "
-                "`prompt_template`, or the column that is the problem as `prompt_column`."
+        left = leftover(rows, problems, columns)
+        if left.parts:
+            source = prompt_sources(columns, rows.column_names)[0]
+            template = suggest_template(rows.column_names, source, left, rows[0])
+            names = " and ".join(f"`{name}`" for name in left.parts)
+            raise DataError(
+                f"{path}: {names} would not be read and may be a part of the problem. If so, set `prompt_template` to "
+                f"{template!r}; if `{source}` alone is the problem, set `prompt_column` to {source}."
             )
     return problems
 
