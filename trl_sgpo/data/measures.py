@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .plain_text import substituted, substitutions
+
 
 MAX_WORDS = 8
 
@@ -87,16 +89,13 @@ _NOT_UNITS = frozenset([
 # fmt: on
 _SHORT_WORDS = frozenset(["a", "an", "of", "in"])
 _ORDINALS = frozenset(["st", "nd", "rd", "th"])
-_FORMS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\s*\^\s*\{?([23])\}?", r"^\1"),
-        (r"\bdegrees?\s+(celsius|fahrenheit)\b", r"\1"),
-        (r"\b(?:square|sq\.?)\s+(?!root)([^\W\d_]+)|\b([^\W\d_]+)\s+squared\b", r"\1\2^2"),
-        (r"\b(?:cubic|cu\.?)\s+([^\W\d_]+)|\b([^\W\d_]+)\s+cubed\b", r"\1\2^3"),
-        (r"(?:^|\s+)per\s+(?:an?\s+)?", "/"),
-    ]
-]
+_FORMS = substitutions(
+    (r"\s*\^\s*\{?([23])\}?", r"^\1"),
+    (r"\bdegrees?\s+(celsius|fahrenheit)\b", r"\1"),
+    (r"\b(?:square|sq\.?)\s+(?!root)([^\W\d_]+)|\b([^\W\d_]+)\s+squared\b", r"\1\2^2"),
+    (r"\b(?:cubic|cu\.?)\s+([^\W\d_]+)|\b([^\W\d_]+)\s+cubed\b", r"\1\2^3"),
+    (r"(?:^|\s+)per\s+(?:an?\s+)?", "/"),
+)
 _WORD = re.compile(r"[^\W\d_][^\W\d_.'-]*(?:[.'-][^\W\d_.'-]+)*\.?(?:\^[23])?")
 _PERCENT = re.compile(r"(?:%|percent(?:age)?s?\b|per cent\b|pct\b)")
 
@@ -150,8 +149,7 @@ def read_unit(text: str, not_units: frozenset[str], currency: str | None = None)
     percent = _PERCENT.match(text)
     if percent is not None:
         text, spaced = text[percent.end() :].strip(), True
-    for pattern, replacement in _FORMS:
-        text = pattern.sub(replacement, text)
+    text = substituted(text, _FORMS)
     parts = [part.split() for part in text.replace(",", " ").replace("*", " ").split("/")]
     words = [word for part in parts for word in part]
     if len(words) > MAX_WORDS:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -9,37 +10,45 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _FOLDED = str.maketrans(
     {**dict.fromkeys("−–—‐‑‒﹣－⁻", "-"), **dict.fromkeys("’‘", "'"), **dict.fromkeys("“”", '"'), "⁄": "/", "∕": "/"}
 )
-_LATEX = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed|fbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\frac\s*(\\[A-Za-z]+|\w)\s*(\\[A-Za-z]+|\w)", r"\\frac{\1}{\2}"),
-        (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])", ""),
-        (r"(?<!\\)\\!", ""),
-        (r"\{,\}", ","),
-        (r"(?<!\\)\\[,;: ]|~", " "),
-        (r"\\([%$€£#&_])", r"\1"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),
-        (r"(?<!\\)\\[()\[\]]", " "),
-        (r"\\langle(?![A-Za-z])", "("),
-        (r"\\rangle(?![A-Za-z])", ")"),
-    ]
-]
+
+
+def substitutions(*pairs: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    """Patterns, compiled, and what replaces them."""
+    return [(re.compile(pattern), replacement) for pattern, replacement in pairs]
+
+
+def substituted(text: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    """The text with each pattern replaced, in order."""
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+_LATEX = substitutions(
+    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed|fbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\\[A-Za-z]+|\w)\s*(\\[A-Za-z]+|\w)", r"\\frac{\1}{\2}"),
+    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])", ""),
+    (r"(?<!\\)\\!", ""),
+    (r"\{,\}", ","),
+    (r"(?<!\\)\\[,;: ]|~", " "),
+    (r"\\([%$€£#&_])", r"\1"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),
+    (r"(?<!\\)\\[()\[\]]", " "),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+)
 # Mathematics without LaTeX
-_SIGNS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"√\s*\(([^()]*)\)|(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)|√\s*(\w+)", r"\\sqrt{\1\2\3}"),
-        (r"(?<![A-Za-z\\])(?:pi|π)(?![A-Za-z])|π", r"\\pi "),
-        (r"∞|(?<![A-Za-z\\])(?:infinity|infty)(?![A-Za-z])", r"\\infty "),
-        (r"(?<=[\w)])\*\*(?=[\w(])", "^"),
-        (r"≤", r"\\le "),
-        (r"≥", r"\\ge "),
-        (r"∪", r"\\cup "),
-        (r"±", r"\\pm "),
-    ]
-]
+_SIGNS = substitutions(
+    (r"√\s*\(([^()]*)\)|(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)|√\s*(\w+)", r"\\sqrt{\1\2\3}"),
+    (r"(?<![A-Za-z\\])(?:pi|π)(?![A-Za-z])|π", r"\\pi "),
+    (r"∞|(?<![A-Za-z\\])(?:infinity|infty)(?![A-Za-z])", r"\\infty "),
+    (r"(?<=[\w)])\*\*(?=[\w(])", "^"),
+    (r"≤", r"\\le "),
+    (r"≥", r"\\ge "),
+    (r"∪", r"\\cup "),
+    (r"±", r"\\pm "),
+)
 _BOLD = re.compile(r"(?<!\w)\*\*([^*]+)\*\*(?!\w)")
 _WRAPPERS = ("**", "__", "$$", "$", "`", "*", '"', "'")
 
@@ -64,8 +73,7 @@ def plain_text(text: str) -> str:
     if "\\" in text or "~" in text or "{," in text:
         text = _without_latex(text)
     text = _BOLD.sub(r"\1", " ".join(text.split()))
-    for pattern, replacement in _SIGNS:
-        text = pattern.sub(replacement, text)
+    text = substituted(text, _SIGNS)
     while (stripped := _unwrapped(text)) != text:
         text = stripped
     return text
@@ -73,9 +81,7 @@ def plain_text(text: str) -> str:
 
 def _without_latex(text: str) -> str:
     for _ in range(3):  # \text{} may be nested
-        before = text
-        for pattern, replacement in _LATEX:
-            text = pattern.sub(replacement, text)
+        before, text = text, substituted(text, _LATEX)
         if text == before:
             break
     return text
