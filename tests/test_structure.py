@@ -33,7 +33,7 @@ PRIVATE_NAMES = {
     "vram/worst_case.py",
 }
 CHROMA = {"bank/index.py"}
-CHAT_TEMPLATE = {"data/check_worker.py"}
+CHAT_TEMPLATE = {"checks/worker.py"}
 CHAT_TEMPLATE_FUNCTIONS = {"apply_chat_template", "maybe_apply_chat_template", "render_jinja_template"}
 LOADING = {"bench/fit.py", "inference/pretrained.py"}  # the former loads random weights that it saved
 OWN_LOADERS = {"SGPOPipeline", "StrategyBank", "TwoPhaseModel"}
@@ -517,7 +517,7 @@ def small_package(tmp_path: Path) -> Path:
         "cli/eval.py": "from .text import printable\n",
         "cli/text.py": "def printable(): ...\n",
         "compare/methods.py": "",
-        "data/check_worker.py": "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
+        "checks/worker.py": "def f(tokenizer):\n    tokenizer.apply_chat_template([])\n",
         "inference/pretrained.py": (
             "def f(source, **kwargs):\n    kwargs = _safe(kwargs)\n"
             "    return AutoConfig.from_pretrained(source, **kwargs)\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.data import check_process, expressions
+from trl_sgpo.checks import process as checking
+from trl_sgpo.checks.process import CheckProcess
+from trl_sgpo.data import expressions
 from trl_sgpo.data.answers import answer_reward, check_answer, same_answer, same_answer_text
-from trl_sgpo.data.check_process import CheckProcess
 from trl_sgpo.data.final_answers import final_answer
 from trl_sgpo.data.numbers import read_number, same_number
 from trl_sgpo.data.plain_text import plain_text
@@ -273,7 +275,35 @@ def test_another_calculation(monkeypatch):
     puzzle = {"answer": "10*(8 - 5) - 6", "metadata": {"numbers": [8, 5, 10, 6]}}
     entry = "reasoning_gym/puzzle24?size=640&seed=1#0"
     answers = ["(8-5)*10 - 6", "6*4", "10*(8 - 5) - 6 + 0", "24", "8 - 5/0 + 10 + 6", "9**9**9**9"]
-    assert [check_answer(answer, "10*(8 - 5) - 6", entry).right for answer in answers] == [True] + [False] * 5
+    answers += ["10*(8 - 5) - 6 + 0.5 - 0.5"]
+    assert [check_answer(answer, "10*(8 - 5) - 6", entry).right for answer in answers] == [True] + [False] * 6
+
+
+def test_a_constant_of_integration_may_only_be_added(monkeypatch):
+    problem = {"answer": "x**2 + C", "metadata": {"integrand": "2*x", "variable": "x"}}
+    monkeypatch.setattr("trl_sgpo.data.families.generated_again", lambda reference: problem)
+    entry = "reasoning_gym/simple_integration?size=640&seed=1#0"
+    answers = ["x*x + C", "C + x**2 - 3", "x**2", "x**2 + C*x", "x**2 + C*x**3", "x**3 + C"]
+    found = [check_answer(answer, "x**2 + C", entry).right for answer in answers]
+    assert found == [True, True, True, False, False, False]
+
+
+def test_a_problem_that_cannot_be_generated_again_is_told(caplog):
+    entry = "reasoning_gym/countdown?size=640&seed=999#0"
+    for _ in range(2):
+        assert not check_answer("1 + 1", "no solution of it", entry).right
+    assert caplog.text.count("is another problem now") == 1
+
+
+def test_a_comparison_that_passes_a_limit_is_told(caplog, monkeypatch):
+    monkeypatch.setitem(checking.SECONDS, "equal", 0.0)
+    process = CheckProcess()
+    try:
+        for _ in range(2):
+            assert process.ask("equal", "x+1", "1+x") is None
+    finally:
+        process.close()
+    assert caplog.text.count("counts as not equal") == 1
 
 
 @given(st.text(alphabet="0123456789+-*/^() .aexlogsin_", max_size=40))
@@ -427,8 +457,26 @@ def test_the_process_is_started_again():
         process.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are set on Linux only")
+@pytest.mark.parametrize("loaded", [True, False])
+def test_memory_that_earlier_requests_took_fails_no_request(loaded):
+    import resource
+
+    messages, template = [{"role": "user", "content": "2+2"}], {"chat_template": "{{ 'x' * 8000000 }}"}
+    process = CheckProcess()
+    try:
+        if loaded:
+            assert process.ask("render", messages, template)[0] == "text"
+        assert process.ask("equal", "x+1", "1+x")
+        taken = int(Path(f"/proc/{process._process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(process._process.pid, resource.RLIMIT_AS, (taken, taken))
+        assert process.ask("render", messages, template)[0] == "text"
+    finally:
+        process.close()
+
+
 def test_a_comparison_that_does_not_end(monkeypatch):
-    monkeypatch.setitem(check_process.SECONDS, "equal", 0.0)
+    monkeypatch.setitem(checking.SECONDS, "equal", 0.0)
     process = CheckProcess()
     try:
         assert process.ask("equal", "x+1", "1+x") is None
@@ -453,7 +501,7 @@ def test_comparisons_from_threads():
 
 
 def test_a_package_is_missing(monkeypatch):
-    monkeypatch.setattr(check_process.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checking.importlib.util, "find_spec", lambda name: None)
     process = CheckProcess()
     try:
         with pytest.raises(DataError, match=r"trl-sgpo\[math\]"):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks.process import equal_expressions
 from ..errors import DataError
 from .answer_lists import AnswerList, as_list
-from .check_process import equal_expressions
 from .families import accepted, family_of, has_several_answers
 from .final_answers import final_answer
 from .numbers import read_number, read_stated_number, same_number

@@ -109,9 +109,10 @@ def evaluate(node: ast.expr, variables: Mapping[str, Value], algebra: Algebra[Va
     raise NotInGrammar("outside the grammar")
 
 
-def whole_numbers(node: ast.expr) -> list[int]:
-    """The whole numbers that a parsed expression contains."""
-    return [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and type(part.value) is int]
+def numbers(node: ast.expr) -> list[int | float]:
+    """The numbers that a parsed expression contains."""
+    constants = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return [value for value in constants if isinstance(value, int | float)]
 
 
 def is_expanded(node: ast.expr) -> bool:

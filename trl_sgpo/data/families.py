@@ -6,6 +6,7 @@ reaches a verifier. Verifiers that evaluate the answer as code are never called:
 """
 
 import json
+import logging
 import random
 import re
 from collections.abc import Callable
@@ -15,17 +16,20 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from ..checks.process import CHECKS
 from ..compare.lab import list_functions
 from . import expressions
-from .check_process import CHECKS
 from .expressions import DIFFERENTIABLE, EXACT, Dual, NotInGrammar
 
+
+logger = logging.getLogger(__name__)
 
 GYM = "reasoning_gym/"
 
 _REFERENCE = re.compile(rf"{GYM}(\w{{1,60}})\?([\w.=&+-]{{0,1000}})#(\d{{1,9}})")
 _POINTS = 8
 _REFUSED: set[tuple[str, str]] = set()  # families and settings that gave no problem in time
+_TOLD: set[tuple[str, str]] = set()
 
 # Families whose module evaluates text as code: their verifiers are never called
 # fmt: off
@@ -122,6 +126,15 @@ def generated_again(reference: Reference) -> dict[str, Any] | None:
     return entry
 
 
+def _tell_once(reference: Reference) -> None:
+    if (reference.family, reference.settings) not in _TOLD:
+        _TOLD.add((reference.family, reference.settings))
+        logger.warning(
+            f"{reference} is another problem now than when its row was written, or cannot be generated: of such rows "
+            "only the written solution is right. Load the problems again with this version of reasoning-gym."
+        )
+
+
 def family_of(entry: str | None) -> str | None:
     """The family that a row's `entry` names, `None` if the row is not a generated problem."""
     reference = read_reference(entry)
@@ -155,6 +168,7 @@ def accepted(answer: str, solution: str, entry: str) -> bool:
         return False
     problem = generated_again(reference)
     if problem is None or str(problem["answer"]) != solution:
+        _tell_once(reference)
         return False
     if reference.family in VERIFIED:
         return CHECKS.ask("accepts", reference.family, reference.settings, reference.index, answer) is True
@@ -169,7 +183,7 @@ def _reaches(target: Callable[[dict[str, Any]], int]) -> Callable[[str, dict[str
 
     def check(answer: str, metadata: dict[str, Any]) -> bool:
         parsed = expressions.parse(answer)
-        if sorted(expressions.whole_numbers(parsed)) != sorted(metadata["numbers"]):
+        if sorted(expressions.numbers(parsed)) != sorted(metadata["numbers"]):
             return False
         return expressions.evaluate(parsed, {}, EXACT) == target(metadata)
 
@@ -187,7 +201,8 @@ def _is_integral(answer: str, metadata: dict[str, Any]) -> bool:
             wanted = expressions.evaluate(integrand, {metadata["variable"]: point}, DIFFERENTIABLE).value
         except NotInGrammar:
             continue
-        variables = {metadata["variable"]: point, "C": Dual(0.0)}
+        # Another constant at each point, so that C may only be added
+        variables = {metadata["variable"]: point, "C": Dual(complex(rng.uniform(1.0, 9.0)))}
         found = expressions.evaluate(integral, variables, DIFFERENTIABLE).slope
         if not abs(found - wanted) <= 1e-8 * max(1.0, abs(wanted)):
             return False

@@ -1,8 +1,9 @@
 """
 The conversation of both phases as tokens: request, strategy, turn, execution.
 
-The only file that uses a chat template. Training, warm start, evaluation, solving, export checks and the code in
-model cards build their tokens here, so that a model is used with the tokens it was trained on.
+The only file that asks for chat templates to be rendered (`templates.py`). Training, warm start, evaluation, solving,
+export checks and the code in model cards build their tokens here, so that a model is used with the tokens it was
+trained on.
 """
 
 from collections.abc import Sequence

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-from ..data.check_process import CheckProcess
+from ..checks.process import CHECKS
 from ..errors import ConfigError
-
-
-_PROCESS = CheckProcess()
 
 
 class TemplateRefusal(ConfigError):
@@ -49,7 +46,7 @@ def render(
     kwargs = chat_template_kwargs or {}
     template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
     variables = {**tokenizer.special_tokens_map, **kwargs, "add_generation_prompt": add_generation_prompt}
-    reply = _PROCESS.ask("render", messages, variables | {"chat_template": template})
+    reply = CHECKS.ask("render", messages, variables | {"chat_template": template})
     if reply is None:
         raise ConfigError(
             "The model's chat template needs more than 2 seconds, 3 GiB or 16 million characters for a conversation: "

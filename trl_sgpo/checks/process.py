@@ -5,6 +5,7 @@ What may take long or much memory, in a process of its own: mathematics, verifie
 import atexit
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 from ..errors import DataError
 
 
+logger = logging.getLogger(__name__)
+
 START_SECONDS = 120.0
 SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0}
 
@@ -23,6 +26,14 @@ _PACKAGES = {
     "entry": ("reasoning_gym", "gym"),
     "accepts": ("reasoning_gym", "gym"),
     "render": ("transformers", ""),
+}
+
+
+_FAILED = {
+    "equal": "A comparison of expressions passed its limit of time or memory, and counts as not equal.",
+    "entry": "A problem of reasoning-gym could not be generated again within its limit of time or memory.",
+    "accepts": "A verifier of reasoning-gym passed its limit of time or memory, and the answer counts as wrong.",
+    "render": "A chat template passed its limit of time or memory.",
 }
 
 
@@ -37,6 +48,7 @@ class CheckProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._loaded: set[str] = set()
+        self._told: set[str] = set()
         atexit.register(self.close)
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._forget)
@@ -47,7 +59,7 @@ class CheckProcess:
 
         Args:
             name (`str`):
-                `"equal"`, `"entry"`, `"accepts"` or `"render"`, see [`~trl_sgpo.data.check_worker`].
+                `"equal"`, `"entry"`, `"accepts"` or `"render"`, see [`~trl_sgpo.checks.worker`].
             *arguments:
                 Its arguments, as JSON has them.
 
@@ -57,15 +69,18 @@ class CheckProcess:
         Raises:
             [`DataError`]: If the package that it needs is not installed, or the process does not start.
         """
-        package, extra = _PACKAGES[name]
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            if package not in self._loaded:
-                self._load(name, package, extra)
+            used = self._is_ready(name)
             reply = self._exchange([name, *arguments], SECONDS[name])
+            if reply is None and used and self._ended_by_itself():  # memory of earlier requests may be the cause
+                self.close()
+                self._is_ready(name)
+                reply = self._exchange([name, *arguments], SECONDS[name])
             if reply is None:
                 self.close()
+                if name not in self._told:
+                    self._told.add(name)
+                    logger.warning(f"{_FAILED[name]} Later cases are not logged.")
             return None if reply is None else json.loads(reply)
 
     def close(self) -> None:
@@ -83,9 +98,29 @@ class CheckProcess:
         # a forked process starts one of its own
         self._process, self._lock, self._loaded = None, threading.Lock(), set()
 
+    def _is_ready(self, name: str) -> bool:
+        """Whether the process has served requests before. It is started, and loads what the request needs."""
+        package, extra = _PACKAGES[name]
+        if importlib.util.find_spec(package) is None:
+            raise DataError(f"Checking these answers needs `pip install 'trl-sgpo[{extra}]'`.")
+        used = self._process is not None and self._process.poll() is None
+        if package in self._loaded and used:
+            return True
+        if used and self._load(name, package):
+            return True
+        self._start()
+        if not self._load(name, package):
+            self.close()
+            raise DataError(f"A process with limits does not start: see `python -c 'import {package}'`.")
+        return False
+
+    def _ended_by_itself(self) -> bool:
+        """Whether the process ended at its limit of memory, and not at one of time."""
+        return self._process is not None and self._process.wait() == 0
+
     def _start(self) -> None:
         self.close()
-        script = Path(__file__).with_name("check_worker.py")
+        script = Path(__file__).with_name("worker.py")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(script)],  # -P: modules beside the script do not hide others
             stdin=subprocess.PIPE,
@@ -93,13 +128,11 @@ class CheckProcess:
             stderr=subprocess.DEVNULL,
         )
 
-    def _load(self, name: str, package: str, extra: str) -> None:
-        if importlib.util.find_spec(package) is None:
-            raise DataError(f"Checking these answers needs `pip install 'trl-sgpo[{extra}]'`.")
+    def _load(self, name: str, package: str) -> bool:
         if self._exchange(["load", name], START_SECONDS) != '"loaded"':
-            self.close()
-            raise DataError(f"A process with limits does not start: see `python -c 'import {package}'`.")
+            return False
         self._loaded.add(package)
+        return True
 
     def _exchange(self, request: list[Any], seconds: float) -> str | None:
         """The reply to a request, `None` if the process ended or the time is up."""

@@ -2,9 +2,9 @@
 Process that compares mathematical expressions, runs the verifiers of reasoning-gym and renders chat templates, so that
 no answer and no template can stop the caller or fill its memory.
 
-It is started as a script by [`~trl_sgpo.data.check_process.CheckProcess`] and imports nothing of this package. A line
+It is started as a script by [`~trl_sgpo.checks.process.CheckProcess`] and imports nothing of this package. A line
 of standard input is a JSON list, the name of a request and its arguments; a line of standard output is the reply. It
-ends with its input, or is ended by the system when a request takes too long.
+ends with its input and at its limit of memory, or is ended by the system when a request takes too long.
 """
 
 import json
@@ -88,7 +88,9 @@ def render(messages: list[dict[str, Any]], variables: dict[str, Any]) -> tuple[s
         text = renderer().apply_chat_template(messages, tokenize=False, **variables)
     except TemplateError as error:
         return "refused", str(error)[:1000]
-    except (MemoryError, OverflowError):
+    except MemoryError:
+        raise
+    except OverflowError:
         return None
     except Exception as error:
         return "failed", " ".join(f"{type(error).__name__}: {str(error)[:200]}".split())
@@ -129,6 +131,8 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS[name])
         try:
             reply = json.dumps(REQUESTS[name](*arguments), default=str)
+        except MemoryError:  # what earlier requests left in memory would fail the next ones too
+            return
         except Exception:  # what cannot be compared is not right
             reply = "null"
         if signal is not None:
