@@ -237,7 +237,7 @@ def cell(figure: dict[str, Any], signed: bool = False) -> str:
 
 
 def picture(summed: dict[str, Any], path: Path) -> None:
-    """Draws accuracy of the suites, transfer score and learning curves."""
+    """Draws accuracy of the suites and transfer score, with a grey point for each seed, and learning curves."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -259,6 +259,7 @@ def picture(summed: dict[str, Any], path: Path) -> None:
             low, high = _ends(value)
             spread = [[max(value["mean"] - low, 0.0)], [max(high - value["mean"], 0.0)]]
             axis.errorbar([value["mean"]], [position], xerr=spread, fmt="o", color=colour, capsize=3, markersize=4)
+            axis.scatter(value["values"], [position + 0.25] * len(value["values"]), s=5, color="#888888")
         axis.set_title(panel, fontsize=9)
         axis.set_xlim(-0.05, 1.05)
         axis.set_ylim(len(names) - 0.5, -0.5)
