@@ -179,3 +179,41 @@ def test_rollouts_with_a_broken_header(kind):
     path.write_bytes(bad[kind])
     with pytest.raises(ConfigError, match="resume from another checkpoint"):
         load_rollouts(path, 1, torch.device("cpu"))
+
+
+# A dataset's folder
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "home" / "secret.json"
+    path.parent.mkdir()
+    path.write_text('{"question": "the secret", "answer": "1"}\n')
+    return path
+
+
+@pytest.mark.parametrize("files", ["{}", "../home/*.json"])
+def test_a_dataset_card_reads_no_file_of_the_user(tmp_path: Path, secret: Path, files: str) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: '{files.format(secret)}'\n---\n"
+    (folder / "README.md").write_text(card)
+    with pytest.raises(DataError, match="not part of it"):
+        load_problems(str(folder))
+
+
+def test_a_link_in_a_dataset_reads_no_file_of_the_user(tmp_path: Path, secret: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "data.jsonl").symlink_to(secret)
+    with pytest.raises(DataError, match="not part of it"):
+        load_problems(str(folder))
+
+
+def test_a_snapshot_of_the_hub_is_read(tmp_path: Path, secret: Path) -> None:
+    repository = tmp_path / "datasets--user--name"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "blobs" / "1").write_bytes(secret.read_bytes())
+    (repository / "snapshots" / "abc" / "data.jsonl").symlink_to("../../blobs/1")
+    assert load_problems(str(repository / "snapshots" / "abc"))[0]["solution"] == "1"

@@ -26,6 +26,7 @@ from .columns import (
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
 from .leftover import in_short, leftover, suggest_template
+from .own_files import check_own_files
 
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def load_rows(
     builder, own_files = _source(path, split)
     no_rows = f"{path} has no rows for the split `{split}`: name a source with problems."
     try:
+        if own_files is None and data_files is None:
+            check_own_files(path, name, data_dir)
         rows = load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
     except OSError as error:
         raise _unreachable(path, error) from error
@@ -314,7 +317,7 @@ def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:
 
 
 def _unreachable(paths: str, error: OSError) -> DataError:
-    reason = str(error).splitlines()[0]
+    reason = str(error).splitlines()[0][:300]
     return DataError(
         f"Cannot load {paths} ({reason}): check the name and the network, or use a local .jsonl, .parquet or .csv "
         "file or `reasoning_gym/<family>`."
