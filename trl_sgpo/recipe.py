@@ -318,9 +318,29 @@ def _split_launch(remaining: list[str], parser: TrlParser) -> tuple[list[str], l
         unknown = arguments[:1]
     names = [action.dest for action in parser._actions]
     problems = [unknown_key(argument.lstrip("-").split("=")[0], names) for argument in unknown]
+    problems += [] if problems else _launch_problems(arguments)
     if len(problems) == 1 and problems[0].startswith("Unknown"):
         problems[0] += " `trl-sgpo train --help` lists all keys."
     return arguments, problems
+
+
+def _launch_problems(arguments: list[str]) -> list[str]:
+    """What is wrong with arguments for `accelerate launch`. A value that no option takes would be run as a program."""
+    parser = launch_command_parser()
+    messages: list[str] = []
+
+    def error(message: str) -> NoReturn:
+        messages.append(f"`accelerate launch`: {message}.")
+        raise SystemExit
+
+    parser.error = error  # type: ignore[method-assign]
+    try:
+        parsed = parser.parse_args([*arguments, "--module", "trl_sgpo"])
+    except SystemExit:
+        return messages
+    if parsed.training_script == "trl_sgpo" and not parsed.no_python:
+        return []
+    return [f"{parsed.training_script!r} is the value of no key of `accelerate launch`: leave it out."]
 
 
 def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:

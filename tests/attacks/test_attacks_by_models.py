@@ -21,7 +21,7 @@ from trl_sgpo.bank.exchange import export_bank
 from trl_sgpo.bank.snapshot import embed_with
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ConfigError, ModelError
-from trl_sgpo.inference.pretrained import load_model
+from trl_sgpo.inference.pretrained import load_model, load_tokenizer
 from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
 
 
@@ -195,6 +195,14 @@ def test_a_recipe_that_trusts_code(
     assert f"`{name}" in refused([command, "--config", config, *more])
 
 
+@pytest.mark.parametrize("key", ["quiet", "no_python", "cpu", "multi_gpu", "module"])
+def test_a_recipe_that_names_a_program(key: str, tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
+    program = tmp_path / "evil.sh"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    assert str(program) in refused(["train", "--config", recipe(tmp_path, str(tiny), **{key: str(program)})])
+
+
 def test_settings_in_python_that_trust_code(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(ConfigError, match="refused"):
         SGPOConfig(str(tmp_path), model_init_kwargs={"trust_remote_code": True})
@@ -217,6 +225,83 @@ def test_pickled_weights_of_an_adapter(command: str, tiny: Path, marker: Path, r
     assert "safetensors" in refused(arguments(command, str(adapter), tmp_path))
 
 
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "home" / "secret"
+    path.parent.mkdir()
+    path.write_text("[UNK]\n-----BEGIN KEY-----\nb3BlbnNzaC1rZXk\n")
+    return path
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges", "vocab_file", "more"])
+@pytest.mark.parametrize("command", ["solve", "export", "train"])
+def test_a_tokenizer_that_names_a_file_of_the_user(
+    command: str, key: str, tiny: Path, secret: Path, refused: Any, tmp_path: Path
+) -> None:
+    (tiny / "tokenizer.json").unlink()
+    value = {"nested": [str(secret)]} if key == "more" else str(secret)
+    (tiny / TOKENIZER).write_text(json.dumps({"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]", key: value}))
+    assert key in refused(arguments(command, str(tiny), tmp_path))
+    assert "b3BlbnNzaC1rZXk" not in "".join(
+        path.read_text(errors="ignore") for path in tmp_path.rglob("*.json") if path.is_file()
+    )
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "additional_chat_templates/tool_use.jinja", CONFIG])
+@pytest.mark.parametrize("command", ["solve", "export", "train"])
+def test_a_link_out_of_a_model(
+    command: str, name: str, tiny: Path, secret: Path, refused: Any, tmp_path: Path
+) -> None:
+    (tiny / name).parent.mkdir(exist_ok=True)
+    (tiny / name).unlink(missing_ok=True)
+    (tiny / name).symlink_to(secret)
+    assert "link out of" in refused(arguments(command, str(tiny), tmp_path))
+
+
+def test_a_link_out_of_a_run_is_not_published(tiny: Path, secret: Path, refused: Any, tmp_path: Path) -> None:
+    (tiny / "added_tokens.json").symlink_to(secret)
+    refused(["push", str(tiny), "user/m", "--no_bank", "--dry_run", str(tmp_path / "pushed")])
+    assert not (tmp_path / "pushed" / "added_tokens.json").exists()
+
+
+def test_links_within_the_cache_of_the_hub(tiny: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in tiny.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    assert load_model(snapshot) and load_tokenizer(snapshot)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"peft_type": "SHADOW", "shadow_model": "other"},
+        {"peft_type": "XLORA", "adapters": {"0": "other"}},
+        {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "x.pt"},
+        {"megatron_core": "evil", "megatron_config": {"a": 1}},
+    ],
+    ids=lambda keys: keys.get("peft_type", "megatron"),
+)
+@pytest.mark.parametrize("command", ["solve", "eval", "export"])
+def test_an_adapter_that_names_other_models(
+    command: str, keys: dict[str, Any], tiny: Path, refused: Any, tmp_path: Path
+) -> None:
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    change(adapter / "adapter_config.json", **keys)
+    assert list(keys)[-1] in refused(arguments(command, str(adapter), tmp_path))
+
+
+def test_an_adapter_as_the_base_of_an_adapter(tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, tiny / name)
+    (tiny / "adapter_model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1)}, tiny / "adapter_model.bin")
+    assert "safetensors" in refused(arguments("solve", str(adapter), tmp_path))
+
+
 # Embedding models
 
 
@@ -236,6 +321,13 @@ def test_an_embedding_model_with_code(tmp_path: Path, marker: Path) -> None:
     with pytest.raises(ModelError, match=r"evil\.EvilModule"):
         load_embedder(name)(["text"])
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["models.WordEmbeddings", "models.Router", "models.tokenizer.TransformersTokenizer"])
+def test_an_embedding_model_with_modules_that_load_others(kind: str, tmp_path: Path) -> None:
+    name = embedding_model(tmp_path / "model", type=f"sentence_transformers.{kind}")
+    with pytest.raises(ModelError, match=kind.rpartition(".")[2]):
+        load_embedder(name)(["text"])
 
 
 def test_an_embedding_model_whose_transformer_has_code(tmp_path: Path, marker: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..bank.exchange import export_bank
 from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
+from ..checks.repositories import is_within
 from ..errors import ModelError
 from ..inference.loading import ADAPTER_FILE, adapter_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
@@ -69,6 +70,8 @@ CHECKPOINT_FILES = (
 def _copy(source: Path, target: Path, patterns: tuple[str, ...], link: bool) -> None:
     """Copies files, or hard-links those of a checkpoint: they may be deleted but are never changed."""
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        if not is_within(path, source):
+            raise ModelError(f"{path} is a link out of its folder and is not published: replace it by the file.")
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         if link:

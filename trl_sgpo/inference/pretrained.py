@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks.remote_code import remote_code_problems
+from ..checks.repositories import check_model_folder, check_tokenizer_settings
 from ..errors import ConfigError, ModelError
+from ..speed.patches import CountedPatch
 
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_EMBEDDING_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 _OF_EMBEDDING_MODELS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -29,11 +31,29 @@ def _safe(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "trust_remote_code": False}
 
 
+def _set_question_seconds(seconds: int) -> None:
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+def _question_seconds() -> int:
+    from transformers import dynamic_module_utils
+
+    return dynamic_module_utils.TIME_OUT_REMOTE_CODE
+
+
+# Libraries that load a further model do not pass `trust_remote_code`: with 0, transformers refuses and does not ask
+_NO_QUESTION = CountedPatch(_question_seconds, _set_question_seconds, 0)
+
+
 @contextmanager
 def _without_code(source: str | Path) -> Iterator[None]:
-    """Replaces the advice to set `trust_remote_code`, which is refused here."""
+    """Checks the folder, and replaces the question and the advice to trust its code, which is refused here."""
+    check_model_folder(source)
     try:
-        yield
+        with _NO_QUESTION:
+            yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -54,9 +74,12 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
             What `AutoTokenizer.from_pretrained` takes.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     kwargs = _safe(kwargs)
     with _without_code(source):
+        if not Path(source).is_dir():
+            check_tokenizer_settings(source, get_tokenizer_config(str(source), revision=kwargs.get("revision")))
         return AutoTokenizer.from_pretrained(source, **kwargs)
 
 
@@ -101,23 +124,20 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
             What `PeftModel.from_pretrained` takes.
 
     Raises:
-        [`ModelError`]: The adapter has no `adapter_model.safetensors`.
+        [`ModelError`]: The adapter has no `adapter_model.safetensors`, or names other models.
     """
     from peft import PeftModel
 
-    if not Path(directory, ADAPTER_WEIGHTS).is_file():
-        raise ModelError(
-            f"The adapter in {directory} has no {ADAPTER_WEIGHTS}, and other files of weights can run code when they "
-            "are read: save it again with `save_pretrained`."
-        )
-    return PeftModel.from_pretrained(model, directory, **kwargs)
+    with _without_code(directory):
+        return PeftModel.from_pretrained(model, directory, **kwargs)
 
 
 def load_adapter_config(directory: str | Path) -> "PeftConfig":
     """Loads the config of a saved adapter."""
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(directory)
+    with _without_code(directory):
+        return PeftConfig.from_pretrained(directory)
 
 
 def load_sentence_transformer(source: str) -> "SentenceTransformer":
@@ -149,7 +169,11 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
 
 
 def _check_module(source: str, directory: Path, kind: str) -> None:
-    if not kind.startswith("sentence_transformers."):
-        raise ModelError(f"The embedding model {source} names code that is not sentence-transformers' own ({kind!r}).")
+    package, _, name = kind.rpartition(".")
+    if package.partition(".")[0] != "sentence_transformers" or name not in _EMBEDDING_MODULES:
+        raise ModelError(
+            f"The embedding model {source} has the module {kind!r}: use one of {', '.join(_EMBEDDING_MODULES)} of "
+            "sentence-transformers."
+        )
     if (directory / "pytorch_model.bin").is_file() and not (directory / "model.safetensors").is_file():
         raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
