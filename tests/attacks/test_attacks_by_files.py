@@ -217,3 +217,22 @@ def test_a_snapshot_of_the_hub_is_read(tmp_path: Path, secret: Path) -> None:
     (repository / "blobs" / "1").write_bytes(secret.read_bytes())
     (repository / "snapshots" / "abc" / "data.jsonl").symlink_to("../../blobs/1")
     assert load_problems(str(repository / "snapshots" / "abc"))[0]["solution"] == "1"
+
+
+@pytest.mark.parametrize("kind", ["picture", "nested", "list"])
+def test_a_row_opens_no_file(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from datasets import Dataset, Features, Image, List, Value
+
+    (tmp_path / "private.png").write_text("no picture")
+    path = {"bytes": None, "path": str(tmp_path / "private.png")}
+    feature, value = {
+        "picture": (Image(), path),
+        "nested": ({"inner": Image()}, {"inner": path}),
+        "list": (List(Image()), [path]),
+    }[kind]
+    features = Features({"question": Value("string"), "answer": Value("string"), "picture": feature})
+    rows = Dataset.from_dict({"question": ["1 + 2"], "answer": ["3"], "picture": [value]}, features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    problems = load_problems(str(tmp_path / "rows.parquet"))
+    assert problems[0]["solution"] == "3" and "picture" not in problems.column_names
+    assert "`picture` hold" in caplog.text

@@ -26,7 +26,7 @@ from .columns import (
 from .final_answers import final_answer
 from .generated import GYM, LISTS, materialise
 from .leftover import in_short, leftover, suggest_template
-from .own_files import check_own_files
+from .own_files import check_own_files, columns_of_files
 
 
 if TYPE_CHECKING:
@@ -165,7 +165,11 @@ def load_rows(
         raise DataError(no_rows) from error
     if len(rows) == 0:
         raise DataError(no_rows)
-    return rows
+    files = columns_of_files(rows.features)
+    if files:
+        names = ", ".join(f"`{name}`" for name in files)
+        logger.warning(f"{path}: {names} hold pictures, sounds or other files, which are not read.")
+    return rows.remove_columns(files)
 
 
 def to_problems(
