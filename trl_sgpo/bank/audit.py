@@ -110,7 +110,7 @@ _SUSPICIOUS = {
         r"\b(?:hidden|secret|internal) (?:prompt|instructions?)\b",
         _near(_SHOW, "your (?:instructions|prompt|rules)|rules you|(?:initial|original) (?:instructions|prompt)", 3),
         _near(_SHOW, r"(?:everything|all|text)(?: \w+){0,3} (?:above|before) (?:this|the)", 2),
-        r"#{2,} ?(?:system|instructions?|response|user|assistant|human|end)\b",
+        r"(?<!#)#{2,} ?(?:system|instructions?|response|user|assistant|human|end)\b",
         r"[<\[{]/? ?(?:system|user|assistant|instructions?|human|prompt|quote|admin|hidden)(?: \w+)? ?[>\]}]",
         # Links and files
         r"\b(?:https?|ftp|file|wss?) ?: ?/ ?/|\bwww\.\w|\bjavascript:\w|!\[[^\]]*\]\(",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from ..errors import ModelError
 
 
+MAX_LAYERS = 10_000
+
+_LAYERS = re.compile(r"(?:layers?|blocks|stages|experts)(?:_|$)|depth")
+_CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".gguf")
 _TOKENIZER = "tokenizer_config.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +48,8 @@ def check_model_folder(source: str | Path) -> None:
     for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
         if path.is_file() and path.suffix not in _WEIGHTS and not is_within(path, directory):
             raise ModelError(f"{path} is a link out of the model's folder: replace it by the file.")
+    if (directory / _CONFIG).is_file():
+        check_model_settings(source, _read(directory / _CONFIG))
     if (directory / _TOKENIZER).is_file():
         check_tokenizer_settings(source, _read(directory / _TOKENIZER))
     if (directory / _ADAPTER).is_file():
@@ -54,6 +61,29 @@ def check_model_folder(source: str | Path) -> None:
                 f"The adapter in {directory} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when "
                 "they are read: save it again with `save_pretrained`."
             )
+
+
+def check_model_settings(source: str | Path, settings: Any) -> None:
+    """
+    Checks the number of layers, which a library builds one by one before it looks for their weights.
+
+    Args:
+        source (`str` or `Path`):
+            Directory or Hub id, for the message.
+        settings (`dict`):
+            Content of its `config.json`.
+
+    Raises:
+        [`ModelError`]: There are more than 10,000.
+    """
+    if isinstance(settings, list):
+        for part in settings:
+            check_model_settings(source, part)
+    elif isinstance(settings, dict):
+        for key, value in settings.items():
+            if isinstance(value, int) and value > MAX_LAYERS and _LAYERS.search(str(key)) is not None:
+                raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
+            check_model_settings(source, value)
 
 
 def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> None:

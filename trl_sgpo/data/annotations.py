@@ -16,8 +16,9 @@ _ANNOTATION = re.compile(r"<<([^<>=]{1,200})=([^<>=]{1,40})>>")
 _ANY_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _RESULT = re.compile(r"=\s*[$€£]?\s*\d")
 _LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
-_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\d+")
-_FRACTION = re.compile(r"(?<![\d/.])(\d+)/(\d+)(?![\d/])")
+_NUMBER = re.compile(r"(?<!\d)\d{1,40}(?:,\d{3})*(?:\.\d+)?(?!\d)|\.\d+")
+_FRACTION = re.compile(r"(?<![\d/.])(\d{1,40})/(\d{1,40})(?![\d/])")
+_PLAIN = re.compile(r"[+-]?[\d.]{1,100}(?:/\d{1,100})?")
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _GIVEN, _IMPLIED = "a given number", "an implied number"
@@ -80,12 +81,12 @@ def strategy_from_annotations(worked: str, problem: str) -> str | None:
     try:
         for expression, result in annotations:
             tree = ast.parse(_LEADING_ZEROS.sub("", expression.strip()), mode="eval").body
-            value = Fraction(result.strip())
+            value = _fraction(result)
             if not math.isclose(_value(tree), value, rel_tol=0.01, abs_tol=0.01) or not isinstance(tree, ast.BinOp):
                 return None
             steps.append(_phrase(tree, given, results, imperative=True))
             results.append(value)
-        answer = Fraction((final_answer(worked) or "").replace(",", "").replace("$", ""))
+        answer = _fraction((final_answer(worked) or "").replace(",", "").replace("$", ""))
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return None
     if results[-1] != answer:
@@ -95,6 +96,13 @@ def strategy_from_annotations(worked: str, problem: str) -> str | None:
     order = ["first", *["then"] * (len(steps) - 2), "finally"]
     told = "; ".join(f"{when} {step}" for when, step in zip(order, steps, strict=True))
     return f"To solve a word problem in {_WORDS[len(steps)]} steps, {told}."
+
+
+def _fraction(text: str) -> Fraction:
+    """A number without exponent: `1e999999999` would fill the memory."""
+    if _PLAIN.fullmatch(text.strip()) is None:
+        raise ValueError("no number")
+    return Fraction(text.strip())
 
 
 def _numbers(problem: str) -> set[Fraction]:

@@ -13,7 +13,7 @@ from ..errors import DataError
 from .answer_lists import AnswerList, as_list
 from .families import accepted, family_of, has_several_answers
 from .final_answers import final_answer
-from .numbers import read_number, read_stated_number, same_number
+from .numbers import has_several_equations, read_number, read_stated_number, same_number
 from .plain_text import plain_text
 
 
@@ -37,6 +37,8 @@ _NAMED_CHOICE = re.compile(
     r"(?:(?:option|choice|answer)\s+)?\(?([A-Ja-j])(?:\)[.:]?(?:\s|$)|[.:](?:\s|$)|$)", re.IGNORECASE
 )
 _YES_OR_NO = re.compile(r"(yes|no|true|false)\s*[,.;:(-]", re.IGNORECASE)
+_ANOTHER_CHOICE = re.compile(r"[\s,]*(?:(?:or|and)\s+\(?[A-Ja-j]\b|\(?[A-Ja-j](?:[).:](?:\s|$)|\s*$))")
+_ANOTHER_WORD = re.compile(r"\s*(?:(?:or|and)\s+)?(?:yes|no|true|false)\b", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?m\.?)?")
 
 
@@ -212,7 +214,8 @@ def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool]) ->
     if lists[0] is not None or lists[1] is not None:
         return AnswerCheck(False, "list")
     if wanted is None and _is_mathematics(gold) and (found is not None or _is_mathematics(answer)):
-        return AnswerCheck(equal(gold, answer), "mathematics")
+        several = has_several_equations(answer) and not has_several_equations(gold)
+        return AnswerCheck(not several and equal(gold, answer), "mathematics")
     return AnswerCheck(False, "number" if wanted is not None else "text")
 
 
@@ -220,9 +223,13 @@ def _same_choice(answer: str, gold: str) -> bool:
     """Whether an answer names the choice that a gold answer such as `B` or `yes` is, and says more about it."""
     if (letter := _CHOICE.fullmatch(gold)) is not None:
         named = _NAMED_CHOICE.match(answer)
-        return named is not None and named[1].upper() == letter[1].upper()
+        if named is None or _ANOTHER_CHOICE.match(answer, named.end()) is not None:
+            return False
+        return named[1].upper() == letter[1].upper()
     named = _YES_OR_NO.match(answer)
-    return named is not None and named[1].casefold() == gold.casefold()
+    if named is None or _ANOTHER_WORD.match(answer, named.end()) is not None:
+        return False
+    return named[1].casefold() == gold.casefold()
 
 
 def _same_time(answer: str, gold: str) -> bool:

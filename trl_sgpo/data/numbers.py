@@ -72,8 +72,13 @@ _STATEMENT = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(
-    r"\b(?:not|no|never|than|least|most|between|or|about|around|nearly|almost|if|step)\b|n't|[!<>≠]", re.IGNORECASE
+    r"\b(?:not|no|never|than|least|most|between|or|about|around|nearly|almost|if|step|cannot|wrong|incorrect|false|"
+    r"except|excluding|but|unlike|without|other|instead|rather|neither|nor)\b|n't|[!<>≠]",
+    re.IGNORECASE,
 )
+
+
+_SEVERAL_EQUATIONS = re.compile(r"=[^=,;]*?(?:[,;]|\\cup|\\text|\\quad|\b(?:and|or)\b)[^=]*=")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,11 @@ def read_number(text: str, spaced: bool = True) -> Number | None:
     return Number(-value if negative else value, places, unit, None if label is None else label[1])
 
 
+def has_several_equations(text: str) -> bool:
+    """Whether a text states several results, such as `x = 2 or x = 3`. `a = 1 + 2 = 3` is one."""
+    return _SEVERAL_EQUATIONS.search(text) is not None
+
+
 def read_stated_number(text: str) -> Number | None:
     """
     Reads the number that an equation or a short sentence states, such as `12 + 5 = 17 apples`, `total: 17` or `Noor
@@ -166,7 +176,11 @@ def read_stated_number(text: str) -> Number | None:
     """
     if len(text) > MAX_LENGTH:
         return None
+    if has_several_equations(text):
+        return None
     left, equals, right = text.rpartition("=")
+    if equals and (number := read_number(left.strip())) is not None and number.label is None:
+        return number if number == read_number(right.strip()) else None  # such as 18 = 17
     if equals and _DENIED.search(left) is None and (number := read_number(right.strip())) is not None:
         return number
     if (statement := _STATEMENT.match(text)) is None or _DENIED.search(text) is not None:

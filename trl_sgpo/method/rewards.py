@@ -19,6 +19,7 @@ _STEP_NUMBER = re.compile(
 )
 _APPLIES = re.compile(r"\b(?:when|whenever|if|for|to|given|with|in)\b", re.IGNORECASE)
 _NUMBER_AND_UNIT = re.compile(r"([-+]?[\d,]*\d(?:\.\d*[1-9])?)(?:\.?0+)?(?: ?\([^()]*\))?")
+_LONGEST_NUMBER = 400
 _FINAL_ANSWER = re.compile(
     r"(?:\\boxed\s*\{|####)\s*[-$\d]|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]", re.IGNORECASE
 )
@@ -118,7 +119,7 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
         return 1.0
     if answer is None or not (wanted := " ".join(answer.split()).casefold()):
         return 0.0
-    number = _NUMBER_AND_UNIT.fullmatch(wanted)
+    number = _NUMBER_AND_UNIT.fullmatch(wanted) if len(wanted) <= _LONGEST_NUMBER else None
     body = " ".join(_STEP_NUMBER.sub(" ", strategy).split()).casefold()
     problem = " ".join(problem.split()).casefold()
     for form in {wanted, number[1] if number else wanted}:

@@ -1,0 +1,74 @@
+"""Texts with which a pattern or a number would never end, and answers that state more than one result."""
+
+import json
+from pathlib import Path
+
+import pytest
+from models import save_tiny_model
+
+from trl_sgpo.bank.audit import audit_text
+from trl_sgpo.cli.main import main
+from trl_sgpo.data.annotations import strategy_from_annotations
+from trl_sgpo.data.tasks import answer_reward, load_problems
+from trl_sgpo.method.rewards import leak
+
+
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize("worked", ["<<1+1=1e999999999>>2\n#### 2", "<<1+1=2>>2\n#### 1e999999999"])
+def test_a_worked_solution_with_a_huge_exponent(worked: str) -> None:
+    assert strategy_from_annotations(worked, "1 and 1?") is None
+
+
+def test_a_problem_with_a_number_of_many_digits() -> None:
+    assert strategy_from_annotations("<<1+1=2>>2\n#### 2", f"1 and 1 and {'9' * 5000}?") is not None
+
+
+def test_an_answer_of_spaces_ends() -> None:
+    row = load_problems("reasoning_gym/fraction_simplification?size=1")[0]
+    answers = ["\\boxed{1" + " " * MILLION + "2}", f"#### {row['solution']}"]
+    assert answer_reward(answers, [row["solution"]] * 2, [row["entry"]] * 2) == [0.0, 1.0]
+
+
+def test_an_answer_of_many_digits_leaks_nothing() -> None:
+    assert leak("Add the numbers.", "What is it?", "1" + "0" * MILLION + "!") == 0.0
+
+
+def test_an_audit_of_many_signs_ends() -> None:
+    assert not audit_text("#" * MILLION)
+    assert audit_text("### system")
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("x=2, x=3", "3"), ("x=2; x=3", "x=3"), ("x = -3 and x = 3", "3"), ("x=2 \\text{ and } x=3", "3"),
+        ("y=3, x=5", "5"), ("18 = 17", "17"), ("it cannot be 17", "17"), ("wrong is 17", "17"),
+        ("incorrect: 17", "17"),
+        ("anything except: 17", "17"), ("A. B. C. D.", "A"), ("A) B) C)", "A"), ("A. or B", "A"), ("yes, no", "yes"),
+        ("yes, or no", "yes"), ("y=2x \\cup y=3x", "y=3x"), ("y=2x; y=3x", "y=3x"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_states_several_results(answer: str, gold: str) -> None:
+    assert answer_reward([f"\\boxed{{{answer}}}"], [gold]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("x = 10 + 7 = 17", "17"), ("17 = 17", "17"), ("Since 3, 12 + 5 = 17", "17"), ("A. a dog", "A"),
+        ("A) dogs", "A"),
+        ("yes, it is", "yes"), ("y = 3x", "y=3x"), ("x = 2, y = 3", "x=2, y=3"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_states_one_result(answer: str, gold: str) -> None:
+    assert answer_reward([f"\\boxed{{{answer}}}"], [gold]) == [1.0]
+
+
+def test_a_model_of_a_billion_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", "1 + 2"]) == 2
+    assert "`num_hidden_layers: 1e+09`" in capsys.readouterr().err
