@@ -72,3 +72,20 @@ def test_a_model_of_a_billion_layers(tmp_path: Path, capsys: pytest.CaptureFixtu
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
     assert main(["solve", "--model", str(tmp_path), "--no_bank", "1 + 2"]) == 2
     assert "`num_hidden_layers: 1e+09`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, status",
+    [
+        ({"num_beams": 10**9}, 0), ({"num_return_sequences": 9}, 2), ({"stop_strings": ["a"]}, 0),
+        ({"prompt_lookup_num_tokens": 5}, 0), ({"max_length": 10**12, "min_length": 10**12}, 0),
+        ({"repetition_penalty": -1.0}, 2), ({"repetition_penalty": "x"}, 2), ({"eos_token_id": "x"}, 2),
+    ],
+)  # fmt: skip
+def test_settings_of_generation_beside_a_model(
+    settings: dict[str, object], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1} | settings))
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", "--max_completion_length", "4", "1 + 2"]) == status
+    assert status == 0 or "trl-sgpo solve: error: " in capsys.readouterr().err

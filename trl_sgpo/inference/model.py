@@ -59,6 +59,24 @@ class _Streamer(TextStreamer):
             self._stream(text)
 
 
+def _own_generation(config: GenerationConfig, name: str) -> GenerationConfig:
+    """What counts of a model's own settings of generation: its tokens, and its penalty of repetition."""
+    tokens = {key: vars(config).get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for key, value in tokens.items():
+        if not all(type(token) is int and token >= 0 for token in _as_list(value)):
+            raise ModelError(f"The generation config of {name} has `{key}: {value!r}`: it must be a token.")
+    penalty = config.repetition_penalty
+    if penalty is not None and not (isinstance(penalty, int | float) and penalty > 0):
+        raise ModelError(f"The generation config of {name} has `repetition_penalty: {penalty!r}`: use a positive one.")
+    return GenerationConfig(**tokens, repetition_penalty=penalty)
+
+
+def _as_list(tokens: Any) -> list[Any]:
+    if tokens is None:
+        return []
+    return tokens if isinstance(tokens, list) else [tokens]
+
+
 class TwoPhaseModel:
     """
     A model that writes strategies for problems and executes them.
@@ -133,6 +151,7 @@ class TwoPhaseModel:
                     model = model.merge_and_unload()
             else:
                 model = load_model(directory, **model_kwargs)
+            model.generation_config = _own_generation(model.generation_config, name)
             tokenizer = load_tokenizer(directory)
         except (OSError, ValueError) as error:
             raise ModelError(f"The model {name} cannot be loaded: {error}") from error
@@ -291,8 +310,7 @@ class TwoPhaseModel:
     ) -> list[tuple[list[int], int | None]]:
         """Tokens generated after each prompt, without the end token, and the end token, if there was one."""
         own = self.model.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        ends = sorted({token for token in (*ends, *self.conversation.stop_ids) if token is not None})
+        ends = sorted({*_as_list(own.eos_token_id), *self.conversation.stop_ids})
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=limit,
