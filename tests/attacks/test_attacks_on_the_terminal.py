@@ -20,7 +20,9 @@ from models import save_tiny_model
 from test_pipeline import PROBLEM
 
 from trl_sgpo.bank import Strategy, StrategyBank
+from trl_sgpo.bank.audit import audit_text
 from trl_sgpo.checks.command import run_command
+from trl_sgpo.checks.terminal import printable
 from trl_sgpo.cli.main import main
 
 
@@ -278,3 +280,18 @@ def no_handlers_left() -> Iterator[None]:
     yield
     for name, handlers in before.items():
         logging.getLogger(name).handlers[:] = handlers
+
+
+HIDDEN = ["\u034f", "\u115f", "\u1160", "\u3164", "\uffa0", "\u17b4", "\u2800", "\ufe00", "\U000e0100", "\U0001d159"]
+
+
+@pytest.mark.parametrize("character", HIDDEN, ids=lambda c: f"U+{ord(c):04X}")
+def test_characters_that_no_terminal_shows(character):
+    text = f"sums{character}"
+    assert printable(text) != text and character not in printable(text)
+    assert audit_text(text) and not audit_text("sums")
+
+
+def test_marks_that_cover_other_lines():
+    assert printable("e\u0301") == "e\u0301" and printable("\u2764\ufe0f") == "\u2764\ufe0f"
+    assert printable("e" + "\u0301" * 5000).count("\u0301") == 4

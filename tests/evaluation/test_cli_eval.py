@@ -89,7 +89,8 @@ def test_suite_that_names_its_columns(tiny, tmp_path):
     suite = {"name": "words", "path": str(tmp_path / "svamp.jsonl"), "prompt_template": "{body} {question}"}
     config = {
         "model": tiny,
-        "suites": ["own=" + str(tmp_path / "svamp.jsonl"), suite | {"answer_column": "ANSWER"}],
+        "suites": [suite | {"answer_column": "ANSWER"}, suite | {"name": "own", "prompt_template": None}],
+        "prompt_column": "question",
         "output_dir": str(tmp_path / "out"),
         "max_strategy_length": 6,
         "max_completion_length": 6,

@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from ..checks.terminal import BLANK
 from ..method.rewards import leak
 from . import policy
 from .strategy import Strategy
@@ -214,7 +215,7 @@ class Finding:
 def _visible(text: str) -> str:
     """The text in compatibility form (NFKC), without invisible characters."""
     text = unicodedata.normalize("NFKC", text)
-    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn") and c not in BLANK)
 
 
 def _hidden_characters(text: str) -> list[str]:
@@ -223,7 +224,8 @@ def _hidden_characters(text: str) -> list[str]:
     names = [
         unicodedata.name(character, f"U+{ord(character):04X}")
         for character in text
-        if unicodedata.category(character) in ("Cf", "Co", "Cc") and character not in legitimate
+        if character in BLANK
+        or (unicodedata.category(character) in ("Cf", "Co", "Cc") and character not in legitimate)
     ]
     names += [f"two alphabets in {match!r}" for match in _TWO_ALPHABETS.findall(text)]
     return list(dict.fromkeys(names))

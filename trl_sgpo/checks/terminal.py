@@ -12,12 +12,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
+from unicodedata import category
 
 from .secrets import without_credentials
 
 
 _MOVES = re.compile(r"\r|\n*(\x1b\[A)*\Z")
 """What a progress bar writes to move the cursor: to the start of its line, or to the line of another bar."""
+
+
+BLANK = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\U0001d159\U00016fe4"
+    + "".join(map(chr, [*range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0)]))
+)
+"""Characters that count as printable and show nothing: fillers, blanks and variation selectors but those of emoji."""
+_MARKS = 4  # combining marks in a row; more of them cover other lines
 
 
 def printable(text: str, kept: str = "\n") -> str:
@@ -30,9 +39,14 @@ def printable(text: str, kept: str = "\n") -> str:
         kept (`str`, *optional*, defaults to a line feed):
             Control characters to keep.
     """
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    shown, marks = [], 0
+    for c in text:
+        marks = marks + 1 if category(c) in ("Mn", "Me") else 0
+        is_shown = c in kept or (c.isprintable() and c not in BLANK and marks <= _MARKS)
+        shown.append(c if is_shown else c.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 class EscapedStream:

@@ -16,7 +16,6 @@ from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -25,6 +24,7 @@ from .._version import __version__
 from ..bank import Strategy, policy
 from ..bank.statistics import transfer
 from ..bank.strategy import TRUST_STATES
+from ..checks.terminal import printable
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import ResultTable, tables
 from ..files import write_file
@@ -38,11 +38,8 @@ MAX_TEXT = 20_000  # characters of a text that are shown
 _LONG_WORD = re.compile(r"[^ \t\r\n]{1000}(?=[^ \t\r\n])")
 """Broken by a space, because the time that a browser takes to break a word grows with the square of its length."""
 
-_DECEPTIVE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
-"""
-Categories of characters that can make text look like another: control characters, marks of direction, zero-width and
-tag characters, separators, and those without a glyph.
-"""
+_KEPT = "\t\n\r\u00a0\u2009\u202f\u3000"
+"""Line breaks and spaces that are shown as they are, unlike other characters that make text look like another."""
 
 # id, title, what it says, bounds, and the metric, name and colour of each line
 CHARTS: list[tuple[str, str, str, tuple[float, float] | None, list[tuple[str, str, int]]]] = [
@@ -194,15 +191,8 @@ def _visible(value: Any) -> Any:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     text, length = value[:MAX_TEXT], len(value)
-    if not text.isprintable():
-        text = "".join(map(_shown, text))
-    text = _LONG_WORD.sub(r"\g<0> ", text)
+    text = _LONG_WORD.sub(r"\g<0> ", printable(text, _KEPT))
     return text if length <= MAX_TEXT else f"{text}… (the first {MAX_TEXT:,} of {length:,} characters)"
-
-
-def _shown(character: str) -> str:
-    deceptive = category(character) in _DECEPTIVE and character not in "\t\n\r"
-    return character.encode("unicode_escape").decode() if deceptive else character
 
 
 def _code(text: str) -> Markup:
