@@ -96,6 +96,9 @@ def _load(path: str, loader: Any) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is no valid YAML: it is nested too deeply.") from error
+    except yaml.MarkedYAMLError as error:  # its own text shows the line, which may hold a secret
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{path} is no valid YAML: {error.problem}{line}.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -1,6 +1,7 @@
 """Model repositories, adapters, their settings and recipes run no code, ask for nothing and load no pickles."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from trl_sgpo.bank.exchange import export_bank
 from trl_sgpo.bank.snapshot import embed_with
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ConfigError, ModelError
-from trl_sgpo.inference.pretrained import load_model, load_tokenizer
+from trl_sgpo.inference.pretrained import load_adapter, load_model, load_tokenizer
 from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
 
 
@@ -291,6 +292,77 @@ def test_an_adapter_that_names_other_models(
     adapter = adapter_of(tiny, tmp_path / "adapter")
     change(adapter / "adapter_config.json", **keys)
     assert list(keys)[-1] in refused(arguments(command, str(adapter), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": "(.+)+!"}, {"target_modules": "((.|.|.)*)*\\.q_projx"}, {"exclude_modules": "(.+)+!"},
+        {"layers_pattern": "(.+)+!"}, {"rank_pattern": {"(.+)+!": 3}}, {"alpha_pattern": {".*.*.*.*.*.*.*.*.*!": 3}},
+        {"init_lora_weights": "pissa_niter_999999999"}, {"r": 10**8}, {"rank_pattern": {"q_proj": 10**8}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_adapter_that_never_ends(keys: dict[str, Any], tiny: Path, refused: Any, tmp_path: Path) -> None:
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    change(adapter / "adapter_config.json", **keys)
+    assert f"`{next(iter(keys))}`" in refused(arguments("solve", str(adapter), tmp_path))
+
+
+def test_an_adapter_with_a_pattern_of_a_real_one(tiny: Path, tmp_path: Path) -> None:
+    pattern = (
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)\.(?:(?:q_proj|k_proj)))"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules=pattern))
+    model.save_pretrained(tmp_path / "adapter")
+    assert load_adapter(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "../outside.safetensors", "/dev/zero", "a/model.safetensors", 3])
+@pytest.mark.parametrize("command", ["solve", "export", "train"])
+def test_weights_that_an_index_names(command: str, name: Any, tiny: Path, refused: Any, tmp_path: Path) -> None:
+    if name == "weights.bin":
+        torch.save({"weight": torch.zeros(1)}, tiny / "weights.bin")
+    (tiny / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert "weights must be files of safetensors" in refused(arguments(command, str(tiny), tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "chat_template.jinja"])
+def test_a_pipe_in_a_model(name: str, tiny: Path, refused: Any, tmp_path: Path) -> None:
+    (tiny / name).unlink(missing_ok=True)
+    os.mkfifo(tiny / name)
+    assert "is no file" in refused(arguments("solve", str(tiny), tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "sgpo.json", "tokenizer.json", "generation_config.json"])
+def test_a_file_of_20_gigabytes(name: str, tiny: Path, refused: Any, tmp_path: Path) -> None:
+    with (tiny / name).open("wb") as file:
+        file.truncate(20 * 2**30)
+    assert "is larger than" in refused(arguments("solve", str(tiny), tmp_path))
+
+
+def test_weights_with_a_header_of_many_names(tiny: Path, refused: Any, tmp_path: Path) -> None:
+    with (tiny / "model.safetensors").open("wb") as file:
+        file.write((2**26).to_bytes(8, "little"))
+        file.truncate(2**27)
+    assert "header" in refused(arguments("solve", str(tiny), tmp_path))
+
+
+def test_a_tokenizer_that_doubles_letters(tiny: Path, refused: Any, tmp_path: Path) -> None:
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    change(tiny / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [replace] * 40})
+    assert "times as long" in refused(arguments("solve", str(tiny), tmp_path))
+
+
+def test_a_processor_that_names_a_model(tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "other")
+    with_code(tmp_path / "other", marker, CONFIG)
+    tokenizer = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(tmp_path / "other")}
+    settings = {"processor_class": "DiaProcessor", "audio_tokenizer": tokenizer}
+    (tiny / "processor_config.json").write_text(json.dumps(settings))
+    assert "audio_tokenizer" in refused(arguments("train", str(tiny), tmp_path))
 
 
 def test_an_adapter_as_the_base_of_an_adapter(tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:

@@ -44,14 +44,31 @@ def config(tmp_path: Path) -> SGPOConfig:
 @pytest.mark.parametrize(
     "key",
     ["token", "hub_token", "api_key", "apiKey", "X-Api-Key", "Authorization", "password", "client_secret", "hf_token",
-     "aws_secret_access_key", "passwords", "tokenizer_token"],
+     "aws_secret_access_key", "passwords", "tokenizer_token", "identitytoken", "authtoken", "HFTOKEN", "hf_pat", "jwt",
+     "GITHUB_PAT", "sas", "sig", "X-Amz-Signature", "dsn", "connection_string", "webhook_url", "session_id",
+     "passcode", "AWS_ACCESS_KEY_ID"],
 )  # fmt: skip
 def test_names_of_secrets(key):
     assert is_secret(key)
 
 
 @pytest.mark.parametrize(
-    "key", ["max_tokens", "pad_token", "eos_token", "tokens", "tokenizer", "author", "num_key_value_heads", "keys"]
+    "key",
+    [
+        "max_tokens",
+        "pad_token",
+        "eos_token",
+        "tokens",
+        "tokenizer",
+        "author",
+        "num_key_value_heads",
+        "keys",
+        "path",
+        "design",
+        "config",
+        "num_tokens",
+        "max_new_tokens",
+    ],
 )
 def test_names_of_others(key):
     assert not is_secret(key)
@@ -153,6 +170,32 @@ class TestMessages:
         assert run_command("trl-sgpo test", command, []) == 2
         printed = capsys.readouterr().err
         assert SECRET not in printed and printed.count("://***@host") == 2
+
+
+def test_a_line_of_a_recipe_that_is_no_yaml(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"hub_token: {SECRET}: x\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert SECRET not in (printed := capsys.readouterr().err) and "line 1" in printed
+
+
+def test_addresses_that_are_keys_and_signed_ones():
+    settings = {f"https://user:{SECRET}@proxy": "x", "url": f"https://h/?sig={SECRET}&X-Amz-Signature={SECRET}"}
+    assert SECRET not in json.dumps(redacted(settings))
+
+
+def test_a_secret_in_what_is_published(tmp_path):
+    args = SGPOConfig(str(tmp_path), report_to="none", chat_template_kwargs={"api_key": SECRET})
+    with pytest.raises(ConfigError, match="`chat_template_kwargs` holds a secret"):
+        SGPOTrainer(model="none", reward_funcs=evenness, args=args, train_dataset=problems(4))
+
+
+def test_a_link_out_of_a_run_is_not_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "docker.json").write_text(json.dumps({"model_name_or_path": SECRET}))
+    (run / "settings.json").unlink()
+    (run / "settings.json").symlink_to(tmp_path / "docker.json")
+    assert SECRET not in str(read_run(str(run)).settings)
 
 
 def test_other_texts_stay():

@@ -1,6 +1,7 @@
-"""Folders of models and datasets that someone else wrote: they name no files outside, and no adapter loads others."""
+"""Folders of models that someone else wrote: they name no files outside, and are of a real model's size."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -8,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .adapters import check_adapter_settings
 
 
 MAX_LAYERS = 10_000
+MAX_BYTES = 2**28  # of a file other than weights
+MAX_HEADER = 2**25  # of a file of weights
+MAX_GROWTH = 1_000  # characters of a text for each that it had before
 
 _LAYERS = re.compile(r"(?:layers?|blocks|stages|experts)(?:_|$)|depth")
-_CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".gguf")
-_TOKENIZER = "tokenizer_config.json"
+_CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
 _TEXTS = ("chat_template", "added_tokens_decoder")
 
 
@@ -39,28 +42,54 @@ def check_model_folder(source: str | Path) -> None:
             The folder. What is no folder, such as a Hub id, is left to the library.
 
     Raises:
-        [`ModelError`]: A file other than weights is a link out of the folder, the tokenizer's settings name a file of
-            this machine, or those of an adapter name other models or have no weights in safetensors.
+        [`ModelError`]: A file is none, is too large, or a link out of the folder and no weights; weights are named
+            elsewhere or not in safetensors; settings name other files or models, or have sizes of no real model.
     """
     directory = Path(source)
     if not directory.is_dir():
         return
     for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
-        if path.is_file() and path.suffix not in _WEIGHTS and not is_within(path, directory):
+        _check_file(path, directory)
+    for path in directory.glob("*.index.json"):
+        _check_index(path)
+    for name, check in (
+        (_CONFIG, check_model_settings),
+        (_TOKENIZER, check_tokenizer_settings),
+        (_VOCABULARY, _check_growth),
+        ("processor_config.json", _check_processor),
+        (_ADAPTER, check_adapter_settings),
+    ):
+        if (directory / name).is_file():
+            check(source, _read(directory / name))
+    if (directory / _ADAPTER).is_file() and not (directory / _ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"The adapter in {directory} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
+            "are read: save it again with `save_pretrained`."
+        )
+
+
+def _check_file(path: Path, directory: Path) -> None:
+    if path.is_dir() or not path.exists():
+        return
+    if not path.is_file():
+        raise ModelError(f"{path} is no file, such as a pipe or a device: remove it.")
+    if path.suffix not in _WEIGHTS:
+        if not is_within(path, directory):
             raise ModelError(f"{path} is a link out of the model's folder: replace it by the file.")
-    if (directory / _CONFIG).is_file():
-        check_model_settings(source, _read(directory / _CONFIG))
-    if (directory / _TOKENIZER).is_file():
-        check_tokenizer_settings(source, _read(directory / _TOKENIZER))
-    if (directory / _ADAPTER).is_file():
-        named = [key for key in _OTHER_MODELS if _read(directory / _ADAPTER).get(key)]
-        if named:
-            raise ModelError(f"The adapter in {directory} names `{named[0]}`, which would load more than its weights.")
-        if not (directory / _ADAPTER_WEIGHTS).is_file():
-            raise ModelError(
-                f"The adapter in {directory} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when "
-                "they are read: save it again with `save_pretrained`."
-            )
+        if path.suffix in (".json", ".jinja", ".txt") and path.stat().st_size > MAX_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_BYTES >> 20} MiB: save the model again.")
+    elif path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER < length <= path.stat().st_size:  # a length beyond the file is a damaged file
+            raise ModelError(f"{path} has a header of more than {MAX_HEADER >> 20} MiB: save the model again.")
+
+
+def _check_index(path: Path) -> None:
+    names = _read(path).get("weight_map")
+    for name in set(names.values()) if isinstance(names, dict) else ():
+        if not (isinstance(name, str) and name.endswith(".safetensors") and os.path.basename(name) == name):
+            raise ModelError(f"{path} names {name!r}: weights must be files of safetensors beside it.")
 
 
 def check_model_settings(source: str | Path, settings: Any) -> None:
@@ -108,6 +137,36 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
                 f"The tokenizer of {source} names a file as `{key}` in its {_TOKENIZER}: use one whose vocabulary is "
                 "in its own files, such as tokenizer.json."
             )
+
+
+def _check_growth(source: str | Path, vocabulary: dict[str, Any]) -> None:
+    """Replacements one after the other may make a text longer without end."""
+    for part in ("normalizer", "decoder"):
+        growth = math.prod(map(_growth, _replacements(vocabulary.get(part))))
+        if growth > MAX_GROWTH:
+            raise ModelError(f"The {part} of the tokenizer of {source} makes texts {growth:.0e} times as long.")
+
+
+def _replacements(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        if part.get("type") == "Replace":
+            yield part
+        for value in part.values():
+            yield from _replacements(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _replacements(value)
+
+
+def _growth(replacement: dict[str, Any]) -> float:
+    pattern = replacement.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1.0, len(str(replacement.get("content"))) / max(1, len(literal) if isinstance(literal, str) else 1))
+
+
+def _check_processor(source: str | Path, settings: dict[str, Any]) -> None:
+    if settings.get("audio_tokenizer"):
+        raise ModelError(f"The processor of {source} names a model as `audio_tokenizer`, which is not loaded.")
 
 
 def _is_path_of_a_file(text: str) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 HIDDEN = "***"
 
 _SECRET = re.compile(
-    r"(?:.*_)?(?:token|password|passwd|passphrase|pwd|auth|authorization|bearer|cookie|credential|secret|api_?key|"
-    r"(?:secret|access|private|account|signing)_?key)s?"
+    r"(?:.*(?:token|password|passwd|passphrase|passcode|pwd|secret|credential|signature|api_?key|"
+    r"(?:secret|access|private|account|signing)_?key)|"
+    r"(?:.*_)?(?:auth|authorization|bearer|cookie|jwt|pat|sas|sig|dsn|connection_?string|session_id|access_key_id|"
+    r"webhook|webhook_url))s?"
 )
 _OF_TEXT = re.compile(r"(?:.*_)?(?:tokens|(?:bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token)")
 """Names of tokens of a text, and of numbers of them."""
@@ -56,7 +58,7 @@ def redacted(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if is_secret(str(key)) and each not in (None, "", True, False) else redacted(each)
+            redacted(key): HIDDEN if is_secret(str(key)) and each not in (None, "", True, False) else redacted(each)
             for key, each in value.items()
         }
     if isinstance(value, list | tuple):

@@ -44,15 +44,15 @@ def _question_seconds() -> int:
 
 
 # Libraries that load a further model do not pass `trust_remote_code`: with 0, transformers refuses and does not ask
-_NO_QUESTION = CountedPatch(_question_seconds, _set_question_seconds, 0)
+NO_QUESTION = CountedPatch(_question_seconds, _set_question_seconds, 0)
 
 
 @contextmanager
-def _without_code(source: str | Path) -> Iterator[None]:
+def without_code(source: str | Path) -> Iterator[None]:
     """Checks the folder, and replaces the question and the advice to trust its code, which is refused here."""
     check_model_folder(source)
     try:
-        with _NO_QUESTION:
+        with NO_QUESTION:
             yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
@@ -77,7 +77,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     kwargs = _safe(kwargs)
-    with _without_code(source):
+    with without_code(source):
         if not Path(source).is_dir():
             check_tokenizer_settings(source, get_tokenizer_config(str(source), revision=kwargs.get("revision")))
         return AutoTokenizer.from_pretrained(source, **kwargs)
@@ -88,7 +88,7 @@ def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     kwargs = _safe(kwargs)
-    with _without_code(source):
+    with without_code(source):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
@@ -107,7 +107,7 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     from transformers import AutoModelForCausalLM
 
     kwargs = _safe(kwargs) | {"use_safetensors": True}
-    with _without_code(source):
+    with without_code(source):
         return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
 
 
@@ -128,7 +128,7 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
     """
     from peft import PeftModel
 
-    with _without_code(directory):
+    with without_code(directory):
         return PeftModel.from_pretrained(model, directory, **kwargs)
 
 
@@ -136,7 +136,7 @@ def load_adapter_config(directory: str | Path) -> "PeftConfig":
     """Loads the config of a saved adapter."""
     from peft import PeftConfig
 
-    with _without_code(directory):
+    with without_code(directory):
         return PeftConfig.from_pretrained(directory)
 
 
@@ -162,7 +162,7 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     if (directory / "modules.json").is_file():
         for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
             _check_module(source, directory / str(module["path"]), str(module["type"]))
-    with _without_code(source):
+    with without_code(source):
         return SentenceTransformer(
             str(directory), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )

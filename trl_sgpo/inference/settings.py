@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 SETTINGS_FILE = "sgpo.json"
+MAX_BYTES = 2**20
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 # What a `BitsAndBytesConfig` writes
 _QUANTIZATION = {
@@ -130,6 +131,8 @@ class TwoPhaseSettings:
                 return cls()
         if not path.is_file():
             return cls()
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB: delete it to use the default prompts.")
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
             _check(written)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from ..checks.secrets import redacted
 from ..data.columns import check_column_names
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
@@ -60,6 +61,10 @@ def check_arguments(
             raise ConfigError(f"SGPO generates in two phases of its own and cannot work with `{name}`: remove it.")
     if isinstance(processing_class, ProcessorMixin):
         raise ConfigError("SGPO trains text models: pass a tokenizer as `processing_class`, not a processor.")
+    if redacted(args.chat_template_kwargs) != args.chat_template_kwargs:
+        raise ConfigError(
+            "`chat_template_kwargs` holds a secret, and is saved and published with the model: remove it."
+        )
     if quantization_config is not None and args.use_vllm:
         raise ConfigError(QUANTIZED_VLLM)
     if train_dataset is None:

@@ -13,6 +13,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
 from ..checks.json_text import parse_json
+from ..checks.repositories import is_within
 from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
@@ -20,6 +21,7 @@ from ..method.prompts import problem_text
 from .run_files import REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
 
 
+MAX_VALUES = 5_000_000  # of a file of rollouts
 TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
 
 
@@ -149,6 +151,8 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    if not is_within(path, path.parent):  # a link out of the run
+        return None
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -250,6 +254,9 @@ def _rolled_problems(path: Path) -> Iterator[RolledProblem]:
     from pyarrow import ArrowException, parquet
 
     try:
+        size = parquet.read_metadata(path)
+        if size.num_rows * size.num_columns > MAX_VALUES or not is_within(path, path.parent):
+            return
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError):  # a run in progress may be writing it
         return

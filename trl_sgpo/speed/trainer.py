@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
+from ..inference.pretrained import NO_QUESTION, without_code
 from ..inference.weights import local_weights, require_model
 from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
 from .generation import AdapterMerge, base_of, can_merge, limited, shared_prefixes, token_progress
@@ -104,7 +105,9 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         try:
-            super().__init__(local_weights(model) if isinstance(model, str) else model, *args, **kwargs)
+            source = local_weights(model) if isinstance(model, str) else model
+            with without_code(source) if isinstance(source, str) else NO_QUESTION:
+                super().__init__(source, *args, **kwargs)
         except OSError:
             if isinstance(model, str):
                 require_model(model)  # raises an error that names what is missing
