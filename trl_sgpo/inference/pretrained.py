@@ -4,11 +4,14 @@ weights are read from safetensors only.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.json_text import parse_json
 from ..checks.remote_code import remote_code_problems
 from ..errors import ConfigError, ModelError
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
 _OF_EMBEDDING_MODELS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -29,18 +34,76 @@ def _safe(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "trust_remote_code": False}
 
 
+def _check_weights(directory: Path) -> None:
+    """Raises [`ModelError`] if a file of weights in a directory is no safetensors file, or a shard is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    files, index = [directory / WEIGHTS, directory / ADAPTER_WEIGHTS], directory / INDEX
+    if index.is_file() and not files[0].is_file():
+        try:
+            shards = {str(name) for name in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of weights: {_AGAIN}") from error
+        files += [directory / name for name in sorted(shards)]
+        if missing := [str(path) for path in files[2:] if not path.is_file()]:
+            raise ModelError(f"{missing[0]} is missing, which {INDEX} names: {_AGAIN}")
+    for path in files:
+        try:
+            if path.is_file():
+                with safe_open(path, framework="pt"):
+                    pass
+        except SafetensorError as error:
+            raise ModelError(f"{path} is no complete safetensors file ({error}): {_AGAIN}") from error
+
+
 @contextmanager
-def _without_code(source: str | Path) -> Iterator[None]:
-    """Replaces the advice to set `trust_remote_code`, which is refused here."""
+def readable_weights(source: str | Path) -> Iterator[None]:
+    """
+    Within the context, a library reads weights.
+
+    Args:
+        source (`str` or `Path`):
+            Directory or Hub id.
+
+    Raises:
+        [`ModelError`]: Files of the directory cannot be read, or the weights have other sizes than its configuration.
+    """
+    _check_weights(Path(source))
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
             raise
         raise ModelError(
-            f"{source} can be loaded only with code from its repository, which is never run: name a model whose "
-            "architecture and tokenizer are part of transformers."
+            f"The weights in {source} have other sizes than its configuration, or the base model of an adapter, says: "
+            f"{_AGAIN}"
         ) from error
+
+
+@contextmanager
+def _loading(source: str | Path) -> Iterator[None]:
+    """Errors name what is loaded, and do not advise to set `trust_remote_code`, which is refused here."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    malformed = (
+        SafetensorError, StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+        re.error, FileNotFoundError,
+    )  # fmt: skip
+    try:
+        yield
+    except malformed as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source} can be loaded only with code from its repository, which is never run: name a model whose "
+                "architecture and tokenizer are part of transformers."
+            ) from error
+        # Libraries raise ValueError with a message for users, and TypeError for arguments that are not of the files
+        told = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
+        if told or "unexpected keyword argument" in str(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"The files of {source} cannot be loaded ({reason}): {_AGAIN}") from error
 
 
 def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
@@ -56,7 +119,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     kwargs = _safe(kwargs)
-    with _without_code(source):
+    with _loading(source):
         return AutoTokenizer.from_pretrained(source, **kwargs)
 
 
@@ -65,7 +128,7 @@ def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     kwargs = _safe(kwargs)
-    with _without_code(source):
+    with _loading(source):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
@@ -84,7 +147,7 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     from transformers import AutoModelForCausalLM
 
     kwargs = _safe(kwargs) | {"use_safetensors": True}
-    with _without_code(source):
+    with _loading(source), readable_weights(source):
         return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
 
 
@@ -110,14 +173,16 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
             f"The adapter in {directory} has no {ADAPTER_WEIGHTS}, and other files of weights can run code when they "
             "are read: save it again with `save_pretrained`."
         )
-    return PeftModel.from_pretrained(model, directory, **kwargs)
+    with _loading(directory), readable_weights(directory):
+        return PeftModel.from_pretrained(model, directory, **kwargs)
 
 
 def load_adapter_config(directory: str | Path) -> "PeftConfig":
     """Loads the config of a saved adapter."""
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(directory)
+    with _loading(directory):
+        return PeftConfig.from_pretrained(directory)
 
 
 def load_sentence_transformer(source: str) -> "SentenceTransformer":
@@ -142,7 +207,7 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     if (directory / "modules.json").is_file():
         for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
             _check_module(source, directory / str(module["path"]), str(module["type"]))
-    with _without_code(source):
+    with _loading(source), readable_weights(directory):
         return SentenceTransformer(
             str(directory), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
@@ -151,5 +216,6 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
 def _check_module(source: str, directory: Path, kind: str) -> None:
     if not kind.startswith("sentence_transformers."):
         raise ModelError(f"The embedding model {source} names code that is not sentence-transformers' own ({kind!r}).")
-    if (directory / "pytorch_model.bin").is_file() and not (directory / "model.safetensors").is_file():
+    if (directory / "pytorch_model.bin").is_file() and not (directory / WEIGHTS).is_file():
         raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
+    _check_weights(directory)

@@ -16,7 +16,7 @@ What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_generate_
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
+from ..inference.pretrained import readable_weights
 from ..inference.weights import local_weights, require_model
 from ..method.conversation_trainer import ConversationGRPOTrainer
 from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
@@ -107,8 +108,10 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         merge_adapters: bool = True,
         **kwargs: Any,
     ):
+        source = local_weights(model) if isinstance(model, str) else None
         try:
-            super().__init__(local_weights(model) if isinstance(model, str) else model, *args, **kwargs)
+            with readable_weights(source) if source is not None else nullcontext():
+                super().__init__(model if source is None else source, *args, **kwargs)
         except OSError:
             if isinstance(model, str):
                 require_model(model)  # raises an error that names what is missing
