@@ -2,17 +2,21 @@
 `ConversationGRPOTrainer`: TRL's `GRPOTrainer` with the tokens of `conversation.py`.
 
 TRL renders chat templates in its own process, without limits, and a control token in a problem stays one. Here a
-template is rendered with limits, and texts are encoded without control tokens; other tokens are those of TRL.
+template is rendered with limits, and texts are encoded without control tokens; other tokens are those of TRL. The
+pickled arguments of a run, with its tokens, can be read by their owner only.
 
-What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_tokenize_prompts`, and that reward models are
-called as `reward_funcs`.
+What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_tokenize_prompts`, `_save`, and that reward
+models are called as `reward_funcs`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 
+from ..files import private_file
 from .conversation import answer_ids, prompts_ids
 from .prompts import Prompt
 
@@ -59,6 +63,11 @@ class ConversationGRPOTrainer(GRPOTrainer):
             else function
             for function, tokenizer, name in parts
         ]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:  # by this process
+            private_file(Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)).close()  # it will hold tokens
+        super()._save(output_dir, state_dict)
 
     def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts_ids(self.processing_class, prompts, self.chat_template_kwargs), None, {}
