@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..errors import SettingsError
+from ..errors import ConfigError, SettingsError
+from .characters import misplaced
 from .origin import what_to_mend
 from .terminal import escaped_output
 
@@ -26,6 +27,9 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) ->
     """
     with escaped_output():
         try:
+            for argument in argv:
+                if found := misplaced(argument):
+                    raise ConfigError(f"The argument {argument[:200]!r} holds {found}: write it in UTF-8.")
             return main(argv)
         except Exception as error:
             message = what_to_mend(error)

@@ -15,6 +15,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import embed_with, open_copy, open_export
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
+from ..checks.characters import misplaced
 from ..data.final_answers import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
@@ -266,6 +267,8 @@ class SGPOPipeline:
             raise ConfigError("Greedy attempts are all the same: sample them (`--temperature` above 0), or make one.")
         if strategy is not None and not strategy.strip():
             raise ConfigError("The strategy is empty: write one, or leave it out and let the model write it.")
+        if found := misplaced(strategy, halves_only=True):
+            raise ConfigError(f"The strategy holds {found}: remove the character.")
         rows = [problem for problem in problems for _ in range(samples)]
         if strategy is not None:
             written = [ParsedStrategy(strategy.strip())] * len(rows)
