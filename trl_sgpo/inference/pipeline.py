@@ -27,7 +27,7 @@ from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
 from .model import Decoding, TwoPhaseModel
 from .pretrained import load_tokenizer
 from .retrieval import with_retrieved
-from .server import ServerModel
+from .server import ServerModel, encoder_of
 from .settings import TwoPhaseSettings
 from .solution import Attempt, Solution, vote
 
@@ -194,6 +194,8 @@ class SGPOPipeline:
             model.settings = settings or _settings(directory) or TwoPhaseSettings()
             if directory is not None and (Path(directory) / "tokenizer_config.json").is_file():
                 model.encoder = TextEncoder(load_tokenizer(directory))
+            else:
+                model.encoder = encoder_of(name)
             pipeline = cls(model, _open_bank(bank, directory, trust_bank, embedding_model, opened))._owning(opened)
             pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
             return pipeline
