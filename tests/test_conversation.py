@@ -378,11 +378,10 @@ class TestTraining:
             for prompt in prompts
         ]
         conversation = trainer.conversation
-        assert [conversation.request(p, [("sums", "Count up.")]) for p in prompts] == trainer._tokenize_prompts(asked)[
-            0
-        ]
+        by_trl = trl.GRPOTrainer._tokenize_prompts
+        assert [conversation.request(p, [("sums", "Count up.")]) for p in prompts] == by_trl(trainer, asked)[0]
         if case.template is not None:
-            plain = trainer._tokenize_prompts(prompts)[0]
+            plain = by_trl(trainer, prompts)[0]
             assert [conversation.plain_request(prompt) for prompt in prompts] == plain
 
     def test_requests_of_the_worst_case(self, case: Case, tmp_path: Path) -> None:

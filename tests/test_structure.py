@@ -25,6 +25,7 @@ PRIVATE_NAMES = {
     "checks/origin.py",
     "compare/budget.py",
     "hub/trainer.py",
+    "method/conversation_trainer.py",
     "method/measuring.py",
     "sgpo_trainer.py",
     "speed/lm_head.py",

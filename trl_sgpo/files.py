@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
+from typing import TextIO
 
 
 _ENDING = ".unfinished"
@@ -31,6 +32,24 @@ def _new_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.{token_hex(8)}{_ENDING}")
 
 
+def _create(path: Path, private: bool) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return os.open(path, flags, 0o600 if private else 0o666)
+
+
+def private_file(path: Path) -> TextIO:
+    """
+    Opens a new file, for what may hold a secret: only the user may read it, from the start.
+
+    Args:
+        path (`Path`):
+            The file. One of this name, or a link, is removed. Its directory is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return os.fdopen(_create(path, private=True), "w", encoding="utf-8")
+
+
 @contextmanager
 def unfinished_file(target: Path, private: bool = False) -> Iterator[Path]:
     """
@@ -43,8 +62,7 @@ def unfinished_file(target: Path, private: bool = False) -> Iterator[Path]:
             Whether only the user may read the file.
     """
     path = _new_name(target)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    os.close(os.open(path, flags, 0o600 if private else 0o666))
+    os.close(_create(path, private))
     try:
         yield path
     finally:

@@ -257,6 +257,9 @@ def _read_file(path: str, parser: TrlParser, hints: dict[str, Any]) -> tuple[dic
     environment = content.pop("env", None) or {}
     if isinstance(environment, dict):
         for name, value in environment.items():
+            if not str(name) or "=" in str(name):
+                refused.append(("env", f"`env` names a variable {str(name)!r}: a name is not empty and has no `=`."))
+                continue
             print(f"{path} sets the environment variable {printable(str(name), kept='')}")  # its value may be a token
             os.environ[str(name)] = str(value)
     else:

@@ -16,6 +16,10 @@ from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_str
 from .method.sampling import check_generation_kwargs
 
 
+class _GRPOConfig(WithoutSecrets, GRPOConfig):
+    """It shows no secrets to trackers of runs."""
+
+
 @dataclass(repr=False)
 class SGPOConfig(WithoutSecrets, GRPOConfig):
     r"""
@@ -276,7 +280,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         known = {item.name for item in fields(GRPOConfig) if item.init}
         settings = {name: value for name, value in vars(self).items() if name in known}
         derived = {"generation_batch_size": None, "steps_per_generation": self.steps_per_generation}
-        return GRPOConfig(**(settings | derived | changes))
+        return _GRPOConfig(**(settings | derived | changes))
 
     def __post_init__(self):
         refuse("SGPOConfig", list(not_finite(vars(self))))  # before numbers are compared and rounded
@@ -287,7 +291,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._use_new_names()
         batch_is_given = self.generation_batch_size is not None
-        for check in (self._check_choices, self._check_prompt, self._check_geometry):
+        for check in (self._check_choices, lambda: check_strategy_prompt(self.strategy_prompt), self._check_geometry):
             problems += _problems_of(check)
         if not problems and not batch_is_given:
             problems += _problems_of(self._check_local_batch)
@@ -368,8 +372,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         return text
 
     def _check_choices(self):
-        problems = []
-        b = self.num_bank_rollouts
+        problems, b = [], self.num_bank_rollouts
         if b > 0 and not self.use_bank:
             problems.append(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
         if self.bank_server is not None and not self.use_bank:
@@ -404,9 +407,6 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
                 "multi_objective_aggregation to 'sum_then_normalize'."
             )
         refuse("SGPOConfig", problems)
-
-    def _check_prompt(self):
-        check_strategy_prompt(self.strategy_prompt)
 
     def _check_local_batch(self):
         """Checked before TRL does, whose message names no fix."""

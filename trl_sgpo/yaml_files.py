@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from .checks.characters import misplaced
+from .checks.terminal import printable
 from .errors import ConfigError, refuse
 
 
@@ -103,6 +105,11 @@ def _load(path: str, loader: Any) -> dict[str, Any]:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values.")
+    for key, value in content.items():
+        within = {f"{key}.{name}": [name, each] for name, each in value.items()} if isinstance(value, dict) else {}
+        for name, each in {key: key, **(within or {key: [key, value]})}.items():
+            if found := misplaced(each):
+                raise ConfigError(f"{path}: `{printable(str(name), kept='')}` holds {found}: remove the character.")
     return content
 
 

@@ -356,6 +356,14 @@ def test_a_tokenizer_that_doubles_letters(tiny: Path, refused: Any, tmp_path: Pa
     assert "times as long" in refused(arguments("solve", str(tiny), tmp_path))
 
 
+@pytest.mark.parametrize("place", ["added_tokens_decoder", "extra_special_tokens", "eos_token"])
+def test_an_added_token_with_a_title_for_the_terminal(place: str, tiny: Path, refused: Any, tmp_path: Path) -> None:
+    token = {"content": "<|im_end|>", "\x1b]0;OWNED\x07": 1, "__type": "AddedToken"}
+    value = {"added_tokens_decoder": {"0": token}, "extra_special_tokens": [token], "eos_token": token}[place]
+    change(tiny / TOKENIZER, **{place: value})
+    assert "unknown keys" in refused(arguments("solve", str(tiny), tmp_path))
+
+
 def test_a_processor_that_names_a_model(tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "other")
     with_code(tmp_path / "other", marker, CONFIG)

@@ -2,27 +2,32 @@
 
 import json
 import logging
+import os
 import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from models import evenness, hash_embedder, problems, save_tiny_model
 from report_runs import write_run
 from test_pipeline import PROBLEM
 from transformers import TrainerControl, TrainerState
 
-from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
+from trl_sgpo import SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, StrategyBank
 from trl_sgpo.bank.shared import SharedBank
 from trl_sgpo.callbacks import RunRecordCallback
 from trl_sgpo.checks.command import run_command
 from trl_sgpo.checks.secrets import is_secret, redacted, without_credentials
+from trl_sgpo.cli.compare import _run
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.classes import CLASS_COLUMN
 from trl_sgpo.errors import BankError, ConfigError
 from trl_sgpo.hub.model_card import FACTS_FILE, TrainingFacts, make_card
 from trl_sgpo.inference.server import TOKEN_VARIABLE
+from trl_sgpo.method.conversation_trainer import ConversationGRPOTrainer
 from trl_sgpo.report.page import write_report
 from trl_sgpo.report.records import read_run
 
@@ -92,18 +97,56 @@ def test_settings_of_a_run(config):
     assert settings["problems"] == {"password": 1, "sums": 1}
 
 
-def test_pickled_arguments_are_readable_by_their_owner_only(tmp_path):
+@pytest.fixture
+def private(monkeypatch):
+    """Files are private when libraries write to them, not only later."""
+    modes = []
+    save = torch.save
+
+    def noting(content, path, *args, **kwargs):
+        save(content, path, *args, **kwargs)
+        modes.append(stat.S_IMODE(Path(path).stat().st_mode))
+
+    monkeypatch.setattr("torch.save", noting)
+    return modes
+
+
+@pytest.mark.parametrize("kind", [SGPOTrainer, SharedPromptGRPOTrainer, ConversationGRPOTrainer])
+def test_pickled_arguments_are_readable_by_their_owner_only(kind, tmp_path, private):
     args = SGPOConfig(str(tmp_path / "run"), report_to="none", use_bank=False, hub_token=SECRET)
-    trainer = SGPOTrainer(save_tiny_model(tmp_path / "model"), evenness, args, problems())
+    args = args if kind is SGPOTrainer else args.to_grpo()
+    trainer = kind(
+        model=save_tiny_model(tmp_path / "model"), reward_funcs=evenness, args=args, train_dataset=problems()
+    )
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "training_args.bin").symlink_to(victim)
     trainer.save_model(str(tmp_path / "saved"))
-    assert stat.S_IMODE((tmp_path / "saved" / "training_args.bin").stat().st_mode) == 0o600
+    assert private == [0o600] and victim.read_text() == "precious"
+    assert torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False).hub_token == SECRET
+
+
+def test_logs_of_a_comparison(tmp_path):
+    """What libraries print may hold a token."""
+    victim, log = tmp_path / "victim", tmp_path / "logs" / "grpo-seed-1.txt"
+    victim.write_text("precious")
+    log.parent.mkdir()
+    log.symlink_to(victim)
+    for text in ("first", "second"):
+        assert _run([sys.executable, "-c", f"print({text!r})"], dict(os.environ), log) == 0
+        assert log.read_text() == f"{text}\n"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600 and victim.read_text() == "precious"
 
 
 def test_trackers_and_texts_of_a_configuration(config):
     for shown in (config.to_sanitized_dict(), config.to_json_string(), str(config), repr(config), f"{config}"):
         assert SECRET not in str(shown)
     assert config.hub_token == SECRET and config.model_init_kwargs["token"] == SECRET
-    assert config.to_grpo().model_init_kwargs["token"] == SECRET
+    plain = config.to_grpo()
+    assert plain.model_init_kwargs["token"] == SECRET
+    for shown in (plain.to_sanitized_dict(), plain.to_json_string(), repr(plain)):
+        assert SECRET not in str(shown)
 
 
 def test_report_of_settings_that_an_earlier_version_wrote(tmp_path):

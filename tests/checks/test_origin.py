@@ -110,3 +110,30 @@ class TestRunCommand:
     def test_a_bug_is_raised(self) -> None:
         with pytest.raises(ValueError, match="bug"):
             run_command("trl-sgpo x", lambda argv: function("trl_sgpo.x", "f", "raise ValueError('bug')")(), [])
+
+
+class TestTraceback:
+    """`TRL_SGPO_TRACEBACK=1` prints it before the line, through the boundary to the terminal."""
+
+    def failed(self, error: Exception, capsys: pytest.CaptureFixture[str]) -> list[str]:
+        construct = function("transformers.planted", "construct", "raise error", error=error)
+        assert run_command("trl-sgpo solve", lambda _: construct(), []) == 2
+        return capsys.readouterr().err.splitlines()
+
+    def test_is_named_after_the_error_of_a_library(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TRL_SGPO_TRACEBACK", raising=False)
+        assert self.failed(ValueError("`x` must be 3."), capsys) == [
+            "trl-sgpo solve: error: `x` must be 3. (TRL_SGPO_TRACEBACK=1 shows the traceback)"
+        ]
+        assert self.failed(ConfigError("`x` must be 3."), capsys) == ["trl-sgpo solve: error: `x` must be 3."]
+
+    def test_is_printed(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRL_SGPO_TRACEBACK", "1")
+        for kind in (ValueError, ConfigError):
+            first, *middle, last = self.failed(kind("\x1b[2J\u202e http://user:pw@host"), capsys)
+            assert first == "Traceback (most recent call last):"
+            assert any("in construct" in line for line in middle)
+            assert last == "trl-sgpo solve: error: \\x1b[2J\\u202e http://***@host"
+            assert "\x1b" not in "".join(middle) and "pw" not in "".join(middle)

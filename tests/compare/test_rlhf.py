@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_sgpo.compare.rlhf import answer_ids, preference_pairs, split_by_problem, train_reward_model
+from trl_sgpo.compare.rlhf import preference_pairs, split_by_problem, train_reward_model
 from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.files import unfinished_files
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.method.conversation import answer_ids
 from trl_sgpo.sgpo_config import SGPOConfig
 from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 
@@ -132,7 +133,7 @@ def test_reward_model_learns_and_rewards_in_grpo(policy, chat, tmp_path):
     )
     with torch.no_grad():
         trained_on = [
-            model(torch.tensor([answer_ids(tokenizer, pairs[0]["prompt"], pairs[0][name])])).logits.item()
+            model(torch.tensor(answer_ids(tokenizer, [pairs[0]["prompt"]], [pairs[0][name]], None))).logits.item()
             for name in ("chosen", "rejected")
         ]
     assert rewards == pytest.approx(trained_on, abs=1e-5)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from trl import GRPOTrainer, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
 
 from ..bank import Strategy, StrategyBank
 from ..bank.session import Observation
@@ -26,6 +26,7 @@ from ..compare.lab.model import fetch_model
 from ..data.classes import CLASS_COLUMN, with_classes
 from ..data.loading import load_data, load_rewards, without_long_problems
 from ..inference.pretrained import load_tokenizer
+from ..method.conversation_trainer import ConversationGRPOTrainer
 from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
@@ -38,7 +39,7 @@ STEP_ARMS = ("sgpo", "shared_grpo", "grpo")
 """With GRPO by [`SharedPromptGRPOTrainer`], to separate the cost of the method from the gain by the fast paths."""
 
 
-class _GRPOTrainer(GRPOTrainer):
+class _GRPOTrainer(ConversationGRPOTrainer):
     """TRL's trainer with SGPO's remedies for the LM head on CPUs, which all arms use."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

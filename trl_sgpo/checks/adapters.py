@@ -8,7 +8,7 @@ from ..errors import ModelError
 
 OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
 MAX_RANK, MAX_NUMBER, MAX_PATTERN = 2**15, 10**6, 2_000
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
 _REPEATED_GROUP = re.compile(r"\)\s*(?:[*+]|\{)")
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\d*\}")
 _MAX_UNBOUNDED = 8  # patterns for the layers of a part of a model have five

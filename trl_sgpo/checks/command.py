@@ -2,11 +2,17 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
-from ..errors import SettingsError
+from ..errors import ConfigError, SettingsError, SGPOError
+from .characters import misplaced
 from .origin import what_to_mend
 from .terminal import escaped_output
+
+
+TRACEBACK = "TRL_SGPO_TRACEBACK"
+"""Environment variable that lets the traceback of an error be printed before its line."""
 
 
 def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -26,12 +32,20 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) ->
     """
     with escaped_output():
         try:
+            for argument in argv:
+                if found := misplaced(argument):
+                    raise ConfigError(f"The argument {argument[:200]!r} holds {found}: write it in UTF-8.")
             return main(argv)
         except Exception as error:
             message = what_to_mend(error)
             if message is None:
                 raise
             if os.environ.get("LOCAL_RANK", "0") == "0":  # not once for each process
+                shown = os.environ.get(TRACEBACK) == "1"
+                if shown:
+                    traceback.print_exc()
                 text = message if isinstance(error, SettingsError) else " ".join(message.split())
-                print(f"{prog}: error: {text}", file=sys.stderr)
+                of_a_library = not isinstance(error, SGPOError | OSError)
+                hint = f" ({TRACEBACK}=1 shows the traceback)" if of_a_library and not shown else ""
+                print(f"{prog}: error: {text}{hint}", file=sys.stderr)
             return 2

@@ -12,6 +12,7 @@ from ..errors import ModelError
 from .adapters import check_adapter_settings
 
 
+AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
 MAX_LAYERS = 10_000
 MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
@@ -21,6 +22,7 @@ _LAYERS = re.compile(r"(?:layers?|blocks|stages|experts)(?:_|$)|depth")
 _WEIGHTS = (".safetensors", ".gguf")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OF_ADDED_TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type", "id"}
 _TEXTS = ("chat_template", "added_tokens_decoder")
 
 
@@ -55,6 +57,7 @@ def check_model_folder(source: str | Path) -> None:
     for name, check in (
         (_CONFIG, check_model_settings),
         (_TOKENIZER, check_tokenizer_settings),
+        ("special_tokens_map.json", check_tokenizer_settings),
         (_VOCABULARY, _check_growth),
         ("processor_config.json", _check_processor),
         (_ADAPTER, check_adapter_settings),
@@ -126,8 +129,11 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
             Content of its `tokenizer_config.json`.
 
     Raises:
-        [`ModelError`]: A setting names a file of this machine.
+        [`ModelError`]: A setting names a file of this machine, or an added token has unknown keys.
     """
+    if any(token.keys() - _OF_ADDED_TOKEN for token in _added_tokens(settings)):
+        # The tokenizer's library would print them, past all escaping
+        raise ModelError(f"The tokenizer of {source} has added tokens with unknown keys: {AGAIN}")
     for key, value in settings.items():
         if key in _TEXTS:
             continue
@@ -142,20 +148,9 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
 def _check_growth(source: str | Path, vocabulary: dict[str, Any]) -> None:
     """Replacements one after the other may make a text longer without end."""
     for part in ("normalizer", "decoder"):
-        growth = math.prod(map(_growth, _replacements(vocabulary.get(part))))
+        growth = math.prod(_growth(each) for each in _mappings(vocabulary.get(part)) if each.get("type") == "Replace")
         if growth > MAX_GROWTH:
             raise ModelError(f"The {part} of the tokenizer of {source} makes texts {growth:.0e} times as long.")
-
-
-def _replacements(part: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(part, dict):
-        if part.get("type") == "Replace":
-            yield part
-        for value in part.values():
-            yield from _replacements(value)
-    elif isinstance(part, list):
-        for value in part:
-            yield from _replacements(value)
 
 
 def _growth(replacement: dict[str, Any]) -> float:
@@ -167,6 +162,25 @@ def _growth(replacement: dict[str, Any]) -> float:
 def _check_processor(source: str | Path, settings: dict[str, Any]) -> None:
     if settings.get("audio_tokenizer"):
         raise ModelError(f"The processor of {source} names a model as `audio_tokenizer`, which is not loaded.")
+
+
+def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for part in value.values():
+            yield from _mappings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _mappings(part)
+
+
+def _added_tokens(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key, value in settings.items():
+        if key.endswith("_token"):
+            yield from [value] if isinstance(value, dict) else []
+        elif key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+            yield from (part for part in parts if isinstance(part, dict))
 
 
 def _is_path_of_a_file(text: str) -> bool:
@@ -188,7 +202,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: save the model again.") from error
+        raise ModelError(f"{path} cannot be read: {AGAIN}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object: save the model again.")
+        raise ModelError(f"{path} holds no JSON object: {AGAIN}")
     return content

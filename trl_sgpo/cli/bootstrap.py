@@ -285,11 +285,11 @@ def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -
 
     from ..compare.lab.model import prepare_model
     from ..inference.model import TwoPhaseModel
-    from ..inference.server import TOKEN_VARIABLE, ServerModel
+    from ..inference.server import TOKEN_VARIABLE, ServerModel, encoder_of
     from ..recipe import model_init_kwargs
 
     if options.by == "server":
-        return ServerModel(
+        model = ServerModel(
             options.server,
             options.server_model,
             settings,
@@ -297,6 +297,8 @@ def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -
             concurrency=options.concurrency,
             timeout=options.timeout,
         )
+        model.encoder = encoder_of(options.server_model)
+        return model
     kwargs = {key: value for key, value in model_init_kwargs(recipe).items() if value is not None}
     if (quantization := get_quantization_config(recipe.model)) is not None:
         kwargs["quantization_config"] = quantization

@@ -13,6 +13,7 @@ from typing import Any
 from ..checks.arguments import Parser
 from ..checks.paths import check_directory, check_file
 from ..errors import ConfigError
+from ..files import private_file
 
 
 def main(argv: list[str]) -> int:
@@ -132,8 +133,7 @@ def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, 
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    with private_file(log) as file:  # a library may print an address with a token
         return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 

@@ -155,6 +155,12 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
         if unknown:
             raise ConfigError(f"{path} has no arm {unknown[0]!r}, only {', '.join(arm.name for arm in arms)}.")
         arms = [arm for arm in arms if arm.name in kept]
+    seeds = content["seeds"]
+    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ConfigError(f"{path}: `seeds` must be a list of whole numbers.")
+    for key in ("budget", "processes", "samples"):
+        if type(content.get(key, 1)) is not int:
+            raise ConfigError(f"{path}: `{key}` must be a whole number.")
     comparison = Comparison(**(content | {"arms": arms}))
     if comparison.budget < 1 or comparison.processes < 1 or comparison.samples < 1:
         raise ConfigError(f"{path}: `budget`, `processes` and `samples` must be at least 1.")

@@ -21,6 +21,7 @@ from ..data.warmstart import two_phase_examples, warmstart
 from ..data.worked import traces
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
+from ..method.conversation_trainer import ConversationGRPOTrainer
 from ..method.credit import Credit
 from ..method.rollout import Rollout
 from ..recipe import Recipe, model_init_kwargs
@@ -214,7 +215,7 @@ def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str
         max_completion_length=training.max_strategy_length + training.max_completion_length,
         model_init_kwargs=model_init_kwargs(task.recipe),
     )
-    trainer = GRPOTrainer(
+    trainer = ConversationGRPOTrainer(
         model=task.model,
         reward_funcs=rewards,
         args=config,

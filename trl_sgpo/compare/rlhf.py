@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError
 from ..files import unfinished_directory
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.verifier import Verifier, verify
-from ..method.conversation import rendered
+from ..method.conversation import answer_ids
 
 
 if TYPE_CHECKING:
@@ -113,22 +113,6 @@ def _pair(prompt: Any, chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": messages[0], "rejected": messages[1]}
 
 
-def answer_ids(
-    tokenizer: Any, prompt: Any, completion: Any, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """
-    Tokenises an answered prompt as [`~trl.GRPOTrainer`] does for a reward model.
-
-    [`~trl.RewardTrainer`] would append the end token to plain texts, but [`~trl.GRPOTrainer`] passes completions
-    to a reward model without it.
-    """
-    if isinstance(prompt, str):
-        text = prompt + completion
-    else:
-        text = rendered(tokenizer, prompt + completion, chat_template_kwargs)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def train_reward_model(
     policy_dir: str,
     pairs: "Dataset",
@@ -139,6 +123,8 @@ def train_reward_model(
 ) -> str:
     """
     Trains a reward model on pairs with TRL's [`~trl.RewardTrainer`], starting from the policy's weights.
+
+    Pairs are tokenized here as for scoring: [`~trl.RewardTrainer`] would append the end token to plain texts.
 
     A tenth of the problems is held out. The accuracy on their pairs is written to `held_out.json` beside the
     model. The directory appears only when it is complete.
@@ -174,7 +160,7 @@ def train_reward_model(
     training, held_out = (
         [
             {
-                key: answer_ids(tokenizer, row["prompt"], row[key[:-4]], template_kwargs)
+                key: answer_ids(tokenizer, [row["prompt"]], [row[key[:-4]]], template_kwargs)[0]
                 for key in ("chosen_ids", "rejected_ids")
             }
             for row in part

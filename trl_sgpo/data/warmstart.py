@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import DataError, ModelError
 from ..files import unfinished_directory
-from ..inference.pretrained import load_config, load_tokenizer
+from ..inference.pretrained import load_config, load_tokenizer, readable_weights
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
@@ -170,35 +170,36 @@ def warmstart(
     print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
     adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            str(output_dir),
-            model_init_kwargs=model_init_kwargs,
-            per_device_train_batch_size=batch_size,
-            num_train_epochs=1,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=0.1 if full else 5,
-            adam_beta2=config.adam_beta2,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            seed=config.seed,
-            bf16=config.bf16,
-            fp16=config.fp16,
-            use_cpu=config.use_cpu,
-            gradient_checkpointing=config.gradient_checkpointing,
-            disable_tqdm=config.disable_tqdm,
-            # Batches of one length are fast, but differ too much from each other for a model trained from scratch
-            train_sampling_strategy="random" if full else "group_by_length",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-        ),
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    with readable_weights(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                str(output_dir),
+                model_init_kwargs=model_init_kwargs,
+                per_device_train_batch_size=batch_size,
+                num_train_epochs=1,
+                learning_rate=learning_rate,
+                lr_scheduler_type="linear",
+                warmup_steps=0.1 if full else 5,
+                adam_beta2=config.adam_beta2,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                seed=config.seed,
+                bf16=config.bf16,
+                fp16=config.fp16,
+                use_cpu=config.use_cpu,
+                gradient_checkpointing=config.gradient_checkpointing,
+                disable_tqdm=config.disable_tqdm,
+                # Batches of one length are fast, but differ too much from each other for a model trained from scratch
+                train_sampling_strategy="random" if full else "group_by_length",
+                dataset_kwargs={"skip_prepare_dataset": True},
+                remove_unused_columns=False,
+            ),
+            train_dataset=Dataset.from_list(examples),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
     with project_labelled_tokens_only(trainer.accelerator.device):
         trainer.train()
     tuned = trainer.accelerator.unwrap_model(trainer.model)

@@ -3,7 +3,7 @@ Pushes of a trainer to the Hub: one commit with the published files and an expor
 
 What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `init_hf_repo`,
 `create_model_card`, `push_to_hub`, `_push_from_checkpoint`, `_finish_current_push`, `push_in_progress`,
-`_determine_best_metric`, `_save`.
+`_determine_best_metric`.
 """
 
 import os
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 from trl import GRPOTrainer
@@ -64,11 +63,6 @@ class HubTrainer(GRPOTrainer):
         name = model if isinstance(model, str) else get_config_model_id(self.model.config) or ""
         earlier = TrainingFacts.load(name).base_model if os.path.isdir(name) else ""
         return TrainingFacts.of(self.args, earlier or name, self.reward_func_names)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # by this process
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).chmod(0o600)  # tokens are in this pickle
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         try:

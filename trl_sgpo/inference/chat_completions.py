@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks.json_text import parse_json
 from .model import Stream
 
 
@@ -127,8 +126,8 @@ class StreamedCompletion:
 
 def _event(data: bytes) -> dict[str, Any]:
     try:
-        event = parse_json(data)
-    except ValueError as error:
+        event = json.loads(data)  # halves of characters are replaced in texts
+    except (ValueError, RecursionError) as error:
         raise NoCompletion(f"{str(error)[:100]}") from error
     event = _object(event, "answer")
     if event.get("error"):

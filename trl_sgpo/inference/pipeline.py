@@ -15,6 +15,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.hub import pull_bank
 from ..bank.snapshot import embed_with, open_copy, open_export
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
+from ..checks.characters import misplaced
 from ..data.final_answers import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
@@ -26,7 +27,7 @@ from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
 from .model import Decoding, TwoPhaseModel
 from .pretrained import load_tokenizer
 from .retrieval import with_retrieved
-from .server import ServerModel
+from .server import ServerModel, encoder_of
 from .settings import TwoPhaseSettings
 from .solution import Attempt, Solution, vote
 
@@ -193,6 +194,8 @@ class SGPOPipeline:
             model.settings = settings or _settings(directory) or TwoPhaseSettings()
             if directory is not None and (Path(directory) / "tokenizer_config.json").is_file():
                 model.encoder = TextEncoder(load_tokenizer(directory))
+            else:
+                model.encoder = encoder_of(name)
             pipeline = cls(model, _open_bank(bank, directory, trust_bank, embedding_model, opened))._owning(opened)
             pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
             return pipeline
@@ -266,6 +269,8 @@ class SGPOPipeline:
             raise ConfigError("Greedy attempts are all the same: sample them (`--temperature` above 0), or make one.")
         if strategy is not None and not strategy.strip():
             raise ConfigError("The strategy is empty: write one, or leave it out and let the model write it.")
+        if found := misplaced(strategy, halves_only=True):
+            raise ConfigError(f"The strategy holds {found}: remove the character.")
         rows = [problem for problem in problems for _ in range(samples)]
         if strategy is not None:
             written = [ParsedStrategy(strategy.strip())] * len(rows)

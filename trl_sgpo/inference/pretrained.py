@@ -4,13 +4,16 @@ weights are read from safetensors only.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.json_text import parse_json
 from ..checks.remote_code import remote_code_problems
-from ..checks.repositories import check_model_folder, check_tokenizer_settings
+from ..checks.repositories import AGAIN, check_model_folder, check_tokenizer_settings
 from ..errors import ConfigError, ModelError
 from ..speed.patches import CountedPatch
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _EMBEDDING_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OF_EMBEDDING_MODELS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -43,24 +48,82 @@ def _question_seconds() -> int:
     return dynamic_module_utils.TIME_OUT_REMOTE_CODE
 
 
-# Libraries that load a further model do not pass `trust_remote_code`: with 0, transformers refuses and does not ask
 NO_QUESTION = CountedPatch(_question_seconds, _set_question_seconds, 0)
+"""Libraries that load a further model do not pass `trust_remote_code`: with 0, transformers refuses and never asks."""
+
+
+def _check_weights(directory: Path) -> None:
+    """Raises [`ModelError`] if a file of weights in a directory is no safetensors file, or a shard is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    files, index = [directory / WEIGHTS, directory / ADAPTER_WEIGHTS], directory / INDEX
+    if index.is_file() and not files[0].is_file():
+        try:
+            shards = {str(name) for name in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of weights: {AGAIN}") from error
+        files += [directory / name for name in sorted(shards)]
+        if missing := [str(path) for path in files[2:] if not path.is_file()]:
+            raise ModelError(f"{missing[0]} is missing, which {INDEX} names: {AGAIN}")
+    for path in files:
+        try:
+            if path.is_file():
+                with safe_open(path, framework="pt"):
+                    pass
+        except SafetensorError as error:
+            raise ModelError(f"{path} is no complete safetensors file ({error}): {AGAIN}") from error
 
 
 @contextmanager
-def without_code(source: str | Path) -> Iterator[None]:
-    """Checks the folder, and replaces the question and the advice to trust its code, which is refused here."""
+def readable_weights(source: str | Path) -> Iterator[None]:
+    """
+    Within the context, a library reads weights.
+
+    Args:
+        source (`str` or `Path`):
+            Directory or Hub id.
+
+    Raises:
+        [`ModelError`]: Files of the directory cannot be read, or the weights have other sizes than its configuration.
+    """
+    _check_weights(Path(source))
+    try:
+        yield
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ModelError(
+            f"The weights in {source} have other sizes than its configuration, or the base model of an adapter, says: "
+            f"{AGAIN}"
+        ) from error
+
+
+@contextmanager
+def _loading(source: str | Path) -> Iterator[None]:
+    """Checks the folder. Errors name it, and do not advise to set `trust_remote_code`, which is refused here."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    malformed = (
+        SafetensorError, StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+        re.error, FileNotFoundError,
+    )  # fmt: skip
     check_model_folder(source)
     try:
         with NO_QUESTION:
             yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except malformed as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source} can be loaded only with code from its repository, which is never run: name a model whose "
+                "architecture and tokenizer are part of transformers."
+            ) from error
+        # Libraries raise ValueError with a message for users, and TypeError for arguments that are not of the files
+        told = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
+        if told or "unexpected keyword argument" in str(error):
             raise
-        raise ModelError(
-            f"{source} can be loaded only with code from its repository, which is never run: name a model whose "
-            "architecture and tokenizer are part of transformers."
-        ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"The files of {source} cannot be loaded ({reason}): {AGAIN}") from error
 
 
 def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
@@ -77,7 +140,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     kwargs = _safe(kwargs)
-    with without_code(source):
+    with _loading(source):
         if not Path(source).is_dir():
             check_tokenizer_settings(source, get_tokenizer_config(str(source), revision=kwargs.get("revision")))
         return AutoTokenizer.from_pretrained(source, **kwargs)
@@ -88,7 +151,7 @@ def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     kwargs = _safe(kwargs)
-    with without_code(source):
+    with _loading(source):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
@@ -107,7 +170,7 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     from transformers import AutoModelForCausalLM
 
     kwargs = _safe(kwargs) | {"use_safetensors": True}
-    with without_code(source):
+    with _loading(source), readable_weights(source):
         return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
 
 
@@ -128,7 +191,7 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
     """
     from peft import PeftModel
 
-    with without_code(directory):
+    with _loading(directory), readable_weights(directory):
         return PeftModel.from_pretrained(model, directory, **kwargs)
 
 
@@ -136,7 +199,7 @@ def load_adapter_config(directory: str | Path) -> "PeftConfig":
     """Loads the config of a saved adapter."""
     from peft import PeftConfig
 
-    with without_code(directory):
+    with _loading(directory):
         return PeftConfig.from_pretrained(directory)
 
 
@@ -162,7 +225,7 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     if (directory / "modules.json").is_file():
         for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
             _check_module(source, directory / str(module["path"]), str(module["type"]))
-    with without_code(source):
+    with _loading(source), readable_weights(directory):
         return SentenceTransformer(
             str(directory), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
@@ -175,5 +238,6 @@ def _check_module(source: str, directory: Path, kind: str) -> None:
             f"The embedding model {source} has the module {kind!r}: use one of {', '.join(_EMBEDDING_MODULES)} of "
             "sentence-transformers."
         )
-    if (directory / "pytorch_model.bin").is_file() and not (directory / "model.safetensors").is_file():
+    if (directory / "pytorch_model.bin").is_file() and not (directory / WEIGHTS).is_file():
         raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
+    _check_weights(directory)

@@ -1,11 +1,13 @@
 """A model behind an OpenAI-compatible server, with the methods of [`~trl_sgpo.inference.model.TwoPhaseModel`]."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +31,7 @@ from ..method.prompts import (
 )
 from .chat_completions import Completion, CompletionFailed, NoCompletion, StreamedCompletion, read_completion
 from .model import Decoding, Stream
+from .pretrained import load_tokenizer
 from .settings import TwoPhaseSettings
 
 
@@ -39,7 +42,30 @@ _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 LIST_SECONDS = 10.0
 MAX_ANSWER_BYTES = 8 * 2**20  # its JSON takes about twenty times as much memory, for each request at a time
+_TOKENIZER = "tokenizer_config.json"
+_LIKE_CONTROL = re.compile(r"<[|\uff5c][^|\uff5c<>\s]{1,64}[|\uff5c]>")  # some models write the wide bar
 _ADDRESSES = "http://127.0.0.1:8000/v1 or https://example.org/v1"
+
+
+def encoder_of(name: str) -> TextEncoder | None:
+    """
+    The encoder of a model whose tokenizer is on this machine. Nothing is downloaded.
+
+    Args:
+        name (`str`):
+            A directory, or a Hub id that may be in the Hugging Face cache.
+
+    Returns:
+        [`~trl_sgpo.method.control_tokens.TextEncoder`] or `None`: `None` if the tokenizer is not there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        if Path(name, _TOKENIZER).is_file() or isinstance(try_to_load_from_cache(name, _TOKENIZER), str):
+            return TextEncoder(load_tokenizer(name, local_files_only=True))
+    except (OSError, ValueError):  # the name means something on the server only
+        pass
+    return None
 
 
 class ServerModel:
@@ -70,7 +96,8 @@ class ServerModel:
 
     Attributes:
         encoder ([`~trl_sgpo.method.control_tokens.TextEncoder`] or `None`): Knows the control tokens of the model, in
-            which a space is put where a text holds them. Without it the server encodes texts as it does.
+            which a space is put where a text holds them. Without it texts are sent as they are, and a warning names
+            the first `<|…|>` in one.
         generated_tokens (`int`): Tokens generated so far, as the server counts them.
         listed (`list[str]`): Names of models that the server lists, after [`ServerModel.list_models`].
     """
@@ -99,6 +126,7 @@ class ServerModel:
         self._separates_reasoning = False
         self._limit_key = "max_tokens"
         self.encoder: TextEncoder | None = None
+        self._warned_of_control = False
         self.listed: list[str] = []
         self._timeout = timeout
         self._headers = headers
@@ -187,11 +215,26 @@ class ServerModel:
             return self._without_control(as_text(prompt))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.encoder is None:
+            for message in messages:
+                self._without_control(problem_text([message]))
             return messages
+        for message in messages:
+            self.encoder.check_fields(message)
         return [message | {"content": self._without_control(problem_text([message]))} for message in messages]
 
     def _without_control(self, text: str, but: Sequence[str] = ()) -> str:
-        return text if self.encoder is None else self.encoder.broken(text, but)
+        if self.encoder is not None:
+            return self.encoder.broken(text, but)
+        found = _LIKE_CONTROL.search(text)
+        if found is not None and not self._warned_of_control:
+            self._warned_of_control = True
+            logger.warning(
+                "A problem or strategy holds %s, which is sent unchanged and may be a control token of the server's "
+                "model: name its run (`--run`), or download its tokenizer and name it as on the Hub, and a space is "
+                "put into control tokens.",
+                found[0],
+            )
+        return text
 
     def _complete(
         self,

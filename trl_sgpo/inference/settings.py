@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
+from ..checks.json_text import parse_json
 from ..errors import ConfigError
 from ..method.conversation import Conversation
 from ..method.prompts import (
@@ -134,10 +135,10 @@ class TwoPhaseSettings:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB: delete it to use the default prompts.")
         try:
-            written = json.loads(path.read_text(encoding="utf-8"))
+            written = parse_json(path.read_text(encoding="utf-8"))
             _check(written)
             return cls(**written)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path} cannot be read ({error}): delete it to use the default prompts.") from error
 
 

@@ -8,7 +8,7 @@ is encoded as if they had not been added. Other texts are encoded as always.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,60 @@ def _is_markup(token: str, template: str) -> bool:
     return token in template or not (token[0].isalnum() or token[-1].isalnum())
 
 
+def _texts_of(message: dict[str, Any]) -> list[str]:
+    """
+    The texts of a message.
+
+    Raises:
+        [`DataError`]: Its content is neither text nor a list of parts.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return [content] if content else []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise DataError("A message has a content that is neither text nor a list of parts: correct the dataset.")
+    texts = [part["text"] for part in content if part.get("text")]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError("A message has a part whose `text` is no text: correct the dataset.")
+    return texts
+
+
+def _with_texts(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return message | {"content": change(content)}
+    if isinstance(content, list):
+        return message | {
+            "content": [part | {"text": change(part["text"])} if part.get("text") else part for part in content]
+        }
+    return message
+
+
+def _without_texts(messages: Messages, kept: Sequence[str]) -> Messages:
+    """The messages with a letter in place of each text, between the marks of reasoning of an assistant."""
+
+    def letters(text: str, own: bool) -> str:
+        parts = _MARK.split(text) if own else [text]
+        return "".join(part if place % 2 or not part.strip() else "a" for place, part in enumerate(parts))
+
+    def changed(message: dict[str, Any]) -> dict[str, Any]:
+        own = message.get("role") == "assistant"
+        return _with_texts(message, lambda text: text if text in kept else letters(text, own))
+
+    return [changed(message) for message in messages]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from (str(key), *_strings(part))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
+
+
 class TextEncoder:
     """
     Encodes texts with a model's tokenizer, without control tokens.
@@ -43,6 +97,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self._segments: dict[str, list[int]] = {}
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -138,7 +193,9 @@ class TextEncoder:
                     text = f"{text[:at]} {text[at:]}"
         raise DataError("A text holds control tokens of the model that cannot be broken: remove them.")
 
-    def conversation_ids(self, messages: Messages, render: Callable[[Messages], str]) -> list[int]:
+    def conversation_ids(
+        self, messages: Messages, render: Callable[[Messages], str], kept: Sequence[str] = ()
+    ) -> list[int]:
         """
         Returns the tokens of a rendered conversation, in which control tokens are those of the chat template only.
 
@@ -147,6 +204,8 @@ class TextEncoder:
                 The conversation.
             render (`Callable[[list[dict]], str]`):
                 Applies the chat template. It may return a part of the text.
+            kept (`Sequence[str]`, *optional*):
+                Contents that `render` looks for.
 
         Raises:
             [`DataError`]: A message holds control tokens outside its content, or the template cuts one that has some.
@@ -154,7 +213,15 @@ class TextEncoder:
         enclosed = self.enclosed(messages)
         text = render(enclosed)
         if enclosed == messages:
-            return self.raw_ids(text)
+            ids = self.raw_ids(text)
+            control = self._control(ids)
+            if control == self._control_of_template(text, messages):
+                return ids
+            # The template changes messages, or shows a part: it may have made control tokens of them
+            if control == self._control(self.raw_ids(render(_without_texts(messages, kept)))):
+                return ids
+            enclosed = [self._with_contents(message, self._enclosed) for message in messages]
+            text = render(enclosed)
         parts = re.split(f"({_START}|{_END})", text)
         if parts[1::2] != [_START, _END] * (len(parts) // 4):
             raise DataError(
@@ -187,6 +254,29 @@ class TextEncoder:
             )
         return enclosed
 
+    def _control(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token in self.control_ids and token != self._unknown_id]
+
+    def _control_of_template(self, text: str, messages: Messages) -> list[int] | None:
+        """Control tokens of what a template puts around contents, `None` if it does not show them as they are."""
+        found: list[int] = []
+        position = 0
+        for message in messages:
+            for content in filter(None, map(str.strip, _texts_of(message))):
+                at = text.find(content, position)
+                if at < 0:
+                    return None
+                found += self._segment(text[position:at])
+                position = at + len(content)
+        return found + self._segment(text[position:])
+
+    def _segment(self, text: str) -> list[int]:
+        if text not in self._segments:
+            if len(self._segments) >= _BATCH:
+                self._segments.clear()
+            self._segments[text] = self._control(self.raw_ids(text))
+        return self._segments[text]
+
     def _any_control(self, text: str, ids: Sequence[int], but: Sequence[str] = ()) -> bool:
         found = self.control_ids.intersection(ids)
         if self._unknown_id in found and self.tokenizer.unk_token not in text:
@@ -196,25 +286,36 @@ class TextEncoder:
             found -= {added[token] for token in but if token in added}
         return bool(found)
 
-    def _enclosed_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        content, own = message.get("content"), message.get("role") == "assistant"
-        marks = REASONING_MARKS if own else ()
-        parts = content if isinstance(content, list) else []
-        texts = [content] if isinstance(content, str) else [part["text"] for part in parts if part.get("text")]
-        others = [message | {"content": ""}, [part | {"text": ""} for part in parts]]
-        if self.holds_control(json.dumps(others, ensure_ascii=False, default=str), marks):
+    def check_fields(self, message: dict[str, Any]) -> None:
+        """
+        Checks a message's role and other fields beside its texts.
+
+        Raises:
+            [`DataError`]: One holds control tokens, or the content is neither text nor a list of parts.
+        """
+        _texts_of(message)
+        marks = REASONING_MARKS if message.get("role") == "assistant" else ()
+        others = _with_texts(message, lambda _: "")
+        if any(self.holds_control(text, marks) for text in _strings(others)):
             raise DataError(
                 "A message holds control tokens of the model outside its content, such as in its role, where they "
                 "cannot be encoded as plain text: remove them."
             )
+
+    def _enclosed_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.check_fields(message)
+        marks = REASONING_MARKS if message.get("role") == "assistant" else ()
+        texts = _texts_of(message)
         if not any(self.holds_control(text, marks) for text in {*texts, "".join(texts)}):
             return message
-        if isinstance(content, str):
-            return message | {"content": self._enclosed(content, own)}
-        enclosed = [part | {"text": self._enclosed(part.get("text") or "", own)} for part in parts]
-        return message | {"content": enclosed}
+        return self._with_contents(message, self._enclosed)
 
-    def _enclosed(self, text: str, with_reasoning: bool) -> str:
+    @staticmethod
+    def _with_contents(message: dict[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:
+        return _with_texts(message, lambda text: change(text, message.get("role") == "assistant"))
+
+    @staticmethod
+    def _enclosed(text: str, with_reasoning: bool) -> str:
         parts = _MARK.split(text) if with_reasoning else [text]
         return "".join(part if place % 2 or not part else f"{_START}{part}{_END}" for place, part in enumerate(parts))
 

@@ -43,6 +43,32 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, A
     return _encoded(TextEncoder(tokenizer), prompt, chat_template_kwargs)
 
 
+def prompts_ids(
+    tokenizer: Any, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Returns the tokens of several prompts, see [`prompt_ids`]."""
+    encoder = TextEncoder(tokenizer)
+    return [_encoded(encoder, prompt, chat_template_kwargs) for prompt in prompts]
+
+
+def answer_ids(
+    tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Any], chat_template_kwargs: dict[str, Any] | None
+) -> list[list[int]]:
+    """
+    Returns the tokens of answered prompts that a reward model reads: a conversation without control tokens in its
+    texts, or prompt and answer as one text.
+    """
+    encoder = TextEncoder(tokenizer)
+    return [
+        encoder.raw_ids(prompt + completion)
+        if isinstance(prompt, str)
+        else encoder.conversation_ids(
+            [*prompt, *completion], lambda messages: rendered(tokenizer, messages, chat_template_kwargs)
+        )
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
 def _encoded(encoder: TextEncoder, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
     if isinstance(prompt, str):
         return encoder.ids(prompt, add_special_tokens=True)
@@ -268,7 +294,7 @@ class Conversation:
     @cached_property
     def _chat_turn(self) -> Turn:
         messages = execution_messages([{"role": "user", "content": "problem"}], _MARK, self.execution_prompt)
-        bridge = self._encoder.conversation_ids(messages, self._after_strategy)
+        bridge = self._encoder.conversation_ids(messages, self._after_strategy, kept=(_MARK,))
         before = self._before_end
         return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks.characters import misplaced
 from ..data.columns import rows_in_short
 from ..errors import ConfigError, DataError
 
@@ -173,8 +174,10 @@ def problem_text(prompt: Prompt) -> str:
 def check_prompt(prompt: Prompt, name: str = "The prompt") -> None:
     """
     Raises [`DataError`] when a prompt is neither text nor messages, or does not end in a user message, whose place the
-    request takes.
+    request takes, or holds half of a surrogate pair.
     """
+    if found := misplaced(prompt, halves_only=True):
+        raise DataError(f"{name} holds {found}: remove the character.")
     if isinstance(prompt, str):
         return
     if not is_conversation(prompt):

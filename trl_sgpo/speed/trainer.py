@@ -9,12 +9,14 @@
 3. At the start, a tiny forward pass of each path is compared with the plain one; a path that differs is not used
    (`equivalence.py`).
 
+Chat templates are rendered as in `method/conversation_trainer.py`.
+
 What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_generate_single_turn`, `_prepare_inputs`,
 `_buffered_inputs`, `_step`, `_get_per_token_logps_and_entropies`, and that `compute_loss` only scores with its model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +27,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from ..inference.pretrained import NO_QUESTION, without_code
+from ..checks.repositories import check_model_folder
+from ..inference.pretrained import NO_QUESTION, readable_weights
 from ..inference.weights import local_weights, require_model
+from ..method.conversation_trainer import ConversationGRPOTrainer
 from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
 from .generation import AdapterMerge, base_of, can_merge, limited, shared_prefixes, token_progress
 from .generation_settings import COUNTED, active, needs_whole_prompts
@@ -46,16 +50,17 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-class SharedPromptGRPOTrainer(GRPOTrainer):
+class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that computes each prompt once for all of its rows, in training and in generation.
 
     It takes the place of [`~trl.GRPOTrainer`] without other changes. Where a model, a backend or a setting does not
     allow a fast path, the plain one is used.
 
-    Results are equal up to rounding, with two exceptions. Finished rows leave the batch in generation, which assigns
+    Results are equal up to rounding, with three exceptions. Finished rows leave the batch in generation, which assigns
     random numbers to other tokens. Rows of a prompt are trained in the same micro-batch where possible, so that with
-    `steps_per_generation` above `gradient_accumulation_steps` an optimizer step trains whole problems.
+    `steps_per_generation` above `gradient_accumulation_steps` an optimizer step trains whole problems. Control tokens
+    in the messages of a conversation are encoded as plain text.
 
     Example:
 
@@ -104,10 +109,12 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         merge_adapters: bool = True,
         **kwargs: Any,
     ):
+        source = local_weights(model) if isinstance(model, str) else None
+        if source is not None:
+            check_model_folder(source)
         try:
-            source = local_weights(model) if isinstance(model, str) else model
-            with without_code(source) if isinstance(source, str) else NO_QUESTION:
-                super().__init__(source, *args, **kwargs)
+            with NO_QUESTION, readable_weights(source) if source is not None else nullcontext():
+                super().__init__(model if source is None else source, *args, **kwargs)
         except OSError:
             if isinstance(model, str):
                 require_model(model)  # raises an error that names what is missing
@@ -241,6 +248,13 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return not counted
 
     # Generation
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        # A text may be a conversation to which a chat template was applied, as in TRL
+        needs_trl = self.tools or self.environment_factories or isinstance(self.processing_class, ProcessorMixin)
+        if needs_trl or isinstance(prompts[0], str):
+            return GRPOTrainer._tokenize_prompts(self, prompts)
+        return super()._tokenize_prompts(prompts)
 
     @contextmanager
     def fast_generation(self, prompts: Sequence[Sequence[int]], calls: int = 1) -> Iterator[None]:
