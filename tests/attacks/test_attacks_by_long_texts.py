@@ -89,3 +89,10 @@ def test_settings_of_generation_beside_a_model(
     (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1} | settings))
     assert main(["solve", "--model", str(tmp_path), "--no_bank", "--max_completion_length", "4", "1 + 2"]) == status
     assert status == 0 or "trl-sgpo solve: error: " in capsys.readouterr().err
+
+
+def test_lengths_beyond_a_models_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "sgpo.json").write_text(json.dumps({"max_completion_length": 10**9}))
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", "1 + 2"]) == 2
+    assert "`max_completion_length`" in capsys.readouterr().err

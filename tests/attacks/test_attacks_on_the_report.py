@@ -6,6 +6,8 @@ import pytest
 from browser import CHROMIUM, Browser
 from report_runs import write_run
 
+from trl_sgpo.evaluation.plots import draw_bars, draw_matrix
+from trl_sgpo.evaluation.tables import ResultTable
 from trl_sgpo.report.page import write_report
 from trl_sgpo.report.records import read_run
 
@@ -62,3 +64,22 @@ def test_a_long_text_leaves_the_page_usable(tmp_path):
         for letter in "absent":
             browser.press(letter)
         assert browser.run(shown) == 0
+
+
+MARKUP = "x | y |\n\n<script>alert(1)</script> <img src=x> ![a](http://evil) [click](javascript:x) `c` \x1b[31m\u202e"
+
+
+def test_tables_in_markdown():
+    lines = ResultTable("Classes", ["class", "accuracy"], [[MARKUP, "0.5 [0.4, 0.6]"]]).markdown().splitlines()
+    row = lines[4]
+    assert len(lines) == 5 and row.replace("\\|", "").count("|") == 3 and row.endswith("| 0.5 [0.4, 0.6] |")
+    assert "\x1b" not in row and "\u202e" not in row
+    unescaped = re.sub(r"\\.", "", row)
+    assert not re.search(r"[<>`]|!\[|\]\(", unescaped)
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "$" + "{" * 2000 + "$", "x" * 100_000, "\x1b[31m"])
+def test_names_in_pictures(name, tmp_path):
+    draw_matrix(tmp_path / "a.png", name, [name, "b"], [[0.5, None], [None, 1.0]])
+    draw_bars(tmp_path / "b.png", name, {name: {"value": 0.5, "low": 0.4, "high": 0.6}})
+    assert (tmp_path / "a.png").stat().st_size and (tmp_path / "b.png").stat().st_size

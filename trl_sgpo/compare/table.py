@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.secrets import redacted
+from ..evaluation.plots import label
+from ..evaluation.tables import in_markdown
 from ..files import write_file
 from .config import Comparison
 
@@ -217,7 +219,7 @@ def markdown(summed: dict[str, Any]) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+    return [f"| {' | '.join(map(in_markdown, row))} |" for row in [header, ["---"] * len(header), *rows]]
 
 
 def _ends(figure: dict[str, Any]) -> tuple[float, float]:
@@ -260,7 +262,7 @@ def picture(summed: dict[str, Any], path: Path) -> None:
             spread = [[max(value["mean"] - low, 0.0)], [max(high - value["mean"], 0.0)]]
             axis.errorbar([value["mean"]], [position], xerr=spread, fmt="o", color=colour, capsize=3, markersize=4)
             axis.scatter(value["values"], [position + 0.25] * len(value["values"]), s=5, color="#888888")
-        axis.set_title(panel, fontsize=9)
+        axis.set_title(label(panel), fontsize=9)
         axis.set_xlim(-0.05, 1.05)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [])

@@ -4,8 +4,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..checks.terminal import printable
+
 
 Figures = dict[str, Any]
+LONGEST_NAME = 60
+
+
+def label(text: str) -> str:
+    """A name as matplotlib shows it: cut, and not read as mathematics."""
+    return printable(text)[:LONGEST_NAME].replace("$", r"\$")
 
 
 def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
@@ -30,10 +38,10 @@ def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
     below = [max(0.0, bar["value"] - bar["low"]) for bar in bars.values()]
     above = [max(0.0, bar["high"] - bar["value"]) for bar in bars.values()]
     axes.bar(range(len(bars)), values, yerr=[below, above], capsize=4, color="#4c72b0")
-    axes.set_xticks(range(len(bars)), list(bars), rotation=20, ha="right")
+    axes.set_xticks(range(len(bars)), list(map(label, bars)), rotation=20, ha="right")
     axes.set_ylim(min(0.0, *(bar["low"] for bar in bars.values())), 1)
     axes.set_ylabel("mean outcome, 95% interval")
-    axes.set_title(title)
+    axes.set_title(label(title))
     figure.savefig(path, dpi=120)
 
 
@@ -64,11 +72,11 @@ def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[fl
         for x, value in enumerate(row):
             text = "–" if math.isnan(value) else f"{value:.2f}"
             axes.text(x, y, text, ha="center", va="center", color="white" if value <= 0.6 else "black")
-    names = [name or "(no class)" for name in classes]
+    names = [label(name or "(no class)") for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("class of the problem")
     axes.set_ylabel("class of the strategy")
-    axes.set_title(title)
+    axes.set_title(label(title))
     figure.colorbar(picture, ax=axes, label="mean outcome")
     figure.savefig(path, dpi=120)

@@ -1,10 +1,12 @@
 """Evaluation results as tables, plots and files."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks.terminal import printable
 from ..files import write_file
 from .chunks import RESULTS_FILE
 from .plots import draw_bars, draw_matrix
@@ -21,6 +23,9 @@ CONDITION_NAMES = {
 }
 
 
+_MARKUP = re.compile(r"[\\`*<>&|]|!(?=\[)|(?<=\])[(:\[]")
+
+
 @dataclass(frozen=True)
 class ResultTable:
     """A title, the names of columns, and rows of as many cells."""
@@ -31,8 +36,13 @@ class ResultTable:
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        body = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+        body = "\n".join(f"| {' | '.join(map(in_markdown, line))} |" for line in lines)
         return f"## {self.title}\n\n{body}\n"
+
+
+def in_markdown(text: str) -> str:
+    """A text in one line that shows as it is: no mark-up, link or picture, and nothing that a terminal acts on."""
+    return _MARKUP.sub(r"\\\g<0>", printable(" ".join(text.split())))
 
 
 def tables(results: dict[str, Any]) -> list[ResultTable]:

@@ -71,6 +71,14 @@ def _own_generation(config: GenerationConfig, name: str) -> GenerationConfig:
     return GenerationConfig(**tokens, repetition_penalty=penalty)
 
 
+def _check_lengths(settings: TwoPhaseSettings, config: Any, name: str) -> None:
+    positions = vars(config.get_text_config()).get("max_position_embeddings")
+    for key in ("max_strategy_length", "max_completion_length"):
+        length = vars(settings)[key]
+        if positions is not None and length > positions:
+            raise ModelError(f"`{key}` of {name} is {length}, and the model has {positions} positions: lower it.")
+
+
 def _as_list(tokens: Any) -> list[Any]:
     if tokens is None:
         return []
@@ -151,6 +159,7 @@ class TwoPhaseModel:
                     model = model.merge_and_unload()
             else:
                 model = load_model(directory, **model_kwargs)
+            _check_lengths(saved, model.config, name)
             model.generation_config = _own_generation(model.generation_config, name)
             tokenizer = load_tokenizer(directory)
         except (OSError, ValueError) as error:

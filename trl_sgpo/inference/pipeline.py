@@ -160,7 +160,7 @@ class SGPOPipeline:
                 As in [`SGPOPipeline.from_pretrained`].
             run (`str`, *optional*):
                 Output folder of the training run, with its `sgpo.json` and bank, or Hub id of what was pushed of it.
-                If `None`, `name` where that is a directory, else the default prompts are used.
+                If `None`, `name` where that is given and a directory, else the default prompts are used.
             settings ([`~trl_sgpo.inference.settings.TwoPhaseSettings`], *optional*):
                 Prompts and limits. If `None`, those of the run.
             revision (`str`, *optional*):
@@ -186,7 +186,11 @@ class SGPOPipeline:
                         "by `--model`."
                     )
                 name = listed[0]
-            if run is None and Path(name).is_dir():
+                if run is None and Path(name).is_dir():
+                    logger.warning(
+                        f"The server's model {name} is also a folder here: name it by `--run` to use its prompts."
+                    )
+            elif run is None and Path(name).is_dir():
                 run = name
             model.name = name
             pulled = None if run is None else pull_run(run, revision)
