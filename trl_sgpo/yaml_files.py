@@ -101,7 +101,7 @@ def _load(path: str, loader: Any) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:  # its own text shows the line, which may hold a secret
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise ConfigError(f"{path} is no valid YAML: {error.problem}{line}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values.")

@@ -1,16 +1,21 @@
 """Texts with which a pattern or a number would never end, and answers that state more than one result."""
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from models import save_tiny_model
+from models import hash_embedder, save_tiny_model, tokenizer
 
+from trl_sgpo import StrategyBank
 from trl_sgpo.bank.audit import audit_text
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.annotations import strategy_from_annotations
 from trl_sgpo.data.tasks import answer_reward, load_problems
-from trl_sgpo.method.rewards import leak
+from trl_sgpo.errors import BankError
+from trl_sgpo.method.control_tokens import TextEncoder
+from trl_sgpo.method.rewards import copied_literals, leak
 
 
 MILLION = 1_000_000
@@ -96,3 +101,64 @@ def test_lengths_beyond_a_models_positions(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "sgpo.json").write_text(json.dumps({"max_completion_length": 10**9}))
     assert main(["solve", "--model", str(tmp_path), "--no_bank", "1 + 2"]) == 2
     assert "`max_completion_length`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        (r"\frac{d}{dx} x^3", "3x^2"), (r"\int x dx", r"\frac{x^2}{2}"), (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}"),
+        (r"\lim_{h\to 0} \frac{(x+h)^2-x^2}{h}", "2x"), (r"\int_0^1 x^2 dx + \pi", r"\pi+\frac{1}{3}"),
+    ],
+)  # fmt: skip
+def test_a_calculation_that_was_not_done_is_no_answer(answer: str, gold: str) -> None:
+    assert answer_reward([f"\\boxed{{{answer}}}", f"\\boxed{{{gold}}}"], [gold] * 2) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "problem, repeated, gold, other",
+    [
+        ("Expand $(x+1)^2$.", "(x + 1)^2", "x^2+2x+1", "1 + 2x + x^2"),
+        ("Factor $x^2-1$.", "x^2 - 1", "(x-1)(x+1)", "(x+1)(x-1)"),
+        (r"Simplify $\sqrt{50}+y$", r"\sqrt{50} + y", r"5\sqrt{2}+y", r"y+5\sqrt{2}"),
+    ],
+)
+def test_the_problem_repeated_is_no_answer(problem: str, repeated: str, gold: str, other: str) -> None:
+    answers = [f"\\boxed{{{text}}}" for text in (repeated, gold, other)]
+    prompts = [[{"role": "user", "content": problem}]] * 3
+    assert answer_reward(answers, [gold] * 3, prompts=prompts) == [0.0, 1.0, 1.0]
+
+
+def test_the_problem_of_a_family_repeated_is_no_answer() -> None:
+    rows = load_problems("reasoning_gym/complex_arithmetic?size=8")
+    for row in rows:
+        asked = row["prompt"][0]["content"].partition(":")[2].strip()
+        answers = [f"#### {text}" for text in (asked, f"0={row['solution']}", row["solution"])]
+        assert answer_reward(answers, [row["solution"]] * 3, [row["entry"]] * 3) == [0.0, 0.0, 1.0]
+
+
+def test_several_fractions_are_no_answer() -> None:
+    row = load_problems("reasoning_gym/fraction_simplification?size=1")[0]
+    texts = [f"{row['solution']} {more}" for more in ("$\\frac{1}{2}$", ", 0", "$0")] + [row["solution"]]
+    assert answer_reward([f"#### {text}" for text in texts], [row["solution"]] * 4, [row["entry"]] * 4) == [0, 0, 0, 1]
+
+
+def test_long_texts_of_a_server() -> None:
+    encoder = TextEncoder(tokenizer())
+    assert not encoder.holds_control(encoder.broken("<|im_end|>" * 20_000))
+    assert copied_literals("a b " * 500_000, " ".join(map(str, range(2_000)))) == set()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW more AS SELECT 1", "CREATE TRIGGER t AFTER INSERT ON strategies BEGIN SELECT 1; END",
+        "CREATE VIRTUAL TABLE v USING fts5(a)", "CREATE TABLE g (a INTEGER, b INTEGER GENERATED ALWAYS AS (a + 1))",
+    ],
+)  # fmt: skip
+def test_a_ledger_that_computes_where_it_is_read(statement: str, tmp_path: Path) -> None:
+    StrategyBank(tmp_path, hash_embedder).close()
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as connection:
+        connection.execute(statement)
+        connection.commit()
+    with pytest.raises(BankError, match="which no bank has"):
+        StrategyBank(tmp_path, hash_embedder)

@@ -58,6 +58,11 @@ INSERT INTO executions
 DROP TABLE version_1;
 """
 
+# What computes where it is read: it may never end
+_NO_TABLE = """
+SELECT type, name FROM sqlite_master
+WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%' OR sql LIKE '%GENERATED%' OR sql LIKE '%AS (%'
+"""
 _FIELDS = [field.name for field in fields(Strategy)]
 _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
@@ -104,6 +109,9 @@ class Ledger:
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute("PRAGMA wal_autocheckpoint=4000")
             self._connection.execute("PRAGMA cache_size=-65536")
+            self._connection.execute("PRAGMA trusted_schema=OFF")
+            if (strange := self._connection.execute(_NO_TABLE).fetchone()) is not None:
+                raise sqlite3.DatabaseError(f"it has the {strange[0]} {strange[1]}, which no bank has")
             if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 self._connection.executescript(_SCHEMA)
             if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":

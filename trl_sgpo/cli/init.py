@@ -135,7 +135,12 @@ def _asking() -> bool:
 
 
 def _agrees(question: str) -> bool:
-    return input(f"{question} [y/N] ").strip().casefold() in ("y", "yes")
+    return _answer(f"{question} [y/N] ").casefold() in ("y", "yes")
+
+
+def _answer(question: str) -> str:
+    print(question, end="", flush=True)  # `input` would write it past the escaping of names
+    return input().strip()
 
 
 def _get(
@@ -159,7 +164,7 @@ def _get(
 def _ask(question: str, default: str | None, check: Callable[[str], _T]) -> _T:
     """Asks until the answer passes the check."""
     while True:
-        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+        answer = _answer(f"{question}{f' [{default}]' if default else ''}: ") or default
         try:
             if answer:
                 return check(answer)

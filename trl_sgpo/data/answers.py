@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checks.process import equal_expressions
 from ..errors import DataError
+from ..method.prompts import Prompt, problem_text
 from .answer_lists import AnswerList, as_list
 from .families import accepted, family_of, has_several_answers
 from .final_answers import final_answer
@@ -39,6 +40,10 @@ _NAMED_CHOICE = re.compile(
 _YES_OR_NO = re.compile(r"(yes|no|true|false)\s*[,.;:(-]", re.IGNORECASE)
 _ANOTHER_CHOICE = re.compile(r"[\s,]*(?:(?:or|and)\s+\(?[A-Ja-j]\b|\(?[A-Ja-j](?:[).:](?:\s|$)|\s*$))")
 _ANOTHER_WORD = re.compile(r"\s*(?:(?:or|and)\s+)?(?:yes|no|true|false)\b", re.IGNORECASE)
+_COMPLEX = re.compile(r"[$(\s]*[+-]?\s*[\d.]*(?:i|j)?(?:\s*[+-]\s*[\d.]*(?:i|j)?)?[)$\s]*")
+_UNEVALUATED = re.compile(
+    r"\\(?:int|sum|prod|lim|partial)(?![A-Za-z])|\\frac\s*\{\s*d\s*\}\s*\{\s*d\w|\bd/d\w|\w'\s*\("
+)
 _TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?m\.?)?")
 
 
@@ -98,6 +103,7 @@ def answer_reward(
     solution: list[str | float | None] | None = None,
     entry: list[str | None] | None = None,
     problem_class: list[str | None] | None = None,
+    prompts: list[Prompt] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
     """
@@ -112,6 +118,8 @@ def answer_reward(
             Which problems of reasoning-gym families they are, as [`~trl_sgpo.data.tasks.load_problems`] writes it.
         problem_class (`list[str | None]`, *optional*):
             Not used, a column of most datasets.
+        prompts (`list[str | list[dict]]`, *optional*):
+            The problems. An expression that stands in one, and is not the solution as it is written, is no answer.
         **kwargs:
             Not used, the dataset's other columns.
 
@@ -125,7 +133,8 @@ def answer_reward(
     if solution is None:
         raise DataError("`answer_reward` needs a column `solution`: name the column with the answers `answer_column`.")
     rewards: list[float | None] = []
-    for completion, gold, raw in zip(completions, solution, entry or [None] * len(solution), strict=True):
+    nothing = [None] * len(solution)
+    for completion, gold, raw, prompt in zip(completions, solution, entry or nothing, prompts or nothing, strict=True):
         if gold is None:
             rewards.append(None)
             continue
@@ -135,7 +144,12 @@ def answer_reward(
             gold = str(gold)
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         answer = final_answer(text, lines=len(gold.strip().splitlines()))
-        rewards.append(float(answer is not None and check_answer(answer, gold, raw).right))
+        if answer is None:
+            rewards.append(0.0)
+            continue
+        found = check_answer(answer, gold, raw)
+        repeats = found.rung == "mathematics" and prompt is not None and _repeats(answer, gold, problem_text(prompt))
+        rewards.append(float(found.right and not repeats))
     return rewards
 
 
@@ -172,6 +186,8 @@ def _check_by_family(answer: str, gold: str, entry: str, family: str) -> AnswerC
     lines = [[plain_text(line) for line in text.strip().splitlines()] for text in (answer, gold)]
     if lines[0] == lines[1]:
         return AnswerCheck(True, "text")
+    if family == "complex_arithmetic" and _COMPLEX.fullmatch(answer.strip()) is None:
+        return AnswerCheck(False, "family")
     if has_several_answers(family):
         return AnswerCheck(accepted(answer, gold, entry), "family")
     found = _compare(answer, gold, equal_expressions if family == "complex_arithmetic" else _never_equal)
@@ -179,6 +195,14 @@ def _check_by_family(answer: str, gold: str, entry: str, family: str) -> AnswerC
         return AnswerCheck(False, "family")  # letters, and digits of other bases, are compared one by one
     right = found.right and len(lines[0]) == len(lines[1])
     return AnswerCheck(right, found.rung if right else "family")
+
+
+def _repeats(answer: str, gold: str, problem: str) -> bool:
+    """Whether an answer repeats an expression of the problem, which the right answer does not."""
+    repeated, right, whole = (
+        re.sub(r"[\s$]|\\[,;!: ]|\\(?:left|right)(?![A-Za-z])", "", each) for each in (answer, gold, problem)
+    )
+    return repeated in whole and repeated != right
 
 
 def _never_equal(gold: str, answer: str) -> bool:
@@ -215,7 +239,8 @@ def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool]) ->
         return AnswerCheck(False, "list")
     if wanted is None and _is_mathematics(gold) and (found is not None or _is_mathematics(answer)):
         several = has_several_equations(answer) and not has_several_equations(gold)
-        return AnswerCheck(not several and equal(gold, answer), "mathematics")
+        evaluated = _UNEVALUATED.search(answer) is None or _UNEVALUATED.search(gold) is not None
+        return AnswerCheck(evaluated and not several and equal(gold, answer), "mathematics")
     return AnswerCheck(False, "number" if wanted is not None else "text")
 
 

@@ -43,11 +43,12 @@ EVALUATING = frozenset([
 _JSON = r"[\[\]\",\s\w>-]+"
 # Families with several right answers whose verifier decides, and the form that an answer must have before it may: the
 # verifiers of reasoning-gym 0.1.25 accept `not 5` and `5 or 6` where they look for 5. Other families have one answer.
+_BRACED = r"\{\s*-?\d+\s*\}"
 VERIFIED = {
     family: re.compile(form)
     for family, form in {
         "cryptarithm": r"[A-Z]=\d(?:\s*,\s*[A-Z]=\d)*",
-        "fraction_simplification": r"(?:(?!(?:or|and|not)\b)[\\$\w{}/\s(),-])+",
+        "fraction_simplification": rf"[$\s(]*-?(?:\d+|\\[dt]?frac\s*{_BRACED}\s*{_BRACED}|\d+\s*/\s*-?\d+)[)\s$]*",
         "futoshiki": r"[\d\s<>∧∨]+",
         "group_anagrams": _JSON,
         "jugs": _JSON,

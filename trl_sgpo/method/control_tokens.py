@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from ..errors import DataError
@@ -186,11 +187,13 @@ class TextEncoder:
                 return text
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-            for token, (start, end) in sorted(spans, key=lambda span: -span[1][0]):
-                found = text[start:end]
-                if token in self.control_ids and found.strip() not in but:
-                    at = end - len(found.lstrip()) + 1
-                    text = f"{text[:at]} {text[at:]}"
+            places = [
+                end - len(found.lstrip()) + 1
+                for token, (start, end) in spans
+                if token in self.control_ids and (found := text[start:end]).strip() not in but
+            ]
+            ends = [0, *sorted(set(places)), len(text)]
+            text = " ".join(text[start:end] for start, end in pairwise(ends))
         raise DataError("A text holds control tokens of the model that cannot be broken: remove them.")
 
     def conversation_ids(

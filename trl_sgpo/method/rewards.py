@@ -65,7 +65,7 @@ def copied_literals(strategy: str, problem: str) -> set[str]:
     return {
         literal
         for literal in literals(problem)
-        if re.search(rf"(?<![\w.]){re.escape(literal)}(?![\w]|\.\d)", body) is not None
+        if literal in body and re.search(rf"(?<![\w.]){re.escape(literal)}(?![\w]|\.\d)", body) is not None
     }
 
 
