@@ -153,7 +153,7 @@ def test_answers_that_are_no_text_are_refused(value: Any, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(["2"], "2"), ([2.0], "2"), ([2, 5, 9], "2, 5, 9"), ([0.5, 1.0], "0.5, 1"), ([], None), (True, "True"), (7, "7")],
+    [(["2"], "2"), ([2.0], "2"), ([2, 5, 9], "2, 5, 9"), ([0.5, 1.0], "0.5, 1"), ([], None), (True, "true"), (7, "7")],
 )
 def test_lists_of_one_and_of_numbers_are_read(value: Any, text: str | None) -> None:
     rows = Dataset.from_list([{"question": "1 + 1?", "answer": value}, {"question": "2 + 2?", "answer": value}])
