@@ -140,8 +140,8 @@ def test_mixture_test_split():
 
 def test_mixture_errors(tmp_path):
     parts = [
-        ProblemsConfig(path=jsonl(tmp_path / f"{level}.jsonl", [{"prompt": "Hi", "level": level}]))
-        for level in (3, "3")
+        ProblemsConfig(path=jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "Hi", "level": level}]))
+        for name, level in (("number", 3), ("text", "3"))
     ]
     with pytest.raises(DataError, match="`columns:`"):
         load_mixture(ProblemMixtureConfig(datasets=parts))

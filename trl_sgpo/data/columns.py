@@ -19,6 +19,8 @@ NO_ANSWER = ("none", "null", "nan", "na", "n/a")  # texts that other programs wr
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "rollout")
 """What reward functions get beside the columns of the dataset."""
 _SHOWN = 5
+_TEXTS = ("string", "large_string", "null")  # types of Arrow
+_NUMBERS = ("int", "uint", "float")
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,27 @@ def check_column_names(columns: Sequence[str]) -> None:
 
 def check_entries(features: "Features") -> None:
     """Raises [`DataError`] for a column `entry` of other values than texts, which refer to generated problems."""
-    from datasets import Value
-
-    entry = features.get("entry")
-    if entry is not None and not (isinstance(entry, Value) and entry.dtype in ("string", "large_string", "null")):
+    if "entry" in features and not _holds(features["entry"], _TEXTS):
         raise DataError(
             "The dataset has a column `entry` without texts, and a column of this name refers to generated problems: "
             "rename it, or leave it out."
         )
+
+
+def check_solutions(features: "Features") -> None:
+    """Raises [`DataError`] for a column `solution` of other values than texts and numbers."""
+    if "solution" in features and not _holds(features["solution"], _TEXTS + _NUMBERS):
+        raise DataError(
+            "The column `solution` holds neither texts nor numbers, and `answer_reward` compares with these: write "
+            "each answer as one short text."
+        )
+
+
+def _holds(feature: Any, kinds: tuple[str, ...]) -> bool:
+    """Whether a feature is one of single values of some types."""
+    from datasets import Value
+
+    return isinstance(feature, Value) and feature.dtype.startswith(kinds)
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:

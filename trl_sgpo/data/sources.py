@@ -60,10 +60,14 @@ def load_rows(
 
 
 def _joined(parts: Sequence[Rows], split: str) -> Rows:
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset, Value, concatenate_datasets
 
+    datasets = [part.dataset for part in parts]
+    for name in datasets[0].column_names:
+        if {str(each.features.get(name)) for each in datasets} == {str(Value("int64")), str(Value("float64"))}:
+            datasets = [each.cast_column(name, Value("float64")) for each in datasets]
     try:
-        rows = concatenate_datasets([part.dataset for part in parts])
+        rows = concatenate_datasets(datasets)
     except ValueError as error:
         raise DataError(
             f"The parts of `{split}` have columns of different types ({error}): load one of them."
