@@ -89,6 +89,7 @@ ROWS = {
     "brackets.jsonl": f'{{"question": {BRACKETS}\n'.encode(),
     "closed.jsonl": f'{{"question": {BRACKETS + BRACKETS.replace("[", "]")}}}\n'.encode(),
     "brackets.json": BRACKETS.encode(),
+    "nested.jsonl": f'{{"question": "What?", "other": {"[" * 900}1{"]" * 900}}}\n'.encode(),
     "surrogate.jsonl": b'{"question": "What?", "answer": "\\ud800"}\n',
     "surrogate.json": b'[{"question": "What?", "answer": ["\\udfff"]}]',
     "latin.jsonl": '{"question": "Was f\u00e4llt?"}\n'.encode("latin-1"),

@@ -200,6 +200,15 @@ def test_columns_keep_their_types() -> None:
     ]
 
 
+@pytest.mark.parametrize("depth", [20, 100])
+def test_nested_columns(depth: int) -> None:
+    deep: Any = "2024-01-05"
+    for _ in range(depth):
+        deep = [deep]
+    write_jsonl(Path("rows.jsonl"), [{"question": "1?", "other": deep}])
+    assert load_problems("rows.jsonl")["other"][:] == [deep]
+
+
 def test_a_column_that_only_later_rows_have() -> None:
     rows = [{"question": f"{number}?"} | ({"level": number} if number > 2000 else {}) for number in range(2100)]
     write_jsonl(Path("rows.jsonl"), rows)

@@ -21,6 +21,7 @@ kinds by key, or `None` if all are missing.
 MIXED = "mixed"
 _NUMBERS = ("integer", "real")
 _DIGITS = 19  # of the largest 64-bit integer
+_DEPTH = 32  # of types; Arrow reads 64 levels
 
 
 class ColumnType:
@@ -123,12 +124,14 @@ def _fits(text: Integer) -> bool:
     return len(text) <= _DIGITS + 1 and -(2**63) <= int(text) < 2**63
 
 
-def _kind_of(value: Any) -> Kind:
+def _kind_of(value: Any, depth: int = 0) -> Kind:
+    if depth > _DEPTH:
+        return MIXED
     if isinstance(value, list):
-        items = reduce(_merged, map(_kind_of, value), None)
+        items = reduce(_merged, (_kind_of(item, depth + 1) for item in value), None)
         return MIXED if items == MIXED else [items]
     if isinstance(value, dict):
-        kinds = {key: _kind_of(item) for key, item in value.items()}
+        kinds = {key: _kind_of(item, depth + 1) for key, item in value.items()}
         return kinds if kinds and MIXED not in kinds.values() else MIXED
     if isinstance(value, Number):
         return "integer" if isinstance(value, Integer) and _fits(value) else "real"

@@ -117,6 +117,8 @@ def read_files(files: RowFiles) -> str:
                 _write(rows, *_tables(files))
             else:
                 _convert(files, rows, written)
+        except RecursionError as error:
+            raise _unreadable(files, files.paths[0], ValueError("a value is nested too deeply")) from error
         except OSError as error:
             raise DataError(
                 f"The rows of {files.name} cannot be written to {rows.parent} ({error.strerror}): set HF_HOME to a "
