@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .._version import __version__
@@ -113,10 +114,13 @@ def read_files(files: RowFiles) -> str:
     if not rows.is_file():
         try:
             rows.parent.mkdir(parents=True, exist_ok=True)
-            if files.form == "parquet":
-                _write(rows, *_tables(files))
-            else:
-                _convert(files, rows, written)
+            with FileLock(rows.with_suffix(".lock")):  # the processes of a run read the same files
+                if rows.is_file():
+                    return name
+                if files.form == "parquet":
+                    _write(rows, *_tables(files))
+                else:
+                    _convert(files, rows, written)
         except RecursionError as error:
             raise _unreadable(files, files.paths[0], ValueError("a value is nested too deeply")) from error
         except OSError as error:

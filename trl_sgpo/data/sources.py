@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from ..checks.paths import problem_file
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
@@ -128,7 +130,7 @@ def _load_repository(path: str, base: str, name: str | None, data_dir: str | Non
         return _load_other(path, base, name, data_dir, data_files)
     read = read_files(files)
     if builder.repo_id is not None:
-        with unfinished_file(record) as unfinished:
+        with FileLock(record.with_suffix(".lock")), unfinished_file(record) as unfinished:
             unfinished.write_text(read)
             durable_replace(unfinished, record)
     return cached_rows(read)
