@@ -215,6 +215,19 @@ def test_a_column_that_only_later_rows_have() -> None:
     assert load_problems("rows.jsonl")["level"][1999:2003] == [None, None, 2001, 2002]
 
 
+def test_headers_and_cells_of_csv_files() -> None:
+    """An index without a name, a name twice, commas at the end of a row, a missing cell, and a very long one."""
+    limit, long = csv.field_size_limit(), "x" * 200_000
+    Path("rows.csv").write_text(f",question,answer,answer\n0,1?,{long},a,,\n1,2?,12.50\n\n")
+    rows = load_problems("rows.csv").to_list()
+    names = ["Unnamed: 0", "question", "answer", "answer.1", "solution"]
+    assert [[row[name] for name in names] for row in rows] == [
+        [0, "1?", long, "a", long],
+        [1, "2?", "12.50", None, "12.50"],
+    ]
+    assert csv.field_size_limit() == limit
+
+
 def test_a_file_that_changes_is_read_again() -> None:
     for answer in ("12", "13"):
         write_jsonl(Path("rows.jsonl"), [{"question": "1?", "answer": answer}])
