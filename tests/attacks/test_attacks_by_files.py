@@ -5,9 +5,11 @@ import shutil
 import struct
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from models import save_tiny_model
+from pyarrow import parquet
 
 from trl_sgpo.cli import main as cli
 from trl_sgpo.data.tasks import answer_reward, load_problems
@@ -58,30 +60,53 @@ def test_two_numbers_are_not_one(answer):
     assert answer_reward([f"#### {answer}"], ["12"]) == [0.0]
 
 
-def test_a_number_in_json_lines_that_is_read_as_infinite(caplog):
-    Path("rows.jsonl").write_text(f'{{"question": "Many?", "answer": {DIGITS}}}\n{{"question": "3?", "answer": 3}}\n')
-    assert load_problems("rows.jsonl")["solution"] == [None, "3"]
-    assert "1 of 2 problems has no answer" in caplog.text
+NUMBERS = {
+    "digits.jsonl": f'{{"question": "Many?", "answer": {DIGITS}}}\n{{"question": "3?", "answer": 3}}\n',
+    "digits.json": f'[{{"question": "Many?", "answer": {DIGITS}}}, {{"question": "3?", "answer": 3}}]',
+    "digits.csv": f"question,answer\nMany?,{DIGITS}\n3?,3\n",
+    "exponent.jsonl": '{"question": "Many?", "answer": 1e99999}\n{"question": "3?", "answer": 3}\n',
+    "exponent.csv": "question,answer\nMany?,1e99999\n3?,3\n",
+}
 
 
-def test_a_number_in_csv_that_is_read_as_infinite(caplog):
-    Path("rows.csv").write_text("question,answer\nMany?,1e99999\n3?,3\n")
-    assert load_problems("rows.csv")["solution"] == [None, "3"]
-    assert "1 of 2 problems has no answer" in caplog.text
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_no_type_holds_is_read_as_text(name):
+    Path(name).write_text(NUMBERS[name])
+    solutions = load_problems(name)["solution"][:]
+    assert solutions == [DIGITS if "digits" in name else "1e99999", "3"]
+    assert answer_reward(["#### 3", "#### 3"], solutions) == [0.0, 1.0]
+
+
+def invalid_parquet() -> bytes:
+    """A text that is not UTF-8."""
+    sink = pa.BufferOutputStream()
+    bad = pa.array([b"What \xff?"]).view(pa.string())
+    parquet.write_table(pa.table({"question": bad, "answer": ["3"]}), sink)
+    return sink.getvalue().to_pybytes()
 
 
 ROWS = {
-    "digits.json": f'[{{"question": "Many?", "answer": {DIGITS}}}]',
-    "float.jsonl": '{"question": "Many?", "answer": 1e999}\n',
-    "brackets.jsonl": f'{{"question": {BRACKETS}\n',
-    "brackets.json": BRACKETS,
-    "quote.csv": 'question,answer\n"What?,3\n',
+    "brackets.jsonl": f'{{"question": {BRACKETS}\n'.encode(),
+    "closed.jsonl": f'{{"question": {BRACKETS + BRACKETS.replace("[", "]")}}}\n'.encode(),
+    "brackets.json": BRACKETS.encode(),
+    "nested.jsonl": f'{{"question": "What?", "other": {"[" * 900}1{"]" * 900}}}\n'.encode(),
+    "surrogate.jsonl": b'{"question": "What?", "answer": "\\ud800"}\n',
+    "surrogate.json": b'[{"question": "What?", "answer": ["\\udfff"]}]',
+    "latin.jsonl": '{"question": "Was f\u00e4llt?"}\n'.encode("latin-1"),
+    "utf16.jsonl": '{"question": "Was?"}\n'.encode("utf-16")[:-1],
+    "twice.jsonl": b'{"question": "What?", "question": "Why?"}\n',
+    "scalar.json": b"[1]",
+    "open.json": b'[{"question": "What?"}',
+    "more.json": b'[{"question": "What?"}] []',
+    "quote.csv": b'question,answer\n"What?,3\n',
+    "cells.csv": b"question,answer\nWhat, is it?,3\n",
+    "utf8.parquet": invalid_parquet(),
 }
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_file_of_problems_is_refused_by_name(name, capsys):
-    Path(name).write_text(ROWS[name])
+    Path(name).write_bytes(ROWS[name])
     with pytest.raises(DataError, match=f"{name} cannot be read: .*Correct the file"):
         load_problems(name)
     assert cli.main(["solve", "--model", "m", "--input", name, "--output", "out.jsonl"]) == 2
@@ -234,5 +259,31 @@ def test_a_row_opens_no_file(kind: str, tmp_path: Path, caplog: pytest.LogCaptur
     rows = Dataset.from_dict({"question": ["1 + 2"], "answer": ["3"], "picture": [value]}, features=features)
     rows.to_parquet(tmp_path / "rows.parquet")
     problems = load_problems(str(tmp_path / "rows.parquet"))
-    assert problems[0]["solution"] == "3" and "picture" not in problems.column_names
-    assert "`picture` hold" in caplog.text
+    assert problems[0]["solution"] == "3" and "Image" not in str(problems.features)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_a_row_of_many_columns_is_refused(form: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    row, path = {f"c{number}": "1" for number in range(20_000)}, tmp_path / f"rows.{form}"
+    if form == "parquet":
+        parquet.write_table(pa.table({name: [value] for name, value in row.items()}), path)
+    else:
+        path.write_text(json.dumps(row) if form == "jsonl" else f"{','.join(row)}\n{','.join(row.values())}\n")
+    with pytest.raises(DataError, match="more than 10,000 columns"):
+        load_problems(str(path))
+
+
+def test_the_name_of_a_type_calls_no_function(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    told = {"info": {"features": {"question": {"_type": "Value", "dtype": "show_versions"}}}}
+    table = pa.table({"question": ["1 + 2"], "answer": ["3"]}).replace_schema_metadata(
+        {"huggingface": json.dumps(told)}
+    )
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert load_problems(str(tmp_path / "rows.parquet"))[0]["solution"] == "3"
+    assert "pyarrow version" not in capfd.readouterr().out

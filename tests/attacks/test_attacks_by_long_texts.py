@@ -36,6 +36,12 @@ def test_an_answer_of_spaces_ends() -> None:
     assert answer_reward(answers, [row["solution"]] * 2, [row["entry"]] * 2) == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("answer", ["A" + ".$" * MILLION, "\\^" + " " * MILLION + "x", "\ufdfa" * MILLION])
+def test_an_answer_to_a_generated_problem_ends(answer: str) -> None:
+    row = load_problems("reasoning_gym/chain_sum?size=1")[0]
+    assert answer_reward([f"<answer>{answer}</answer>"], [row["solution"]], [row["entry"]]) == [0.0]
+
+
 def test_an_answer_of_many_digits_leaks_nothing() -> None:
     assert leak("Add the numbers.", "What is it?", "1" + "0" * MILLION + "!") == 0.0
 

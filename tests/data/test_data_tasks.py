@@ -139,11 +139,14 @@ def test_mixture_test_split():
 
 
 def test_mixture_errors(tmp_path):
-    clash = ProblemsConfig(path=jsonl(tmp_path / "clash.jsonl", [{"prompt": "Hi", "entry": 3}]))
+    parts = [
+        ProblemsConfig(path=jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "Hi", "level": level}]))
+        for name, level in (("number", 3), ("text", "3"))
+    ]
     with pytest.raises(DataError, match="`columns:`"):
-        load_mixture(ProblemMixtureConfig(datasets=[ProblemsConfig(path=GYM), clash]))
+        load_mixture(ProblemMixtureConfig(datasets=parts))
     with pytest.raises(DataError, match="streaming: false"):
-        load_mixture(ProblemMixtureConfig(datasets=[clash], streaming=True))
+        load_mixture(ProblemMixtureConfig(datasets=parts, streaming=True))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,18 @@
-"""Whether files can be written to a place, before long work."""
+"""Which paths are files of problems, and whether files can be written to a place, before long work."""
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import ConfigError
+
+
+FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")  # of files of problems
+
+
+def problem_file(path: str) -> str | None:
+    """The file that a path names by its ending, with the home directory for `~`. `None` if it names another source."""
+    return os.path.expanduser(path) if path.casefold().endswith(FILE_ENDINGS) else None
 
 
 def check_directory(key: str, path: str | Path) -> None:

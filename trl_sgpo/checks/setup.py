@@ -12,7 +12,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from ..errors import ConfigError
 from .origin import what_to_mend
-from .paths import check_directory
+from .paths import check_directory, problem_file
 from .settings import FILES
 
 
@@ -27,7 +27,6 @@ PACKAGES = {
     "use_vllm": ("vllm", "'trl[vllm]'"),
 }
 """Keys, the modules they need and what to install."""
-FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def setup_problems(values: Mapping[str, Any]) -> Problems:
@@ -116,7 +115,8 @@ def _file_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(values[key], str) and not values[key].startswith("{") and not os.path.isfile(values[key]):
             yield key, f"`{key}` is {values[key]}, but there is no such file."
     name = values["dataset_name"]
-    if name is not None and not values["datasets"] and name.endswith(FILE_ENDINGS) and not os.path.isfile(name):
+    file = None if name is None or values["datasets"] else problem_file(name)
+    if file is not None and not os.path.isfile(file):
         yield "dataset_name", f"`dataset_name` is {name}, but there is no such file."
     model = values["model_name_or_path"]
     if model is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..checks.arguments import Parser
-from ..checks.paths import check_directory, check_file
+from ..checks.paths import FILE_ENDINGS, check_directory, check_file, problem_file
 from ..data.columns import Columns
 from ..errors import ConfigError, DataError, ModelError, SGPOError
 from .init_problems import choose_columns, has_answers
@@ -17,10 +17,9 @@ from .trial import try_recipe
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from ..data.rows import Rows
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 _T = TypeVar("_T")
 
@@ -226,16 +225,16 @@ def _memory() -> float:
     return round(torch.cuda.get_device_properties(0).total_memory / 2**30) if torch.cuda.is_available() else 0.0
 
 
-def _load(text: str, config: str | None) -> tuple[str, "Dataset"]:
+def _load(text: str, config: str | None) -> tuple[str, "Rows"]:
     """The problems' path in recipes, and their rows."""
-    from ..data.tasks import load_rows
+    from ..data.sources import load_rows
 
     path = text
     if not text.strip():
         raise DataError("`--data` is empty: name a file, a Hub id or reasoning-gym families.")
     if Path(text).is_dir():
         raise DataError(f"`--data {text}`: {text} is a directory, name a file in it.")
-    if "/" not in text.partition("?")[0] and Path(text).suffix not in FILE_ENDINGS:
+    if "/" not in text.partition("?")[0] and problem_file(text) is None:
         path = f"reasoning_gym/{text}"
     try:
         rows = load_rows(path, "train", config)
@@ -246,6 +245,6 @@ def _load(text: str, config: str | None) -> tuple[str, "Dataset"]:
             f"{path} cannot be loaded ({str(error).splitlines()[0]}): it needs a split `train` and, where it has "
             "several configurations, one of them as `--data_config`."
         ) from error
-    if len(rows) < BLOCK_SIZE:
-        raise DataError(f"{path} has {len(rows)} problems: at least {BLOCK_SIZE} are needed, better hundreds.")
+    if len(rows.dataset) < BLOCK_SIZE:
+        raise DataError(f"{path} has {len(rows.dataset)} problems: at least {BLOCK_SIZE} are needed, better hundreds.")
     return path, rows

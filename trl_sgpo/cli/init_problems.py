@@ -14,19 +14,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data.leftover import Leftover
+    from ..data.rows import Rows
 
 Ask = Callable[[str, str | None, Callable[[str], Columns]], Columns]
 LONG = 10  # words of an answer that is hardly a short one
 
 
 def choose_columns(
-    rows: "Dataset", given: Columns, source: str, ask: Ask | None, answers: bool
+    rows: "Rows", given: Columns, source: str, ask: Ask | None, answers: bool
 ) -> tuple[Columns, "Dataset"]:
     """
     Finds out what problems and answers are read from, shows one of each, and names what is left out.
 
     Args:
-        rows ([`~datasets.Dataset`]):
+        rows ([`~trl_sgpo.data.rows.Rows`]):
             Rows as they are in the file.
         given ([`~trl_sgpo.data.columns.Columns`]):
             What options name.
@@ -46,20 +47,22 @@ def choose_columns(
         [`DataError`]: There is no such column.
     """
     from ..data.leftover import leftover
-    from ..data.tasks import to_problems
+    from ..data.tasks import name_copies, read_problems
 
-    columns = _with_prompt(rows.column_names, given, ask)
-    problems = to_problems(rows, columns, source)
-    left = leftover(rows, problems, columns)
+    dataset = rows.dataset
+    columns = _with_prompt(dataset.column_names, given, ask)
+    problems = read_problems(rows, columns, source)
+    left = leftover(dataset, problems, columns)
     if left.parts and columns.prompt_column is None and columns.prompt_template is None:
-        columns = _with_parts(rows, columns, left, ask)
-        problems = to_problems(rows, columns, source)
-        left = leftover(rows, problems, columns)
+        columns = _with_parts(dataset, columns, left, ask)
+        problems = read_problems(rows, columns, source)
+        left = leftover(dataset, problems, columns)
     if answers and left.answers and columns.answer_column is None and not has_answers(problems):
-        columns = _with_answers(rows.column_names, columns, left, ask)
-        problems = to_problems(rows, columns, source)
-        left = leftover(rows, problems, columns)
-    _show(problems, left, lambda index: _written(rows, columns, index))
+        columns = _with_answers(dataset.column_names, columns, left, ask)
+        problems = read_problems(rows, columns, source)
+        left = leftover(dataset, problems, columns)
+    name_copies(source, problems)
+    _show(problems, left, lambda index: _written(rows.texts, columns, index))
     return columns, problems
 
 

@@ -1,20 +1,26 @@
 """Columns of a dataset that hold problems and answers: found by name or named, and read as text."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter, ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
 
 
+if TYPE_CHECKING:
+    from datasets import Features
+
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
-NO_ANSWER = ("", "none", "null", "nan")
+NO_ANSWER = ("none", "null", "nan", "na", "n/a")  # texts that other programs write for a missing answer
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "rollout")
 """What reward functions get beside the columns of the dataset."""
 _SHOWN = 5
+_TEXTS = ("string", "large_string", "null")  # types of Arrow
+_NUMBERS = ("int", "uint", "float")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,31 @@ def check_column_names(columns: Sequence[str]) -> None:
                 f"The dataset has a column `{name}`, whose name is that of another argument of reward functions: "
                 "rename it."
             )
+
+
+def check_entries(features: "Features") -> None:
+    """Raises [`DataError`] for a column `entry` of other values than texts, which refer to generated problems."""
+    if "entry" in features and not _holds(features["entry"], _TEXTS):
+        raise DataError(
+            "The dataset has a column `entry` without texts, and a column of this name refers to generated problems: "
+            "rename it, or leave it out."
+        )
+
+
+def check_solutions(features: "Features") -> None:
+    """Raises [`DataError`] for a column `solution` of other values than texts and numbers."""
+    if "solution" in features and not _holds(features["solution"], _TEXTS + _NUMBERS):
+        raise DataError(
+            "The column `solution` holds neither texts nor numbers, and `answer_reward` compares with these: write "
+            "each answer as one short text."
+        )
+
+
+def _holds(feature: Any, kinds: tuple[str, ...]) -> bool:
+    """Whether a feature is one of single values of some types."""
+    from datasets import Value
+
+    return isinstance(feature, Value) and feature.dtype.startswith(kinds)
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -223,20 +254,19 @@ def choices_of(value: Any, column: str) -> list[tuple[Any, Any]]:
 
 
 def as_answer(value: Any) -> str:
-    """Writes an answer as text: `8` for the number 8.0."""
+    """Writes an answer as text: `8` for the number 8.0, `true` for a truth value."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
 
 
 def is_missing(value: Any) -> bool:
-    """
-    Whether an answer is none: empty, or what other programs write for it, such as `None` and `nan`, or a number of so
-    many digits that it was read as infinite.
-    """
+    """Whether a value is none: empty, or no finite number."""
     if isinstance(value, float):
         return not math.isfinite(value)
-    return value is None or (isinstance(value, str) and value.strip().casefold() in NO_ANSWER)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def read_answer(value: Any, column: str) -> str | None:
@@ -297,3 +327,38 @@ def missing_answers(solutions: Sequence[str | None]) -> str | None:
         return None
     have = "has no answer" if len(rows) == 1 else "have no answer"
     return f"{len(rows)} of {len(solutions)} problems {have} and get no reward from it ({rows_in_short(rows)})."
+
+
+def stands_for_none(answer: str | None) -> bool:
+    """Whether an answer is missing, or a text that other programs write for a missing one, such as `None`."""
+    return answer is None or answer.strip().casefold() in NO_ANSWER
+
+
+def doubtful_answers(solutions: Sequence[str | None]) -> str | None:
+    """One line that names the rows whose answer may stand for a missing one, `None` if there are none."""
+    rows = [number for number, text in enumerate(solutions, 1) if text is not None and stands_for_none(text)]
+    if not rows:
+        return None
+    are = "is a text" if len(rows) == 1 else "are texts"
+    return (
+        f"{len(rows)} of {len(solutions)} answers {are} such as `{solutions[rows[0] - 1]}` ({rows_in_short(rows)}): "
+        "leave these fields empty if no answer is known."
+    )
+
+
+def copied_problems(prompts: Sequence[Any], solutions: Sequence[str | None]) -> str | None:
+    """One line that names the rows whose problem an earlier row has, `None` if there are none."""
+    first: dict[str, str | None] = {}
+    rows, others = [], 0
+    for number, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True), 1):
+        key = json.dumps(prompt, default=str)
+        if key in first:
+            rows.append(number)
+            others += None not in (solution, first[key]) and solution != first[key]
+        else:
+            first[key] = solution
+    if not rows:
+        return None
+    are = "is a copy" if len(rows) == 1 else "are copies"
+    differ = f", {others} of them with another answer" if others else ""
+    return f"{len(rows)} of {len(prompts)} problems {are} of an earlier one{differ} ({rows_in_short(rows)})."

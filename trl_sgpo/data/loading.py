@@ -14,6 +14,7 @@ from ..inference.pretrained import load_tokenizer
 from ..method.prompts import check_prompts, problem_text, with_system_prompt
 from ..method.reward_functions import check_function
 from ..recipe import Recipe, SGPOScriptArguments
+from .columns import stands_for_none
 from .mixture import ProblemMixtureConfig
 from .tasks import answer_reward, load_mixture, load_problems
 
@@ -58,7 +59,8 @@ def load_data(recipe: Recipe) -> DatasetDict:
 def _check_answers(data: DatasetDict, rewards: list[str]) -> None:
     """Raises an error for a split without answers, where `answer_reward` needs them."""
     for split, problems in data.items():
-        has_answers = "solution" in problems.column_names and any(value is not None for value in problems["solution"])
+        answers = problems["solution"][:] if "solution" in problems.column_names else []
+        has_answers = not all(map(stands_for_none, answers))
         if "answer_reward" in rewards and not has_answers:
             raise DataError(
                 f"No problem of the split `{split}` has an answer, which `answer_reward` compares with: name the "

@@ -1,6 +1,8 @@
 """Files of a dataset's folder or repository: neither its card nor its rows name those of the user."""
 
 import os
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..checks.repositories import is_within
@@ -11,37 +13,27 @@ if TYPE_CHECKING:
     from datasets import Features
 
 
-def check_own_files(path: str, name: str | None, data_dir: str | None) -> None:
+def check_own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> None:
     """
     Checks that the files that a dataset consists of lie within it, before they are read.
 
     Args:
         path (`str`):
             A folder, or the id of a dataset repository.
-        name (`str`, *optional*):
-            Configuration of the dataset.
-        data_dir (`str`, *optional*):
-            Folder within the dataset.
+        files (`Mapping`):
+            Files of each split.
 
     Raises:
         [`DataError`]: If its card, or a link in it, names a file elsewhere.
     """
-    from datasets import load_dataset_builder
-
-    builder: Any = load_dataset_builder(path, name=name, data_dir=data_dir)
-    for files in (builder.config.data_files or {}).values():
-        for file in files:
-            if not _is_of(str(file), path):
-                raise DataError(
-                    f"{path} names the file {file}, which is not part of it. Its card or a link in it says so: "
-                    "correct them, or name the file yourself as `data_files` of a mixture."
-                )
-
-
-def _is_of(file: str, dataset: str) -> bool:
-    if os.path.isdir(dataset):
-        return "://" not in file and is_within(file, dataset)
-    return file.startswith(f"hf://datasets/{dataset}@") and ".." not in file.split("/")
+    if not os.path.isdir(path):
+        return  # of a repository on the Hub, the datasets library checks this
+    for file in map(str, chain.from_iterable(files.values())):
+        if "://" in file or not is_within(file, path):
+            raise DataError(
+                f"{path} names the file {file}, which is not part of it. Its card or a link in it says so: correct "
+                "them, or name the file yourself as `data_files` of a mixture."
+            )
 
 
 def columns_of_files(features: "Features") -> list[str]:

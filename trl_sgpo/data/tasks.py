@@ -1,9 +1,8 @@
 """Problems: loading them."""
 
 import logging
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
@@ -16,6 +15,9 @@ from .columns import (
     as_answer,
     check_answer_not_shown,
     check_column_names,
+    check_entries,
+    copied_problems,
+    doubtful_answers,
     fill_template,
     find_column,
     is_missing,
@@ -24,9 +26,9 @@ from .columns import (
     read_answer,
 )
 from .final_answers import final_answer
-from .generated import GYM, LISTS, materialise
 from .leftover import in_short, leftover, suggest_template
-from .own_files import check_own_files, columns_of_files
+from .rows import Rows
+from .sources import load_rows
 
 
 if TYPE_CHECKING:
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = ["answer_reward", "final_answer", "load_mixture", "load_problems", "same_answer", "to_problems"]
-
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def load_problems(
@@ -69,7 +68,10 @@ def load_problems(
             like a part of the problem would not be read.
     """
     rows = load_rows(path, split, name)
-    return _to_problems_of(path, rows, columns or Columns(), lambda: load_rows(path, split.partition("[")[0], name))
+    whole = partial(load_rows, path, split.partition("[")[0], name)
+    problems = _problems_of(path, rows, columns or Columns(), whole)
+    name_copies(path, problems)
+    return problems
 
 
 def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
@@ -108,76 +110,45 @@ def load_mixture(mixture: "ProblemMixtureConfig") -> "DatasetDict":
             f"The datasets {', '.join(part.path for part in mixture.datasets)} have a column of the same name and "
             f"different types ({error}): leave it out with `columns:` in each dataset of the mixture."
         ) from error
+    name_copies("The mixture", combined)
     if mixture.test_split_size is None:
         return DatasetDict({"train": combined})
     return combined.train_test_split(test_size=mixture.test_split_size)
 
 
 def _load_part(part: "ProblemsConfig") -> "Dataset":
-    dataset = load_rows(part.path, part.split, part.name, part.data_dir, part.data_files)
-    dataset = dataset if part.columns is None else dataset.select_columns(part.columns)
-    base = part.split.partition("[")[0]
-    return _to_problems_of(
-        part.path, dataset, part.chosen, lambda: load_rows(part.path, base, part.name, part.data_dir, part.data_files)
-    )
+    rows = load_rows(part.path, part.split, part.name, part.data_dir, part.data_files)
+    rows = rows if part.columns is None else rows.select_columns(part.columns)
+    whole = partial(load_rows, part.path, part.split.partition("[")[0], part.name, part.data_dir, part.data_files)
+    return _problems_of(part.path, rows, part.chosen, whole)
 
 
-def _to_problems_of(path: str, rows: "Dataset", columns: Columns, whole: Callable[[], "Dataset"]) -> "Dataset":
+def _problems_of(path: str, rows: Rows, columns: Columns, whole: Callable[[], Rows]) -> "Dataset":
     """Problems of a file, unless columns that look like parts of them would be left out and none is named."""
-    problems = to_problems(rows, columns, path, whole)
+    problems = read_problems(rows, columns, path, whole)
     if columns.prompt_column is None and columns.prompt_template is None:
-        left = leftover(rows, problems, columns)
+        left = leftover(rows.dataset, problems, columns)
         if left.parts:
-            source = prompt_sources(columns, rows.column_names)[0]
-            template = suggest_template(rows.column_names, source, left, rows[0])
-            names = " and ".join(f"`{name}`" for name in left.parts)
+            names = rows.dataset.column_names
+            source = prompt_sources(columns, names)[0]
+            template = suggest_template(names, source, left, rows.dataset[0])
+            parts = " and ".join(f"`{name}`" for name in left.parts)
             raise DataError(
-                f"{path}: {names} would not be read and may be a part of the problem. If so, set `prompt_template` to "
+                f"{path}: {parts} would not be read and may be a part of the problem. If so, set `prompt_template` to "
                 f"{template!r}; if `{source}` alone is the problem, set `prompt_column` to {source}."
             )
     return problems
 
 
-def load_rows(
-    path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files: Any = None
-) -> "Dataset":
-    """Loads rows as they are, from what [`load_problems`] takes. The other arguments are those of `datasets`."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
-
-    builder, own_files = _source(path, split)
-    no_rows = f"{path} has no rows for the split `{split}`: name a source with problems."
-    try:
-        if own_files is None and data_files is None:
-            check_own_files(path, name, data_dir)
-        rows = load_dataset(builder, name=name, data_dir=data_dir, data_files=own_files or data_files, split=split)
-    except OSError as error:
-        raise _unreachable(path, error) from error
-    except (DatasetGenerationError, ArrowInvalid) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise DataError(f"{path} cannot be read: {reason}. Correct the file, and save texts in UTF-8.") from error
-    except StopIteration as error:  # an empty file
-        raise DataError(no_rows) from error
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise DataError(no_rows) from error
-    if len(rows) == 0:
-        raise DataError(no_rows)
-    files = columns_of_files(rows.features)
-    if files:
-        names = ", ".join(f"`{name}`" for name in files)
-        logger.warning(f"{path}: {names} hold pictures, sounds or other files, which are not read.")
-    return rows.remove_columns(files)
+def name_copies(source: str, problems: "Dataset") -> None:
+    """Says in one line of the log which problems are copies of others."""
+    answers = problems["solution"][:] if "solution" in problems.column_names else [None] * len(problems)
+    copies = copied_problems(problems["prompt"][:], answers)
+    if copies is not None:
+        logger.warning(f"{source}: {copies}")
 
 
-def to_problems(
-    dataset: "Dataset",
-    columns: Columns | None = None,
-    source: str = "The dataset",
-    whole: Callable[[], "Dataset"] | None = None,
-) -> "Dataset":
+def to_problems(dataset: "Dataset", columns: Columns | None = None, source: str = "The dataset") -> "Dataset":
     """
     Gives every row a conversational `prompt` and a short `solution`, keeping the other columns.
 
@@ -186,7 +157,7 @@ def to_problems(
     `#### 42` (GSM8K) or a boxed answer, or there is a `solution` beside the `answer` (MATH), the text goes to
     `worked_solution`. A `subject` becomes the `problem_class` unless there is one. Names match whatever their case.
     Where a template shows choices with letters, an answer that is the text or index of a choice becomes its letter.
-    Rows whose answer is missing, or written as `None`, are named in one line of the log.
+    Rows whose answer is missing are named in one line of the log, and those with an answer such as `None`.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -195,8 +166,6 @@ def to_problems(
             Columns of problems and answers. If `None`, they are found by their usual names.
         source (`str`, *optional*, defaults to `"The dataset"`):
             Name of the dataset in messages.
-        whole (`Callable[[], Dataset]`, *optional*):
-            Returns all rows of which these are a part, in case these do not tell whether indices count from 0 or 1.
 
     Returns:
         [`~datasets.Dataset`]
@@ -205,20 +174,38 @@ def to_problems(
         `DataError`: If there is no prompt column or not the column named, problems are empty or show their answer, or
             the answer column that is named has no answer, or others than texts and numbers.
     """
-    from datasets import Value
+    return read_problems(Rows(dataset), columns or Columns(), source)
 
-    chosen, names = columns or Columns(), dataset.column_names
+
+def read_problems(rows: Rows, chosen: Columns, source: str, whole: Callable[[], Rows] | None = None) -> "Dataset":
+    """
+    [`to_problems`] for the rows of a file, whose prompts and answers are the texts that are written there.
+
+    Args:
+        rows ([`~trl_sgpo.data.rows.Rows`]):
+            The rows.
+        chosen ([`~trl_sgpo.data.columns.Columns`]):
+            Columns of problems and answers.
+        source (`str`):
+            Name of the rows in messages.
+        whole (`Callable[[], Rows]`, *optional*):
+            Returns all rows of which these are a part, in case these do not tell whether indices count from 0 or 1.
+    """
+    from datasets import Features, Value, concatenate_datasets
+
+    names = rows.dataset.column_names
     check_column_names(names)
+    check_entries(rows.dataset.features)
     sources = prompt_sources(chosen, names)
     answers = answer_sources(chosen, names)
     check_answer_not_shown(chosen, sources, answers)
     worked_column, solution_column = find_column("worked_solution", names), find_column("solution", names)
     class_sources = [found for name in ("problem_class", "subject") if (found := find_column(name, names)) is not None]
+    texts = rows.texts
     text = Value("string")
-    features = dataset.features.copy()
-    features["prompt"] = [{"role": text, "content": text}]
-    if chosen.prompt_template is None and not isinstance(dataset.features[sources[0]], Value):  # messages
-        features["prompt"] = dataset.features[sources[0]]
+    features = Features({"prompt": [{"role": text, "content": text}]})
+    if chosen.prompt_template is None and not isinstance(texts.features[sources[0]], Value):  # messages
+        features["prompt"] = texts.features[sources[0]]
     if answers:
         features["solution"] = features["worked_solution"] = text
     if class_sources:
@@ -228,39 +215,59 @@ def to_problems(
         if chosen.prompt_template is not None:
             prompt = fill_template(chosen.prompt_template, row, sources)
         else:
-            source = next((column for column in sources if row[column] is not None), sources[0])
-            prompt = as_answer(row[source]) if isinstance(row[source], int | float) else row[source]
+            column = next((column for column in sources if row[column] is not None), sources[0])
+            prompt = row[column]
+            if isinstance(prompt, int | float):
+                prompt = None if is_missing(prompt) else as_answer(prompt)
             if not (prompt is None or isinstance(prompt, str) or is_conversation(prompt)):
                 raise DataError(
-                    f"The column `{source}` holds neither text nor messages: name another `prompt_column`."
+                    f"The column `{column}` holds neither text nor messages: name another `prompt_column`."
                 )
         new: dict[str, Any] = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
         if answers:
             new["solution"], new["worked_solution"] = _answer_of(row, answers, worked_column, solution_column)
         if class_sources:
             problem_class = next((row[column] for column in class_sources if row[column] is not None), None)
-            new["problem_class"] = None if problem_class is None else str(problem_class)
+            new["problem_class"] = None if problem_class is None else as_answer(problem_class)
         return new
 
-    def whole_base() -> int | None:
-        rows = [] if whole is None else whole().to_list()
-        given = [_answer_of(row, answers, worked_column, solution_column)[0] for row in rows]
-        return index_base(given, [shown_choices(chosen.prompt_template or "", row, sources) for row in rows])
+    def convert_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        columns = [batch[name] for name in read]
+        new = [convert(dict(zip(read, values, strict=True))) for values in zip(*columns, strict=True)]
+        return {name: [row[name] for row in new] for name in features}
 
-    problems = dataset.map(convert, features=features, desc="Reading problems")
+    def whole_base() -> int | None:
+        every = [] if whole is None else whole().texts.to_list()
+        given = [_answer_of(row, answers, worked_column, solution_column)[0] for row in every]
+        return index_base(given, [shown_choices(chosen.prompt_template or "", row, sources) for row in every])
+
+    optional = [column for column in (worked_column, solution_column) if column is not None]
+    read = list(dict.fromkeys([*sources, *answers, *optional, *class_sources]))
+    problems = texts.select_columns(read).map(
+        convert_batch, batched=True, features=features, remove_columns=read, desc="Reading problems"
+    )
     check_none_empty(problems["prompt"][:])
-    if not answers:
+    if answers:
+        problems = _with_solutions(problems, chosen, answers[0], source)
+        if chosen.prompt_template is not None:
+            problems = _with_letters(problems, texts, chosen.prompt_template, sources, source, whole_base)
+    replaced = [*problems.column_names, *(["worked_solution"] if answers else [])]
+    if others := [name for name in names if name not in replaced]:
+        problems = concatenate_datasets([problems, rows.dataset.select_columns(others)], axis=1)
+    return problems.select_columns(sorted(problems.column_names, key=(names + problems.column_names).index))
+
+
+def _with_solutions(problems: "Dataset", chosen: Columns, column: str, source: str) -> "Dataset":
+    """Names the rows without an answer, and leaves out `worked_solution` if there is none."""
+    solutions: list[str | None] = problems["solution"][:]
+    if chosen.answer_column is not None and all(value is None for value in solutions):
+        raise DataError(f"{source} has no answer in the column `{column}`: name another `answer_column`.")
+    for line in (missing_answers(solutions), doubtful_answers(solutions)):
+        if line is not None:
+            logger.warning(f"{source}: {line}")
+    if any(value is not None for value in problems["worked_solution"]):
         return problems
-    missing = missing_answers(problems["solution"])
-    if missing is not None:
-        if chosen.answer_column is not None and not any(value is not None for value in problems["solution"]):
-            raise DataError(f"{source} has no answer in the column `{answers[0]}`: name another `answer_column`.")
-        logger.warning(f"{source}: {missing}")
-    if not any(value is not None for value in problems["worked_solution"]):
-        problems = problems.remove_columns("worked_solution")
-    if chosen.prompt_template is None:
-        return problems
-    return _with_letters(problems, dataset, chosen.prompt_template, sources, source, whole_base)
+    return problems.remove_columns("worked_solution")
 
 
 def _with_letters(
@@ -300,29 +307,3 @@ def _answer_of(
     elif worked is None and solution_column is not None and not is_missing(row[solution_column]):
         worked = row[solution_column] if as_answer(row[solution_column]) != short else None
     return None if is_missing(short) else short, None if worked is None else str(worked)
-
-
-def _source(path: str, split: str) -> tuple[str, dict[str, str] | None]:
-    """Arguments `path` and `data_files` of `datasets.load_dataset`. The split may be a slice, like `train[:100]`."""
-    base = split.partition("[")[0]
-    if path.startswith((GYM, LISTS)):
-        return "parquet", {base: materialise(path, base)}
-    builder = _BUILDERS.get(Path(path).suffix)
-    if builder is None:
-        return path, None
-    if not os.path.isfile(path):
-        raise DataError(f"There is no file '{path}': check the path, relative to {os.getcwd()}.")
-    if base != "train":
-        raise DataError(
-            f"'{path}' is one file and has no split '{base}': cut one off, like `dataset_train_split: train[:90%]` "
-            "and `dataset_test_split: train[90%:]`."
-        )
-    return builder, {base: path}
-
-
-def _unreachable(paths: str, error: OSError) -> DataError:
-    reason = str(error).splitlines()[0][:300]
-    return DataError(
-        f"Cannot load {paths} ({reason}): check the name and the network, or use a local .jsonl, .parquet or .csv "
-        "file or `reasoning_gym/<family>`."
-    )

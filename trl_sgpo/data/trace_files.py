@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checks.json_text import parse_json
 from ..errors import DataError
+from .row_files import text_lines
 from .worked import Trace
 
 
@@ -34,11 +35,11 @@ def read_traces(path: str | Path) -> list[Trace]:
             field.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(text_lines(path))
+    except (OSError, ValueError) as error:
         raise DataError(f"The traces in {path} cannot be read ({error}): name a file of JSON lines.") from error
     traces = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         if not line.strip():
             continue
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.json_text import parse_json
+from ..checks.paths import problem_file
 from ..data.columns import Columns
 from ..errors import ConfigError, DataError
 from ..method.prompts import with_system_prompt
@@ -194,7 +195,7 @@ def _load(suite: Suite, data_dir: str | None, limit: int | None) -> LoadedSuite:
                 f"`{suite.name}={suite.path}@{suite.split}`."
             )
     if split is None:
-        split = "train" if Path(path).is_file() else "test"
+        split = "test" if problem_file(path) is None else "train"
     try:
         columns = Columns(suite.prompt_column, suite.prompt_template, suite.answer_column)
         problems = load_problems(path, split, config, columns)

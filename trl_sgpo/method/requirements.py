@@ -9,7 +9,8 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ..checks.secrets import redacted
-from ..data.columns import check_column_names
+from ..data.answers import answer_reward
+from ..data.columns import check_column_names, check_entries, check_solutions
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
 from ..speed.generation import base_of
@@ -54,7 +55,7 @@ def check_arguments(
         [`ConfigError`]: Tools, images, a rollout function, 4-bit weights with vLLM, no reward function, one that
             cannot be called, or names of reward functions that cannot be told apart.
         [`DataError`]: No training dataset, one that streams, without a column `prompt` or one that a reward function
-            needs, with images, or with a prompt that does not end in a user message.
+            needs or can read, with images, or with a prompt that does not end in a user message.
     """
     for name in ("tools", "environment_factory", "rollout_func"):
         if trainer_kwargs.pop(name, None) is not None:
@@ -78,6 +79,9 @@ def check_arguments(
     check_functions(reward_funcs)
     for dataset in datasets:
         check_columns_read(reward_funcs, dataset.column_names)
+        if answer_reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
+            check_entries(dataset.features)
+            check_solutions(dataset.features)
 
 
 def check_model(trainer: GRPOTrainer) -> None:

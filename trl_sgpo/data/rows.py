@@ -1,0 +1,256 @@
+"""Rows of JSON, CSV and Parquet files, converted to Arrow once. A text stays the text that it is."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from .._version import __version__
+from ..errors import DataError
+from ..files import durable_replace, unfinished_file
+from .column_types import ColumnType, Kind, features_of, typed_array
+from .row_files import csv_rows, json_rows
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+_BATCH = 1000  # rows that are converted at a time
+MAX_COLUMNS = 10_000
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    Rows as they are in a file.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The rows.
+        written ([`~datasets.Dataset`], *optional*):
+            Columns of numbers and truth values as the texts that they are written with, where the values do not tell
+            these texts, as 12.5 does not tell `12.50`.
+    """
+
+    dataset: "Dataset"
+    written: "Dataset | None" = None
+
+    @property
+    def texts(self) -> "Dataset":
+        """The rows, with texts for the columns in `written`."""
+        from datasets import concatenate_datasets
+
+        if self.written is None:
+            return self.dataset
+        others = [name for name in self.dataset.column_names if name not in self.written.column_names]
+        parts = [self.dataset.select_columns(others), self.written] if others else [self.written]
+        return concatenate_datasets(parts, axis=1).select_columns(self.dataset.column_names)
+
+    def select_columns(self, names: Sequence[str]) -> "Rows":
+        """Some of the columns."""
+        written = [] if self.written is None else [name for name in self.written.column_names if name in names]
+        dataset = self.dataset.select_columns(list(names))
+        return Rows(dataset, self.written.select_columns(written) if self.written is not None and written else None)
+
+    def select(self, indices: Sequence[int]) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.dataset.select(indices), None if self.written is None else self.written.select(indices))
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """
+    Files with rows of the same columns.
+
+    Args:
+        name (`str`):
+            Their name in messages.
+        form (`str`):
+            `"json"`, `"csv"` or `"parquet"`.
+        paths (`Sequence[str]`):
+            The files.
+        encoding (`str`, *optional*):
+            Encoding of JSON and CSV files. If `None`, UTF-8, or UTF-16 and UTF-32 where the start of a file tells it.
+        separator (`str`, *optional*, defaults to `","`):
+            What stands between the cells of a CSV file.
+    """
+
+    name: str
+    form: str
+    paths: Sequence[str]
+    encoding: str | None = None
+    separator: str = ","
+
+
+def read_files(files: RowFiles) -> str:
+    """
+    Converts files to Arrow in the cache of the datasets library, unless it has them as they are now.
+
+    Args:
+        files ([`RowFiles`]):
+            The files.
+
+    Returns:
+        `str`: Name in the cache, for [`cached_rows`].
+
+    Raises:
+        [`DataError`]: A file cannot be read, or the cache not be written. The message names the line where it can.
+    """
+    try:
+        stats = [Path(path).stat() for path in files.paths]
+    except OSError as error:
+        raise DataError(f"{files.name} cannot be read: {error.strerror}.") from error
+    state = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    paths = [str(Path(path).resolve()) for path in files.paths]
+    made_of = [__version__, files.form, files.encoding, files.separator, paths, state]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
+    rows, written = _cached(name)
+    if not rows.is_file():
+        try:
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(rows.with_suffix(".lock")):  # the processes of a run read the same files
+                if rows.is_file():
+                    return name
+                if files.form == "parquet":
+                    _write(rows, *_tables(files))
+                else:
+                    _convert(files, rows, written)
+        except RecursionError as error:
+            raise _unreadable(files, files.paths[0], ValueError("a value is nested too deeply")) from error
+        except OSError as error:
+            raise DataError(
+                f"The rows of {files.name} cannot be written to {rows.parent} ({error.strerror}): set HF_HOME to a "
+                "directory on a disk with room."
+            ) from error
+    return name
+
+
+def is_cached(name: str) -> bool:
+    """Whether the cache has rows of a name."""
+    return _cached(name)[0].is_file()
+
+
+def cached_rows(name: str) -> Rows:
+    """Rows in the cache."""
+    from datasets import Dataset
+
+    rows, written = _cached(name)
+    return Rows(Dataset.from_file(str(rows)), Dataset.from_file(str(written)) if written.is_file() else None)
+
+
+def cache() -> Path:
+    """Where converted rows are kept."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo"
+
+
+def _cached(name: str) -> tuple[Path, Path]:
+    return cache() / f"{name}.arrow", cache() / f"{name}.written.arrow"
+
+
+def _convert(files: RowFiles, target: Path, written: Path) -> None:
+    """Reads JSON or CSV files twice: for the types of the columns, and for their values."""
+    types: dict[str, ColumnType] = {}
+    size = 0
+    for row in tqdm(_rows(files), desc=f"Columns of {files.name}", unit=" rows", delay=5):
+        size += 1
+        for name, value in row.items():
+            if name not in types:
+                types[name] = ColumnType()
+            types[name].add(value)
+        _check_number(files, len(types))
+
+    def write(path: Path, kinds: Mapping[str, Kind]) -> None:
+        rows = iter(tqdm(_rows(files), desc=f"Rows of {files.name}", unit=" rows", total=size, delay=5))
+        batches = iter(lambda: list(islice(rows, _BATCH)), [])
+        arrays = ([typed_array([row.get(name) for row in batch], kinds[name]) for name in kinds] for batch in batches)
+        _write(path, features_of(kinds).arrow_schema, arrays)
+
+    respelled = [name for name, column in types.items() if column.is_respelled]
+    if respelled:
+        write(written, dict.fromkeys(respelled, "text"))
+    write(target, {name: column.kind for name, column in types.items()})
+
+
+def _check_number(files: RowFiles, columns: int) -> None:
+    if columns > MAX_COLUMNS:
+        raise DataError(f"{files.name} has more than {MAX_COLUMNS:,} columns: leave out those that are not needed.")
+
+
+def _rows(files: RowFiles) -> Iterator[dict[str, Any]]:
+    for path in files.paths:
+        try:
+            if files.form == "json":
+                yield from json_rows(path, files.encoding)
+            else:
+                yield from csv_rows(path, files.encoding, files.separator)
+        except (OSError, ValueError, LookupError) as error:
+            raise _unreadable(files, path, error) from error
+
+
+def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
+    """The schema of Parquet files, with one type of text, and their batches."""
+    import pyarrow as pa
+    from datasets import Features
+    from pyarrow import parquet
+
+    try:
+        opened = [parquet.ParquetFile(path) for path in files.paths]
+        stored = opened[0].schema_arrow
+        _check_number(files, len(stored))
+        plain = pa.schema([(field.name, _plain_type(field.type)) for field in stored])
+        schema = Features.from_arrow_schema(plain).arrow_schema
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(files, files.paths[0], error) from error
+
+    def batches() -> "Iterator[list[pa.Array]]":
+        for path, file in zip(files.paths, opened, strict=True):
+            try:
+                for batch in file.iter_batches(_BATCH):
+                    table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+                    table.validate(full=True)  # texts that are not UTF-8
+                    yield from (part.columns for part in table.to_batches())
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                raise _unreadable(files, path, error) from error
+
+    return schema, batches()
+
+
+def _plain_type(kind: "pa.DataType") -> "pa.DataType":
+    """A type without the variants that pandas and Polars write for texts, categories and lists."""
+    import pyarrow as pa
+
+    is_type = pa.types
+    if is_type.is_large_string(kind) or is_type.is_string_view(kind):
+        return pa.string()
+    if is_type.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if is_type.is_list(kind) or is_type.is_large_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    if is_type.is_struct(kind):
+        return pa.struct([(field.name, _plain_type(field.type)) for field in kind])
+    return kind
+
+
+def _write(target: Path, schema: "pa.Schema", batches: "Iterable[list[pa.Array]]") -> None:
+    import pyarrow as pa
+
+    with unfinished_file(target) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            for arrays in batches:
+                stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        durable_replace(unfinished, target)
+
+
+def _unreadable(files: RowFiles, path: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    name = files.name if len(files.paths) == 1 else f"{files.name} ({Path(path).name})"
+    return DataError(f"{name} cannot be read: {reason}. Correct the file, and save texts in UTF-8.")

@@ -1,0 +1,189 @@
+"""Where rows come from: generated problems, a local file, or a repository on the Hub or in a folder."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from ..checks.paths import problem_file
+from ..errors import DataError
+from ..files import durable_replace, unfinished_file
+from .columns import as_answer, is_missing
+from .generated import GYM, LISTS, materialise
+from .own_files import check_own_files, columns_of_files
+from .rows import RowFiles, Rows, cache, cached_rows, is_cached, read_files
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+logger = logging.getLogger(__name__)
+
+# Fields of a builder's configuration that name its files, or that are read here
+_FIELDS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "encoding"}
+
+
+def load_rows(
+    path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files: Any = None
+) -> Rows:
+    """
+    Loads rows as they are.
+
+    Args:
+        path (`str`):
+            What [`~trl_sgpo.data.tasks.load_problems`] takes.
+        split (`str`):
+            A split, or a slice of one such as `train[:90%]`, or several with `+` between them.
+        name (`str`, *optional*), data_dir (`str`, *optional*), data_files (*optional*):
+            As in `datasets.load_dataset`.
+
+    Returns:
+        [`~trl_sgpo.data.rows.Rows`]
+
+    Raises:
+        [`DataError`]: There is no such source, it cannot be read, or has no rows for the split.
+    """
+    from datasets import ReadInstruction
+
+    bases = dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+"))
+    whole = {base: _load_split(path, base, name, data_dir, data_files) for base in bases}
+    try:
+        slices = ReadInstruction.from_spec(split).to_absolute({base: len(whole[base].dataset) for base in bases})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"The split `{split}` cannot be read ({error}): write it like `train[:90%]`.") from error
+    parts = [whole[each.splitname].select(range(each.from_, each.to)) for each in slices if each.from_ < each.to]
+    if not parts:
+        raise DataError(f"{path} has no rows for the split `{split}`: name a source with problems.")
+    return parts[0] if len(parts) == 1 else _joined(parts, split)
+
+
+def _joined(parts: Sequence[Rows], split: str) -> Rows:
+    from datasets import Dataset, Value, concatenate_datasets
+
+    datasets = [part.dataset for part in parts]
+    for name in datasets[0].column_names:
+        if {str(each.features.get(name)) for each in datasets} == {str(Value("int64")), str(Value("float64"))}:
+            datasets = [each.cast_column(name, Value("float64")) for each in datasets]
+    try:
+        rows = concatenate_datasets(datasets)
+    except ValueError as error:
+        raise DataError(
+            f"The parts of `{split}` have columns of different types ({error}): load one of them."
+        ) from error
+    names = {name for part in parts if part.written is not None for name in part.written.column_names}
+    texts = {name: [text for part in parts for text in _texts(part, name)] for name in sorted(names)}
+    return Rows(rows, Dataset.from_dict(texts) if texts else None)
+
+
+def _texts(rows: Rows, name: str) -> list[str | None]:
+    return [None if is_missing(value) else as_answer(value) for value in rows.texts[name]]
+
+
+def _load_split(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
+    """All rows of a split."""
+    if path.startswith((GYM, LISTS)):
+        return _read(RowFiles(path, "parquet", [materialise(path, base)]))
+    file = problem_file(path)
+    if file is None:
+        return _load_repository(path, base, name, data_dir, data_files)
+    if not os.path.isfile(file):
+        raise DataError(f"There is no file '{path}': check the path, relative to {os.getcwd()}.")
+    if base != "train":
+        raise DataError(
+            f"'{path}' is one file and has no split '{base}': cut one off, like `dataset_train_split: train[:90%]` "
+            "and `dataset_test_split: train[90%:]`."
+        )
+    form = Path(file).suffix.casefold().removeprefix(".").removesuffix("l")
+    return _read(RowFiles(path, form, [file]))
+
+
+def _read(files: RowFiles) -> Rows:
+    return cached_rows(read_files(files))
+
+
+# Repositories
+
+
+def _load_repository(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
+    from datasets import load_dataset_builder
+
+    given = json.dumps([path, base, name, data_dir, data_files], sort_keys=True, default=str)
+    record = cache() / f"{hashlib.sha256(given.encode()).hexdigest()[:24]}.read"
+    try:
+        builder = load_dataset_builder(path, name=name, data_dir=data_dir, data_files=data_files)
+        reached = builder.name != "cache"
+        if data_files is None:
+            check_own_files(path, builder.config.data_files or {})
+        files = _files_of(builder, path, base)
+    except ConnectionError as error:
+        if not _was_read(record):
+            raise _unreachable(path, error) from error
+        reached = False
+    except OSError as error:
+        raise _unreachable(path, error) from error
+    if not reached and _was_read(record):
+        logger.warning(f"{path} cannot be reached: the rows are those that were read before.")
+        return cached_rows(record.read_text())
+    if files is None:
+        return _load_other(path, base, name, data_dir, data_files)
+    read = read_files(files)
+    if builder.repo_id is not None:
+        with FileLock(record.with_suffix(".lock")), unfinished_file(record) as unfinished:
+            unfinished.write_text(read)
+            durable_replace(unfinished, record)
+    return cached_rows(read)
+
+
+def _was_read(record: Path) -> bool:
+    return record.is_file() and is_cached(record.read_text())
+
+
+def _files_of(builder: "DatasetBuilder", path: str, base: str) -> RowFiles | None:
+    """Downloads the files of a split. Returns `None` for formats and settings that only the datasets library reads."""
+    from datasets import DownloadConfig, DownloadManager
+
+    settings, defaults = vars(builder.config), vars(type(builder.config)())
+    others = {key for key, value in settings.items() if key not in _FIELDS and value != defaults[key]}
+    if builder.name not in ("json", "csv", "parquet") or others:
+        return None
+    splits = {str(split): list(files) for split, files in builder.config.data_files.items()}
+    if base not in splits:
+        raise DataError(f"{path} has no split `{base}`: use one of {', '.join(splits)}.")
+    download = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    manager = DownloadManager(builder.dataset_name, download_config=download)
+    paths = list(manager.iter_files(manager.download_and_extract(splits[base])))
+    encoding = settings.get("encoding")
+    return RowFiles(
+        path, builder.name, paths, None if encoding == "utf-8" else encoding, settings.get("sep", RowFiles.separator)
+    )
+
+
+def _load_other(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset(path, name=name, data_dir=data_dir, data_files=data_files, split=base)
+    except OSError as error:
+        raise _unreachable(path, error) from error
+    except DatasetGenerationError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise DataError(f"{path} cannot be read: {reason}. Correct the file, and save texts in UTF-8.") from error
+    files = columns_of_files(rows.features)
+    if files:
+        names = ", ".join(f"`{name}`" for name in files)
+        logger.warning(f"{path}: {names} hold pictures, sounds or other files, which are not read.")
+    return Rows(rows.remove_columns(files))
+
+
+def _unreachable(path: str, error: OSError) -> DataError:
+    reason = str(error).splitlines()[0][:300]
+    return DataError(
+        f"Cannot load {path} ({reason}): check the name and the network, or use a local .jsonl, .parquet or .csv "
+        "file or `reasoning_gym/<family>`."
+    )
