@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.secrets import redacted
-from ..files import write_file
+from ..files import durable_replace, unfinished_file, write_file
 from .config import Comparison
 
 
@@ -279,7 +279,9 @@ def picture(summed: dict[str, Any], path: Path) -> None:
     if axes[-1].get_lines():
         axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with unfinished_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+        durable_replace(temporary, path)
     plt.close(figure)
 
 
