@@ -27,7 +27,7 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) ->
     with escaped_output():
         try:
             return main(argv)
-        except Exception as error:
+        except BaseException as error:  # that of a panic is no `Exception`
             message = what_to_mend(error)
             if message is None:
                 raise

@@ -205,9 +205,11 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
     inside = [path.parent for path in sorted(run.path.glob(f"**/{RESULTS_FILE}"))]
     for folder in dict.fromkeys([*inside, *map(Path, named)]):
         results = _read_json(folder / RESULTS_FILE)
+        if results is None:
+            continue
         if is_evaluation(results):
             run.evaluations[folder.name] = results
-        elif results is not None and {"suites", "transfer"} <= results.keys():
+        elif {"suites", "transfer"} <= results.keys():
             file = folder.relative_to(run.path) / RESULTS_FILE
             run.missing[f"evaluation {folder}"] = f"An evaluation cannot be read: {file} is damaged."
     if not any(results["transfer"] for results in run.evaluations.values()):
