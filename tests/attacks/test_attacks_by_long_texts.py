@@ -1,16 +1,21 @@
 """Texts with which a pattern or a number would never end, and answers that state more than one result."""
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
+from bank_helpers import hashed_words, make
 from models import save_tiny_model
 
+from trl_sgpo import SGPOConfig, StrategyBank
 from trl_sgpo.bank.audit import audit_text
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.annotations import strategy_from_annotations
+from trl_sgpo.data.choices import as_letters, index_base
 from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.method.rewards import leak
+from trl_sgpo.recipe import resume_point
 
 
 MILLION = 1_000_000
@@ -89,3 +94,26 @@ def test_settings_of_generation_beside_a_model(
     (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1} | settings))
     assert main(["solve", "--model", str(tmp_path), "--no_bank", "--max_completion_length", "4", "1 + 2"]) == status
     assert status == 0 or "trl-sgpo solve: error: " in capsys.readouterr().err
+
+
+def test_an_index_of_many_digits_is_none() -> None:
+    choices = [[("A", "a dog"), ("B", "a cat")]] * 2
+    assert index_base(["9" * 5000, "1"], choices) is None
+    assert as_letters(["9" * 5000, "a cat"], choices, "data", lambda: 0) == ["9" * 5000, "a cat"]
+
+
+@pytest.mark.parametrize("version", ["9" * 5000, "two", "²"])
+def test_a_ledger_of_no_version(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        bank.add([make("a")])
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (version,))
+    connection.close()
+    assert main(["bank", "list", str(tmp_path)]) == 2
+    assert "is damaged or no strategy bank" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_no_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-²").mkdir()
+    (tmp_path / "checkpoint-²" / "trainer_state.json").write_text("{}")
+    assert resume_point(SGPOConfig(str(tmp_path), resume_from_checkpoint="true", use_bank=False)) is None
