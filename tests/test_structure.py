@@ -36,6 +36,8 @@ PRIVATE_NAMES = {
 CHROMA = {"bank/index.py"}
 CHAT_TEMPLATE = {"checks/worker.py"}
 CHAT_TEMPLATE_FUNCTIONS = {"apply_chat_template", "maybe_apply_chat_template", "render_jinja_template"}
+WRITING = {"files.py"}
+UNFINISHED = {"unfinished_file", "unfinished_directory"}
 LOADING = {"bench/fit.py", "inference/pretrained.py"}  # the former loads random weights that it saved
 OWN_LOADERS = {"SGPOPipeline", "StrategyBank", "TwoPhaseModel"}
 MAX_FILES_ON_TOP = 9
@@ -400,6 +402,55 @@ def models_are_loaded_in_one_place(package: Path) -> list[str]:
     return found
 
 
+def opens_for_writing(node: ast.Call) -> bool:
+    """Whether a call writes a file, or opens one to do so. A mode in a variable is not seen."""
+    match node.func:
+        case ast.Attribute(attr="write_text" | "write_bytes" | "savefig" | "truncate" | "touch"):
+            return True
+        case ast.Name(id="open") | ast.Attribute(attr="open" | "fdopen", value=ast.Name(id="os" | "io" | "gzip")):
+            mode = node.args[1:2]
+        case ast.Attribute(attr="open"):
+            mode = node.args[:1]
+        case _:
+            return False
+    mode += [keyword.value for keyword in node.keywords if keyword.arg in ("mode", "flags")]
+    text = "".join(map(ast.unparse, mode))
+    if isinstance(node.func, ast.Attribute) and root_name(node.func) == "os":
+        return re.search("O_(WRONLY|RDWR|CREAT|APPEND|TRUNC)", text) is not None
+    constants = [part.value for each in mode for part in ast.walk(each) if isinstance(part, ast.Constant)]
+    return any(isinstance(value, str) and re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", value) for value in constants)
+
+
+def files_are_written_in_one_place(package: Path) -> list[str]:
+    """
+    Outside `files.py` only paths of `unfinished_file` and `unfinished_directory` are written to: no link waits there.
+    """
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name in WRITING:
+            continue
+        nodes = list(ast.walk(syntax_tree(path)))
+        unfinished = {
+            ast.unparse(node.optional_vars)
+            for node in nodes
+            if isinstance(node, ast.withitem) and node.optional_vars is not None
+            if isinstance(node.context_expr, ast.Call) and ast.unparse(node.context_expr.func) in UNFINISHED
+        }
+        for node in nodes:
+            if isinstance(node, ast.Call) and opens_for_writing(node):
+                receiver = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+                used = {
+                    part.id
+                    for part in (*receiver, *node.args[:1])
+                    for part in ast.walk(part)
+                    if isinstance(part, ast.Name)
+                }
+                if not used & unfinished:
+                    found.append(f"{name}:{node.lineno} writes a file")
+    return found
+
+
 def few_files_on_top(package: Path) -> list[str]:
     names = sorted(path.name for path in package.glob("*.py"))
     return names if len(names) > MAX_FILES_ON_TOP else []
@@ -496,6 +547,24 @@ PLANTED: list[tuple[Rule, str, str]] = [
             "kwargs = _safe(kwargs)\n    return (kind or AutoModel).from_pretrained(source, **kwargs)",
         )
     ],
+    *[
+        (files_are_written_in_one_place, "bank/policy.py", f"def f(path, text):\n    {line}\n")
+        for line in (
+            "path.write_text(text)",
+            "(path / 'a').write_bytes(text)",
+            "open(path, 'w').write(text)",
+            "open(path, mode='a').write(text)",
+            "path.open('a' if text else 'w').write(text)",
+            "path.open('r+b').truncate(3)",
+            "path.open(mode='x').write(text)",
+            "os.open(path, os.O_WRONLY | os.O_CREAT)",
+            "os.truncate(path, 3)",
+            "figure.savefig(path)",
+            "path.touch()",
+            "with unfinished_file(path) as temporary:\n        path.write_text(text)",
+            "with TemporaryDirectory(dir=path) as temporary:\n        (temporary / 'a').write_text(text)",
+        )
+    ],
     (few_files_on_top, "one_more.py", ""),
     (the_trainer_is_short, "sgpo_trainer.py", "x = 1\n" * 351),
 ]
@@ -524,7 +593,13 @@ def small_package(tmp_path: Path) -> Path:
             "    return AutoConfig.from_pretrained(source, **kwargs)\n"
         ),
         "vram/check.py": "def check(): ...\n",
-        **{f"top_{number}.py": "" for number in range(MAX_FILES_ON_TOP - 1)},
+        "files.py": "def append_file(path):\n    return path.open('a')\n",
+        "report/page.py": (
+            "def f(path, figure):\n    path.open(), open(path, 'rb'), os.open(path, os.O_RDONLY)\n"
+            "    with unfinished_file(path) as temporary, unfinished_directory(path) as directory:\n"
+            "        (directory / 'a').write_text('')\n        figure.savefig(temporary, format='png')\n"
+        ),
+        **{f"top_{number}.py": "" for number in range(MAX_FILES_ON_TOP - 2)},
     }.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)

@@ -15,7 +15,7 @@ from ._version import __version__
 from .bank.session import BankSession
 from .checks.secrets import redacted
 from .data.classes import CLASS_COLUMN
-from .files import write_file
+from .files import durable_replace, unfinished_file, write_file
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
 from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
@@ -81,7 +81,10 @@ class RunRecordCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            state.save_to_json(str(Path(args.output_dir) / STATE_FILE))
+            path = Path(args.output_dir) / STATE_FILE
+            with unfinished_file(path) as temporary:
+                state.save_to_json(str(temporary))
+                durable_replace(temporary, path)
 
 
 class WorstCaseCallback(TrainerCallback):

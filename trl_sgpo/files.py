@@ -1,9 +1,11 @@
 """
-Files and directories that appear complete, or not at all.
+Files and directories that appear complete, or not at all, and files that grow.
 
-Until then they have a name that nobody can foresee, so that no link can wait there to be written through.
+Until they are complete they have a name that nobody can foresee, so that no link can wait there to be written through.
+This is the only file that opens others for writing (`tests/test_structure.py`).
 """
 
+import errno
 import glob
 import os
 import shutil
@@ -12,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import TextIO
+
+from .errors import ConfigError
 
 
 _ENDING = ".unfinished"
@@ -97,6 +101,31 @@ def durable_replace(temporary: Path, target: Path) -> None:
             os.close(descriptor)
         if move:
             os.replace(temporary, target)
+
+
+def append_file(path: Path, length: int | None = None) -> TextIO:
+    """
+    Opens a file to append to it. It is created if there is none.
+
+    Args:
+        path (`Path`):
+            The file.
+        length (`int`, *optional*):
+            Bytes of the file to keep. If `None`, all.
+
+    Raises:
+        [`~trl_sgpo.errors.ConfigError`]: It is a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        message = f"{path} is a link, and nothing is written through links: remove it, or name another file."
+        raise ConfigError(message) from error
+    if length is not None:
+        os.truncate(descriptor, length)
+    return os.fdopen(descriptor, "a", encoding="utf-8")
 
 
 def write_file(target: Path, content: str, private: bool = False) -> None:

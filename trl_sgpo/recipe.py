@@ -384,7 +384,7 @@ def resume_point(training: SGPOConfig) -> str | None:
     checkpoints = sorted(
         (int(path.name.rsplit("-", 1)[1]), str(path))
         for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
+        if path.name.rsplit("-", 1)[1].isdecimal() and _is_complete(path)
     )
     if not checkpoints:
         print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")

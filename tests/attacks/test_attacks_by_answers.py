@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,22 @@ def test_an_answer_does_not_end_the_process(family):
 def test_an_answer_ends(family, answer):
     row = load_problems(f"reasoning_gym/{family}?size=1")[0]
     assert answer_reward([f"#### {answer}"], [row["solution"]], [row["entry"]]) == [0.0]
+
+
+MATHEMATICS = ["9^{9^{9^{9}}}", "((((9!)!)!)!)", "(x+1)**100000"]
+
+
+@pytest.mark.parametrize("answer", MATHEMATICS)
+def test_mathematics_ends(answer: str) -> None:
+    assert answer_reward([f"\\boxed{{{answer}}}", "\\boxed{2+x}"], ["x+2"] * 2) == [0.0, 1.0]
+
+
+def test_mathematics_ends_in_threads() -> None:
+    """A limit by the alarm of the main thread has no effect there."""
+    answers = [*MATHEMATICS, "2+x"]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda answer: answer_reward([f"\\boxed{{{answer}}}"], ["x+2"]), answers))
+    assert found == [[0.0], [0.0], [0.0], [1.0]]
 
 
 ENTRIES = {

@@ -6,16 +6,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from bank_helpers import hashed_words, make
 from models import hash_embedder, save_tiny_model, tokenizer
 
-from trl_sgpo import StrategyBank
+from trl_sgpo import SGPOConfig, StrategyBank
 from trl_sgpo.bank.audit import audit_text
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.annotations import strategy_from_annotations
+from trl_sgpo.data.choices import as_letters, index_base
 from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.errors import BankError
 from trl_sgpo.method.control_tokens import TextEncoder
 from trl_sgpo.method.rewards import copied_literals, leak
+from trl_sgpo.recipe import resume_point
 
 
 MILLION = 1_000_000
@@ -168,3 +171,26 @@ def test_a_ledger_that_computes_where_it_is_read(statement: str, tmp_path: Path)
         connection.commit()
     with pytest.raises(BankError, match="which no bank has"):
         StrategyBank(tmp_path, hash_embedder)
+
+
+def test_an_index_of_many_digits_is_none() -> None:
+    choices = [[("A", "a dog"), ("B", "a cat")]] * 2
+    assert index_base(["9" * 5000, "1"], choices) is None
+    assert as_letters(["9" * 5000, "a cat"], choices, "data", lambda: 0) == ["9" * 5000, "a cat"]
+
+
+@pytest.mark.parametrize("version", ["9" * 5000, "two", "²"])
+def test_a_ledger_of_no_version(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        bank.add([make("a")])
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (version,))
+    connection.close()
+    assert main(["bank", "list", str(tmp_path)]) == 2
+    assert "is damaged or no strategy bank" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_no_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-²").mkdir()
+    (tmp_path / "checkpoint-²" / "trainer_state.json").write_text("{}")
+    assert resume_point(SGPOConfig(str(tmp_path), resume_from_checkpoint="true", use_bank=False)) is None

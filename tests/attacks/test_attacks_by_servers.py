@@ -1,13 +1,16 @@
 """Model servers that do not end, fill memory, or answer with what no chat server sends."""
 
-import gzip
 import itertools
 import json
 import os
 import signal
+import struct
+import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 from hostile_server import serving
 from models import tokenizer
@@ -89,15 +92,36 @@ def test_ctrl_c_waits_for_no_server(streamed):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_waits_for_no_repetition():
-    """The server asks for five seconds."""
+def test_ctrl_c_waits_for_no_repetition(monkeypatch):
+    """The server asks for five seconds, during which Ctrl-C is pressed."""
+    requests, asked, waited = [], [], []
+    sleeping, blocking = anyio.sleep, time.sleep
+
+    def begin(seconds):
+        asked.append(seconds)
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    async def sleep(seconds):
+        begin(seconds)
+        await sleeping(seconds)
+        waited.append(seconds)
+
+    def block(seconds):
+        begin(seconds)
+        blocking(seconds)
+        waited.append(seconds)
+
+    monkeypatch.setattr("anyio.sleep", sleep)
+    monkeypatch.setattr("time.sleep", block)
 
     def reply(handler):
+        requests.append(handler.path)
         handler.send(b"", 503, Retry_After="5")
-        os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         ask(reply, retries=3)
+    assert (asked, waited, len(requests)) == ([5.0], [], 1)
 
 
 def test_a_list_of_models_that_never_ends(monkeypatch):
@@ -111,8 +135,15 @@ def test_a_list_of_models_that_never_ends(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bomb() -> bytes:
-    """A gigabyte of blanks in a megabyte."""
-    return gzip.compress(b" " * 2**26) * 16
+    """One member of gzip: a gigabyte of blanks in a megabyte."""
+    block, repeated = b" " * 2**20, 2**10
+    deflate = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    piece = deflate.compress(block) + deflate.flush(zlib.Z_FULL_FLUSH)  # refers to no earlier piece
+    checksum = 0
+    for _ in range(repeated):
+        checksum = zlib.crc32(block, checksum)
+    header = b"\x1f\x8b\x08" + bytes(6) + b"\xff"
+    return header + piece * repeated + deflate.flush() + struct.pack("<II", checksum, len(block) * repeated)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -1,18 +1,38 @@
-"""What is written goes through no link that waits under a name that can be foreseen."""
+"""What is written goes through no link: neither under a name that can be foreseen, nor under the file's own."""
 
 import ast
+import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from bank_helpers import hashed_words, make
+from models import save_tiny_model
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_sgpo import StrategyBank
 from trl_sgpo.bank.exchange import export_bank
+from trl_sgpo.bank.index import seal
+from trl_sgpo.bank.lock import BankLock
 from trl_sgpo.bank.shared import SharedBank
+from trl_sgpo.bench.arms import write as write_benchmark
+from trl_sgpo.callbacks import RunRecordCallback
+from trl_sgpo.cli.main import main
+from trl_sgpo.data.bootstrap import open_record
+from trl_sgpo.data.trace_files import write_traces
+from trl_sgpo.data.worked import Trace
+from trl_sgpo.errors import ConfigError
+from trl_sgpo.evaluation.chunks import ROWS, SETTINGS, ChunkLog
+from trl_sgpo.evaluation.plots import draw_bars, draw_matrix
 from trl_sgpo.evaluation.tables import write_results
 from trl_sgpo.files import unfinished_directory, unfinished_file, write_file
+from trl_sgpo.hub.model_card import TrainingFacts
+from trl_sgpo.hub.publication import write_metrics
+from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.inference.solve_file import solve_file
 from trl_sgpo.report.page import write_report
 from trl_sgpo.report.records import Run
 
@@ -114,3 +134,77 @@ def test_such_names_are_made_in_one_file():
             if isinstance(node, ast.Constant) and re.fullmatch(r"\.(tmp|unfinished|new|part)", str(node.value)):
                 found.add(path.name)
     assert found == {"files.py"}
+
+
+BAR = {"a": {"value": 0.5, "low": 0.4, "high": 0.6}}
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "holder.json": lambda directory: BankLock(directory).release(),
+    "seal.json": lambda directory: seal(directory, "state"),
+    "sgpo.json": lambda directory: TwoPhaseSettings().save(directory),
+    "training.json": lambda directory: TrainingFacts("").save(directory),
+    "metrics.json": lambda directory: write_metrics(directory, 1, 1.0, []),
+    "traces.jsonl": lambda directory: write_traces([Trace([], "a", "b", "c")], directory / "traces.jsonl"),
+    "bars.png": lambda directory: draw_bars(directory / "bars.png", "title", BAR),
+    "matrix.png": lambda directory: draw_matrix(directory / "matrix.png", "title", ["a"], [[0.5]]),
+    "bench.json": lambda directory: write_benchmark({}, str(directory / "bench.json")),
+    "trainer_state.json": lambda directory: RunRecordCallback(None).on_train_end(
+        TrainingArguments(str(directory)), TrainerState(), TrainerControl()
+    ),
+}
+APPENDED: dict[str, Callable[[Path], object]] = {
+    ROWS: lambda directory: ChunkLog(directory, {}, 1),
+    "record.jsonl": lambda directory: open_record(directory / "record.jsonl", {}),
+    "answers.jsonl": lambda directory: solve_file(
+        None, [], [], directory / "answers.jsonl", "", None, 1, None, 1, overwrite=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_link_in_place_of_a_file(name: str, tmp_path: Path) -> None:
+    victim = plant(tmp_path / "out", name)
+    WRITERS[name](tmp_path / "out")
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "out" / name).is_symlink()
+
+
+@pytest.mark.parametrize("to", ["a file", "no file"])
+@pytest.mark.parametrize("name", APPENDED)
+def test_a_link_in_place_of_a_file_that_grows(name: str, to: str, tmp_path: Path) -> None:
+    victim = plant(tmp_path / "out", name)
+    (tmp_path / "out" / SETTINGS).write_text("{}")
+    if to == "no file":
+        victim.unlink()
+    with pytest.raises(ConfigError, match=rf"{name} is a link"):
+        APPENDED[name](tmp_path / "out")
+    assert victim.read_text() == "precious" if to == "a file" else not victim.exists()
+
+
+def test_a_recipe_s_estimate_and_files_of_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = "".join(json.dumps({"prompt": f"What is {n} + 1?", "solution": str(n + 1)}) + "\n" for n in range(40))
+    (tmp_path / "sums.jsonl").write_text(data)
+    victim = plant(tmp_path / "out", "recipe.yaml", "estimate.json")
+    (tmp_path / "rewards_of_mine.py").symlink_to(victim)
+    model = save_tiny_model(tmp_path / "model")
+    written = ["--output", "out/recipe.yaml", "--reward_file", "rewards_of_mine.py", "--overwrite"]
+    assert main(["init", "--model", model, "--data", "sums.jsonl", "--vram", "0", *written]) == 0
+    assert main(["estimate", "--config", "out/recipe.yaml", "--output", "out/estimate.json"]) == 0
+    assert victim.read_text() == "precious"
+
+
+def test_a_link_out_of_the_folder_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TRL and transformers write through links: cards, weights, configurations and checkpoints."""
+    victim = plant(tmp_path / "victims")
+    recipe = tmp_path / "recipe.yaml"
+    for name in ("README.md", "checkpoint-1/config.json"):
+        run = tmp_path / f"run-{Path(name).name}"
+        (run / name).parent.mkdir(parents=True)
+        (run / name).symlink_to(victim)
+        recipe.write_text(
+            f"model_name_or_path: {save_tiny_model(tmp_path / 'model')}\ndataset_name: reasoning_gym/lcm+gcd?size=40\n"
+            f"reward_funcs: [answer_reward]\noutput_dir: {run}\nuse_cpu: true\nbf16: false\n"
+        )
+        assert main(["train", "--config", str(recipe), "--max_steps", "1"]) == 2
+        assert f"{run / name} is a link out of it" in capsys.readouterr().err
+    assert victim.read_text() == "precious"

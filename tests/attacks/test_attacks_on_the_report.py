@@ -1,11 +1,16 @@
 """Text in a report shows what it holds, and none is so long that a browser cannot show the page."""
 
+import json
 import re
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 from browser import CHROMIUM, Browser
 from report_runs import write_run
 
+from trl_sgpo.cli.main import main
 from trl_sgpo.evaluation.plots import draw_bars, draw_matrix
 from trl_sgpo.evaluation.tables import ResultTable
 from trl_sgpo.report.page import write_report
@@ -83,3 +88,62 @@ def test_names_in_pictures(name, tmp_path):
     draw_matrix(tmp_path / "a.png", name, [name, "b"], [[0.5, None], [None, 1.0]])
     draw_bars(tmp_path / "b.png", name, {name: {"value": 0.5, "low": 0.4, "high": 0.6}})
     assert (tmp_path / "a.png").stat().st_size and (tmp_path / "b.png").stat().st_size
+
+
+STATE = {"log_history": [{"step": 1, "reward": 0.5}], "global_step": 1, "max_steps": 1}
+SCORE = {"accuracy": 0.5, "transfer": 0.5, "problems": 4}
+MALFORMED: dict[str, tuple[str, Any, str]] = {
+    "no list": ("trainer_state.json", {"log_history": 5}, "The metrics cannot be read"),
+    "no step": ("trainer_state.json", STATE | {"log_history": [{"step": [1]}]}, "The metrics cannot be read"),
+    "no steps": ("trainer_state.json", STATE | {"global_step": "a"}, "The metrics cannot be read"),
+    "large": (
+        "trainer_state.json",
+        STATE | {"log_history": [{"step": step, "reward": 1e308} for step in range(10)]},
+        "The metrics cannot be read",
+    ),
+    "many digits": ("trainer_state.json", STATE | {"log_history": [{"step": 10**400}]}, "The metrics cannot be read"),
+    "before": ("report.json", {"before": 1}, "report.json is damaged"),
+    "rate": (
+        "report.json",
+        dict.fromkeys(("before", "after"), dict.fromkeys(("sampled", "greedy"), SCORE | {"accuracy": 7})),
+        "report.json is damaged",
+    ),
+    "suites": ("eval/results.json", {"suites": 5, "transfer": {}, "kinds": {}}, "eval/results.json is damaged"),
+    "transfer": ("eval/results.json", {"suites": {}, "transfer": 5, "kinds": {}}, "eval/results.json is damaged"),
+    "prompt": ("completions", [{"step": 1, "prompt": 5, "completion": "a"}], "rollouts cannot be read"),
+    "message": ("completions", [{"step": 1, "prompt": [{"a": 5}], "completion": "a"}], "rollouts cannot be read"),
+    "no completion": ("completions", [{"step": 1, "prompt": "a"}], "rollouts cannot be read"),
+    "no step of rollouts": ("completions", [{"prompt": "a", "completion": "a"}], "rollouts cannot be read"),
+    "strategy": ("completions", [{"step": 1, "prompt": "a", "execution": "a", "strategy": 5}], "rollouts cannot"),
+    "correctness": (
+        "completions",
+        [{"step": 1, "prompt": "a", "execution": "a", "correctness": "yes"}],
+        "rollouts cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_named_as_damaged(name: str, tmp_path: Path) -> None:
+    file, content, words = MALFORMED[name]
+    directory = write_run(tmp_path / "run", bank=False, evaluation=False, completions=False)
+    path = directory / (f"{file}/completions_00001.parquet" if file == "completions" else file)
+    path.parent.mkdir(exist_ok=True)
+    if file == "completions":
+        pd.DataFrame(content).to_parquet(path)
+    else:
+        path.write_text(json.dumps(content))
+    assert main(["report", str(directory), "--output", str(tmp_path / "report.html")]) == 0
+    page = re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
+    assert words in page
+
+
+def test_an_evaluation_whose_matrix_is_none(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", bank=False, completions=False)
+    (path,) = directory.glob("**/results.json")
+    results = json.loads(path.read_text())
+    for report in results["transfer"].values():
+        report["matrix"] = [["a"] * len(report["classes"])] * len(report["classes"])
+    path.write_text(json.dumps(results))
+    assert main(["report", str(directory), "--output", str(tmp_path / "report.html")]) == 0
+    assert "is damaged" in (tmp_path / "report.html").read_text()

@@ -45,6 +45,22 @@ class TestPlace:
         called_back = function("transformers.x", "f", "g()", g=function("trl_sgpo.x", "g", "int('a')"))
         assert told(called_back) is None
 
+    @pytest.mark.parametrize(
+        "place, mended",
+        [
+            ("transformers.tokenization_utils", True), ("trl_sgpo.method.control_tokens", True),
+            ("trl_sgpo.bank.index", False), ("token_rewards", False),
+        ],
+    )  # fmt: skip
+    def test_what_a_tokenizer_raises(self, place: str, mended: bool) -> None:
+        panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+        expected = "the tokenizer cannot be used: a b. Save it again, or name another model." if mended else None
+        for kind in (Exception, panic):
+            try:
+                function(place, "encode", "raise error", error=kind("a\nb"))()
+            except BaseException as error:
+                assert what_to_mend(error) == expected
+
     def test_the_users_own_code(self, tmp_path: Path) -> None:
         def reward() -> None:
             raise ValueError("in a reward function")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..checks.json_text import parse_json
 from ..errors import BankError
+from ..files import write_file
 from .contents import Contents
 from .files import file_sha256
 from .ledger import Ledger
@@ -41,7 +42,7 @@ def _digests(directory: Path) -> dict[str, str]:
 
 def seal(directory: Path, state: str) -> None:
     """Write the checksums of a closed index, and the state of the ledger, by [`Ledger.state`], that it holds."""
-    (directory / SEAL).write_text(json.dumps({"state": state, "files": _digests(directory)}))
+    write_file(directory / SEAL, json.dumps({"state": state, "files": _digests(directory)}))
 
 
 def break_seal(directory: Path, state: str) -> bool:

@@ -116,7 +116,10 @@ class Ledger:
                 self._connection.executescript(_SCHEMA)
             if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(damage)
-            version = int(self._meta("schema_version") or 0)
+            stored = str(self._meta("schema_version") or 0)
+            if not (stored.isdecimal() and len(stored) <= 9):
+                raise sqlite3.DatabaseError("its schema version is no number")
+            version = int(stored)
         if version > SCHEMA_VERSION:
             self.close()
             raise BankError(

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from ..checks.json_text import parse_json
 from ..errors import BankError, BankInUseError
+from ..files import write_file
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class BankLock:
         try:
             self._lock.acquire(timeout=0)
             now = datetime.now().astimezone().isoformat(timespec="seconds")
-            self._holder.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
+            about = {"process": os.getpid(), "host": platform.node(), "since": now}
+            write_file(self._holder, json.dumps(about))
         except Timeout:
             holder, is_this = self._named()
             if is_this:

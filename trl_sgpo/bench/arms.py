@@ -25,6 +25,7 @@ from ..checks.console import console
 from ..compare.lab.model import fetch_model
 from ..data.classes import CLASS_COLUMN, with_classes
 from ..data.loading import load_data, load_rewards, without_long_problems
+from ..files import write_file
 from ..inference.pretrained import load_tokenizer
 from ..method.conversation_trainer import ConversationGRPOTrainer
 from ..recipe import Recipe, model_init_kwargs
@@ -313,7 +314,7 @@ def write(result: dict[str, Any], output: str | None) -> None:
     """Writes a result as JSON, if asked to."""
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(result, indent=2))
+        write_file(Path(output), json.dumps(result, indent=2))
 
 
 def report(title: str, result: dict[str, Any], output: str | None) -> None:

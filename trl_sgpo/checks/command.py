@@ -36,7 +36,7 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) ->
                 if found := misplaced(argument):
                     raise ConfigError(f"The argument {argument[:200]!r} holds {found}: write it in UTF-8.")
             return main(argv)
-        except Exception as error:
+        except BaseException as error:  # that of a panic is no `Exception`
             message = what_to_mend(error)
             if message is None:
                 raise

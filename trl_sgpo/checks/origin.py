@@ -4,7 +4,9 @@ Whose error is it: a setting that a user can mend, or a bug?
 Decided by the kind of an exception and the place it comes from, not by its message. An error of the operating system
 about a file, such as a full disk, is told in one line wherever it is raised. So is what a library raises about its
 arguments, while they are parsed and while model, optimizer and trainer are made. What is raised in a training step,
-an evaluation or a generation, or in this package's or the user's own code, keeps its traceback.
+an evaluation or a generation, or in this package's or the user's own code, keeps its traceback. What a tokenizer
+raises is told in one line wherever that is, because its file is to blame. Its library raises `Exception` itself, or
+`PanicException`, which is no `Exception`.
 """
 
 import errno
@@ -25,6 +27,7 @@ PLACES = {
 }  # fmt: skip
 """Errors of files that say something about the user's disk, not about a program."""
 
+_PANIC = ("pyo3_runtime", "PanicException")
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _OWN = __name__.partition(".")[0]
 
@@ -42,6 +45,8 @@ def what_to_mend(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if _is_of_a_tokenizer(error, frames):
+        return f"the tokenizer cannot be used: {' '.join(str(error).split())}. Save it again, or name another model."
     deliberate = isinstance(error, KINDS) or type(error).__module__ != "builtins"  # a type that a package defines
     if not deliberate or any(frame.f_code.co_name in RUNNING for frame in frames):
         return None
@@ -50,6 +55,15 @@ def what_to_mend(error: BaseException) -> str | None:
         return None
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     return text if " " in text else f"{origin}: {type(error).__name__} {text}".rstrip()
+
+
+def _is_of_a_tokenizer(error: BaseException, frames: list[FrameType]) -> bool:
+    """Whether the library of tokenizers raised it. It has no frames, the last one is that of its caller."""
+    kind = type(error)
+    if not frames or (kind is not Exception and (kind.__module__, kind.__name__) != _PANIC):
+        return False
+    package, _, module = str(frames[-1].f_globals.get("__name__", "")).partition(".")
+    return package in ("transformers", _OWN) and "token" in module
 
 
 def _package(frame: FrameType) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import ConfigError
+from .repositories import is_within
 
 
 FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")  # of files of problems
@@ -42,6 +43,28 @@ def check_directory(key: str, path: str | Path) -> None:
         reason = f"where nothing can be written ({error.strerror})"
         raise ConfigError(f"`{key}` is {path}, {reason}: name another directory.") from error
     raise ConfigError(f"`{key}` is {path}, but {'it' if place == target else place} is a file: name a directory.")
+
+
+def check_links(key: str, path: str | Path) -> None:
+    """
+    Checks that no link leads out of a directory, for directories that libraries write to: they write through links.
+
+    Args:
+        key (`str`):
+            The key or option that names it.
+        path (`str` or `Path`):
+            The directory, which need not exist.
+
+    Raises:
+        [`ConfigError`]: One does.
+    """
+    for folder, directories, files in os.walk(path):
+        for entry in (Path(folder, name) for name in sorted([*directories, *files])):
+            if entry.is_symlink() and not is_within(entry, path):
+                raise ConfigError(
+                    f"`{key}` is {path}, and {entry} is a link out of it, which would be written through: remove the "
+                    "link, or name another directory."
+                )
 
 
 def check_file(option: str, path: str | Path) -> None:

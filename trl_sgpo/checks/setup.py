@@ -12,7 +12,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from ..errors import ConfigError
 from .origin import what_to_mend
-from .paths import check_directory, problem_file
+from .paths import check_directory, check_links, problem_file
 from .settings import FILES
 
 
@@ -68,6 +68,7 @@ def _directory_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         try:
             if values[key] is not None:
                 check_directory(key, values[key])
+                check_links(key, values[key])
         except ConfigError as error:
             yield key, str(error)
 

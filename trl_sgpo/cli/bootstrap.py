@@ -148,7 +148,6 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     from ..data.bootstrap import ANSWER_PROMPT, Plan, run_blocks
     from ..data.loading import load_data, load_rewards
     from ..data.trace_files import write_traces
-    from ..files import durable_replace, unfinished_file
     from ..inference.model import Decoding
     from ..inference.settings import TwoPhaseSettings
 
@@ -199,9 +198,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     prompts = {key: row["prompt"] for key, row in zip(ids, rows, strict=True)}
     answers = {key: row.get("solution") for key, row in zip(ids, rows, strict=True)}
     traces = to_traces(good, prompts, answers)
-    with unfinished_file(output_dir / TRACES) as unfinished:
-        write_traces(traces, unfinished)
-        durable_replace(unfinished, output_dir / TRACES)
+    write_traces(traces, output_dir / TRACES)
     added = _put_into_bank(good, recipe, options, output_dir, name)
     problems = {key for block in done for key in block.problems}
     summary = summarize(tried, len(problems), sum(block.tokens for block in done), min_lift)

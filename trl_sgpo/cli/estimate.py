@@ -12,6 +12,7 @@ from ..checks.arguments import Parser
 from ..checks.console import console
 from ..checks.paths import check_file
 from ..errors import ConfigError
+from ..files import write_file
 from .text import print_table
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
         results.append(estimate_recipe(recipe, path, options.vram or recipe.script.vram_gb, options.device))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_text(json.dumps(results, indent=2))
+        write_file(Path(options.output), json.dumps(results, indent=2))
     terminal = console()
     if len(results) == 1:
         _print_parts(terminal, results[0])

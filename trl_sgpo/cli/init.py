@@ -11,6 +11,7 @@ from ..checks.arguments import Parser
 from ..checks.paths import FILE_ENDINGS, check_directory, check_file, problem_file
 from ..data.columns import Columns
 from ..errors import ConfigError, DataError, ModelError, SGPOError
+from ..files import write_file
 from .init_problems import choose_columns, has_answers
 from .init_recipe import ANSWERS, BLOCK_SIZE, NO_ANSWERS, SIZES, recipe_text, sections
 from .trial import try_recipe
@@ -64,11 +65,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError("Stopped: nothing is written.") from None
     written = sections(model, data, options.data_config, columns, problems, vram, rewards, output_dir)
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(recipe_text(written, recipe, vram), encoding="utf-8")
+    write_file(recipe, recipe_text(written, recipe, vram))
     print(f"Recipe: {recipe}")
     if rewards is not None:
         rewards.parent.mkdir(parents=True, exist_ok=True)
-        rewards.write_text(ANSWERS if solutions else NO_ANSWERS, encoding="utf-8")
+        write_file(rewards, ANSWERS if solutions else NO_ANSWERS)
         print(f"Reward function: {rewards}, imported from the directory that you train in")
     if options.trial or (_asking() and _agrees("Try 16 rollouts with it now?")):
         try_recipe(str(recipe))

@@ -30,6 +30,7 @@ from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, SGPOError
 from ..evaluation.block_transfer import TransferScore, measure_transfer
 from ..evaluation.statistics import wilson_interval
+from ..files import write_file
 from ..hub.push import claim
 from ..inference.pretrained import load_config, load_tokenizer
 from ..method.conversation import check_system_role
@@ -161,7 +162,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     if before is not None:
         after = _measure(trainer, unseen, script.report_problems)
         scores = {"before": _to_json(before), "after": _to_json(after)}
-        Path(training.output_dir, REPORT_FILE).write_text(json.dumps(scores, indent=2))
+        write_file(Path(training.output_dir, REPORT_FILE), json.dumps(scores, indent=2))
         print_results(trainer, before, after, recipe)
     trainer.create_model_card()
     failure: SGPOError | None = None
@@ -210,7 +211,7 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
     trainer.bank_session.set_aside_old_bank()
     print(f"Measuring on up to {problems} unseen problems before training …")
     scores = _measure(trainer, unseen, problems)
-    path.write_text(json.dumps(_to_json(scores)))
+    write_file(path, json.dumps(_to_json(scores)))
     return scores
 
 

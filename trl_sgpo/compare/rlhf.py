@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError, DataError
-from ..files import unfinished_directory
+from ..files import unfinished_directory, write_file
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.verifier import Verifier, verify
 from ..method.conversation import answer_ids
@@ -236,6 +236,6 @@ def finish_directory(
     unfinished: Path, output_dir: str | os.PathLike[str], made_of: str, held_out: dict[str, Any]
 ) -> None:
     """Adds the held-out figures and moves the directory to `output_dir`."""
-    (unfinished / HELD_OUT_FILE).write_text(json.dumps({"made_of": made_of, **held_out}, indent=2))
+    write_file(unfinished / HELD_OUT_FILE, json.dumps({"made_of": made_of, **held_out}, indent=2))
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(unfinished, output_dir)

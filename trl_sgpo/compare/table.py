@@ -9,7 +9,7 @@ from typing import Any
 from ..checks.secrets import redacted
 from ..evaluation.plots import label
 from ..evaluation.tables import in_markdown
-from ..files import write_file
+from ..files import durable_replace, unfinished_file, write_file
 from .config import Comparison
 
 
@@ -281,7 +281,9 @@ def picture(summed: dict[str, Any], path: Path) -> None:
     if axes[-1].get_lines():
         axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with unfinished_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+        durable_replace(temporary, path)
     plt.close(figure)
 
 

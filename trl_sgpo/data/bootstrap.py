@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..bank.strategy import problem_id
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
+from ..files import append_file
 from ..inference.model import Decoding
 from ..inference.verifier import Verifier, verify
 from ..method.problem import Problem
@@ -340,11 +341,10 @@ def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]
     if not lines:
-        path.write_text("")
-        _append(path, {"settings": settings})
+        _append(path, {"settings": settings}, 0)
         return []
     if len(whole) < len(data):
-        os.truncate(path, len(whole))
+        append_file(path, len(whole)).close()
     try:
         recorded = parse_json(lines[0])["settings"]
         differing = {name for name in {*recorded, *settings} if recorded.get(name) != settings.get(name)}
@@ -360,8 +360,8 @@ def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
     return blocks
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+def _append(path: Path, row: dict[str, Any], length: int | None = None) -> None:
+    with append_file(path, length) as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())

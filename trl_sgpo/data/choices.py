@@ -12,6 +12,8 @@ from .columns import as_text, choices_of, rows_in_short, template_parts
 Choices = list[tuple[str, str]]
 """Labels and texts of the choices of a problem."""
 
+MAX_DIGITS = 9  # of an index
+
 _LABEL = re.compile(r"(?:\A|\W)(\w)[.):\]*]+\s*\Z")  # of a column in a template, as `A.` in `A. {option_a}`
 _OPTION = re.compile(r"(op(?:t|tion)?s?|choice|ending|sol)?_?([a-e]|[0-5])", re.IGNORECASE)
 _MEND = "write answers as letters"
@@ -130,7 +132,7 @@ def as_letters(
 def index_base(answers: Sequence[str | None], choices: Sequence[Choices]) -> int | None:
     """The first index if answers are indices of their choices and tell it, otherwise `None`."""
     pairs = [(answer, each) for answer, each in zip(answers, choices, strict=True) if answer is not None and each]
-    if not pairs or not all(answer.isdecimal() for answer, _ in pairs):
+    if not pairs or not all(_is_index(answer) for answer, _ in pairs):
         return None
     if any(int(answer) == 0 for answer, _ in pairs):
         return 0 if all(int(answer) < len(each) for answer, each in pairs) else None
@@ -139,8 +141,12 @@ def index_base(answers: Sequence[str | None], choices: Sequence[Choices]) -> int
     return None
 
 
+def _is_index(answer: str) -> bool:
+    return answer.isdecimal() and len(answer) <= MAX_DIGITS
+
+
 def _in_list(answer: str, choices: Choices) -> bool:
-    return answer.isdecimal() and 1 <= int(answer) < len(choices)
+    return _is_index(answer) and 1 <= int(answer) < len(choices)
 
 
 def _by_label(answer: str, choices: Choices) -> str | None:

@@ -7,16 +7,16 @@ from typing import Any
 
 from ..checks.json_text import parse_json
 from ..errors import DataError
+from ..files import write_file
 from .row_files import text_lines
 from .worked import Trace
 
 
 def write_traces(traces: Iterable[Trace], path: str | Path) -> None:
     """Writes traces as JSON lines with the fields `prompt`, `strategy`, `execution` and `problem_class`."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for trace in traces:
-            row = {name: vars(trace)[name] for name in ("prompt", "strategy", "execution", "problem_class")}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    fields = ("prompt", "strategy", "execution", "problem_class")
+    lines = (json.dumps({name: vars(trace)[name] for name in fields}, ensure_ascii=False) for trace in traces)
+    write_file(Path(path), "".join(f"{line}\n" for line in lines))
 
 
 def read_traces(path: str | Path) -> list[Trace]:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
-from ..files import write_file
+from ..files import append_file, write_file
 from .digest import compared_settings
 
 
@@ -55,8 +55,8 @@ class ChunkLog:
             self.path.unlink(missing_ok=True)
             (directory / SETTINGS).unlink(missing_ok=True)
         _check_settings(directory, json.loads(json.dumps(settings)))
-        self.done = _read(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.done, length = _read(self.path)
+        self._file = append_file(self.path, length)
         self._bar = tqdm(
             total=texts,
             initial=sum(chunk["texts"] for chunk in self.done.values()),
@@ -115,17 +115,14 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     write_file(path, json.dumps(settings, indent=2, sort_keys=True))
 
 
-def _read(path: Path) -> dict[str, Chunk]:
-    """Finished chunks by name. A torn last line is cut off the file."""
+def _read(path: Path) -> tuple[dict[str, Chunk], int]:
+    """Finished chunks by name, and the length of their lines: the last one may be torn."""
     if not path.exists():
-        return {}
+        return {}, 0
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     try:
         chunks = [parse_json(line) for line in whole.splitlines()]
-        return {chunk["key"]: chunk for chunk in chunks}
+        return {chunk["key"]: chunk for chunk in chunks}, len(whole)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away, or drop it with `--overwrite`.") from error

@@ -2,7 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..files import durable_replace, unfinished_file
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 from ..checks.terminal import printable
 
@@ -42,7 +48,7 @@ def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
     axes.set_ylim(min(0.0, *(bar["low"] for bar in bars.values())), 1)
     axes.set_ylabel("mean outcome, 95% interval")
     axes.set_title(label(title))
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[float | None]]) -> None:
@@ -79,4 +85,10 @@ def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[fl
     axes.set_ylabel("class of the strategy")
     axes.set_title(label(title))
     figure.colorbar(picture, ax=axes, label="mean outcome")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with unfinished_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+        durable_replace(temporary, path)

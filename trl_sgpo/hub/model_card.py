@@ -19,6 +19,7 @@ from ..checks.json_text import parse_json
 from ..checks.secrets import redacted
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
+from ..files import write_file
 from ..inference.weights import LAB_MODEL
 from ..report.run_files import REPORT_FILE
 from ..yaml_files import read_mapping
@@ -118,7 +119,7 @@ class TrainingFacts:
             "base_model": _public(self.base_model),
             "datasets": [_public(name) for name in self.datasets],
         }
-        Path(directory, FACTS_FILE).write_text(json.dumps(content, indent=2))
+        write_file(Path(directory, FACTS_FILE), json.dumps(content, indent=2))
 
     @classmethod
     def load(cls, directory: str | Path) -> "TrainingFacts":

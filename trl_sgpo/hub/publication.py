@@ -17,6 +17,7 @@ from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..checks.repositories import is_within
 from ..errors import ModelError
+from ..files import write_file
 from ..inference.loading import ADAPTER_FILE, adapter_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import SETTINGS_FILE
@@ -172,7 +173,7 @@ def stage(
         _copy(evaluation / "hub", target, (f"{RESULTS_DIRECTORY}/*.yaml",), link=False)
     facts.save(target)
     card = make_card(target, repo_id, facts, license, adapter=base is not None, evaluation=evaluation)
-    (target / CARD).write_text(card, encoding="utf-8")
+    write_file(target / CARD, card)
 
 
 def _publish_settings(directory: Path) -> None:
@@ -181,8 +182,7 @@ def _publish_settings(directory: Path) -> None:
     if path.is_file():
         settings = json.loads(path.read_text())
         text = json.dumps(settings | {"embedding_model": published(settings["embedding_model"])}, indent=2)
-        path.unlink()  # it may be a hard link to the checkpoint's file
-        path.write_text(text)
+        write_file(path, text)  # not in place: it may be a hard link to the checkpoint's file
 
 
 def _write_metrics(source: Path, target: Path) -> None:
@@ -195,7 +195,7 @@ def _write_metrics(source: Path, target: Path) -> None:
 
 def write_metrics(directory: Path, step: int, epoch: float | None, log: list[dict[str, Any]]) -> None:
     """Writes the training log as `metrics.json`."""
-    (directory / METRICS_FILE).write_text(json.dumps({"step": step, "epoch": epoch, "log": log}, indent=1))
+    write_file(directory / METRICS_FILE, json.dumps({"step": step, "epoch": epoch, "log": log}, indent=1))
 
 
 def stage_checkpoint(source: Path, target: Path, name: str) -> None:
@@ -215,8 +215,7 @@ def stage_checkpoint(source: Path, target: Path, name: str) -> None:
     if base is not None and Path(base).is_dir():
         config = target / name / ADAPTER_FILE
         content = json.loads(config.read_text()) | {"base_model_name_or_path": Path(base).name}
-        config.unlink()  # it may be a hard link to the checkpoint's file
-        config.write_text(json.dumps(content, indent=2))
+        write_file(config, json.dumps(content, indent=2))  # not in place: it may be a hard link
         if Path(base).resolve().parent == source.resolve().parent:
             _copy(Path(base), target / Path(base).name, (*MODEL_FILES, "warmstart.sha256"), link=True)
 

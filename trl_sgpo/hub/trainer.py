@@ -20,6 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..bank import StrategyBank
 from ..errors import ConfigError, SGPOError
+from ..files import write_file
 from ..inference.loading import adapter_base
 from ..sgpo_config import SGPOConfig
 from .model_card import CARD, TrainingFacts, make_card
@@ -109,7 +110,7 @@ class HubTrainer(GRPOTrainer):
         write_metrics(directory, self.state.global_step, self.state.epoch, self.state.log_history)
         name = self.hub_model_id or self.args.hub_model_id or model_name or directory.absolute().name
         card = make_card(directory, name, self.facts, self.facts.license, adapter_base(directory) is not None)
-        (directory / CARD).write_text(card, encoding="utf-8")
+        write_file(directory / CARD, card)
 
     def push_to_hub(
         self,

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..checks.json_text import parse_json
 from ..errors import ConfigError
+from ..files import write_file
 from ..method.conversation import Conversation
 from ..method.prompts import (
     EXECUTION_PROMPT,
@@ -119,7 +120,7 @@ class TwoPhaseSettings:
         )
 
     def save(self, directory: str | Path) -> None:
-        Path(directory, SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2))
+        write_file(Path(directory, SETTINGS_FILE), json.dumps(asdict(self), indent=2))
 
     @classmethod
     def load(cls, directory: str | Path) -> "TwoPhaseSettings":

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from ..checks.json_text import parse_json
 from ..errors import ConfigError
 from ..evaluation.statistics import derived_seed
+from ..files import append_file
 from ..method.prompts import Prompt, problem_text
 from .model import Decoding
 from .pipeline import SGPOPipeline
@@ -65,11 +66,12 @@ def solve_file(
     Raises:
         [`ConfigError`]: The file has other content than answers to these problems.
     """
-    done = 0 if overwrite else _finished(output, made_by, [problem_text(prompt) for prompt in prompts], batch_size)
+    problems = [problem_text(prompt) for prompt in prompts]
+    done, length = (0, 0) if overwrite else _finished(output, made_by, problems, batch_size)
     answered = 0
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
-        output.open("a" if done else "w", encoding="utf-8") as file,
+        append_file(output, length) as file,
         tqdm(total=len(prompts), initial=done, desc="solving", unit="problem", dynamic_ncols=True) as bar,
     ):
         for start in range(done, len(prompts), batch_size):
@@ -85,10 +87,10 @@ def solve_file(
     return answered, len(prompts) - done
 
 
-def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) -> int:
-    """Number of problems already solved. An unfinished batch at the end is cut off the file."""
+def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) -> tuple[int, int]:
+    """Number of problems already solved, and the length of their lines, without an unfinished batch at the end."""
     if not output.exists():
-        return 0
+        return 0, 0
     content = output.read_bytes()
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
@@ -104,6 +106,4 @@ def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) 
             "choose another `--output`, or drop what is there with `--overwrite`."
         )
     done = len(lines) if len(lines) == len(problems) else len(lines) // batch_size * batch_size
-    with output.open("r+b") as file:
-        file.truncate(sum(map(len, lines[:done])))
-    return done
+    return done, sum(map(len, lines[:done]))

@@ -19,6 +19,7 @@ from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..method.prompts import problem_text
 from .run_files import REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
+from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
 MAX_VALUES = 5_000_000  # of a file of rollouts
@@ -138,7 +139,7 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
     run = Run(Path(path))
     _read_history(run)
     _read_settings(run)
-    run.measured = _read_json(run.path / REPORT_FILE) or {}
+    _read_measured(run)
     _read_evaluations(run, evaluations)
     _read_bank(run)
     _read_rollouts(run, problems)
@@ -174,6 +175,9 @@ def _read_history(run: Run) -> None:
             "`save_steps` lower."
         )
         return
+    if not is_state(state):
+        run.missing["curves"] = f"The metrics cannot be read: {STATE_FILE} is damaged."
+        return
     run.history = [log for log in state["log_history"] if "step" in log]
     run.steps, run.max_steps = state["global_step"], state["max_steps"]
 
@@ -186,15 +190,28 @@ def _read_settings(run: Run) -> None:
         run.missing["settings"] = f"No {RUN_SETTINGS_FILE}: the run is of a version that did not write it."
 
 
+def _read_measured(run: Run) -> None:
+    measured = _read_json(run.path / REPORT_FILE)
+    if measured and not is_measured(measured):
+        run.missing["measured"] = f"Figures before and after training cannot be read: {REPORT_FILE} is damaged."
+    else:
+        run.measured = measured or {}
+
+
 def _read_evaluations(run: Run, named: Sequence[str]) -> None:
     for directory in named:
-        if not _is_evaluation(_read_json(Path(directory) / RESULTS_FILE)):
+        if not is_evaluation(_read_json(Path(directory) / RESULTS_FILE)):
             raise ConfigError(f"{directory} holds no evaluation: name the `--output_dir` of `trl-sgpo eval`.")
     inside = [path.parent for path in sorted(run.path.glob(f"**/{RESULTS_FILE}"))]
     for folder in dict.fromkeys([*inside, *map(Path, named)]):
         results = _read_json(folder / RESULTS_FILE)
-        if results is not None and _is_evaluation(results):
+        if results is None:
+            continue
+        if is_evaluation(results):
             run.evaluations[folder.name] = results
+        elif {"suites", "transfer"} <= results.keys():
+            file = folder.relative_to(run.path) / RESULTS_FILE
+            run.missing[f"evaluation {folder}"] = f"An evaluation cannot be read: {file} is damaged."
     if not any(results["transfer"] for results in run.evaluations.values()):
         what = "No transfer measured on unseen problems"
         if run.measured:
@@ -203,10 +220,6 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
             f"{what}: run `trl-sgpo eval --model RUN --suites … --transfer --output_dir RUN/eval`, or name such an "
             "evaluation by `--eval`."
         )
-
-
-def _is_evaluation(results: dict[str, Any] | None) -> bool:
-    return results is not None and {"suites", "transfer"} <= results.keys()
 
 
 def _read_bank(run: Run) -> None:
@@ -261,14 +274,34 @@ def _rolled_problems(path: Path) -> Iterator[RolledProblem]:
     except (ArrowException, OSError):  # a run in progress may be writing it
         return
     groups: dict[tuple[int, str], list[Rollout]] = defaultdict(list)
-    for row in rows:
-        rollout = Rollout(
-            source=row.get("source") or "",
-            strategy=row.get("strategy") or "",
-            execution=row["execution"] if "execution" in row else problem_text(row["completion"]),
-            retrieved=(row.get("retrieved") or "").split(),
-            parts={key: value for key, value in row.items() if key not in TEXT_COLUMNS},
-        )
-        groups[row["step"], problem_text(row["prompt"])].append(rollout)
+    try:
+        for row in rows:
+            groups[_step(row), _text(problem_text(row["prompt"]))].append(_rollout(row))
+    except DAMAGED:
+        return
     for (step, text), rollouts in groups.items():
         yield RolledProblem(step, text, rollouts)
+
+
+def _step(row: dict[str, Any]) -> int:
+    if not is_count(row["step"]):
+        raise ValueError("no number of a step")
+    return row["step"]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    if not isinstance(row.get("correctness"), int | float | None):
+        raise TypeError("no outcome")
+    return Rollout(
+        source=_text(row.get("source") or ""),
+        strategy=_text(row.get("strategy") or ""),
+        execution=_text(row["execution"] if "execution" in row else problem_text(row["completion"])),
+        retrieved=_text(row.get("retrieved") or "").split(),
+        parts={key: value for key, value in row.items() if key not in TEXT_COLUMNS},
+    )
