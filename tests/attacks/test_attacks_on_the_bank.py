@@ -1,15 +1,22 @@
 """
-Strategies that someone else wrote change nothing of what the bank's own strategies have earned, and a bank of someone
-else names no folder to load.
+Strategies that someone else wrote change nothing of what the bank's own strategies have earned, a bank of someone
+else names no folder to load, and a bank server takes no more time and memory than a sync may.
 """
 
+import json
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bank_helpers import PROVEN, hashed_words, make
+from hostile_server import serving
 
 from trl_sgpo import StrategyBank
+from trl_sgpo.bank import chroma_server
 from trl_sgpo.bank.exchange import export_bank, import_bank
+from trl_sgpo.bank.shared import MADE_BY, SharedBank, SyncReport
 from trl_sgpo.bank.snapshot import embed_with
 from trl_sgpo.errors import BankError
 
@@ -51,3 +58,70 @@ def test_the_embedding_model_that_a_bank_names_is_no_folder(
         assert loaded == []
         embed_with(bank, named)
         assert bank.retrieve(["count"])[0] and set(loaded) == {named}
+
+
+def bank_server(**answers: Any) -> Callable[[Any], None]:
+    """Replies of a bank server with 6 rows: to a request for keys, and to one for rows."""
+    collection = {"id": str(uuid.UUID(int=4)), "metadata": MADE_BY, "dimension": None}
+
+    def reply(handler: Any) -> None:
+        path = handler.path.rsplit("/", 1)[1]
+        asked = "rows" if b'"ids"' in handler.body else "keys"
+        handler.send(json.dumps({"collections": collection, "count": 6, "get": answers.get(asked)}[path]).encode())
+
+    return reply
+
+
+def entries(names: list[str]) -> dict[str, Any]:
+    """An answer of a bank server with strategies."""
+    metadata = {
+        "problem_class": "algebra",
+        "source_problems": "[]",
+        "parents": "[]",
+        "model": "",
+        "run": "",
+        "step": 0,
+    }
+    return {
+        "ids": [f"{make(name).id}:{'f' * 16}:{'0' * 16}" for name in names],
+        "documents": [make(name).text for name in names],
+        "metadatas": [metadata | {"origin": "rollout"} for _ in names],
+    }
+
+
+@pytest.mark.parametrize(
+    "keys, rows",
+    [(["a", "b", "c", "d"], ["a"]), (["a", "b"], ["a", "b", "c"])],
+    ids=["keys", "rows"],
+)
+def test_a_bank_server_that_answers_more_than_was_asked(
+    keys: list[str],
+    rows: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of 16 MiB, millions of entries were read."""
+    monkeypatch.setattr(chroma_server, "PAGE", 3)
+    answers = {"keys": {"ids": entries(keys)["ids"]}, "rows": entries(rows)}
+    with StrategyBank(tmp_path, hashed_words) as bank, serving(bank_server(**answers)) as url:
+        assert SharedBank(bank, url).sync() == SyncReport(sent=0, received=0)
+    assert "more entries than were asked for" in caplog.text
+
+
+def test_the_deadline_of_a_bank_server_counts_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer arrives in time, and reading it takes longer."""
+    now, read = [0.0], chroma_server.from_json
+
+    def slowly(data: bytes) -> Any:
+        now[0] += chroma_server.DEADLINE * (b"documents" in data) + 1
+        return read(data)
+
+    monkeypatch.setattr(chroma_server, "monotonic", lambda: now[0])
+    monkeypatch.setattr(chroma_server, "from_json", slowly)
+    answers = {"keys": {"ids": entries(["a"])["ids"]}, "rows": entries(["a"])}
+    with StrategyBank(tmp_path, hashed_words) as bank, serving(bank_server(**answers)) as url:
+        assert SharedBank(bank, url).sync() == SyncReport(sent=0, received=0)
+    assert "took more than 60 seconds" in caplog.text
