@@ -14,7 +14,7 @@ from bank_helpers import PROVEN, hashed_words, make
 from hostile_server import serving
 
 from trl_sgpo import StrategyBank
-from trl_sgpo.bank import chroma_server
+from trl_sgpo.bank import Outcome, chroma_server, problem_id
 from trl_sgpo.bank.exchange import export_bank, import_bank
 from trl_sgpo.bank.shared import MADE_BY, SharedBank, SyncReport
 from trl_sgpo.bank.snapshot import embed_with
@@ -36,6 +36,24 @@ def test_an_import_retires_no_strategy_written_here(tmp_path, own):
         assert {strategy.trust for strategy in bank.strategies()} == {own}
         assert import_bank(bank, tmp_path / "export").added == 0
         assert [strategy.trust for strategy in bank.strategies()] == [own] * 8
+
+
+@pytest.mark.parametrize("right, state", [(12, "quarantine"), (6, "retired")])
+def test_executions_of_strategies_in_quarantine_withhold_no_other(tmp_path, right, state):
+    """Eight imports that are wrong on one kind of problem, and right on some others."""
+    unlucky, imports = make("count", **PROVEN), [make(f"imported{n}", source="x") for n in range(8)]
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        bank.merge([unlucky], [], judge=False)
+        bank.add(strategy.quarantined("import") for strategy in imports)
+        outcomes = [(unlucky, f"Count {n} apples slowly.", 1.0) for n in range(60)]
+        outcomes += [(unlucky, f"Maria has {n} apples.", float(n)) for n in range(2)]
+        for strategy in imports:
+            outcomes += [(strategy, f"Count {n} apples slowly.", float(n < right)) for n in range(12)]
+            outcomes += [(strategy, f"Maria has {n} apples.", 0.0) for n in range(12)]
+        bank.update(Outcome(s.id, problem_id(text), rate, baseline=0.8, text=text) for s, text, rate in outcomes)
+        assert bank.get(unlucky.id).trust == "trusted"
+        assert {bank.get(strategy.id).trust for strategy in imports} == {state}
+        assert [hit.strategy.id for hit in bank.retrieve(["Maria has 77 apples."])[0]] == [unlucky.id]
 
 
 @pytest.mark.parametrize("folder", ["{run}/model", "run/model", "./model", "model", "/absent"])
