@@ -17,7 +17,7 @@ MEASURED = {  # trigger of the benchmark, its row in docs/bank.md, and the most 
     "digit": ("The first number ends in 7 (chosen on this)", 0.25),
     "word": ("A name occurs", 0.25),
     "form": ("The numbers come before the question", 0.25),
-    "range": ("The first number is between 550 and 649", 0.32),
+    "range": ("The first number is between 550 and 649", 0.38),
     "divisor": ("The first number is divisible by 9", 0.29),
 }
 # What each trigger is in a problem whose number is given, and without it

@@ -17,7 +17,6 @@ from trl_sgpo.bank.policy import (
     evict,
     log_mixture_ratio,
     near_copy,
-    retention_score,
     shown_too_often,
     trust,
     trust_floor,
@@ -138,26 +137,27 @@ def test_a_strategy_that_never_succeeds_is_not_trusted():
     assert not ever(default_trust, 0.0, 0.05, problems=64, strategies=300)[0].any()
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(-5, 5), st.integers(0, 3)), max_size=30), st.integers(1, 12))
-def test_eviction_keeps_the_best_and_room_for_newcomers(population, capacity):
-    trusted = np.array([row[0] for row in population], dtype=bool)
+STATES = st.sampled_from(["trusted", "candidate", "quarantine"])
+
+
+@given(st.lists(st.tuples(STATES, st.integers(-5, 5), st.integers(0, 3)), max_size=30), st.integers(1, 12))
+def test_eviction_keeps_the_best_and_room_for_candidates(population, capacity):
+    trusted, new, quarantined = (
+        np.array([row[0] == state for row in population], dtype=bool)
+        for state in ("trusted", "candidate", "quarantine")
+    )
     scores, step = np.array([row[1] for row in population]), np.array([row[2] for row in population])
-    gone = evict(trusted, scores, step, capacity)
+    gone = evict(trusted, quarantined, scores, step, capacity)
     kept = sorted(set(range(len(population))) - set(gone.tolist()))
     assert len(set(gone.tolist())) == len(gone) == max(len(population) - capacity, 0)
-    for side in (trusted, ~trusted):
+    for side in (trusted, new, quarantined):
         for lost in (row for row in gone if side[row]):
             for row in (row for row in kept if side[row]):
                 assert (scores[lost], step[lost]) <= (scores[row], step[row])
-    newcomers, room = int((~trusted).sum()), -(-capacity // 4)
-    assert sum(~trusted[kept]) >= min(newcomers, room)
+    room = -(-capacity // 4)
+    assert sum(new[kept]) >= min(int(new.sum()), room)
     assert sum(trusted[kept]) >= min(int(trusted.sum()), capacity - room)
-
-
-def test_quarantine_pushes_no_candidate_out():
-    tried_once = Strategy("candidate", "a", (), successes=1, trials=10)
-    imported = Strategy("imported", "a", (), trust="quarantine", successes=9, trials=10)
-    assert retention_score(imported) < 0 < retention_score(tried_once)
+    assert quarantined[gone].all() or not quarantined[kept].any()
 
 
 @given(st.integers(0, 1000), st.integers(1, 1000), st.floats(0.01, 1))

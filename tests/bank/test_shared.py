@@ -656,19 +656,19 @@ def test_a_server_that_answers_rubbish(bank, fault, monkeypatch, caplog):
     assert bank.strategies() == before and bank.damage() == []
 
 
-def test_a_server_that_answers_more_than_was_asked(bank):
-    asked, other = make("asked"), make("other")
+def test_a_server_that_answers_what_was_not_asked(bank):
+    asked, other, gone, lost = (make(name) for name in ("asked", "other", "gone", "lost"))
 
     def respond(handler):
         path = handler.path.rsplit("/", 1)[1]
         rows = {
-            "ids": [key_of(asked), key_of(other), None, [], 7],
-            "documents": [asked.text, other.text, other.text, "", ""],
-            "metadatas": [good_metadata()] * 5,
+            "ids": [key_of(asked), key_of(other), []],
+            "documents": [asked.text, other.text, ""],
+            "metadatas": [good_metadata()] * 3,
         }
-        keys = {"ids": [key_of(asked), None, [], 7]}
+        keys = {"ids": [key_of(asked), key_of(gone), key_of(lost), None, [], 7]}
         counted.append(path)
-        answer = {"collections": json.loads(OPENED), "count": 4, "get": keys if counted.count("get") == 1 else rows}
+        answer = {"collections": json.loads(OPENED), "count": 6, "get": keys if counted.count("get") == 1 else rows}
         send(handler, 200, json.dumps(answer[path]).encode())
 
     counted = []

@@ -26,6 +26,8 @@ MAX_ROWS = 200_000  # on the server
 READ_TIMEOUT = 10.0  # seconds without a byte
 DEADLINE = 60.0  # seconds for all requests together
 
+_TOO_LONG = f"it took more than {DEADLINE:g} seconds"
+
 Row = tuple[str, dict[str, Any]]  # document and metadata
 
 
@@ -41,10 +43,13 @@ class ServerRefused(ServerError):
     """The configuration cannot work with this server. The message names the fix."""
 
 
-def _columns(answer: Any, *names: str) -> list[Any]:
-    """The rows of an answer that consists of named columns."""
+def _columns(answer: Any, asked: int, *names: str) -> list[Any]:
+    """The rows of an answer that consists of named columns, as many as were asked for at most."""
     try:
-        return list(zip(*(answer[name] for name in names), strict=True))
+        columns = [answer[name] for name in names]
+        if any(len(column) > asked for column in columns):
+            raise ServerError("it answered with more entries than were asked for")
+        return list(zip(*columns, strict=True))
     except (KeyError, TypeError, ValueError) as error:
         raise ServerError("it does not answer as a Chroma server does") from error
 
@@ -101,7 +106,7 @@ class ChromaServer:
         try:
             answer = self._client.request(method, self._root + path, self._end - monotonic(), body)
         except TimeoutError as error:
-            raise ServerError(f"it took more than {DEADLINE:g} seconds") from error
+            raise ServerError(_TOO_LONG) from error
         except http_limits.AnswerTooLarge as error:
             raise AnswerTooLarge(str(error)) from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError, http_limits.AnswerRefused) as error:
@@ -113,9 +118,12 @@ class ChromaServer:
         if status != 200:
             raise ServerError(f"it answered {status} {data[:200].decode(errors='replace')!a}")
         try:
-            return from_json(data)
+            value = from_json(data)
         except ValueError as error:
             raise ServerError(f"it answered what is no JSON: {error}") from error
+        if monotonic() > self._end:
+            raise ServerError(_TOO_LONG)
+        return value
 
     def open(self, name: str, metadata: dict[str, str]) -> None:
         """Use the collection of this name. It is created if it does not exist, and must have the metadata."""
@@ -151,7 +159,7 @@ class ChromaServer:
                 return [None]
             half = limit // 2
             return self._keys(offset, half) + self._keys(offset + half, limit - half)
-        return [key for (key,) in _columns(answer, "ids")]
+        return [key for (key,) in _columns(answer, limit, "ids")]
 
     def rows(self, keys: list[str]) -> Iterator[tuple[str, Any, Any]]:
         """Key, document and metadata of rows: nothing of a deleted one, only the key of one that is too large."""
@@ -167,7 +175,9 @@ class ChromaServer:
                 return [(keys[0], None, None)]
             half = len(keys) // 2
             return self._rows(keys[:half]) + self._rows(keys[half:])
-        return [row for row in _columns(answer, "ids", *include) if row[0] in keys]
+        wanted = set(keys)
+        rows = _columns(answer, len(keys), "ids", *include)
+        return [row for row in rows if type(row[0]) is str and row[0] in wanted]
 
     def write(self, rows: dict[str, Row]) -> None:
         """Write rows by their keys, or replace them."""

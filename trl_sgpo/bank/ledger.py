@@ -277,11 +277,15 @@ class Ledger:
             return [Execution(*row) for row in rows]
 
     def executions_with_texts(self, problem_class: str) -> list[tuple[Execution, str]]:
-        """Executions of strategies of a class, retired ones too, on problems whose texts are stored, with the text."""
+        """
+        Executions of the candidates and trusted strategies of a class on problems whose texts are stored, with the
+        text. Those of other strategies, which others wrote and which have not earned trust, are no evidence.
+        """
         # CROSS keeps the order of the tables: SQLite would read the executions of all classes
         query = (
             "SELECT executions.*, problems.text FROM strategies CROSS JOIN executions ON strategy_id = strategies.id "
-            "CROSS JOIN problems ON problems.id = problem WHERE strategies.problem_class = ?"
+            "CROSS JOIN problems ON problems.id = problem WHERE strategies.problem_class = ? "
+            "AND strategies.trust IN ('candidate', 'trusted')"
         )
         with self._readable_errors():
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'problems'").fetchone():

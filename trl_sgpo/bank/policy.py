@@ -229,24 +229,27 @@ def near_copies(
 def retention_score(strategy: Strategy) -> float:
     """
     Score by which eviction ranks strategies: the lower bound of the success rate if the strategy is trusted, otherwise
-    its utility, less 1 in quarantine. Trusted strategies are compared with each other only.
+    its utility. Strategies are compared with others of their trust state only.
     """
     if strategy.trust == "trusted":
         return wilson(strategy.successes, strategy.trials)[0]
-    return utility(strategy.successes, strategy.trials) - (strategy.trust == "quarantine")
+    return utility(strategy.successes, strategy.trials)
 
 
-def evict(trusted: np.ndarray, scores: np.ndarray, step: np.ndarray, capacity: int) -> np.ndarray:
+def evict(
+    trusted: np.ndarray, quarantined: np.ndarray, scores: np.ndarray, step: np.ndarray, capacity: int
+) -> np.ndarray:
     """
     The strategies of a class that exceed its capacity.
 
-    A quarter of the capacity is for strategies that are not trusted, so that new ones get executed; they may also use
-    places that trusted ones leave free. In either group the lowest [`retention_score`] is evicted first, among equals
-    the older one.
+    Those in quarantine are evicted first: others wrote them, so they only use places that candidates and trusted
+    strategies leave free. A quarter of the capacity is for candidates, so that new ones get executed; they may also
+    use places that trusted ones leave free. In each group the lowest [`retention_score`] is evicted first, among
+    equals the older one.
 
     Args:
-        trusted (`np.ndarray` of shape `(n,)`):
-            Whether each strategy is trusted.
+        trusted, quarantined (`np.ndarray` of shape `(n,)`):
+            Whether each strategy is trusted, and whether it is in quarantine.
         scores (`np.ndarray` of shape `(n,)`):
             The [`retention_score`] of each.
         step (`np.ndarray` of shape `(n,)`):
@@ -260,9 +263,9 @@ def evict(trusted: np.ndarray, scores: np.ndarray, step: np.ndarray, capacity: i
     excess = len(trusted) - capacity
     if excess <= 0:
         return np.zeros(0, dtype=int)
-    order = np.lexsort((step, scores))
+    order = np.lexsort((step, scores, ~quarantined))
     new, proven = order[~trusted[order]], order[trusted[order]]
-    from_new = min(excess, max(len(new) - math.ceil(NEWCOMERS * capacity), 0))
+    from_new = min(excess, max(len(new) - math.ceil(NEWCOMERS * capacity), int(quarantined.sum())))
     return np.concatenate([new[:from_new], proven[: excess - from_new]])
 
 

@@ -93,15 +93,27 @@ def embed_with(bank: StrategyBank, name: str | None = None) -> None:
             The model that the user named.
 
     Raises:
-        [`~trl_sgpo.errors.BankError`]: The bank was made with a model that would have to be downloaded. The user must
-            name it, because the files of a bank can be from someone else.
+        [`~trl_sgpo.errors.BankError`]: The bank was made with a model in a folder, or with one that would have to be
+            downloaded. The user must name it, because the files of a bank can be from someone else.
     """
-    from ..inference.weights import on_this_machine
-
     recorded = bank.made_with or bank.embedding_model
-    if name is None and recorded != DEFAULT_EMBEDDING_MODEL and "/" in recorded and not on_this_machine(recorded):
+    if name is None and (reason := _not_loaded(recorded)):
         raise BankError(
-            f"The bank was made with the embedding model {recorded}, which is not on this machine and is not "
-            f"downloaded because a bank names it: pass `--embedding_model {recorded}`, or another one."
+            f"The bank was made with the embedding model {recorded}, which {reason} because a bank names it: pass "
+            f"`--embedding_model {recorded}` if you trust it, or another one."
         )
     bank.embedding_model = name or recorded
+
+
+def _not_loaded(recorded: str) -> str | None:
+    """Why a model that the files of a bank name is not loaded."""
+    from ..hub.model_card import HUB_NAME
+    from ..inference.weights import on_this_machine
+
+    if recorded == DEFAULT_EMBEDDING_MODEL:
+        return None
+    if Path(recorded).is_dir():
+        return "is a folder and is not loaded"
+    if "/" in recorded and not (HUB_NAME.fullmatch(recorded) and on_this_machine(recorded)):
+        return "is not on this machine and is not downloaded"
+    return None

@@ -11,7 +11,7 @@ from .strategy import TRUST_STATES, Strategy
 
 ROOM = 20  # initial rows: doubled four times, they hold a full class of the default capacity and new strategies
 
-_TRUSTED, _RETIRED = TRUST_STATES.index("trusted"), TRUST_STATES.index("retired")
+_TRUSTED, _QUARANTINE, _RETIRED = (TRUST_STATES.index(state) for state in ("trusted", "quarantine", "retired"))
 
 
 @lru_cache
@@ -105,11 +105,9 @@ class ClassVectors:
         for strategy in strategies:
             if (row := self.rows.get(strategy.id)) is not None:
                 trust[row], scores[row] = TRUST_STATES.index(strategy.trust), retention_score(strategy)
-        if not (retired := trust == _RETIRED).any():
-            return [ids[row] for row in evict(trust == _TRUSTED, scores, steps, capacity).tolist()]
-        live = np.flatnonzero(~retired)
-        evicted = live[evict(trust[live] == _TRUSTED, scores[live], steps[live], capacity)]
-        return [ids[row] for row in evicted.tolist()]
+        live = np.flatnonzero(trust != _RETIRED)
+        evicted = evict(trust[live] == _TRUSTED, trust[live] == _QUARANTINE, scores[live], steps[live], capacity)
+        return [ids[row] for row in live[evicted].tolist()]
 
 
 def nearest(

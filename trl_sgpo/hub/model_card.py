@@ -15,14 +15,13 @@ import yaml
 from .._version import __version__
 from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
+from ..checks.damaged import expect_readable
 from ..checks.json_text import parse_json
 from ..checks.secrets import redacted
 from ..errors import ConfigError
-from ..evaluation.chunks import RESULTS_FILE
 from ..files import write_file
 from ..inference.weights import LAB_MODEL
-from ..report.run_files import REPORT_FILE
-from ..yaml_files import read_mapping
+from .card_results import evaluated, measured, results
 
 
 if TYPE_CHECKING:
@@ -98,6 +97,13 @@ class TrainingFacts:
         for name, value in zip(("base_model", "datasets", "settings"), public, strict=True):
             object.__setattr__(self, name, tuple(value) if name == "datasets" else value)
 
+    def _expect_texts(self) -> None:
+        """Raises a `TypeError` if there are values of other types, as in the file of another program."""
+        texts = [self.base_model, *self.datasets, *self.rewards, *self.tags, *self.badges]
+        texts += [text for mapping in (self.versions, self.license) for pair in dict(mapping).items() for text in pair]
+        if not (isinstance(self.settings, dict) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("it holds values of other types than a run writes")
+
     @classmethod
     def of(cls, config: "SGPOConfig", base_model: str, rewards: Sequence[str]) -> "TrainingFacts":
         """Takes the facts of a training configuration."""
@@ -132,7 +138,9 @@ class TrainingFacts:
             for item in fields(cls):
                 if isinstance(given.get(item.name), list):
                     given[item.name] = tuple(given[item.name])
-            return cls(**given)
+            facts = cls(**given)
+            facts._expect_texts()
+            return facts
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): delete it to make a card without it.") from error
 
@@ -181,7 +189,7 @@ def make_card(
         f"# {repo_id.split('/')[-1]}",
         _about(directory, facts, adapter),
         *facts.badges,
-        _results(directory, evaluation),
+        results(directory, evaluation),
         _use(directory, repo_id, adapter),
         _bank(directory, repo_id),
         _training(facts),
@@ -211,38 +219,10 @@ def _metadata(
     if datasets := [name for name in facts.datasets if on_hub(name)]:
         metadata["datasets"] = datasets
     metadata["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
-    if entries := [*_measured(directory, facts), *_evaluated(evaluation)]:
+    data = " + ".join(map(_public, facts.datasets)) or "the training's unseen problems"
+    if entries := [*measured(directory, data), *evaluated(evaluation)]:
         metadata["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
     return metadata
-
-
-def _report(directory: Path) -> dict[str, Any]:
-    path = directory / REPORT_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _measured(directory: Path, facts: TrainingFacts) -> list[dict[str, Any]]:
-    """The run's measurements after training, as entries of a `model-index`."""
-    after = _report(directory).get("after", {})
-    data = " + ".join(map(_public, facts.datasets)) or "the training's unseen problems"
-    metrics = [
-        {"type": key, "name": f"{name}, {decoding}, {score[count]} executions", "value": round(score[key], 4)}
-        for decoding, score in after.items()
-        for key, name, count in (
-            ("accuracy", "accuracy with the own strategy", "problems"),
-            ("transfer", "strategy transfer score", "transfers"),
-        )
-        if score[count] > 0
-    ]
-    dataset = {"name": f"unseen problems of {data}", "type": data}
-    return [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}] if metrics else []
-
-
-def _evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
-    if evaluation is None:
-        return []
-    path = evaluation / "hub" / "model_index.yaml"
-    return read_mapping(str(path))["model-index"][0]["results"] if path.is_file() else []
 
 
 def _link(name: str, kind: str = "") -> str:
@@ -266,61 +246,7 @@ def _about(directory: Path, facts: TrainingFacts, adapter: bool) -> str:
     )
 
 
-def _results(directory: Path, evaluation: Path | None) -> str:
-    tables = [_before_and_after(directory), _suites(evaluation)]
-    return "## Results\n\n" + ("\n\n".join(table for table in tables if table) or "Nothing was measured.")
-
-
-def _interval(rate: float, low: float, high: float) -> str:
-    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _before_and_after(directory: Path) -> str:
-    from ..evaluation.statistics import wilson_interval
-
-    report = _report(directory)
-    if not report:
-        return ""
-    problems = next(iter(report["after"].values()))["problems"]
-    lines = [
-        f"On {problems} problems that were not trained on, with 95% intervals:",
-        "",
-        "| | before | after |",
-        "|---|---|---|",
-    ]
-    for name, key in (("accuracy with the own strategy", "accuracy"), ("strategy transfer score", "transfer")):
-        for decoding, after in report["after"].items():
-            cells = [
-                _interval(score[key], *wilson_interval(score[key], score["problems"])) if score["problems"] else "–"
-                for score in (report["before"][decoding], after)
-            ]
-            lines.append(f"| {name}, {decoding} | {cells[0]} | {cells[1]} |")
-    lines += [
-        "",
-        "“Before” is before the reinforcement learning, after the supervised warm start if there was one. The "
-        "transfer score is the mean outcome of strategies executed on other problems of their class.",
-    ]
-    return "\n".join(lines)
-
-
-def _suites(evaluation: Path | None) -> str:
-    if evaluation is None:
-        return ""
-    suites = json.loads((evaluation / RESULTS_FILE).read_text())["suites"]
-    lines = [
-        "By `trl-sgpo eval`, greedy, with 95% intervals:",
-        "",
-        "| suite | kind | problems | accuracy |",
-        "|---|---|---|---|",
-    ]
-    for name, suite in suites.items():
-        figures = suite["accuracy"]
-        rate = "–" if figures is None else _interval(figures["value"], figures["low"], figures["high"])
-        kind = suite["kind"].replace("_", " ")
-        lines.append(f"| {name} | {kind} | {suite['problems']} of {suite['available']} | {rate} |")
-    return "\n".join(lines)
-
-
+@expect_readable("tokenizer_config.json")
 def _use(directory: Path, repo_id: str, adapter: bool) -> str:
     from ..inference.settings import TwoPhaseSettings
     from .snippet import transformers_snippet

@@ -15,12 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..bank.exchange import export_bank
 from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
+from ..checks.damaged import expect_readable
 from ..checks.repositories import is_within
 from ..errors import ModelError
 from ..files import write_file
 from ..inference.loading import ADAPTER_FILE, adapter_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
-from ..inference.settings import SETTINGS_FILE
+from ..inference.settings import SETTINGS_FILE, TwoPhaseSettings
 from ..report.run_files import REPORT_FILE
 from .model_card import (
     CARD,
@@ -163,7 +164,7 @@ def stage(
         _copy(source, target, MODEL_FILES, link)
     if not any(target.glob("*.safetensors")):
         raise ModelError(f"{source} holds no model in safetensors: name a run's output folder or a checkpoint.")
-    _publish_settings(target)
+    _publish_settings(source, target)
     if bank is not None:
         export_bank(bank, target / BANK_DIRECTORY, license=license.get("license", "other"))
     _write_metrics(source, target)
@@ -176,19 +177,21 @@ def stage(
     write_file(target / CARD, card)
 
 
-def _publish_settings(directory: Path) -> None:
+def _publish_settings(source: Path, directory: Path) -> None:
     """Replaces a local path of the embedding model by its last part."""
     path = directory / SETTINGS_FILE
     if path.is_file():
-        settings = json.loads(path.read_text())
-        text = json.dumps(settings | {"embedding_model": published(settings["embedding_model"])}, indent=2)
+        name = TwoPhaseSettings.load(source).embedding_model
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        text = json.dumps(settings | {"embedding_model": published(name)}, indent=2)
         write_file(path, text)  # not in place: it may be a hard link to the checkpoint's file
 
 
 def _write_metrics(source: Path, target: Path) -> None:
     if (source / TRAINER_STATE_NAME).is_file():
-        state = json.loads((source / TRAINER_STATE_NAME).read_text())
-        write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
+        with expect_readable(source / TRAINER_STATE_NAME):
+            state = json.loads((source / TRAINER_STATE_NAME).read_text())
+            write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
     elif (source / METRICS_FILE).is_file():
         shutil.copyfile(source / METRICS_FILE, target / METRICS_FILE)
 

@@ -40,6 +40,8 @@ def adapter_base(directory: str | Path) -> str | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{Path(directory, ADAPTER_FILE)} cannot be read: save the adapter again.") from error
+    if not isinstance(base, str):
+        raise ModelError(f"{Path(directory, ADAPTER_FILE)} names no base model: set `base_model_name_or_path` in it.")
     if not Path(base).is_dir():
         for run in (Path(directory), Path(directory).resolve().parent):
             if (run / Path(base).name / "config.json").is_file():

@@ -1,0 +1,71 @@
+"""Files of a run of somebody else: what no run writes is one line with status 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from models import save_tiny_model
+
+from trl_sgpo.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_model(directory)
+    return directory
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model, tmp_path / "run")
+
+
+PUSHED = {
+    "sgpo.json": ["[]", "{", "null", '{"embedding_model": 1}'],
+    "trainer_state.json": ["{}", "[]", "{", "null", '{"global_step": 1, "epoch": 1}'],
+    "report.json": ["[]", "{", '{"after": {"x": {}}}', '{"after": []}', '{"after": {"x": {"problems": 1}}}'],
+    "training.json": ["[]", "{", '{"x": 1}', '{"datasets": [1]}', '{"settings": []}', '{"license": {"license": 1}}'],
+    "tokenizer_config.json": ["{"],
+    "adapter_config.json": [
+        "{}",
+        "[]",
+        *(f'{{"base_model_name_or_path": {name}}}' for name in ("null", '["a"]', "5")),
+    ],
+}
+EVALUATED = {
+    "results.json": ["{}", "[]", "{", '{"suites": 1}', '{"suites": {"a": {}}}', '{"suites": {"a": 1}}'],
+    "hub/model_index.yaml": ["{}", "model-index: 1", "model-index: []", "model-index: [{results: 1}]"],
+}
+
+
+def expect_one_line(arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert name in line
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name, each in PUSHED.items() for content in each])
+def test_files_of_a_run_that_is_pushed(
+    name: str, content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_text(content)
+    expect_one_line(["push", str(run), "user/m", "--no_bank", "--dry_run", str(tmp_path / "out")], name, capsys)
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name, each in EVALUATED.items() for content in each])
+def test_files_of_an_evaluation_that_is_pushed(
+    name: str, content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "eval" / "hub").mkdir(parents=True)
+    (run / "eval" / "results.json").write_text('{"suites": {}}')
+    (run / "eval" / name).write_text(content)
+    arguments = ["push", str(run), "user/m", "--no_bank", "--dry_run", str(tmp_path / "out")]
+    expect_one_line([*arguments, "--eval", str(run / "eval")], name, capsys)
+
+
+@pytest.mark.parametrize("base", [None, ["a"], 5])
+def test_an_adapter_that_names_no_base(base: object, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    expect_one_line(["solve", "--model", str(run), "--no_bank", "1 + 1"], "adapter_config.json", capsys)
