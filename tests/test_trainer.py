@@ -1051,6 +1051,17 @@ def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
     assert {frozenset(block) for block in epochs[0]} != {frozenset(block) for block in epochs[1]}
 
 
+def test_a_curriculum_is_kept_without_shuffling(make, monkeypatch):
+    """Blocks follow the dataset within each class, in every epoch and whatever the seed."""
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    Script(monkeypatch)
+    dataset = problems(8, 2)
+    make(is_good, dataset, max_steps=-1, num_train_epochs=2, shuffle_dataset=False, seed=7).train()
+    numbers = {problem_id(prompt): index for index, prompt in enumerate(dataset["prompt"])}
+    batches = [[numbers[problem_id(row["prompt"])] for row in rows[::4]] for ((rows,), _) in sgpo]
+    assert batches == [[0, 2], [1, 3], [4, 6], [5, 7]] * 2
+
+
 def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):
     """As vLLM returns them: each token's with its token, 0 for tokens that were not sampled in the row."""
     generate = GRPOTrainer._generate_single_turn
