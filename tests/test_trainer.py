@@ -1037,6 +1037,78 @@ def test_resumed_run_equals_an_uninterrupted_one(make, monkeypatch, tmp_path, na
     assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
 
 
+ONE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+SAME_ROWS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+REUSED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+OTHER_SETTINGS = {
+    "same rows a step": (ONE_BATCH, SAME_ROWS, 1),
+    "same rows a step, back": (SAME_ROWS, ONE_BATCH, 1),
+    "within a generation": (REUSED, SAME_ROWS, 1),
+    "within a generation, larger rows": (REUSED, ONE_BATCH, 1),
+    "to reuse": (SAME_ROWS, REUSED, 1),
+    "iterations": (REUSED, REUSED | {"num_iterations": 2}, 1),
+    "bank rollouts": (REUSED, {"per_device_train_batch_size": 10, "num_generations": 5, "num_bank_rollouts": 1}, 1),
+    "a reference model": (REUSED, REUSED | {"beta": 0.1}, 1),
+    "temperature": (REUSED, REUSED | {"temperature": 0.7}, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_resuming_with_other_settings_generates_anew(make, monkeypatch, caplog, name):
+    """No step after it trains on older rollouts than a new run does, all rows of a generation are trained once."""
+    before, after, step = OTHER_SETTINGS[name]
+    trained = []
+    generate, loss = SGPOTrainer._generate_and_score_completions, SGPOTrainer._compute_loss
+
+    def dated(trainer, inputs):
+        output = generate(trainer, inputs)
+        if trainer.model.training:
+            output["made"] = torch.full((len(inputs),), trainer.state.global_step)
+            output["row"] = torch.arange(len(inputs))
+        return output
+
+    def recorded(trainer, model, inputs):
+        for made, row in zip(inputs["made"].tolist(), inputs["row"].tolist(), strict=True):
+            trained.append((trainer.state.global_step, made, row))
+        return loss(trainer, model, inputs)
+
+    monkeypatch.setattr(SGPOTrainer, "_generate_and_score_completions", dated)
+    monkeypatch.setattr(SGPOTrainer, "_compute_loss", recorded)
+    saving = {"save_strategy": "steps", "save_steps": 1, "use_bank": True}
+    trainer = make(max_steps=step, **saving, **before)
+    trainer.train()
+    trainer.strategy_bank.close()
+    trained.clear()
+    trainer = make(max_steps=step + 4, **saving, **after)
+    trainer.train(resume_from_checkpoint=True)
+    args = trainer.args
+    steps = max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+    rows = args.generation_batch_size
+    assert {now - made for now, made, _ in trained} == set(range(steps))
+    assert sorted((made, row) for _, made, row in trained) == sorted(
+        (made, row) for made in range(step, step + 4, steps) for row in range(rows) for _ in range(args.num_iterations)
+    )
+    (line,) = [each.getMessage() for each in caplog.records if "generation starts anew" in each.getMessage()]
+    changed = next(key for key in after if after[key] != before.get(key))
+    assert f"`{changed}`" in line and "\n" not in line
+
+
+def test_resuming_with_another_batch_size_continues_in_the_right_epoch(make, monkeypatch, tmp_path):
+    """The problems after it are those of a run that had the new batch size from its beginning."""
+    Script(monkeypatch)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+
+    def problems_of(rows, steps, folder, **more):
+        sgpo.clear()
+        settings = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / folder)}
+        make(is_good, problems(8, 1), max_steps=steps, per_device_train_batch_size=rows, **settings).train(**more)
+        return [[row["prompt"][0]["content"] for row in rows[::4]] for ((rows,), _) in sgpo]
+
+    whole = problems_of(16, 6, "whole")
+    problems_of(8, 3, "resumed")
+    assert problems_of(16, 6, "resumed", resume_from_checkpoint=True) == whole[3:]
+
+
 def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
     """Within an epoch each problem is met once; the next epoch has other blocks."""
     sgpo = capture(monkeypatch, "_generate_and_score_completions")

@@ -45,7 +45,7 @@ from .inference.loading import how_trained
 from .inference.settings import TwoPhaseSettings
 from .inference.verifier import as_completions
 from .method.advantages import token_advantages
-from .method.buffer import load_rollouts, rollouts_file, save_rollouts
+from .method.buffer import load_rollouts, save_rollouts
 from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
 from .method.metrics import CREDIT_COLUMNS, phase_columns, phase_metrics
@@ -167,17 +167,20 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if dataset is None else dataset
         answers = self.args.answer_column
-        return TransferBlockSampler(
+        rows_a_step = self.args.generation_batch_size * self.args.gradient_accumulation_steps
+        sampler = TransferBlockSampler(
             dataset[CLASS_COLUMN],
             self.geometry,
             problems_per_batch=self.args.generation_batch_size // self.geometry.executions,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             seed=self.args.seed,
             shuffle=self.shuffle_dataset,
-            # Asked of the state, because a dataloader that skips batches on resume does not forward `set_epoch`
-            epoch=lambda: int(self.state.epoch or 0),
+            # By its steps, because a dataloader that skips batches on resume does not forward `set_epoch`, and the
+            # epoch of the state is one of the checkpoint's geometry
+            epoch=lambda: self.state.global_step // -(-len(sampler) // rows_a_step),
             answers=[str(answer) for answer in dataset[answers]] if answers in dataset.column_names else None,
         )
+        return sampler
 
     # 2. Generation
 
@@ -328,9 +331,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         directory.mkdir(parents=True, exist_ok=True)
-        all_trained = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        path = rollouts_file(directory, self.accelerator.process_index)
-        save_rollouts(path, self._step, [] if all_trained else self._buffered_inputs)
+        save_rollouts(directory, self.args, self._step, self._buffered_inputs)
         super()._save_checkpoint(model, trial)  # writes trainer_state.json last: a checkpoint with it is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -338,10 +339,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         if checkpoint is None:
             return
         check_resumable(self.model)
-        path = rollouts_file(checkpoint, self.accelerator.process_index)
-        if path.exists():
-            self._step, batches = load_rollouts(path, self.args.steps_per_generation, self.accelerator.device)
-            self._buffered_inputs = batches or self._buffered_inputs
+        self._step, self._buffered_inputs = load_rollouts(checkpoint, self.args, self.accelerator.device)
         self.bank_session.load(checkpoint)
 
     def _load_best_model(self) -> None:
