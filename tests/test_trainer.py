@@ -387,6 +387,38 @@ def test_row_layout(make, monkeypatch, tmp_path, model, plain_model, chat):
     assert all("<|im_end|><|im_end|>" not in context for context in script.contexts)
 
 
+@pytest.mark.parametrize("ended", ["some", "none", "all"])
+def test_phases_that_were_cut_off_are_masked_each_by_its_own_end(make, monkeypatch, ended):
+    """With `mask_truncated_completions`. Rewards, and what others are compared with, stay as they are."""
+
+    def ends(index, every):
+        return {"some": index % every == 0, "none": False, "all": True}[ended]
+
+    def strategy(request, index):
+        return f"alpha {Script.word(request)}" + "<|im_end|>" * ends(index, 2)
+
+    Script(monkeypatch, strategy, lambda context, index: "good" + "<|im_end|>" * ends(index, 3))
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(is_good, mask_truncated_completions=True, per_device_train_batch_size=16, max_steps=1)
+    trainer.train()
+    ((rows,), output), *_ = sgpo
+    end, padding = trainer.eos_token_ids[0], trainer.processing_class.pad_token_id
+    trained = output["completion_mask"] * output["tool_mask"]
+    kinds = set()
+    for index, row in enumerate(rows):
+        rollout, length = row["rollout"], int((output["completion_ids"][index] != padding).sum())
+        ids, mask = output["completion_ids"][index][:length].tolist(), trained[index][:length].tolist()
+        written, executed = rollout.strategy_length, len(rollout.execution_ids)
+        whole = written > 0 and ids[written - 1] == end, rollout.execution_ids[-1] == end
+        kinds.add((rollout.source, *whole))
+        assert mask == [int(whole[0])] * written + [0] * (length - written - executed) + [int(whole[1])] * executed
+    assert len(kinds) == (6 if ended == "some" else 2)
+    assert output["num_items_in_batch"] == trained.sum()
+    logs = trainer.state.log_history[0]
+    assert logs["sgpo/correctness"] == logs["sgpo/transfer"] == 1
+    assert torch.isfinite(torch.tensor([logs["loss"], logs["grad_norm"]])).all()
+
+
 # Rewards
 
 

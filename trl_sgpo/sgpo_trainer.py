@@ -148,6 +148,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
                 merge_adapters=args.merge_adapters,
                 **kwargs,
             )
+        self.mask_truncated_completions = False  # TRL would mask whole rows: `two_phase_rollout` masks phases
         check_model(self)
         self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
