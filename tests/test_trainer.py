@@ -449,6 +449,31 @@ def test_rewards_see_the_execution_only(make, monkeypatch, model, plain_model, c
         assert completion_ids == [rollout.execution_ids for rollout in rollouts]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_rewards_see_executions_as_generated(make, monkeypatch, tmp_path, model, plain_model, chat):
+    """The indentation of code is a part of it. The table of completions shows them without white space around."""
+    body = "    total = a + b\n    return total\n"
+
+    def runs(completions, **kwargs):
+        rewards = []
+        for completion in completions:
+            names = {}
+            try:
+                exec("def add(a, b):\n" + (completion[0]["content"] if chat else completion), names)
+                rewards.append(float(names["add"](1, 2) == 3))
+            except SyntaxError:
+                rewards.append(0.0)
+        return rewards
+
+    Script(monkeypatch, execution=lambda context, index: f"{body}<|im_end|>")
+    chosen = model if chat else plain_model
+    trainer = make(runs, problems(chat=chat), model=chosen, log_completions=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward"] == 1
+    (file,) = (tmp_path / "out" / "completions").glob("*.parquet")
+    assert set(pd.read_parquet(file)["execution"]) == {body.strip()}
+
+
 @pytest.mark.parametrize("unscored", ["some", "problem", "all"])
 def test_rewards_of_none(make, monkeypatch, unscored):
     """Executions without a reward have no advantage; the others of the block are compared without them."""

@@ -225,7 +225,7 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
         _heading("Strategy")
         _write(solution.strategy)
         _heading("Execution")
-        _write(solution.execution)
+        _write(solution.execution.strip())
     _print_answer(solution, pipeline)
 
 

@@ -45,7 +45,7 @@ def say(ids, limit):
 
 
 def text(ids):
-    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def request(problem, shown):
@@ -88,7 +88,7 @@ def solve(problem, shown=()):
 
 _TAIL = """
 strategy, execution = solve({problem!r})
-print(strategy, execution, sep="\\n\\n")
+print(strategy, execution.strip(), sep="\\n\\n")
 """
 
 

@@ -167,7 +167,7 @@ def two_phase_rollout(
             Rollout(
                 source.kind,
                 source.parsed,
-                text.strip(),
+                text,
                 execution,
                 len(source.ids) if source.kind == "own" else 0,
                 source.strategy_id,
