@@ -340,7 +340,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         if checkpoint is None:
             return
         check_resumable(self.model)
-        self._step, self._buffered_inputs = load_rollouts(checkpoint, self.args, self.accelerator.device)
+        self._step, batches = load_rollouts(checkpoint, self.args, self.accelerator.device)
+        self._buffered_inputs = batches or self._buffered_inputs
         self.bank_session.load(checkpoint)
 
     def _load_best_model(self) -> None:

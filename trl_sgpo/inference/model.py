@@ -278,7 +278,7 @@ class TwoPhaseModel:
         return [(self._decode(ids), end is None) for ids, end in generated]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.conversation.text(ids)
 
     @torch.inference_mode()
     def _generate(

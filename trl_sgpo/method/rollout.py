@@ -145,7 +145,7 @@ def two_phase_rollout(
         executions, logprobs = trainer.generate(contexts, args.max_completion_length, "executions")
 
     executions = [ids or [turn.end] for ids in executions]
-    texts = conversation.tokenizer.batch_decode(executions, skip_special_tokens=True)
+    texts = [conversation.text(ids) for ids in executions]
     rows = list(zip(sources, turns, executions, strict=True))
 
     def trained(ids: list[int]) -> bool:
