@@ -61,8 +61,8 @@ def request(problem, shown):
 def execute(asked, strategy, turn, closes):
     """`closes` says whether a strategy that was cut off is closed by the end of a turn."""
     end = TURN_END if closes else tokenizer.eos_token
-    ids = tokenizer(end + turn, add_special_tokens=False, return_tensors="pt").input_ids
-    ended = strategy[0, -1] == ids[0, 0] or not closes
+    ids = tokenizer(end + turn, add_special_tokens=False, return_tensors="pt").input_ids[:, int(not closes) :]
+    ended = strategy[0, -1] == ids[0, 0]
     return text(say(torch.cat([asked, strategy, ids[:, int(ended) :]], dim=1), {execution_limit}))
 
 '''
