@@ -651,6 +651,37 @@ def test_evaluation_in_between_does_not_disturb_training(make):
     assert sum("sgpo/transfer" in logs for logs in trainer.state.log_history) == 2
 
 
+def test_evaluation_sets_are_logged_by_name(make, monkeypatch):
+    """And found by `metric_for_best_model`."""
+    Script(monkeypatch)
+
+    def by_class(completions, problem_class, trainer_state, **kwargs):
+        return [float(name == "kind-0") / (1 + trainer_state.global_step) for name in problem_class]
+
+    rows = problems(8, 2)
+    sets = {name: rows.select(range(first, 8, 2)) for name, first in (("easy", 0), ("hard_ones", 1))}
+    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = make(
+        by_class,
+        eval_dataset=sets,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        metric_for_best_model="eval_easy_reward",
+        **saving,
+    )
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 1)
+    logged = [logs for logs in trainer.state.log_history if any(key.startswith("eval_") for key in logs)]
+    assert [logs.get("eval_easy_reward") for logs in logged] == [0.5, None, pytest.approx(1 / 3), None]
+    assert [logs.get("eval_hard_ones_reward") for logs in logged] == [None, 0, None, 0]
+    assert [logs.get("eval_hard_ones_sgpo/correctness") for logs in logged] == [None, 0, None, 0]
+    assert not any("eval_reward" in logs for logs in logged)
+    metrics = trainer.evaluate()
+    assert {"eval_easy_reward", "eval_easy_loss", "eval_hard_ones_reward"} <= metrics.keys()
+    assert "eval_reward" in trainer.evaluate(rows)
+
+
 # The bank
 
 

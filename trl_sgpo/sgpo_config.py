@@ -21,11 +21,10 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     r"""
     Configuration class for the [`SGPOTrainer`].
 
-    It adds to [`~trl.GRPOConfig`] what the two phases, the transfer blocks and the strategy bank need. Inherited
-    parameters keep their meaning, with two notes: `max_completion_length` limits the **execution** (the strategy
-    has `max_strategy_length`), and `num_generations` counts the executions of one problem, `n * K + b`: `n` with the
-    problem's own strategies, `n * (K - 1)` with strategies borrowed from the other problems of its block, `b` with
-    strategies from the bank. `n` follows from the other three.
+    Inherited parameters keep their meaning. `max_completion_length` limits the **execution** (the strategy has
+    `max_strategy_length`), `mask_truncated_completions` masks each of both by its own end, `shuffle_dataset=False`
+    keeps the order within each class, and `num_generations` counts the executions of one problem, `n * K + b`: `n` with
+    its own strategies, `n * (K - 1)` borrowed from the other problems of its block, `b` from the bank.
 
     Parameters:
         > Parameters that control the transfer blocks

@@ -17,9 +17,9 @@ G = K * n + b strategies (`num_generations`) are executed on each problem of the
 One generation calls `_plan_rollouts` → TRL's `_generate_and_score_completions` → `_roll_out` → `_calculate_rewards`
 (sets `_credit`) → `token_advantages` (`method/advantages.py`). In evaluation each row executes its own strategy.
 
-Two base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
-faster, [`HubTrainer`] (`hub/trainer.py`) pushes a run to the Hub. What this file relies on in TRL 1.16 is listed and
-tested in `tests/test_trl_contract.py`.
+Base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
+faster, [`HubTrainer`] (`hub/trainer.py`) pushes to the Hub, `NamedEvaluationTrainer` (`evaluation/named_sets.py`) logs
+evaluation sets by name. What this file relies on in TRL 1.16 is listed and tested in `tests/test_trl_contract.py`.
 """
 
 import math
@@ -40,6 +40,7 @@ from .bank import StrategyBank
 from .bank.session import BankSession, in_blocks
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import CLASS_COLUMN, with_classes
+from .evaluation.named_sets import NamedEvaluationTrainer
 from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
 from .inference.settings import TwoPhaseSettings
@@ -58,7 +59,7 @@ from .sgpo_config import SGPOConfig
 from .speed.trainer import SharedPromptGRPOTrainer
 
 
-class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
+class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
     """
     Trainer for Strategy-Guided Policy Optimization (SGPO).
 
@@ -176,8 +177,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             seed=self.args.seed,
             shuffle=self.shuffle_dataset,
-            # By its steps, because a dataloader that skips batches on resume does not forward `set_epoch`, and the
-            # epoch of the state is one of the checkpoint's geometry
+            # By steps: on resume `set_epoch` is not forwarded, and the state's epoch is of the checkpoint's geometry
             epoch=lambda: self.state.global_step // -(-len(sampler) // rows_a_step),
             answers=[str(answer) for answer in dataset[answers]] if answers in dataset.column_names else None,
         )
@@ -305,8 +305,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         Returns:
             `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
         """
-        class_column = self.args.class_column or "problem_class"
-        problems = [as_problem(row, class_column, self.args.answer_column) for row in rows]
+        column = self.args.class_column or "problem_class"
+        problems = [as_problem(row, column, self.args.answer_column) for row in rows]
         batch = self.bank_session.plan(problems, geometry, False, self.state.global_step)
         repeated = [dict(row) for row in rows for _ in range(geometry.executions)]
         with measuring(self, greedy):
@@ -321,8 +321,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
-        settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
-        settings = settings.of_model(self.processing_class)
+        prompt = self.train_dataset[0]["prompt"]
+        settings = TwoPhaseSettings.from_config(self.args, prompt).of_model(self.processing_class)
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(directory)

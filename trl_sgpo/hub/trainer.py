@@ -2,8 +2,7 @@
 Pushes of a trainer to the Hub: one commit with the published files and an export of the bank.
 
 What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `init_hf_repo`,
-`create_model_card`, `push_to_hub`, `_push_from_checkpoint`, `_finish_current_push`, `push_in_progress`,
-`_determine_best_metric`, `_save`.
+`create_model_card`, `push_to_hub`, `_push_from_checkpoint`, `_finish_current_push`, `push_in_progress`, `_save`.
 """
 
 import os
@@ -20,7 +19,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..bank import StrategyBank
-from ..errors import ConfigError, SGPOError
+from ..errors import SGPOError
 from ..inference.loading import adapter_base
 from ..sgpo_config import SGPOConfig
 from .model_card import CARD, TrainingFacts, make_card
@@ -69,12 +68,6 @@ class HubTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # by this process
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).chmod(0o600)  # tokens are in this pickle
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        try:
-            return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:  # only the first evaluation shows which metrics there are
-            raise ConfigError(str(error.args[0])) from error
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if self.is_world_process_zero():
