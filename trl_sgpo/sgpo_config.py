@@ -23,7 +23,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
 
     Inherited parameters keep their meaning. `max_completion_length` limits the **execution** (the strategy has
     `max_strategy_length`), `mask_truncated_completions` masks each of both by its own end, `shuffle_dataset=False`
-    keeps the order within each class, and `num_generations` counts the executions of one problem, `n * K + b`: `n` with
+    keeps the order within each class, and `num_generations` counts the executions of a problem, `n * K + b`: `n` with
     its own strategies, `n * (K - 1)` borrowed from the other problems of its block, `b` from the bank.
 
     Parameters:

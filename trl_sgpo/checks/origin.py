@@ -8,6 +8,7 @@ an evaluation or a generation, or in this package's or the user's own code, keep
 """
 
 import errno
+import re
 import sysconfig
 from traceback import walk_tb
 from types import FrameType
@@ -24,6 +25,9 @@ PLACES = {
     errno.ENAMETOOLONG,
 }  # fmt: skip
 """Errors of files that say something about the user's disk, not about a program."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+_OF_TORCH = re.compile(r"inline_container\.cc:\d+\] \. (unexpected pos|PytorchStreamWriter failed)")
 
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _OWN = __name__.partition(".")[0]
@@ -41,6 +45,8 @@ def what_to_mend(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
+    if (text := _of_disk(error)) is not None:
+        return text
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     deliberate = isinstance(error, KINDS) or type(error).__module__ != "builtins"  # a type that a package defines
     if not deliberate or any(frame.f_code.co_name in RUNNING for frame in frames):
@@ -50,6 +56,19 @@ def what_to_mend(error: BaseException) -> str | None:
         return None
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     return text if " " in text else f"{origin}: {type(error).__name__} {text}".rstrip()
+
+
+def _of_disk(error: BaseException) -> str | None:
+    """What an error says of the disk that does not name the file, or comes from a library that is not in Python."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.strerror}: free some of it, or write to another disk."
+    text = " ".join(str(error).split())
+    found = _OF_RUST.search(text)
+    if found is not None and int(found[1]) in PLACES:
+        return f"{text}."
+    if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
+        return f"A file could not be written, as without space left on the disk ({text})."
+    return None
 
 
 def _package(frame: FrameType) -> str | None:
