@@ -39,7 +39,7 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str], ke
             return status
         except KeyboardInterrupt as interruption:
             text = " ".join(map(str, interruption.args)) or kept
-            _say(f"{chr(10) * sys.stderr.isatty()}{prog}: interrupted. {text}".rstrip())
+            _say(f"\n{prog}: interrupted. {text}".rstrip())  # after `^C`, or a bar
             return INTERRUPTED
         except Exception as error:
             pipe_closed = isinstance(error, BrokenPipeError) and _reader_is_gone()
