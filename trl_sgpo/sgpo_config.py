@@ -281,6 +281,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         refuse("SGPOConfig", list(not_finite(vars(self))))  # before numbers are compared and rounded
         problems = [*range_problems(vars(self)), *setting_problems(vars(self), get_type_hints(SGPOConfig))]
         problems += remote_code_problems(vars(self))
+        refuse("SGPOConfig", problems if self.num_generations is None else [])  # its key has no value
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
