@@ -82,8 +82,8 @@ def _layout(columns: Sequence[Sequence[str]], available: int) -> list[int] | Non
 
 def _leading(columns: Sequence[Sequence[str]], available: int) -> list[int]:
     """Widths of the first columns, as many as fit side by side, at least two. Empty if these do not fit."""
-    for count in range(len(columns) - 1, 1, -1):
-        for cap in (available, 24, 12):
+    for cap in (available, 24, 12):
+        for count in range(len(columns) - 1, 1, -1):
             if (widths := _widths(columns[:count], available, cap)) is not None:
                 return widths
     return []
