@@ -12,7 +12,7 @@ import pytest
 import yaml
 from models import save_tiny_model
 
-from trl_sgpo.cli import compare
+from trl_sgpo.cli import compare as command
 from trl_sgpo.cli.main import main
 
 
@@ -203,8 +203,8 @@ def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(tmp_path, 
         assert fifo.read_text() == "ready"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "wait", interrupted)
+    monkeypatch.setattr(command, "wait", interrupted)
     missing = [(arm, seed) for seed in (1, 2, 3) for arm in ("a", "b")]
     with pytest.raises(KeyboardInterrupt):
-        compare._run_all([sys.executable, "-c", script], missing, tmp_path, 1)
+        command._run_all([sys.executable, "-c", script], missing, tmp_path, 1)
     assert started.read_text() == "1"
