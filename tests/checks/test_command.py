@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from trl_sgpo.checks.command import run_command
 from trl_sgpo.cli import main as cli
+from trl_sgpo.cli.bench import SUBJECTS
 
 
 FULL = Path("/dev/full")
@@ -108,3 +109,12 @@ def test_a_directory_that_cannot_be_written_is_one_line(capsys, tmp_path):
         assert run_command("trl-sgpo x", command, []) == 2
         message = capsys.readouterr().err
         assert message.startswith(f"trl-sgpo x: error: {tmp_path}") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_benchmarks_check_their_output_before_they_measure(subject, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ["bench", subject, "--config", "none.yaml", "--output", str(tmp_path / "file" / "figures.json")]
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("trl-sgpo bench: error: `--output` is ") and message.count("\n") == 1
