@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,32 @@ def recipe(tiny: str, tmp_path: Path) -> Path:
         )
     )
     return path
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupted_run_names_the_command_that_resumes_it(recipe, monkeypatch, capsys, saved):
+    from trl_sgpo import SGPOTrainer
+
+    step = SGPOTrainer.training_step
+
+    def interrupted(trainer, *arguments):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    options = ["--config", str(recipe), "--max_steps", "3", "--hub_token=hf_123", "--resume_from_checkpoint", "true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SGPOTrainer, "training_step", interrupted)
+        assert main(["train", *options, *([] if saved else ["--save_strategy", "no"])]) == 130
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    if not saved:
+        assert line.startswith("trl-sgpo train: interrupted. ") and line.endswith("the same command starts anew.")
+        return
+    said, _, command = line.partition("To go on from there: trl-sgpo ")
+    assert said.startswith("trl-sgpo train: interrupted. ") and "checkpoint-2 is kept" in said
+    assert "hf_123" not in line and command.count("--resume_from_checkpoint") == 1
+    assert main([argument for argument in shlex.split(command) if argument not in ("--hub_token", "***")]) == 0
+    assert "Resuming from" in capsys.readouterr().out
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

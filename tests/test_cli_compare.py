@@ -1,6 +1,8 @@
 """`trl-sgpo compare` on a tiny model: every method runs, what is finished is kept, what failed is named."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from models import save_tiny_model
 
+from trl_sgpo.cli import compare as command
 from trl_sgpo.cli.main import main
 
 
@@ -184,3 +187,24 @@ def test_a_bad_arm_is_refused_before_anything_runs(
     status, _, err = compare("--config", _write(tmp_path, arms))
     assert status == 2 and message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(tmp_path, monkeypatch):
+    fifo, started = tmp_path / "fifo", tmp_path / "started"
+    os.mkfifo(fifo)
+    script = (
+        "import pathlib, signal, sys\n"
+        f"pathlib.Path({str(started)!r}).open('a').write(sys.argv[1])\n"
+        f"pathlib.Path({str(fifo)!r}).write_text('ready')\n"
+        "signal.pause()"
+    )
+
+    def interrupted(*given, **options):
+        assert fifo.read_text() == "ready"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "wait", interrupted)
+    missing = [(arm, seed) for seed in (1, 2, 3) for arm in ("a", "b")]
+    with pytest.raises(KeyboardInterrupt):
+        command._run_all([sys.executable, "-c", script], missing, tmp_path, 1)
+    assert started.read_text() == "1"

@@ -83,6 +83,21 @@ def test_a_wide_terminal_shows_a_row_on_a_line(bank, capsys, monkeypatch):
         assert any(strategy.text in line and strategy.problem_class in line for line in lines)
 
 
+def test_a_narrow_terminal_shows_a_row_with_what_does_not_fit_beneath_it(bank, capsys, monkeypatch):
+    """Not each strategy as a list of all of its figures, of which none is beside that of another one."""
+    monkeypatch.setenv("COLUMNS", "60")
+    main(["bank", "list", str(bank)])
+    out = capsys.readouterr().out
+    lines = [line.rstrip() for line in out.partition(" strategies\n")[0].splitlines()]
+    header = next(line for line in lines if line.startswith("id"))
+    assert header.split()[:3] == ["id", "class", "trust"]
+    assert len(lines) <= 3 * 6 + 4 and max(map(len, lines)) <= 60
+    for strategy in strategies():
+        (row,) = [place for place, line in enumerate(lines) if line.startswith(strategy.id[:8])]
+        beneath = " ".join(" ".join(lines[row : row + 6]).split())
+        assert "problems" in beneath and "lift" in beneath and strategy.text in beneath
+
+
 SUITES = ["in_distribution_problems", "out_of_distribution_families", "harder_problems_of_known_families"]
 
 

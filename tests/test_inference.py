@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from models import evenness, hash_embedder, problems, save_tiny_model
+from models import evenness, hash_embedder, problems, save_tiny_model, tokenizer
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
 from trl_sgpo.errors import ConfigError, ModelError
+from trl_sgpo.inference.chat_completions import Completion
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
+from trl_sgpo.inference.server import ServerModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.inference.verifier import verify
 from trl_sgpo.method.problem import as_problem
@@ -79,6 +82,19 @@ def test_sampling_repeats_with_its_seed_and_does_not_touch_others(tmp_path: Path
     assert model.answer(prompts, Decoding(greedy=False, seed=1)) == first
     assert model.answer(prompts, Decoding(greedy=False, seed=2)) != first
     assert 0 < model.generated_tokens <= 3 * 8 * len(prompts)
+
+
+def test_texts_are_as_generated_for_verifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The indentation of code is a part of them, here and from a server."""
+    text, tok = "    return a + b\n", tokenizer()
+    here = TwoPhaseModel(SimpleNamespace(eval=lambda: None), tok, TwoPhaseSettings())
+    monkeypatch.setattr(here, "_generate", lambda prompts, *_: [(tok(text)["input_ids"], 0)] * len(prompts))
+    served = ServerModel("http://nowhere/v1", "m", TwoPhaseSettings())
+    monkeypatch.setattr(served, "_post", lambda body, **_: Completion(text, False, 3))
+    asked = [as_problem(problems(1)[0])]
+    for model in (here, served):
+        assert model.execute(asked, ["Add."]) == [text]
+        assert model.answer([asked[0].prompt]) == [text]
 
 
 def test_unreadable_settings_and_missing_models_are_named(tmp_path: Path) -> None:

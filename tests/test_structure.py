@@ -24,6 +24,7 @@ PRIVATE_NAMES = {
     "bench/arms.py",
     "checks/origin.py",
     "compare/budget.py",
+    "evaluation/named_sets.py",
     "hub/trainer.py",
     "method/conversation_trainer.py",
     "method/measuring.py",

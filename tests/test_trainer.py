@@ -387,6 +387,38 @@ def test_row_layout(make, monkeypatch, tmp_path, model, plain_model, chat):
     assert all("<|im_end|><|im_end|>" not in context for context in script.contexts)
 
 
+@pytest.mark.parametrize("ended", ["some", "none", "all"])
+def test_phases_that_were_cut_off_are_masked_each_by_its_own_end(make, monkeypatch, ended):
+    """With `mask_truncated_completions`. Rewards, and what others are compared with, stay as they are."""
+
+    def ends(index, every):
+        return {"some": index % every == 0, "none": False, "all": True}[ended]
+
+    def strategy(request, index):
+        return f"alpha {Script.word(request)}" + "<|im_end|>" * ends(index, 2)
+
+    Script(monkeypatch, strategy, lambda context, index: "good" + "<|im_end|>" * ends(index, 3))
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(is_good, mask_truncated_completions=True, per_device_train_batch_size=16, max_steps=1)
+    trainer.train()
+    ((rows,), output), *_ = sgpo
+    end, padding = trainer.eos_token_ids[0], trainer.processing_class.pad_token_id
+    trained = output["completion_mask"] * output["tool_mask"]
+    kinds = set()
+    for index, row in enumerate(rows):
+        rollout, length = row["rollout"], int((output["completion_ids"][index] != padding).sum())
+        ids, mask = output["completion_ids"][index][:length].tolist(), trained[index][:length].tolist()
+        written, executed = rollout.strategy_length, len(rollout.execution_ids)
+        whole = written > 0 and ids[written - 1] == end, rollout.execution_ids[-1] == end
+        kinds.add((rollout.source, *whole))
+        assert mask == [int(whole[0])] * written + [0] * (length - written - executed) + [int(whole[1])] * executed
+    assert len(kinds) == (6 if ended == "some" else 2)
+    assert output["num_items_in_batch"] == trained.sum()
+    logs = trainer.state.log_history[0]
+    assert logs["sgpo/correctness"] == logs["sgpo/transfer"] == 1
+    assert torch.isfinite(torch.tensor([logs["loss"], logs["grad_norm"]])).all()
+
+
 # Rewards
 
 
@@ -415,6 +447,31 @@ def test_rewards_see_the_execution_only(make, monkeypatch, model, plain_model, c
         assert set(texts) <= expected
         assert all(message[0]["role"] == "assistant" for message in completions if chat)
         assert completion_ids == [rollout.execution_ids for rollout in rollouts]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_rewards_see_executions_as_generated(make, monkeypatch, tmp_path, model, plain_model, chat):
+    """The indentation of code is a part of it. The table of completions shows them without white space around."""
+    body = "    total = a + b\n    return total\n"
+
+    def runs(completions, **kwargs):
+        rewards = []
+        for completion in completions:
+            names = {}
+            try:
+                exec("def add(a, b):\n" + (completion[0]["content"] if chat else completion), names)
+                rewards.append(float(names["add"](1, 2) == 3))
+            except SyntaxError:
+                rewards.append(0.0)
+        return rewards
+
+    Script(monkeypatch, execution=lambda context, index: f"{body}<|im_end|>")
+    chosen = model if chat else plain_model
+    trainer = make(runs, problems(chat=chat), model=chosen, log_completions=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward"] == 1
+    (file,) = (tmp_path / "out" / "completions").glob("*.parquet")
+    assert set(pd.read_parquet(file)["execution"]) == {body.strip()}
 
 
 @pytest.mark.parametrize("unscored", ["some", "problem", "all"])
@@ -592,6 +649,37 @@ def test_evaluation_in_between_does_not_disturb_training(make):
     trainer.train()
     assert sum("eval_sgpo/correctness" in logs for logs in trainer.state.log_history) == 2
     assert sum("sgpo/transfer" in logs for logs in trainer.state.log_history) == 2
+
+
+def test_evaluation_sets_are_logged_by_name(make, monkeypatch):
+    """And found by `metric_for_best_model`."""
+    Script(monkeypatch)
+
+    def by_class(completions, problem_class, trainer_state, **kwargs):
+        return [float(name == "kind-0") / (1 + trainer_state.global_step) for name in problem_class]
+
+    rows = problems(8, 2)
+    sets = {name: rows.select(range(first, 8, 2)) for name, first in (("easy", 0), ("hard_ones", 1))}
+    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = make(
+        by_class,
+        eval_dataset=sets,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        metric_for_best_model="eval_easy_reward",
+        **saving,
+    )
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 1)
+    logged = [logs for logs in trainer.state.log_history if any(key.startswith("eval_") for key in logs)]
+    assert [logs.get("eval_easy_reward") for logs in logged] == [0.5, None, pytest.approx(1 / 3), None]
+    assert [logs.get("eval_hard_ones_reward") for logs in logged] == [None, 0, None, 0]
+    assert [logs.get("eval_hard_ones_sgpo/correctness") for logs in logged] == [None, 0, None, 0]
+    assert not any("eval_reward" in logs for logs in logged)
+    metrics = trainer.evaluate()
+    assert {"eval_easy_reward", "eval_easy_loss", "eval_hard_ones_reward"} <= metrics.keys()
+    assert "eval_reward" in trainer.evaluate(rows)
 
 
 # The bank
@@ -776,6 +864,28 @@ def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model
     if not named:
         with StrategyBank.restore(previous, args.embedding_model) as kept:
             assert [strategy.text for strategy in kept.strategies()] == ["qqq of yesterday"]
+
+
+@pytest.mark.parametrize("resumed", ["neither", "the first", "the second"])
+def test_training_twice_keeps_the_bank(make, monkeypatch, tmp_path, model, resumed):
+    """The bank of the first call is this run's, and a checkpoint of it brings its bank back."""
+    Script(monkeypatch)
+    monkeypatch.setattr(trl_sgpo.bank.embedding, "load_embedder", lambda name: hash_embedder)
+    args = make(max_steps=2, save_strategy="steps", save_steps=1).args
+    args.use_bank, args.bank_path = True, None
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    if resumed == "the first":
+        trainer = SGPOTrainer(model=model, reward_funcs=is_good, args=args, train_dataset=problems())
+        trainer.train()
+        trainer.strategy_bank.close()
+    trainer = SGPOTrainer(model=model, reward_funcs=is_good, args=args, train_dataset=problems())
+    trainer.train(resume_from_checkpoint=checkpoint if resumed == "the first" else None)
+    first = {strategy.id: strategy.step for strategy in trainer.strategy_bank.strategies()}
+    trainer.train(resume_from_checkpoint=checkpoint if resumed == "the second" else None)
+    second = {strategy.id for strategy in trainer.strategy_bank.strategies()}
+    trainer.strategy_bank.close()
+    assert first and {key for key, step in first.items() if step == 1 or resumed != "the second"} <= second
+    assert not list((tmp_path / "out").glob("strategy_bank.*"))
 
 
 def test_the_copy_of_an_old_bank_is_never_overwritten(make, tmp_path, model, monkeypatch):
@@ -1037,6 +1147,78 @@ def test_resumed_run_equals_an_uninterrupted_one(make, monkeypatch, tmp_path, na
     assert all(torch.equal(resumed_weights[name], weight) for name, weight in weights.items())
 
 
+ONE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+SAME_ROWS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+REUSED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+OTHER_SETTINGS = {
+    "same rows a step": (ONE_BATCH, SAME_ROWS, 1),
+    "same rows a step, back": (SAME_ROWS, ONE_BATCH, 1),
+    "within a generation": (REUSED, SAME_ROWS, 1),
+    "within a generation, larger rows": (REUSED, ONE_BATCH, 1),
+    "to reuse": (SAME_ROWS, REUSED, 1),
+    "iterations": (REUSED, REUSED | {"num_iterations": 2}, 1),
+    "bank rollouts": (REUSED, {"per_device_train_batch_size": 10, "num_generations": 5, "num_bank_rollouts": 1}, 1),
+    "a reference model": (REUSED, REUSED | {"beta": 0.1}, 1),
+    "temperature": (REUSED, REUSED | {"temperature": 0.7}, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_resuming_with_other_settings_generates_anew(make, monkeypatch, caplog, name):
+    """No step after it trains on older rollouts than a new run does, all rows of a generation are trained once."""
+    before, after, step = OTHER_SETTINGS[name]
+    trained = []
+    generate, loss = SGPOTrainer._generate_and_score_completions, SGPOTrainer._compute_loss
+
+    def dated(trainer, inputs):
+        output = generate(trainer, inputs)
+        if trainer.model.training:
+            output["made"] = torch.full((len(inputs),), trainer.state.global_step)
+            output["row"] = torch.arange(len(inputs))
+        return output
+
+    def recorded(trainer, model, inputs):
+        for made, row in zip(inputs["made"].tolist(), inputs["row"].tolist(), strict=True):
+            trained.append((trainer.state.global_step, made, row))
+        return loss(trainer, model, inputs)
+
+    monkeypatch.setattr(SGPOTrainer, "_generate_and_score_completions", dated)
+    monkeypatch.setattr(SGPOTrainer, "_compute_loss", recorded)
+    saving = {"save_strategy": "steps", "save_steps": 1, "use_bank": True}
+    trainer = make(max_steps=step, **saving, **before)
+    trainer.train()
+    trainer.strategy_bank.close()
+    trained.clear()
+    trainer = make(max_steps=step + 4, **saving, **after)
+    trainer.train(resume_from_checkpoint=True)
+    args = trainer.args
+    steps = max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+    rows = args.generation_batch_size
+    assert {now - made for now, made, _ in trained} == set(range(steps))
+    assert sorted((made, row) for _, made, row in trained) == sorted(
+        (made, row) for made in range(step, step + 4, steps) for row in range(rows) for _ in range(args.num_iterations)
+    )
+    (line,) = [each.getMessage() for each in caplog.records if "generation starts anew" in each.getMessage()]
+    changed = next(key for key in after if after[key] != before.get(key))
+    assert f"`{changed}`" in line and "\n" not in line
+
+
+def test_resuming_with_another_batch_size_continues_in_the_right_epoch(make, monkeypatch, tmp_path):
+    """The problems after it are those of a run that had the new batch size from its beginning."""
+    Script(monkeypatch)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+
+    def problems_of(rows, steps, folder, **more):
+        sgpo.clear()
+        settings = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / folder)}
+        make(is_good, problems(8, 1), max_steps=steps, per_device_train_batch_size=rows, **settings).train(**more)
+        return [[row["prompt"][0]["content"] for row in rows[::4]] for ((rows,), _) in sgpo]
+
+    whole = problems_of(16, 6, "whole")
+    problems_of(8, 3, "resumed")
+    assert problems_of(16, 6, "resumed", resume_from_checkpoint=True) == whole[3:]
+
+
 def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
     """Within an epoch each problem is met once; the next epoch has other blocks."""
     sgpo = capture(monkeypatch, "_generate_and_score_completions")
@@ -1049,6 +1231,17 @@ def test_epochs_differ_and_cover_every_problem(make, monkeypatch):
     everything = {problem_id(prompt) for prompt in problems(8, 1)["prompt"]}
     assert [set(sum(epoch, ())) for epoch in epochs] == [everything, everything]
     assert {frozenset(block) for block in epochs[0]} != {frozenset(block) for block in epochs[1]}
+
+
+def test_a_curriculum_is_kept_without_shuffling(make, monkeypatch):
+    """Blocks follow the dataset within each class, in every epoch and whatever the seed."""
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    Script(monkeypatch)
+    dataset = problems(8, 2)
+    make(is_good, dataset, max_steps=-1, num_train_epochs=2, shuffle_dataset=False, seed=7).train()
+    numbers = {problem_id(prompt): index for index, prompt in enumerate(dataset["prompt"])}
+    batches = [[numbers[problem_id(row["prompt"])] for row in rows[::4]] for ((rows,), _) in sgpo]
+    assert batches == [[0, 2], [1, 3], [4, 6], [5, 7]] * 2
 
 
 def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):

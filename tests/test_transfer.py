@@ -180,6 +180,23 @@ class TestBlockOrder:
                 apart = abs(seen[one] / blocks[one] - seen[other] / blocks[other])
                 assert apart < 1 / blocks[one] + 1 / blocks[other]
 
+    @given(sized_classes(), seeds, st.booleans())
+    @properties
+    def test_without_shuffling_blocks_are_in_the_order_of_the_dataset(self, drawn, seed, with_answers):
+        """Also problems with equal answers. The last block of a class is filled with those before it."""
+        size, classes = drawn
+        answers = ["same"] * len(classes) if with_answers else None
+        order = block_order(classes, size, seed, epoch=seed % 3, answers=answers, shuffle=False)
+        blocks = chunks(order, size)
+        for name in set(classes):
+            members = [index for index, each in enumerate(classes) if each == name]
+            of_class = [block for block in blocks if classes[block[0]] == name]
+            full = len(members) // size
+            assert of_class[:full] == chunks(members, size)[:full]
+            assert [sorted(block) for block in of_class[full:]] == [members[-size:]] * (len(members) % size > 0)
+        firsts = [block[0] for block in blocks]
+        assert firsts == sorted(firsts)
+
     def test_frequent_answers_come_anywhere(self):
         answers = ["0", "0", "1", "2", "3", "4", "5", "6"]
         first = [block_order(["x"] * 8, 2, seed, answers=answers)[:2] for seed in range(30)]
@@ -265,6 +282,7 @@ class TestTransferBlockSampler:
             ["a"] * 20, BlockGeometry(2, 1), 4, 1, seed=3, shuffle=False, epoch=lambda: next(epochs)
         )
         assert list(sampler) == list(sampler)
+        assert list(sampler)[::2] == list(range(20))
 
     def test_passes_answers_on(self):
         answers = ["1"] * 6 + ["2"] * 6

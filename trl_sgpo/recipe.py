@@ -381,16 +381,22 @@ def resume_point(training: SGPOConfig) -> str | None:
                 f"in {training.output_dir}."
             )
         return str(setting)
+    checkpoint = last_checkpoint(training.output_dir)
+    if checkpoint is None:
+        print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
+    else:
+        print(f"Resuming from {checkpoint}.")
+    return checkpoint
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The last complete checkpoint in the directory of a run."""
     checkpoints = sorted(
         (int(path.name.rsplit("-", 1)[1]), str(path))
-        for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rsplit("-", 1)[1].isdecimal() and _is_complete(path)
     )
-    if not checkpoints:
-        print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
-        return None
-    print(f"Resuming from {checkpoints[-1][1]}.")
-    return checkpoints[-1][1]
+    return checkpoints[-1][1] if checkpoints else None
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -25,11 +25,10 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     r"""
     Configuration class for the [`SGPOTrainer`].
 
-    It adds to [`~trl.GRPOConfig`] what the two phases, the transfer blocks and the strategy bank need. Inherited
-    parameters keep their meaning, with two notes: `max_completion_length` limits the **execution** (the strategy
-    has `max_strategy_length`), and `num_generations` counts the executions of one problem, `n * K + b`: `n` with the
-    problem's own strategies, `n * (K - 1)` with strategies borrowed from the other problems of its block, `b` with
-    strategies from the bank. `n` follows from the other three.
+    Inherited parameters keep their meaning. `max_completion_length` limits the **execution** (the strategy has
+    `max_strategy_length`), `mask_truncated_completions` masks each of both by its own end, `shuffle_dataset=False`
+    keeps the order within each class, and `num_generations` counts the executions of a problem, `n * K + b`: `n` with
+    its own strategies, `n * (K - 1)` borrowed from the other problems of its block, `b` from the bank.
 
     Parameters:
         > Parameters that control the transfer blocks
@@ -286,6 +285,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         refuse("SGPOConfig", list(not_finite(vars(self))))  # before numbers are compared and rounded
         problems = [*range_problems(vars(self)), *setting_problems(vars(self), get_type_hints(SGPOConfig))]
         problems += remote_code_problems(vars(self))
+        refuse("SGPOConfig", problems if self.num_generations is None else [])  # its key has no value
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

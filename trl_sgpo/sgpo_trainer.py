@@ -17,9 +17,9 @@ G = K * n + b strategies (`num_generations`) are executed on each problem of the
 One generation calls `_plan_rollouts` → TRL's `_generate_and_score_completions` → `_roll_out` → `_calculate_rewards`
 (sets `_credit`) → `token_advantages` (`method/advantages.py`). In evaluation each row executes its own strategy.
 
-Two base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
-faster, [`HubTrainer`] (`hub/trainer.py`) pushes a run to the Hub. What this file relies on in TRL 1.16 is listed and
-tested in `tests/test_trl_contract.py`.
+Base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
+faster, [`HubTrainer`] (`hub/trainer.py`) pushes to the Hub, `NamedEvaluationTrainer` (`evaluation/named_sets.py`) logs
+evaluation sets by name. What this file relies on in TRL 1.16 is listed and tested in `tests/test_trl_contract.py`.
 """
 
 import math
@@ -40,12 +40,13 @@ from .bank import StrategyBank
 from .bank.session import BankSession, in_blocks
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
 from .data.classes import CLASS_COLUMN, with_classes
+from .evaluation.named_sets import NamedEvaluationTrainer
 from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
 from .inference.settings import TwoPhaseSettings
 from .inference.verifier import as_completions
 from .method.advantages import token_advantages
-from .method.buffer import load_rollouts, rollouts_file, save_rollouts
+from .method.buffer import load_rollouts, save_rollouts
 from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
 from .method.metrics import CREDIT_COLUMNS, phase_columns, phase_metrics
@@ -58,7 +59,7 @@ from .sgpo_config import SGPOConfig
 from .speed.trainer import SharedPromptGRPOTrainer
 
 
-class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
+class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
     """
     Trainer for Strategy-Guided Policy Optimization (SGPO).
 
@@ -148,6 +149,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
                 merge_adapters=args.merge_adapters,
                 **kwargs,
             )
+        self.mask_truncated_completions = False  # TRL would mask whole rows: `two_phase_rollout` masks phases
         check_model(self)
         self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
         self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
@@ -167,17 +169,19 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if dataset is None else dataset
         answers = self.args.answer_column
-        return TransferBlockSampler(
+        rows_a_step = self.args.generation_batch_size * self.args.gradient_accumulation_steps
+        sampler = TransferBlockSampler(
             dataset[CLASS_COLUMN],
             self.geometry,
             problems_per_batch=self.args.generation_batch_size // self.geometry.executions,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             seed=self.args.seed,
             shuffle=self.shuffle_dataset,
-            # Asked of the state, because a dataloader that skips batches on resume does not forward `set_epoch`
-            epoch=lambda: int(self.state.epoch or 0),
+            # By steps: on resume `set_epoch` is not forwarded, and the state's epoch is of the checkpoint's geometry
+            epoch=lambda: self.state.global_step // -(-len(sampler) // rows_a_step),
             answers=[str(answer) for answer in dataset[answers]] if answers in dataset.column_names else None,
         )
+        return sampler
 
     # 2. Generation
 
@@ -301,8 +305,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         Returns:
             `tuple` of the rollouts and the verifier's outcomes, a `torch.Tensor` of shape `(N * K * G,)`.
         """
-        class_column = self.args.class_column or "problem_class"
-        problems = [as_problem(row, class_column, self.args.answer_column) for row in rows]
+        column = self.args.class_column or "problem_class"
+        problems = [as_problem(row, column, self.args.answer_column) for row in rows]
         batch = self.bank_session.plan(problems, geometry, False, self.state.global_step)
         repeated = [dict(row) for row in rows for _ in range(geometry.executions)]
         with measuring(self, greedy):
@@ -317,8 +321,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         directory = output_dir or self.args.output_dir
-        settings = TwoPhaseSettings.from_config(self.args, self.train_dataset[0]["prompt"])
-        settings = settings.of_model(self.processing_class)
+        prompt = self.train_dataset[0]["prompt"]
+        settings = TwoPhaseSettings.from_config(self.args, prompt).of_model(self.processing_class)
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
         settings.save(directory)
@@ -328,9 +332,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         directory.mkdir(parents=True, exist_ok=True)
-        all_trained = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        path = rollouts_file(directory, self.accelerator.process_index)
-        save_rollouts(path, self._step, [] if all_trained else self._buffered_inputs)
+        save_rollouts(directory, self.args, self._step, self._buffered_inputs)
         super()._save_checkpoint(model, trial)  # writes trainer_state.json last: a checkpoint with it is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -338,10 +340,8 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         if checkpoint is None:
             return
         check_resumable(self.model)
-        path = rollouts_file(checkpoint, self.accelerator.process_index)
-        if path.exists():
-            self._step, batches = load_rollouts(path, self.args.steps_per_generation, self.accelerator.device)
-            self._buffered_inputs = batches or self._buffered_inputs
+        self._step, batches = load_rollouts(checkpoint, self.args, self.accelerator.device)
+        self._buffered_inputs = batches or self._buffered_inputs
         self.bank_session.load(checkpoint)
 
     def _load_best_model(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from models import save_tiny_model
 from pyarrow import parquet
 
+from trl_sgpo import SGPOConfig
 from trl_sgpo.cli import main as cli
 from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.data.trace_files import read_traces
@@ -198,12 +199,12 @@ def test_weights_with_a_broken_header(kind, tiny, capsys):
 
 @pytest.mark.parametrize("kind", [*KINDS, "no step"])
 def test_rollouts_with_a_broken_header(kind):
-    path = Path("rollouts_0.safetensors")
-    save_rollouts(path, 3, [{"ids": torch.arange(100)}])
+    path, args = Path("rollouts_0.safetensors"), SGPOConfig("run", gradient_accumulation_steps=2, bf16=False)
+    save_rollouts(".", args, 3, [{"ids": torch.arange(100)}] * 2)
     bad = broken(path.read_bytes()) | {"no step": struct.pack("<Q", 2) + b"{}"}
     path.write_bytes(bad[kind])
     with pytest.raises(ConfigError, match="resume from another checkpoint"):
-        load_rollouts(path, 1, torch.device("cpu"))
+        load_rollouts(".", args, torch.device("cpu"))
 
 
 # A dataset's folder

@@ -131,6 +131,8 @@ class TestOneLine:
             ({"datasets": [{"pth": "x"}]}, "`datasets` must be a list of mappings, each with a `path`"),
             ({"env": ["x"]}, "`env` must be a mapping"),
             ({"trust_remote_code": True}, "`trust_remote_code` is refused"),
+            ({"warmup_steps": None}, "`warmup_steps` is empty: give it a value"),
+            ({"num_generations": None}, "`num_generations` must be at least 1, got None"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
     )

@@ -1,5 +1,6 @@
 """A comparison's YAML: what it means and what is refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,35 @@ def test_a_file_that_is_missing_or_no_mapping(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="mapping"):
         read_comparison(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize(("name", "shown"), [(None, "null"), (1, "1"), (True, "true"), (1.5, "1.5")])
+def test_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path: Path, name: Any, shown: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^The arm {shown} .*in quotes: \"{shown}\"\.$") as error:
+        read_comparison(_written(tmp_path, arms={name: {"method": "sgpo"}}))
+    assert "\n" not in str(error.value)
+    assert read_comparison(_written(tmp_path, arms={"null": {"method": "sgpo"}})).arms[0].name == "null"
+
+
+@pytest.mark.parametrize("arms", [["sgpo"], "sgpo", 3, {"sgpo": "yes"}, {"sgpo": ["a"]}])
+def test_arms_that_are_no_mapping(tmp_path: Path, arms: Any) -> None:
+    with pytest.raises(ConfigError, match="mapping"):
+        read_comparison(_written(tmp_path, arms=arms))
+
+
+@pytest.mark.parametrize("recipe", ["sgpo.yaml", "recipes/lab/sgpo.yaml", "../lab/sgpo.yaml"])
+def test_recipes_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    """Beside the file, or named from a directory above it, as in a checkout. Others are those of the command line."""
+    lab = tmp_path / "checkout" / "recipes" / "lab"
+    lab.mkdir(parents=True)
+    (lab / "sgpo.yaml").write_text("seed: 1")
+    path, elsewhere = _written(lab, recipe=recipe), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for directory in (elsewhere, lab, lab.parents[1]):
+        monkeypatch.chdir(directory)
+        for name in (path, os.path.relpath(path)):
+            found = read_comparison(name).recipe  # it is a part of the results, where no absolute path belongs
+            assert Path(found).samefile(lab / "sgpo.yaml") and not Path(found).is_absolute()
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "own.yaml").write_text("seed: 1")
+    assert read_comparison(_written(lab, recipe="own.yaml")).recipe == "own.yaml"

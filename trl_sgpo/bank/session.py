@@ -249,9 +249,13 @@ class BankSession:
     # Runs and checkpoints
 
     def set_aside_old_bank(self) -> None:
-        """Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it."""
-        bank = self.bank
-        if bank is None or not self.starts_empty or len(bank) == 0:
+        """
+        Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it. Later calls have
+        no effect: what is in the bank then is of this run.
+        """
+        bank, starts_empty = self.bank, self.starts_empty
+        self.starts_empty = False
+        if bank is None or not starts_empty or len(bank) == 0:
             return
         kept = Path(self.args.output_dir) / f"{BANK_DIRECTORY}.previous"
         for number in count(2):
@@ -264,7 +268,6 @@ class BankSession:
             f"they are kept in {kept}. To continue with them, set `--bank_path {kept}`."
         )
         bank.clear()
-        self.starts_empty = False
 
     def save(self, directory: str | Path) -> None:
         """Writes a snapshot of the bank to a model's directory, unless the bank itself is there."""
@@ -275,7 +278,8 @@ class BankSession:
             self.commit()  # writes the bank again if its files were deleted
 
     def load(self, checkpoint: str | Path) -> None:
-        """Replaces the content of the bank by the snapshot in a checkpoint."""
+        """Replaces the content of the bank by the snapshot in a checkpoint of this run."""
+        self.starts_empty = False
         if self.bank is None:
             return
         snapshot = Path(checkpoint) / BANK_DIRECTORY

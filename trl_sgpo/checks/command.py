@@ -1,6 +1,7 @@
-"""Runs a command and prints errors that a user can mend without a traceback."""
+"""Runs a command and prints errors that a user can mend, and interruptions, without a traceback."""
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from .terminal import escaped_output
 
 TRACEBACK = "TRL_SGPO_TRACEBACK"
 """Environment variable that lets the traceback of an error be printed before its line."""
+INTERRUPTED, PIPE_CLOSED = 130, 141
+"""Exit statuses by which shells know that a signal ended a command: 128 + SIGINT, 128 + SIGPIPE."""
 
 
-def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
+def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str], kept: str = "") -> int:
     """
     Runs a command. What it prints cannot control the terminal.
 
@@ -26,26 +29,62 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str]) ->
             The command, from arguments to an exit status.
         argv (`list[str]`):
             Its arguments.
+        kept (`str`, *optional*, defaults to `""`):
+            What is kept after an interruption, and how to go on. A `KeyboardInterrupt` with a text says it itself.
 
     Returns:
-        `int`: Exit status, 2 for an error whose message names the fix. Other errors are raised.
+        `int`: Exit status: 2 for an error whose message names the fix, 130 after an interruption, 141 if standard
+        output was closed, as by `head`. Other errors are raised.
     """
     with escaped_output():
         try:
             for argument in argv:
                 if found := misplaced(argument):
                     raise ConfigError(f"The argument {argument[:200]!r} holds {found}: write it in UTF-8.")
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt as interruption:
+            text = " ".join(map(str, interruption.args)) or kept
+            _say(f"\n{prog}: interrupted. {text}".rstrip())  # after `^C`, or a bar
+            return INTERRUPTED
         except BaseException as error:  # that of a panic is no `Exception`
+            pipe_closed = isinstance(error, BrokenPipeError) and _reader_is_gone()
+            _drop_output()
+            if pipe_closed:
+                _say(f"{prog}: standard output was closed.")
+                return PIPE_CLOSED
             message = what_to_mend(error)
             if message is None:
                 raise
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # not once for each process
-                shown = os.environ.get(TRACEBACK) == "1"
-                if shown:
-                    traceback.print_exc()
-                text = message if isinstance(error, SettingsError) else " ".join(message.split())
-                of_a_library = not isinstance(error, SGPOError | OSError)
-                hint = f" ({TRACEBACK}=1 shows the traceback)" if of_a_library and not shown else ""
-                print(f"{prog}: error: {text}{hint}", file=sys.stderr)
+            shown = os.environ.get(TRACEBACK) == "1"
+            if shown:
+                traceback.print_exc()
+            text = message if isinstance(error, SettingsError) else " ".join(message.split())
+            of_a_library = not isinstance(error, SGPOError | OSError)
+            hint = f" ({TRACEBACK}=1 shows the traceback)" if of_a_library and not shown else ""
+            _say(f"{prog}: error: {text}{hint}")
             return 2
+
+
+def _say(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # not once for each process
+        print(text, file=sys.stderr)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nothing reads any more."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return any(state & (select.POLLERR | select.POLLHUP) for _, state in output.poll(0))
+    except OSError:  # no file, as in tests
+        return False
+
+
+def _drop_output() -> None:
+    """Drops what is left of standard output if it cannot be written, for which Python would fail at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,10 @@ class EscapingConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
+    def on_broken_pipe(self) -> None:
+        """Raises the error, which `run_command` tells as it does without a console."""
+        raise
+
 
 def console(**settings: Any) -> Console:
     """Returns a console for standard output."""

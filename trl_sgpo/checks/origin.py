@@ -10,6 +10,7 @@ raises is told in one line wherever that is, because its file is to blame. Its l
 """
 
 import errno
+import re
 import sysconfig
 from traceback import walk_tb
 from types import FrameType
@@ -26,6 +27,9 @@ PLACES = {
     errno.ENAMETOOLONG,
 }  # fmt: skip
 """Errors of files that say something about the user's disk, not about a program."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+_OF_TORCH = re.compile(r"inline_container\.cc:\d+\] \. (unexpected pos|PytorchStreamWriter failed)")
 
 _PANIC = ("pyo3_runtime", "PanicException")
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -44,6 +48,8 @@ def what_to_mend(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in PLACES and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
+    if (text := _of_disk(error)) is not None:
+        return text
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     if _is_of_a_tokenizer(error, frames):
         return f"the tokenizer cannot be used: {' '.join(str(error).split())}. Save it again, or name another model."
@@ -64,6 +70,19 @@ def _is_of_a_tokenizer(error: BaseException, frames: list[FrameType]) -> bool:
         return False
     package, _, module = str(frames[-1].f_globals.get("__name__", "")).partition(".")
     return package in ("transformers", _OWN) and "token" in module
+
+
+def _of_disk(error: BaseException) -> str | None:
+    """What an error says of the disk that does not name the file, or comes from a library that is not in Python."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.strerror}: free some of it, or write to another disk."
+    text = " ".join(str(error).split())
+    found = _OF_RUST.search(text)
+    if found is not None and int(found[1]) in PLACES:
+        return f"{text}."
+    if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
+        return f"A file could not be written, as without space left on the disk ({text})."
+    return None
 
 
 def _package(frame: FrameType) -> str | None:

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from ..checks.arguments import Parser
+from ..checks.paths import check_file
 from ..errors import ConfigError
 
 
@@ -23,4 +25,9 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0] not in SUBJECTS:
         raise ConfigError(f"There is no benchmark of {argv[0]!r}: choose one of {', '.join(SUBJECTS)}.")
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output")
+    output = parser.parse_known_args(argv[1:])[0].output
+    if output is not None:
+        check_file("--output", output)  # before hours of measurements
     return import_module(f"trl_sgpo.bench.{argv[0]}").main(argv[1:])

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +101,14 @@ def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, 
         environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
     seeds = list(dict.fromkeys(seed for _, seed in missing))
     total, started, done, failed = len(missing), time.monotonic(), 0, []
-    with ThreadPoolExecutor(processes) as pool:
+    running: set[subprocess.Popen[bytes]] = set()
+    with ThreadPoolExecutor(processes) as pool, _ended_with(pool, running):
         waiting: dict[Future[int], tuple[str | None, int]] = {}
 
         def submit(arm: str | None, seed: int) -> None:
             log = output_dir / "logs" / f"{arm or 'warmstart'}-seed-{seed}.txt"
             command = [*base, str(seed), *([arm] if arm else [])]
-            waiting[pool.submit(_run, command, environment, log)] = (arm, seed)
+            waiting[pool.submit(_run, command, environment, log, running)] = (arm, seed)
 
         for seed in seeds:
             submit(None, seed)
@@ -132,9 +135,26 @@ def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, 
     return failed
 
 
-def _run(command: list[str], environment: dict[str, str], log: Path) -> int:
+@contextmanager
+def _ended_with(pool: ThreadPoolExecutor, running: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Ends runs that are under way, and starts no others, where the block is left by an error or Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+        raise
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path, running: set[subprocess.Popen[bytes]]) -> int:
     with private_file(log) as file:  # a library may print an address with a token
-        return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        running.add(process)
+        try:
+            return process.wait()
+        finally:
+            running.discard(process)
 
 
 def _tail(log: Path) -> str:

@@ -26,6 +26,19 @@ COMMANDS = {
 }
 
 
+_GOES_ON = "the same command goes on."
+_ANEW = "Nothing is kept: the same command starts anew."
+KEPT = dict.fromkeys(COMMANDS, _ANEW) | {
+    "train": "Checkpoints are kept: the same command with `--resume_from_checkpoint true` goes on.",
+    "bootstrap": f"Finished blocks are kept: {_GOES_ON}",
+    "eval": f"Finished problems are kept: {_GOES_ON}",
+    "compare": f"Finished runs are kept: {_GOES_ON}",
+    "push": "A commit that was not reported is not made: the same command pushes again.",
+    "bank": "A bank is as it was before the change that was under way: the same command does it again.",
+}
+"""What is kept of a command that is interrupted, and how to go on."""
+
+
 def usage() -> str:
     """Text of `trl-sgpo --help`."""
     lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
@@ -49,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program name. Defaults to the process's.
 
     Returns:
-        `int`: Exit status: 0, 1 if a check found something, or 2 for an error, whose message names the fix.
+        `int`: Exit status: 0, 1 if a check found something, 2 for an error, whose message names the fix, 130 after an
+        interruption, or 141 if standard output was closed.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -64,8 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     # Warnings of dependencies for their developers would hide messages for the user
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    name, rest = argv[0], argv[1:]
     return run_command(
-        f"trl-sgpo {argv[0]}", lambda rest: import_module(f"trl_sgpo.cli.{argv[0]}").main(rest), argv[1:]
+        f"trl-sgpo {name}", lambda rest: import_module(f"trl_sgpo.cli.{name}").main(rest), rest, KEPT[name]
     )
 
 

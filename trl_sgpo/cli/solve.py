@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
     try:
         return _solve(options)
     except KeyboardInterrupt:
-        kept = f" Finished answers are in {options.output}: the same command goes on." if options.output else ""
-        print(f"\nStopped.{kept}", file=sys.stderr)
-        return 130
+        if options.output is None:
+            raise
+        raise KeyboardInterrupt(f"Finished answers are in {options.output}: the same command goes on.") from None
 
 
 # Options
@@ -225,7 +225,7 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
         _heading("Strategy")
         _write(solution.strategy)
         _heading("Execution")
-        _write(solution.execution)
+        _write(solution.execution.strip())
     _print_answer(solution, pipeline)
 
 

@@ -80,6 +80,15 @@ def _layout(columns: Sequence[Sequence[str]], available: int) -> list[int] | Non
     return None
 
 
+def _leading(columns: Sequence[Sequence[str]], available: int) -> list[int]:
+    """Widths of the first columns, as many as fit side by side, at least two. Empty if these do not fit."""
+    for cap in (available, 24, 12):
+        for count in range(len(columns) - 1, 1, -1):
+            if (widths := _widths(columns[:count], available, cap)) is not None:
+                return widths
+    return []
+
+
 def _line(cells: Iterable[str], widths: Sequence[int], style: str = "") -> Table:
     grid = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
     for width in widths:
@@ -91,26 +100,29 @@ def _line(cells: Iterable[str], widths: Sequence[int], style: str = "") -> Table
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """
     Print a table. Where its words do not fit side by side, the last column is printed beneath each row if it is text,
-    then long words are truncated with `…`, and at last each row is printed as a list.
+    then long words are truncated with `…`, then other columns are printed beneath, with their names, and at last each
+    row is printed as a list.
     """
     terminal = console()
     columns = [printable(column) for column in columns]
     body = [[printable(cell) for cell in row] for row in rows]
     cells = [list(column) for column in zip(columns, *body, strict=True)]
-    widths = _layout(cells, terminal.width)
+    widths = _layout(cells, terminal.width) or _leading(cells, terminal.width)
     terminal.print(Text(f"\n{title}" if title else "", "italic"))
-    if widths is None:
+    if not widths:
         for row in body:
             print_facts(dict(zip(columns, row, strict=True)))
             terminal.print()
         return
     shown = len(widths)
+    text = len(columns) - (shown < len(columns) and max(map(_width, cells[-1])) > TEXT)
     terminal.print(_line(columns[:shown], widths, "bold"))
     terminal.print(Text("─" * (sum(widths) + GAP * (shown - 1))))
     for row in body:
         terminal.print(_line(row[:shown], widths))
-        if shown < len(columns):
-            terminal.print(Padding(Text(row[-1], overflow="fold"), (0, 0, 0, 2)))
+        named = "   ".join(f"{name} {cell}" for name, cell in zip(columns[shown:text], row[shown:text], strict=True))
+        for beneath in filter(None, (named, *row[text:])):
+            terminal.print(Padding(Text(beneath, overflow="fold"), (0, 0, 0, 2)))
     terminal.print()
 
 

@@ -3,10 +3,13 @@
 import argparse
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
 from ..bank.embedding import load_embedder
-from ..checks.command import run_command
+from ..checks.command import INTERRUPTED, run_command
+from ..checks.secrets import HIDDEN, is_secret
 from ..checks.setup import setup_problems
 from ..checks.terminal import printable
 from ..compare.lab.model import fetch_model
@@ -36,7 +41,7 @@ from ..inference.pretrained import load_config, load_tokenizer
 from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..method.reward_functions import check_columns_read
-from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
+from ..recipe import Recipe, last_checkpoint, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import REPORT_FILE
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
@@ -50,10 +55,35 @@ _LAUNCHED = "TRL_SGPO_LAUNCHED"
 def main(argv: list[str]) -> int:
     """Trains a recipe, through `accelerate launch` if the recipe sets its options or several GPUs are visible."""
     recipe = read_recipe(argv, "trl-sgpo train", _problems)
-    if _LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
-        return _launch(recipe)
-    train(recipe)
+    launched = _LAUNCHED in os.environ
+    try:
+        if not launched and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
+            return _launch(recipe)
+        train(recipe)
+    except KeyboardInterrupt:
+        if launched:
+            return INTERRUPTED  # the launching process says it
+        raise KeyboardInterrupt(_what_is_kept(argv, recipe.training.output_dir)) from None
     return 0
+
+
+def _what_is_kept(argv: list[str], output_dir: str) -> str:
+    """What an interrupted run leaves, and the command that goes on."""
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"{output_dir} holds no checkpoint yet (`save_steps`): the same command starts anew."
+    groups: list[list[str]] = [[]]
+    for argument in argv:  # an option and its values
+        groups += [[]] if argument.startswith("--") else []
+        groups[-1].append(argument)
+    kept = [group for group in groups if not group or _key(group[0]) != "resume_from_checkpoint"]
+    shown = [[group[0].partition("=")[0], HIDDEN] if group and is_secret(_key(group[0])) else group for group in kept]
+    command = ["trl-sgpo", "train", *chain.from_iterable(shown), "--resume_from_checkpoint", "true"]
+    return f"{checkpoint} is kept. To go on from there: {shlex.join(command)}"
+
+
+def _key(option: str) -> str:
+    return option.lstrip("-").partition("=")[0].replace("-", "_")
 
 
 def _problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -78,6 +108,10 @@ def _launch(recipe: Recipe) -> int:
         return error.returncode
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        raise
     return 0
 
 

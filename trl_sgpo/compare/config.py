@@ -1,6 +1,7 @@
 """A comparison as a YAML file: arms, seeds and a budget."""
 
 import json
+import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -66,7 +67,8 @@ class Comparison:
 
     Args:
         recipe (`str`):
-            Recipe that all arms share: model, data, warm start, verifier, SGPO and training settings.
+            Recipe that all arms share: model, data, warm start, verifier, SGPO and training settings. A relative path
+            is looked for in the directory of the comparison, in those above it, and in the working directory.
         output_dir (`str`):
             Directory of the runs. An interrupted comparison resumes from there.
         seeds (`list[int]`):
@@ -149,6 +151,8 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     missing = [key for key in required if key not in content]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(f'`{key}`' for key in missing)}.")
+    if not isinstance(content["arms"], dict):
+        raise ConfigError(f"{path}: `arms` must be a mapping from names of arms to their keys.")
     arms = [_arm(name, values) for name, values in content["arms"].items()]
     if kept is not None:
         unknown = sorted(set(kept) - {arm.name for arm in arms})
@@ -161,7 +165,7 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     for key in ("budget", "processes", "samples"):
         if type(content.get(key, 1)) is not int:
             raise ConfigError(f"{path}: `{key}` must be a whole number.")
-    comparison = Comparison(**(content | {"arms": arms}))
+    comparison = Comparison(**(content | {"arms": arms, "recipe": _find(str(content["recipe"]), path)}))
     if comparison.budget < 1 or comparison.processes < 1 or comparison.samples < 1:
         raise ConfigError(f"{path}: `budget`, `processes` and `samples` must be at least 1.")
     if not comparison.seeds or not arms:
@@ -173,7 +177,18 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     return comparison
 
 
-def _arm(name: str, values: dict[str, Any] | None) -> Arm:
+def _find(recipe: str, comparison: str) -> str:
+    """The recipe of a comparison: named from the directory of its file, one above it, or the working directory."""
+    places = [directory / recipe for directory in Path(comparison).absolute().parents]
+    return next((os.path.relpath(place) for place in places if place.is_file()), recipe)
+
+
+def _arm(name: Any, values: Any) -> Arm:
+    if not isinstance(name, str):
+        read = json.dumps(name, default=str)
+        raise ConfigError(f'The arm {read} is no text, as YAML reads it: write its name in quotes: "{read}".')
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"The arm {name!r} must be a mapping of keys to values, got {values!r}.")
     if not _NAME.fullmatch(str(name)) or name in _OTHER_DIRECTORIES:
         raise ConfigError(
             f"The arm {name!r} cannot be the name of its directory: use letters, digits, `_`, `-` and `.`, a letter "

@@ -177,7 +177,7 @@ def try_block(writer: Writer, rows: list[Row], classes: list[str], verifier: Ver
         executions: dict[int, list[Executed]] = defaultdict(list)
         for (position, target), text, outcome in zip(pairs, texts, outcomes, strict=True):
             sibling = ids[target] not in tried[position].sources
-            executions[position].append(Executed(ids[target], text, outcome, baselines[target], sibling))
+            executions[position].append(Executed(ids[target], text.strip(), outcome, baselines[target], sibling))
         for position in sound:
             tried[position] = replace(tried[position], executions=tuple(executions[position]))
     return Block(ids, tried, writer.generated_tokens - before)

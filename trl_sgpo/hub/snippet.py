@@ -45,7 +45,7 @@ def say(ids, limit):
 
 
 def text(ids):
-    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def request(problem, shown):
@@ -58,8 +58,10 @@ def request(problem, shown):
     return head.replace("{{strategies}}", quoted) + problem + tail.replace("{{strategies}}", quoted)
 
 
-def execute(asked, strategy, turn):
-    ids = tokenizer(turn, add_special_tokens=False, return_tensors="pt").input_ids
+def execute(asked, strategy, turn, closes):
+    """`closes` says whether a strategy that was cut off is closed by the end of a turn."""
+    end = TURN_END if closes else tokenizer.eos_token
+    ids = tokenizer(end + turn, add_special_tokens=False, return_tensors="pt").input_ids[:, int(not closes) :]
     ended = strategy[0, -1] == ids[0, 0]
     return text(say(torch.cat([asked, strategy, ids[:, int(ended) :]], dim=1), {execution_limit}))
 
@@ -73,8 +75,8 @@ def solve(problem, shown=()):
     strategy = say(asked, {strategy_limit})
     messages += [{{"role": "assistant", "content": "@strategy@"}}, {{"role": "user", "content": EXECUTE}}]
     turn = tokenizer.apply_chat_template(messages, tokenize=False, **options).split("@strategy@")[-1]
-    turn = TURN_END + turn.split(TURN_END, 1)[-1]
-    return {shown_strategy}, execute(asked, strategy, turn)
+    turn = turn.split(TURN_END, 1)[-1]
+    return {shown_strategy}, execute(asked, strategy, turn, closes=True)
 
 """
 
@@ -82,13 +84,13 @@ _TEXT = """
 def solve(problem, shown=()):
     asked = tokenizer({system}request(problem, shown) + "\\n\\nStrategy:", return_tensors="pt").input_ids
     strategy = say(asked, {strategy_limit})
-    return {shown_strategy}, execute(asked, strategy, EXECUTE)
+    return {shown_strategy}, execute(asked, strategy, EXECUTE, closes=False)
 
 """
 
 _TAIL = """
 strategy, execution = solve({problem!r})
-print(strategy, execution, sep="\\n\\n")
+print(strategy, execution.strip(), sep="\\n\\n")
 """
 
 

@@ -303,10 +303,10 @@ class TwoPhaseModel:
     ) -> list[tuple[str, bool]]:
         limit = self.settings.max_completion_length
         generated = self._generate(contexts, limit, decoding or Decoding(), progress, stream)
-        return [(self._decode(ids).strip(), end is None) for ids, end in generated]
+        return [(self._decode(ids), end is None) for ids, end in generated]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.conversation.text(ids)
 
     @torch.inference_mode()
     def _generate(

@@ -187,7 +187,7 @@ class ServerModel:
             self._execution_request(problem, strategy) for problem, strategy in zip(problems, strategies, strict=True)
         ]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress, stream)
-        return [each.text.strip() for each in completed]
+        return [each.text for each in completed]
 
     def answer(
         self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
@@ -195,7 +195,7 @@ class ServerModel:
         """Answers prompts as they are, without a strategy."""
         requests = [self._prompt(prompt) for prompt in prompts]
         completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
-        return [each.text.strip() for each in completed]
+        return [each.text for each in completed]
 
     def _request(self, problem: Problem) -> Prompt:
         chat = not self.settings.plain_text

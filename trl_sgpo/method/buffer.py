@@ -1,67 +1,102 @@
 """Rollouts in checkpoints: those that are generated and that optimizer steps after it still train on."""
 
+import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import logging
 
+from ..checks.json_text import parse_json
 from ..errors import ConfigError
+from ..sgpo_config import SGPOConfig
 
 
-def rollouts_file(checkpoint: str | Path, rank: int) -> Path:
-    """Path of a rank's rollouts in a checkpoint."""
-    return Path(checkpoint) / f"rollouts_{rank}.safetensors"
+logger = logging.get_logger(__name__)
+
+_SETTINGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
+    "num_generations", "transfer_block_size", "num_bank_rollouts", "world_size", "beta", "temperature", "use_vllm",
+)  # fmt: skip
+"""Settings that say which micro-batches a generation has, which step trains on them, and what they hold."""
 
 
-def save_rollouts(path: Path, step: int, batches: list[dict[str, Any]]) -> None:
+def _file(checkpoint: str | Path, args: SGPOConfig) -> Path:
+    return Path(checkpoint) / f"rollouts_{args.process_index}.safetensors"
+
+
+def _settings(args: SGPOConfig) -> dict[str, Any]:
+    return dict(zip(_SETTINGS, attrgetter(*_SETTINGS)(args), strict=True))
+
+
+def save_rollouts(checkpoint: str | Path, args: SGPOConfig, step: int, batches: list[dict[str, Any]] | None) -> None:
     """
-    Writes micro-batches of rollouts.
+    Writes a rank's micro-batches of rollouts into a checkpoint, unless all of them are trained.
 
     Args:
-        path (`Path`):
-            The file.
+        checkpoint (`str` or `Path`):
+            Directory of the checkpoint.
+        args ([`SGPOConfig`]):
+            Configuration of the run.
         step (`int`):
             Number of micro-batches trained so far.
-        batches (`list[dict]`):
-            Micro-batches of tensors or `None`. Empty if all of them are trained.
+        batches (`list[dict]`, *optional*):
+            Micro-batches of tensors or `None`.
     """
+    all_trained = step % (args.steps_per_generation * args.num_iterations) == 0
     tensors = {
         f"{index}.{key}": value.detach().cpu().clone().contiguous()
-        for index, batch in enumerate(batches)
+        for index, batch in enumerate([] if all_trained or batches is None else batches)
         for key, value in batch.items()
         if value is not None
     }
-    save_file(tensors, path, metadata={"step": str(step)})
+    metadata = {"step": str(step), "settings": json.dumps(_settings(args))}
+    save_file(tensors, _file(checkpoint, args), metadata=metadata)
 
 
-def load_rollouts(path: Path, count: int, device: torch.device) -> tuple[int, list[dict[str, torch.Tensor]]]:
+def load_rollouts(
+    checkpoint: str | Path, args: SGPOConfig, device: torch.device
+) -> tuple[int, list[dict[str, torch.Tensor]] | None]:
     """
-    Reads a file of [`save_rollouts`].
+    Reads a rank's rollouts from a checkpoint.
 
     Args:
-        path (`Path`):
-            The file.
-        count (`int`):
-            Micro-batches of a generation batch.
+        checkpoint (`str` or `Path`):
+            Directory of the checkpoint.
+        args ([`SGPOConfig`]):
+            Configuration of the run that goes on.
         device (`torch.device`):
             Device of the tensors.
 
     Returns:
-        `tuple`: Number of micro-batches trained so far, and the micro-batches, none if all were trained.
+        `tuple`: Number of micro-batches trained so far, and the micro-batches, `None` if all were trained. `0` and
+        `None` if generation starts anew: there are no rollouts, or they were generated with other settings.
 
     Raises:
-        [`ConfigError`]: It is no such file.
+        [`ConfigError`]: The file is damaged.
     """
+    path, settings = _file(checkpoint, args), _settings(args)
+    if not path.exists():
+        return 0, None
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
-        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(count)] if tensors else []
+            metadata = file.metadata()
+            step, saved = int(metadata["step"]), parse_json(metadata.get("settings", "{}"))
+            changed = [name for name in saved if saved[name] != settings[name]]
+            keys = [] if changed else list(file.keys())
+            tensors = {key: file.get_tensor(key).to(device) for key in keys}
+        batches: list[dict[str, torch.Tensor]] = [{} for _ in range(args.steps_per_generation)]
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             batches[int(index)][key] = tensor
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
-    return step, batches
+    if not changed:
+        return step, batches if tensors else None
+    if args.process_index == 0:
+        differences = ", ".join(f"`{name}` {saved[name]}, now {settings[name]}" for name in changed)
+        logger.warning(f"Rollouts of {checkpoint} are not used, and generation starts anew: {differences}.")
+    return 0, None

@@ -4,6 +4,9 @@ Texts as tokens, none of which is a control token.
 The model's own tokenizer says which tokens control: its special tokens, and of the others added to its vocabulary
 those that its chat template writes or that are markup, such as `<tool_call>`. Where a text would give any of them, it
 is encoded as if they had not been added. Other texts are encoded as always.
+
+Tokenizers such as those of SentencePiece put a space before a text. A text that goes on after another one is encoded
+without it, as within the whole: `after` says what precedes it.
 """
 
 import json
@@ -22,6 +25,9 @@ _BATCH = 1000
 _TRIES = 3  # a broken token can leave another one
 # Noncharacters of Unicode, which enclose a text while a chat template is rendered
 _START, _END = "\ufdd0", "\ufdd1"
+ORDINARY = "."
+"""Stands for a text that is no control token, as what precedes another one."""
+_JOINTS = ("\n", ORDINARY, _END)  # of which at least one gives no token with what follows
 REASONING_MARKS = (REASONING_START, REASONING_END)
 _MARK = re.compile(f"({'|'.join(map(re.escape, REASONING_MARKS))})")
 
@@ -143,11 +149,26 @@ class TextEncoder:
                     count += isinstance(prompt, str) or self.enclosed(prompt) != prompt
         return count
 
-    def raw_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def raw_ids(self, text: str, add_special_tokens: bool = False, after: str = "") -> list[int]:
         """Tokens of a text of a chat template, control tokens among them."""
+        for joint in (after, *_JOINTS) if after and self.puts_space else ():
+            head, whole = self.raw_ids(joint), self.raw_ids(joint + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
         return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    @cached_property
+    def puts_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text."""
+        return self.raw_ids("\na") != [*self.raw_ids("\n"), *self.raw_ids("a")]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Returns generated tokens as text, without special tokens. A space that they begin with is kept."""
+        before = self.raw_ids("\n") if self.puts_space else []
+        start = len(self.tokenizer.decode(before)) if before else 0
+        return self.tokenizer.decode([*before, *ids], skip_special_tokens=True)[start:]
+
+    def ids(self, text: str, add_special_tokens: bool = False, after: str = "") -> list[int]:
         """
         Returns the tokens of a text, without control tokens in it.
 
@@ -156,18 +177,22 @@ class TextEncoder:
                 Any text.
             add_special_tokens (`bool`, *optional*, defaults to `False`):
                 Whether the tokenizer's own tokens, such as BOS, are put around it.
+            after (`str`, *optional*, defaults to `""`):
+                What precedes the text, or the end of it.
         """
         if self.holds_control(text):
-            return self._plain_ids(text, add_special_tokens)
-        return self.raw_ids(text, add_special_tokens)
+            return self._plain_ids(text, add_special_tokens, after)
+        return self.raw_ids(text, add_special_tokens, after)
 
-    def turn_ids(self, text: str) -> list[int]:
+    def turn_ids(self, text: str, after: str = "") -> list[int]:
         """Returns the tokens of what an assistant wrote, where the marks of a reasoning part are tokens."""
         if not self.holds_control(text, REASONING_MARKS):
-            return self.raw_ids(text)
-        parts = _MARK.split(text)  # marks are at odd places
-        encoded = [self.raw_ids(part) if place % 2 else self.ids(part) for place, part in enumerate(parts)]
-        return [token for ids in encoded for token in ids]
+            return self.raw_ids(text, after=after)
+        encoded: list[int] = []
+        for place, part in enumerate(_MARK.split(text)):  # marks are at odd places
+            encoded += self.raw_ids(part, after=after) if place % 2 else self.ids(part, after=after)
+            after = (part if place % 2 else ORDINARY) if part else after
+        return encoded
 
     def broken(self, text: str, but: Sequence[str] = ()) -> str:
         """
@@ -197,7 +222,11 @@ class TextEncoder:
         raise DataError("A text holds control tokens of the model that cannot be broken: remove them.")
 
     def conversation_ids(
-        self, messages: Messages, render: Callable[[Messages], str], kept: Sequence[str] = ()
+        self,
+        messages: Messages,
+        render: Callable[[Messages], str],
+        after: str = "",
+        kept: Sequence[str] = (),
     ) -> list[int]:
         """
         Returns the tokens of a rendered conversation, in which control tokens are those of the chat template only.
@@ -207,6 +236,8 @@ class TextEncoder:
                 The conversation.
             render (`Callable[[list[dict]], str]`):
                 Applies the chat template. It may return a part of the text.
+            after (`str`, *optional*, defaults to `""`):
+                What precedes that part, or the end of it.
             kept (`Sequence[str]`, *optional*):
                 Contents that `render` looks for.
 
@@ -216,12 +247,12 @@ class TextEncoder:
         enclosed = self.enclosed(messages)
         text = render(enclosed)
         if enclosed == messages:
-            ids = self.raw_ids(text)
+            ids = self.raw_ids(text, after=after)
             control = self._control(ids)
             if control == self._control_of_template(text, messages):
                 return ids
             # The template changes messages, or shows a part: it may have made control tokens of them
-            if control == self._control(self.raw_ids(render(_without_texts(messages, kept)))):
+            if control == self._control(self.raw_ids(render(_without_texts(messages, kept)), after=after)):
                 return ids
             enclosed = [self._with_contents(message, self._enclosed) for message in messages]
             text = render(enclosed)
@@ -231,13 +262,12 @@ class TextEncoder:
                 "A message holds control tokens of the model, and its chat template cuts the message, so that it "
                 "cannot be encoded as plain text: remove them from the dataset or the problem."
             )
+        encoded: list[int] = []
         # The template's text, a mark, a message's text, a mark, the template's text ...
-        encoded = [
-            self._plain_ids(part) if place % 4 == 2 else self.raw_ids(part)
-            for place, part in enumerate(parts)
-            if place % 2 == 0
-        ]
-        return [token for ids in encoded for token in ids]
+        for place, part in enumerate(parts[::2]):
+            encoded += self._plain_ids(part, after=after) if place % 2 else self.raw_ids(part, after=after)
+            after = (ORDINARY if place % 2 else part) if part else after
+        return encoded
 
     def enclosed(self, messages: Messages) -> Messages:
         """
@@ -335,13 +365,26 @@ class TextEncoder:
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return Tokenizer.from_str(json.dumps({**state, "added_tokens": [], "truncation": None, "padding": None}))
 
-    def _plain_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        encoding = self._without_added.encode(text, add_special_tokens=add_special_tokens)
+    def _plain_ids(self, text: str, add_special_tokens: bool = False, after: str = "") -> list[int]:
+        goes_on = self.puts_space and after and self.raw_ids("a", after=after) != self.raw_ids("a")
         plain: list[int] = []
-        for token, (start, end), own in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
+        for token, piece, own in self._pieces(text, add_special_tokens, bool(goes_on)):
             if own or token not in self.control_ids or token == self._unknown_id:
                 plain.append(token)
             else:  # the word is in the vocabulary itself
-                pieces = [self._without_added.encode(character).ids for character in text[start:end]]
-                plain += [piece for ids in pieces for piece in ids if piece not in self.control_ids]
+                for character in piece:
+                    pieces = self._pieces(character, goes_on=self.puts_space)
+                    plain += [part for part, _, _ in pieces if part not in self.control_ids]
         return plain
+
+    def _pieces(
+        self, text: str, add_special_tokens: bool = False, goes_on: bool = False
+    ) -> list[tuple[int, str, bool]]:
+        """Tokens without those that were added, what each stands for, and whether it is one that is put around."""
+        for joint in (*_JOINTS, "") if goes_on else ("",):
+            whole, size = joint + text, len(joint)
+            encoding = self._without_added.encode(whole, add_special_tokens=add_special_tokens)
+            spans = list(zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True))
+            if not any(start < size < end for _, (start, end), _ in spans):
+                break
+        return [(token, whole[start:end], bool(own)) for token, (start, end), own in spans if own or start >= size]

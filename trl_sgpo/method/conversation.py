@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import ConfigError
-from .control_tokens import Messages, TextEncoder
+from .control_tokens import ORDINARY, Messages, TextEncoder
 from .prompts import (
     REASONING_END,
     REASONING_START,
@@ -120,14 +120,21 @@ class Turn:
         bridge (`list[int]`):
             What follows the content of a strategy, up to the start of the execution. Starts with `end` where the chat
             template writes it.
+        unended (`list[int]`, *optional*):
+            The bridge after a strategy without `end`, where it is another one.
     """
 
     end: int
     bridge: list[int]
+    unended: list[int] | None = None
 
     def after(self, strategy: Sequence[int]) -> list[int]:
         """Returns the tokens that follow a strategy: the bridge, without the token that the strategy ends with."""
-        return self.bridge[1:] if strategy and strategy[-1] == self.bridge[0] else self.bridge
+        if strategy and strategy[-1] == self.bridge[0]:
+            return self.bridge[1:]
+        if self.unended is not None and strategy and strategy[-1] != self.end:
+            return self.unended
+        return self.bridge
 
 
 @dataclass(frozen=True)
@@ -189,12 +196,18 @@ class Conversation:
             reasoning (`bool`, *optional*, defaults to `True`):
                 Whether the text may have a reasoning part, whose marks are control tokens of some models.
         """
-        before = ""
+        after, before = self._opening if self._is_chat(prompt) else ORDINARY, ""
         if self._is_chat(prompt) and self._template_opens_reasoning and not (reasoning and REASONING_END in text):
             before = f"\n{REASONING_END}\n\n"
+        elif self._is_chat(prompt):
+            text = self._space_of_turn + text
         if reasoning or not self._encoder.holds_control(text):
-            return self._encoder.turn_ids(before + text)
-        return [*self._encoder.raw_ids(before), *self._encoder.ids(text)]
+            return self._encoder.turn_ids(before + text, after)
+        return [*self._encoder.raw_ids(before, after=after), *self._encoder.ids(text, after=after + before)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Returns a generated execution or answer as text, without special tokens."""
+        return self._encoder.text(ids)
 
     def reply(self, prompt: Prompt, text: str, reasoning: bool = True) -> list[int]:
         """Returns the tokens of an assistant's turn given as text, with its end. See [`Conversation.content`]."""
@@ -263,9 +276,6 @@ class Conversation:
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.tokenizer)
 
-    def _ids(self, text: str) -> list[int]:
-        return self._encoder.raw_ids(text)
-
     def _decoded(self, ids: Sequence[int]) -> str:
         """Returns generated tokens as text, without special tokens other than the marks of a reasoning part."""
         marks = self._special_marks
@@ -289,12 +299,14 @@ class Conversation:
 
     @cached_property
     def _plain_turn(self) -> Turn:
-        return Turn(self._eos, self._encoder.ids(plain_bridge(self.execution_prompt)))
+        text = plain_bridge(self.execution_prompt)
+        unended = self._encoder.ids(text, after=ORDINARY)
+        return Turn(self._eos, self._encoder.ids(text, after=self.tokenizer.eos_token), unended)
 
     @cached_property
     def _chat_turn(self) -> Turn:
         messages = execution_messages([{"role": "user", "content": "problem"}], _MARK, self.execution_prompt)
-        bridge = self._encoder.conversation_ids(messages, self._after_strategy, kept=(_MARK,))
+        bridge = self._encoder.conversation_ids(messages, self._after_strategy, after=_MARK, kept=(_MARK,))
         before = self._before_end
         return Turn(self._chat_end, bridge[len(before) :] if bridge[: len(before)] == before else bridge)
 
@@ -324,7 +336,8 @@ class Conversation:
     def _after_reply(self) -> list[int]:
         """What the template writes after the text of the last assistant turn."""
         messages = [{"role": "user", "content": "problem"}, {"role": "assistant", "content": _MARK}]
-        return self._ids(self._rendered(messages, add_generation_prompt=False).partition(_MARK)[2])
+        text = self._rendered(messages, add_generation_prompt=False).partition(_MARK)[2]
+        return self._encoder.raw_ids(text, after=_MARK)
 
     def _is_special(self, token: int) -> bool:
         added = self.tokenizer.added_tokens_decoder
@@ -333,5 +346,24 @@ class Conversation:
     @cached_property
     def _template_opens_reasoning(self) -> bool:
         """Whether the template starts the assistant's turn within a reasoning part."""
-        text = self._rendered([{"role": "user", "content": _MARK}], add_generation_prompt=True).rpartition(_MARK)[2]
-        return text.rfind(REASONING_START) > text.rfind(REASONING_END)
+        return self._opening.rfind(REASONING_START) > self._opening.rfind(REASONING_END)
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes between a problem and the assistant's turn."""
+        return self._rendered([{"role": "user", "content": _MARK}], add_generation_prompt=True).rpartition(_MARK)[2]
+
+    @cached_property
+    def _space_of_turn(self) -> str:
+        """
+        White space that the template writes before the text of an earlier assistant turn. It is a part of the first
+        token that a model generates where the tokenizer puts a space before a text.
+        """
+        if not self._encoder.puts_space:
+            return ""
+        request = [{"role": "user", "content": "problem"}]
+        opened = self._rendered(request, add_generation_prompt=True)
+        messages = execution_messages(request, _MARK, self.execution_prompt)
+        before = self._rendered(messages, add_generation_prompt=True).partition(_MARK)[0]
+        space = before.removeprefix(opened)
+        return space if before.startswith(opened) and space.isspace() else ""

@@ -41,6 +41,6 @@ def phase_columns(rollouts: Sequence[Rollout], batch: RolloutBatch, verified: Se
         "source": [rollout.source for rollout in rollouts],
         "retrieved": [ids for ids in retrieved for _ in range(rows)],
         "strategy": [rollout.strategy.text for rollout in rollouts],
-        "execution": [rollout.execution for rollout in rollouts],
+        "execution": [rollout.execution.strip() for rollout in rollouts],
         "correctness": list(verified),
     }

@@ -112,7 +112,8 @@ def two_phase_rollout(
     Writes the strategies of a batch, executes them and returns one row each, as a TRL `rollout_func` does.
 
     A row is the request, then strategy + turn + execution. `env_mask` leaves out the turn and, unless the strategy is
-    the problem's own, the strategy, so that no token is trained twice. Borrowed strategies are not made a part of the
+    the problem's own, the strategy, so that no token is trained twice. With `mask_truncated_completions` it leaves out
+    a strategy that was cut off, and an execution that was. Borrowed strategies are not made a part of the
     prompt, because own and borrowed rows would then need padding on both sides.
 
     Args:
@@ -144,8 +145,12 @@ def two_phase_rollout(
         executions, logprobs = trainer.generate(contexts, args.max_completion_length, "executions")
 
     executions = [ids or [turn.end] for ids in executions]
-    texts = conversation.tokenizer.batch_decode(executions, skip_special_tokens=True)
+    texts = [conversation.text(ids) for ids in executions]
     rows = list(zip(sources, turns, executions, strict=True))
+
+    def trained(ids: list[int]) -> bool:
+        return not args.mask_truncated_completions or not _is_cut_off(ids, trainer.eos_token_ids)
+
     return {
         "prompt_ids": [requests[position] for position, _ in plan],
         "completion_ids": [source.ids + between + execution for source, between, execution in rows],
@@ -153,14 +158,16 @@ def two_phase_rollout(
         if logprobs is None
         else [_row_logprobs(*row, sampled) for row, sampled in zip(rows, logprobs, strict=True)],
         "env_mask": [
-            [int(source.kind == "own")] * len(source.ids) + [0] * len(between) + [1] * len(execution)
+            [int(source.kind == "own" and trained(source.ids))] * len(source.ids)
+            + [0] * len(between)
+            + [int(trained(execution))] * len(execution)
             for source, between, execution in rows
         ],
         "rollout": [
             Rollout(
                 source.kind,
                 source.parsed,
-                text.strip(),
+                text,
                 execution,
                 len(source.ids) if source.kind == "own" else 0,
                 source.strategy_id,
@@ -168,6 +175,10 @@ def two_phase_rollout(
             for (source, _, execution), text in zip(rows, texts, strict=True)
         ],
     }
+
+
+def _is_cut_off(ids: Sequence[int], eos_token_ids: list[int]) -> bool:
+    return len(ids) > 0 and ids[-1] not in eos_token_ids
 
 
 def _read_strategies(
@@ -179,7 +190,7 @@ def _read_strategies(
 ) -> list[_Source]:
     written = []
     for index, ids in enumerate(generated):
-        truncated = len(ids) > 0 and ids[-1] not in eos_token_ids
+        truncated = _is_cut_off(ids, eos_token_ids)
         problem = batch.problems[index // batch.geometry.own]
         parsed = conversation.parse(problem.prompt, ids, truncated)
         written.append(_Source("own", ids, parsed, None if logprobs is None else logprobs[index]))

@@ -97,14 +97,26 @@ def _distribute(members: list[int], answers: Sequence[str] | None, size: int, rn
     return blocks
 
 
+def _cut(members: list[int], size: int) -> list[list[int]]:
+    """Cuts the problems of a class into blocks of `size`. The last one is filled with the problems before it."""
+    starts = range(0, len(members), size)
+    return [members[min(start, len(members) - size) :][:size] for start in starts]
+
+
 def block_order(
-    classes: Sequence[str], size: int, seed: int, epoch: int = 0, answers: Sequence[str] | None = None
+    classes: Sequence[str],
+    size: int,
+    seed: int,
+    epoch: int = 0,
+    answers: Sequence[str] | None = None,
+    shuffle: bool = True,
 ) -> list[int]:
     """
     Orders problems so that every `size` consecutive ones form a block of one class.
 
     Every problem occurs at least once. Where a class is no multiple of `size`, its last blocks are filled with
-    problems of the same class, fewer than `size` of them. The blocks of each class are spread evenly over the order.
+    problems of the same class, fewer than `size` of them. The blocks of each class are spread evenly over the order;
+    without shuffling, problems and blocks are in the order of the dataset.
 
     Args:
         classes (`Sequence[str]`):
@@ -116,8 +128,10 @@ def block_order(
         epoch (`int`, *optional*, defaults to `0`):
             Epochs differ in their blocks and in the order of blocks.
         answers (`Sequence[str]`, *optional*):
-            Answer of each problem. Problems of a block get different answers where the class allows it, so that an
-            answer written into a strategy is of no use to its siblings.
+            Answer of each problem. With shuffling, problems of a block get different answers where the class allows
+            it, so that an answer written into a strategy is of no use to its siblings.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle.
 
     Returns:
         `list[int]`: Problem indices, a multiple of `size` long.
@@ -126,6 +140,9 @@ def block_order(
     by_class = defaultdict(list)
     for index, problem_class in enumerate(classes):
         by_class[problem_class].append(index)
+    if not shuffle:
+        in_order = sorted(block for members in by_class.values() for block in _cut(members, size))
+        return [index for block in in_order for index in block]
     placed = []
     for name in sorted(by_class):
         blocks = _distribute(by_class[name], answers, size, rng)
@@ -155,7 +172,8 @@ class TransferBlockSampler(Sampler[int]):
         seed (`int`):
             Seed of the shuffling.
         shuffle (`bool`, *optional*, defaults to `True`):
-            Whether epochs differ from each other.
+            Whether to shuffle, each epoch differently. Otherwise problems are in the order of the dataset within their
+            classes, which makes a curriculum possible.
         epoch (`Callable[[], int]`, *optional*):
             Returns the current epoch. Asked at the start of each pass.
         answers (`Sequence[str]`, *optional*):
@@ -195,8 +213,7 @@ class TransferBlockSampler(Sampler[int]):
         return -(-length // self.problems_per_batch) * self.problems_per_batch
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch() if self.shuffle else 0
-        order = block_order(self.classes, self.geometry.problems, self.seed, epoch, self.answers)
+        order = block_order(self.classes, self.geometry.problems, self.seed, self.epoch(), self.answers, self.shuffle)
         length = self._filled_length(len(order))
         for position in self._repeat_sampler(length):
             yield order[position % len(order)]
