@@ -143,3 +143,8 @@ def write_file(target: Path, content: str, private: bool = False) -> None:
     with unfinished_file(target, private) as temporary:
         temporary.write_text(content, encoding="utf-8")
         durable_replace(temporary, target)
+
+
+def nowhere() -> int:
+    """A descriptor to which everything can be written and that keeps nothing."""
+    return os.open(os.devnull, os.O_WRONLY)

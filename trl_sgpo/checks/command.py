@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from ..errors import ConfigError, SettingsError, SGPOError
+from ..files import nowhere
 from .characters import misplaced
 from .origin import what_to_mend
 from .terminal import escaped_output
@@ -87,4 +88,4 @@ def _drop_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(nowhere(), sys.stdout.fileno())
