@@ -13,12 +13,12 @@ from .adapters import check_adapter_settings
 
 
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
-MAX_LAYERS = 10_000
+MAX_LAYERS, MAX_EXPERTS = 10_000, 100_000
 MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 MAX_GROWTH = 1_000  # characters of a text for each that it had before
 
-_LAYERS = re.compile(r"(?:layers?|blocks|stages|experts)(?:_|$)|depth")
+_LAYERS, _EXPERTS = re.compile(r"(?:layers?|blocks|stages)(?:_|$)|depth"), re.compile(r"experts(?:_|$)")
 _WEIGHTS = (".safetensors", ".gguf")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,14 +106,15 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             Content of its `config.json`.
 
     Raises:
-        [`ModelError`]: There are more than 10,000.
+        [`ModelError`]: There are more than 10,000, or more than 100,000 experts.
     """
     if isinstance(settings, list):
         for part in settings:
             check_model_settings(source, part)
     elif isinstance(settings, dict):
         for key, value in settings.items():
-            if isinstance(value, int) and value > MAX_LAYERS and _LAYERS.search(str(key)) is not None:
+            most = MAX_LAYERS if _LAYERS.search(str(key)) else MAX_EXPERTS if _EXPERTS.search(str(key)) else math.inf
+            if isinstance(value, int) and value > most:
                 raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
             check_model_settings(source, value)
 
