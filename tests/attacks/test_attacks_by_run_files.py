@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import save_tiny_model
+from models import hash_embedder, save_tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from trl_sgpo import StrategyBank
 from trl_sgpo.cli.main import main
+from trl_sgpo.errors import SGPOError
+from trl_sgpo.evaluation.chunks import ChunkLog
 from trl_sgpo.inference.pretrained import load_tokenizer
 
 
@@ -88,3 +91,22 @@ def test_the_base_that_an_adapter_is_merged_into_is_named(
     }
     assert main(arguments[command]) == 0
     assert f"is merged into {model}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "{", '{"log_history": [1]}', '{"log_history": [{"sgpo/malformed": "x"}]}']
+)
+def test_the_log_beside_an_empty_bank(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    StrategyBank(tmp_path / "run" / "strategy_bank", hash_embedder).close()
+    (tmp_path / "run" / "trainer_state.json").write_text(content)
+    expect_one_line(["bank", "list", str(tmp_path / "run")], "trainer_state.json", capsys)
+
+
+@pytest.mark.parametrize(
+    "settings, rows", [("[]", ""), ("{", ""), ('{"suites": 1}', ""), ("{}", '{"key": "a"}\n'), ("{}", '{"key": []}\n')]
+)
+def test_files_of_an_evaluation_that_is_continued(settings: str, rows: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(settings)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(SGPOError, match="damaged"):
+        ChunkLog(tmp_path, {}, 1)
