@@ -5,9 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import save_tiny_model
+from models import hash_embedder, save_tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from trl_sgpo import StrategyBank
 from trl_sgpo.cli.main import main
+from trl_sgpo.errors import SGPOError
+from trl_sgpo.evaluation.chunks import ChunkLog
+from trl_sgpo.inference.pretrained import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +75,38 @@ def test_files_of_an_evaluation_that_is_pushed(
 def test_an_adapter_that_names_no_base(base: object, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     expect_one_line(["solve", "--model", str(run), "--no_bank", "1 + 1"], "adapter_config.json", capsys)
+
+
+@pytest.mark.parametrize("command", ["export", "push"])
+def test_the_base_that_an_adapter_is_merged_into_is_named(
+    command: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter of somebody else may name any model on this machine, whose weights are then in what is published."""
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(model).save_pretrained(tmp_path / "adapter")
+    arguments = {
+        "export": ["export", "--model", str(tmp_path / "adapter"), "--merge", "--output_dir", str(tmp_path / "out")],
+        "push": ["push", str(tmp_path / "adapter"), "user/m", "--no_bank", "--dry_run", str(tmp_path / "out")],
+    }
+    assert main(arguments[command]) == 0
+    assert f"is merged into {model}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "{", '{"log_history": [1]}', '{"log_history": [{"sgpo/malformed": "x"}]}']
+)
+def test_the_log_beside_an_empty_bank(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    StrategyBank(tmp_path / "run" / "strategy_bank", hash_embedder).close()
+    (tmp_path / "run" / "trainer_state.json").write_text(content)
+    expect_one_line(["bank", "list", str(tmp_path / "run")], "trainer_state.json", capsys)
+
+
+@pytest.mark.parametrize(
+    "settings, rows", [("[]", ""), ("{", ""), ('{"suites": 1}', ""), ("{}", '{"key": "a"}\n'), ("{}", '{"key": []}\n')]
+)
+def test_files_of_an_evaluation_that_is_continued(settings: str, rows: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(settings)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(SGPOError, match="damaged"):
+        ChunkLog(tmp_path, {}, 1)

@@ -19,6 +19,7 @@ from ..bank.manifest import is_snapshot, snapshot_damage
 from ..bank.snapshot import bank_directory, embed_with, open_read_only, read_only_directory
 from ..bank.statistics import class_figures, transfer
 from ..bank.strategy import TRUST_STATES, Strategy
+from ..checks.damaged import expect_readable
 from ..checks.terminal import printable
 from ..errors import BankError, ConfigError
 from ..report.run_files import STATE_FILE
@@ -85,15 +86,17 @@ def _why_empty(run: Path) -> str:
     """Reasons for which a run stores no strategy, with their figures where the run has logged them."""
     found = [*sorted(run.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda file: file.stat().st_mtime)]
     found += [run / STATE_FILE] * (run / STATE_FILE).is_file()  # written when training ends
-    logs = json.loads(found[-1].read_text())["log_history"] if found else []
-    steps = [log for log in logs if "sgpo/malformed" in log]
+    if not found:
+        return f"{_EMPTY} No logged step of a run is beside this bank."
+    with expect_readable(found[-1]):
+        steps = [log for log in json.loads(found[-1].read_text())["log_history"] if "sgpo/malformed" in log]
+        figures = [
+            f"{fmean(log[key] for log in steps if key in log):.0%} {text}"
+            for key, text in _REASONS.items()
+            if any(key in log for log in steps)
+        ]
     if not steps:
         return f"{_EMPTY} No logged step of a run is beside this bank."
-    figures = [
-        f"{fmean(log[key] for log in steps if key in log):.0%} {text}"
-        for key, text in _REASONS.items()
-        if any(key in log for log in steps)
-    ]
     return f"{_EMPTY} In the {len(steps)} logged steps: {'; '.join(figures)}."
 
 

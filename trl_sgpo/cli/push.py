@@ -45,9 +45,13 @@ def main(argv: list[str]) -> int:
     from ..hub.model_card import HUB_NAME, TrainingFacts
     from ..hub.publication import stage
     from ..hub.push import bank_of, claim, push_folder, staging
+    from ..inference.loading import ADAPTER_FILE, adapter_base
 
     if not HUB_NAME.fullmatch(options.repo_id):
         raise ConfigError(f"{options.repo_id} is no name of a model on the Hub: name it as user/name.")
+    base = adapter_base(run)
+    if base is not None and Path(base).is_dir():
+        print(f"The adapter is merged into {base}, which its {ADAPTER_FILE} names, and published with its weights.")
     facts = TrainingFacts.load(run)
     if options.license is not None:
         facts = replace(facts, license={"license": options.license})

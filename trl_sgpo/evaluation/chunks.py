@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from ..checks.damaged import expect_readable
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
 from ..files import append_file, write_file
@@ -100,7 +101,9 @@ class ChunkLog:
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
-        before, now = (compared_settings(each) for each in (parse_json(path.read_text(encoding="utf-8")), settings))
+        with expect_readable(path):
+            before = compared_settings(parse_json(path.read_text(encoding="utf-8")))
+        now = compared_settings(settings)
         different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if different:
             raise ConfigError(
@@ -123,6 +126,8 @@ def _read(path: Path) -> tuple[dict[str, Chunk], int]:
     whole = content[: content.rfind(b"\n") + 1]
     try:
         chunks = [parse_json(line) for line in whole.splitlines()]
+        if any(type(chunk["texts"]) is not int for chunk in chunks):
+            raise TypeError("`texts` is no number")
         return {chunk["key"]: chunk for chunk in chunks}, len(whole)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away, or drop it with `--overwrite`.") from error

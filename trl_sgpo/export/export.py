@@ -25,7 +25,7 @@ from ..bank.snapshot import open_read_only
 from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
 from ..files import unfinished_directory
-from ..inference.loading import base_of, is_adapter, load_base
+from ..inference.loading import ADAPTER_FILE, base_of, is_adapter, load_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer
 from ..inference.settings import TwoPhaseSettings
 from .parity import Parity, compare, logits_on, probes
@@ -149,6 +149,8 @@ def _write(
         "computed_in": plan.compute_dtype,
     }
 
+    if adapter:
+        print(f"The adapter is merged into {base}, which its {ADAPTER_FILE} names.", flush=True)
     print(f"Loading {plan.model} …", flush=True)
     model = load_unmerged(source, base, settings.trained_on, compute)
     reference = logits_on(model, sequences)

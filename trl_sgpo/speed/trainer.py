@@ -25,7 +25,8 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel, PeftType
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from ..checks.repositories import check_model_folder
 from ..inference.pretrained import NO_QUESTION, readable_weights
@@ -48,6 +49,18 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def _from_safetensors(args: GRPOConfig | None, model: Any, reward_funcs: Any) -> GRPOConfig | None:
+    """Arguments with which TRL reads the models that it loads, by their names, from safetensors only."""
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if not any(isinstance(each, str) for each in (model, *given)):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}
+    return args
 
 
 class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
@@ -81,7 +94,11 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to train. Names are looked up as in recipes, also in packages from PyPI.
-        *args:
+        reward_funcs (`Callable` or `str` or `list`, *optional*):
+            Reward functions, or names of reward models.
+        args ([`~trl.GRPOConfig`], *optional*):
+            Configuration. If a model is given by its name, `use_safetensors` is added to the `model_init_kwargs`.
+        *others:
             Passed on to [`~trl.GRPOTrainer`].
         share_prompts (`bool`, *optional*, defaults to `True`):
             Whether rows may share the forward pass of their prompt.
@@ -104,7 +121,9 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        *args: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *others: Any,
         share_prompts: bool = True,
         merge_adapters: bool = True,
         **kwargs: Any,
@@ -112,9 +131,10 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         source = local_weights(model) if isinstance(model, str) else None
         if source is not None:
             check_model_folder(source)
+        args = _from_safetensors(args, model, reward_funcs)
         try:
             with NO_QUESTION, readable_weights(source) if source is not None else nullcontext():
-                super().__init__(model if source is None else source, *args, **kwargs)
+                super().__init__(model if source is None else source, reward_funcs, args, *others, **kwargs)
         except OSError:
             if isinstance(model, str):
                 require_model(model)  # raises an error that names what is missing
