@@ -148,9 +148,9 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
                 merge_adapters=args.merge_adapters,
                 **kwargs,
             )
+        self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         check_model(self)
         self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
-        self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
         self.facts = self.training_facts(model)
         # These are attributes, because TRL fixes the arguments of `_roll_out` and the result of `_calculate_rewards`
