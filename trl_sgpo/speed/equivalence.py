@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .generation import left_padded, shared_prefixes
-from .merging import AdapterMerge, adapter_effect, base_of, inexact, merge_is_exact
+from .merging import AdapterMerge, base_of, inexact, merge_is_exact
 from .sampling import sampled_log_probs
 
 
@@ -109,12 +109,18 @@ class PathChecks:
 
     def __init__(self, model: PreTrainedModel | PeftModel, score: Score, temperature: float, exact: bool):
         self.model, self.score, self.temperature, self.exact = model, score, temperature, exact
+        self.expected, self.effect_of_prompts = torch.empty(0), 0.0
         vocab_size = model.config.get_text_config().vocab_size
         self.probe, self.after_other_prompts = _Probe.of(vocab_size), _Probe.of(vocab_size, shift=1)
 
     def plain(self) -> torch.Tensor:
         """Log-probabilities by the plain path."""
         return self._scored()
+
+    def compare_with(self, plain: torch.Tensor) -> None:
+        """Sets what the paths are compared with."""
+        self.expected = plain
+        self.effect_of_prompts = (self._scored(self.after_other_prompts) - plain).abs().mean().item()
 
     def _scored(self, probe: _Probe | None = None, pack: bool = False, trim: bool = False) -> torch.Tensor:
         batch, compared = (probe or self.probe).micro_batch(self.model.device, padding=3)
@@ -123,12 +129,10 @@ class PathChecks:
 
     def _expect_plain(self, fast: torch.Tensor) -> None:
         """Raises [`PathDiffers`] if values differ by more than rounding. Other prompts give the scale."""
-        plain = self.plain()
-        if fast.shape != plain.shape:
-            raise PathDiffers(f"{len(fast)} tokens are scored in place of {len(plain)}")
-        difference = (fast - plain).abs().mean().item()
-        effect = (self._scored(self.after_other_prompts) - plain).abs().mean().item()
-        allowed = 1e-5 + 1e-3 * effect if self.exact else 1e-2 + 0.1 * effect
+        if fast.shape != self.expected.shape:
+            raise PathDiffers(f"{len(fast)} log-probabilities in place of {len(self.expected)}")
+        difference = (fast - self.expected).abs().mean().item()
+        allowed = 1e-5 + 1e-3 * self.effect_of_prompts if self.exact else 1e-2 + 0.1 * self.effect_of_prompts
         if not difference <= allowed:  # also where it is NaN
             raise PathDiffers(f"log-probabilities differ by {difference:.2g} on average")
 
@@ -140,11 +144,17 @@ class PathChecks:
         """Rows of a prompt packed into one sequence."""
         self._expect_plain(self._scored(pack=True))
 
-    def merged_adapters(self, adapters: AdapterMerge) -> None:
-        """Adapters merged into the base weights, compared with the whole effect of the adapters."""
-        plain, effect = self.plain(), adapter_effect(self.model, self.plain)
+    def merged_adapters(self, adapters: AdapterMerge, effect: float) -> None:
+        """
+        Adapters merged into the base weights, compared with the whole effect that adapters have. If there is none yet,
+        only faults are looked for.
+        """
         with adapters.merged():
-            difference = (self.plain() - plain).abs().mean().item()
+            merged = self.plain()
+        if effect == 0:
+            self._expect_plain(merged)
+            return
+        difference = (merged - self.expected).abs().mean().item()
         if not merge_is_exact(difference, effect, self.exact):
             raise PathDiffers(inexact(difference, effect))
 

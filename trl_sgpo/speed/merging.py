@@ -122,11 +122,16 @@ def random_adapters(model: PeftModel) -> Iterator[None]:
                 weight.copy_(value)
 
 
-def adapter_effect(model: PeftModel, score: Score) -> float:
-    """Mean change of log-probabilities by the adapters."""
-    with_adapters = score()
+def adapter_effect(model: PeftModel, with_adapters: torch.Tensor, score: Score) -> float:
+    """Mean change of log-probabilities by the adapters, given the log-probabilities with them."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     with model.disable_adapter():
-        return (with_adapters - score()).abs().mean().item()
+        without = score()
+    for weight in model.parameters():  # PEFT makes all weights of the adapters trained afterwards
+        weight.requires_grad_(False)
+    for weight in trained:
+        weight.requires_grad_(True)
+    return (with_adapters - without).abs().mean().item()
 
 
 def inexact(difference: float, effect: float) -> str:
@@ -174,7 +179,8 @@ def merged_where_exact(load: Callable[[], PeftModel]) -> PreTrainedModel | PeftM
         return model
     reason = sharing_refusal(model)
     if reason is None:
-        apart, effect = fixed_log_probs(model), adapter_effect(model, lambda: fixed_log_probs(model))
+        apart = fixed_log_probs(model)
+        effect = adapter_effect(model, apart, lambda: fixed_log_probs(model))
         exact = base_of(model).dtype == torch.float32
         merged = model.merge_and_unload()
         difference = (fixed_log_probs(merged) - apart).abs().mean().item()

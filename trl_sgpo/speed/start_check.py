@@ -4,7 +4,7 @@ log-probabilities are those of the plain path (`equivalence.py`), with adapters 
 """
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ _CONSEQUENCES = {
     TRIMMED: "Micro-batches keep all padding",
     MERGED: "Adapters stay apart in generation",
 }
+_ZERO3 = "with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs"
 _ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
@@ -66,7 +67,7 @@ class StartCheck:
 
     def __init__(self, trainer: GRPOTrainer, score: Score, adapters: AdapterMerge | None):
         self.trainer, self.adapters = trainer, adapters
-        self.model = trainer.model
+        self.model, self.effect = trainer.model, 0.0
         self.checks = PathChecks(self.model, score, trainer.temperature, self._computes_in_float32())
 
     @torch.no_grad()
@@ -88,14 +89,16 @@ class StartCheck:
             DROPPED: self._check_dropped,
             PREFIXES: self._check_prefixes,
         }
-        training = self.model.training
+        if is_deepspeed_zero3_enabled():
+            return {PACKED: _ZERO3} if PACKED in paths else {}
+        training, kwargs = self.model.training, self.trainer.args.gradient_checkpointing_kwargs
         self.model.eval()
         found: dict[str, str] = {}
         try:
-            with (
-                disable_gradient_checkpointing(self.model, self.trainer.args.gradient_checkpointing_kwargs),
-                random_adapters(self.model) if self._adapters_have_no_effect() else nullcontext(),
-            ):
+            with ExitStack() as stack:
+                stack.enter_context(disable_gradient_checkpointing(self.model, kwargs))
+                if reason := self._reason(lambda: self._compute_plain(stack)):
+                    return dict.fromkeys(paths, reason)
                 for path in filter(paths.__contains__, checks):
                     if path == PREFIXES and DROPPED in paths and DROPPED not in found:
                         continue  # it has been compared together with the other
@@ -108,6 +111,16 @@ class StartCheck:
         if MERGED in found and self.adapters is not None:
             self.adapters.free()
         return found
+
+    def _compute_plain(self, stack: ExitStack) -> None:
+        """Computes what the paths are compared with, with random adapters in the rest of a block if needed."""
+        plain = self.checks.plain()
+        if isinstance(self.model, PeftModel) and adapted_layers(self.model) and not self._sharded():
+            self.effect = adapter_effect(self.model, plain, self.checks.plain)
+            if self.effect == 0:
+                stack.enter_context(random_adapters(self.model))
+                plain = self.checks.plain()
+        self.checks.compare_with(plain)
 
     def _reason(self, check: Callable[[], None]) -> str | None:
         try:
@@ -124,11 +137,6 @@ class StartCheck:
     def _sharded(self) -> bool:
         return self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
 
-    def _adapters_have_no_effect(self) -> bool:
-        if not isinstance(self.model, PeftModel) or not adapted_layers(self.model) or self._sharded():
-            return False
-        return adapter_effect(self.model, self.checks.plain) == 0
-
     def _computes_in_float32(self) -> bool:
         args, base = self.trainer.args, base_of(self.model)
         mixed = args.bf16 or args.fp16 or "quantization_config" in vars(base.config)
@@ -138,11 +146,10 @@ class StartCheck:
 
     def _check_merged(self) -> None:
         assert self.adapters is not None
-        self.checks.merged_adapters(self.adapters)
+        self.checks.merged_adapters(self.adapters, self.effect)
 
     def _check_trimmed(self) -> None:
-        if not is_deepspeed_zero3_enabled():
-            self.checks.trimmed_padding()
+        self.checks.trimmed_padding()
 
     def _check_packed(self) -> None:
         self._check_layers(("sdpa",))
@@ -176,7 +183,5 @@ class StartCheck:
             raise PathDiffers("prompt learning puts virtual tokens before a prompt")
         if is_alora(self.model):
             raise PathDiffers(ALORA)
-        if is_deepspeed_zero3_enabled():
-            raise PathDiffers("with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs")
         if config._attn_implementation not in attention:
             raise PathDiffers(f"this needs `attn_implementation: sdpa`, and it is {config._attn_implementation}")
