@@ -252,8 +252,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             if not self._samples_one_by_one():
                 return super()._generate_single_turn(prompt_ids, None, {}, num_generations)
             sampled = stack.enter_context(sampled_log_probs(self.model, self.temperature))
-            completion_ids, _ = super()._generate_single_turn(prompt_ids, None, {}, num_generations)
-        return completion_ids, sampled.of(completion_ids)
+            completion_ids, log_probs = super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+        return completion_ids, sampled.of(completion_ids) if log_probs is None else log_probs
 
     def _samples_one_by_one(self) -> bool:
         """Whether the log-probabilities of sampled tokens can be recorded. vLLM returns them itself."""
