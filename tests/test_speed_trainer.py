@@ -15,8 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SharedPromptGRPOTrainer
+from trl_sgpo.speed import trainer as speed_trainer
 from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 from trl_sgpo.speed.row_cache import _BlockLayer
+from trl_sgpo.speed.sampling import SAMPLER_KL
+from trl_sgpo.speed.scoring import without_padding
 from trl_sgpo.speed.shared_prompts import SharedPrompts, packed_attention
 
 
@@ -64,7 +67,7 @@ def test_training_equals_that_of_trl(model, tmp_path, peft_config):
     assert shared.merges_adapters == (peft_config is not None)
     assert len(found) == 3
     for logs, others in zip(found, expected, strict=True):
-        assert logs.keys() == others.keys()
+        assert logs.keys() - {SAMPLER_KL} == others.keys()
         for name in ("reward", "completions/mean_length", "num_tokens", "completions/clipped_ratio"):
             assert logs[name] == others[name]
         for name in ("loss", "grad_norm", "entropy", "kl"):
@@ -101,16 +104,15 @@ def test_rows_of_an_unsupported_architecture_stay_apart(tmp_path, caplog, archit
     assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
-def test_a_wrong_packed_path_is_not_used(model, tmp_path, caplog, monkeypatch):
+ALL = {"shares_prompts", "shares_prefixes", "drops_finished_rows", "trims_padding", "merges_adapters"}
+
+
+def wrong_packing(monkeypatch):
     attend = SharedPrompts.attend
     monkeypatch.setattr(SharedPrompts, "attend", lambda *args, **kwargs: attend(*args, **kwargs).flip(1))
-    trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
-    assert (trainer.shares_prompts, trainer.shares_prefixes) == (False, True)
-    (message,) = apart(caplog)
-    assert "log-probabilities differ by" in message
 
 
-def test_a_wrong_prefix_cache_is_not_used(model, tmp_path, caplog, monkeypatch):
+def wrong_cache(monkeypatch):
     update = _BlockLayer.update
 
     def shifted(self, keys, values, *args, **kwargs):
@@ -118,20 +120,91 @@ def test_a_wrong_prefix_cache_is_not_used(model, tmp_path, caplog, monkeypatch):
         return keys, values.roll(1, dims=2)
 
     monkeypatch.setattr(_BlockLayer, "update", shifted)
-    trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
-    assert (trainer.shares_prompts, trainer.shares_prefixes) == (True, False)
+
+
+def wrong_dropping(monkeypatch):
+    select = _BlockLayer.batch_select_indices
+    monkeypatch.setattr(_BlockLayer, "batch_select_indices", lambda self, rows: select(self, rows.flip(0)))
+
+
+def wrong_trimming(monkeypatch):
+    def one_token_too_short(inputs):
+        cut = without_padding(inputs)
+        return cut | {key: cut[key][:, 1:] for key in ("prompt_ids", "prompt_mask")}
+
+    monkeypatch.setattr(speed_trainer, "without_padding", one_token_too_short)
+
+
+def wrong_merging(monkeypatch):
+    merge = LoraLayer.merge
+
+    def weaker(layer, *args, **kwargs):
+        layer.set_scale("default", 0.9)
+        merge(layer, *args, **kwargs)
+        layer.set_scale("default", 1.0)
+
+    monkeypatch.setattr(LoraLayer, "merge", weaker)
+
+
+FAULTS = {
+    wrong_packing: ({"shares_prompts"}, "Rows of a prompt are trained apart"),
+    wrong_cache: ({"shares_prefixes", "drops_finished_rows"}, "Prompts are read for each row in generation"),
+    wrong_dropping: ({"drops_finished_rows"}, "Finished rows stay in the batch"),
+    wrong_trimming: ({"trims_padding"}, "Micro-batches keep all padding"),
+    wrong_merging: ({"merges_adapters"}, "Adapters stay apart in generation"),
+}
+
+
+def used(trainer):
+    return {name for name in ALL if vars(trainer)[name]}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_path_is_not_used(model, tmp_path, caplog, monkeypatch, fault):
+    """With a new adapter, which has no effect; and the other paths are used."""
+    fault(monkeypatch)
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA)
+    missing, consequence = FAULTS[fault]
+    assert used(trainer) == ALL - missing
     (message,) = apart(caplog)
-    assert message.startswith("Prompts are read for each row in generation")
+    assert message.startswith(consequence)
+    assert "log-probabilities" in message
 
 
-def test_the_check_leaves_random_numbers_and_mode_as_they_are(model, tmp_path):
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_path_that_becomes_wrong_is_not_used_after_the_first_step(model, tmp_path, caplog, monkeypatch, fault):
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA, max_steps=1)
+    trainer.train()
+    assert used(trainer) == ALL
+    fault(monkeypatch)
+    trainer._prepare_inputs([dict(row) for row in trainer.train_dataset] * 8)
+    missing, consequence = FAULTS[fault]
+    assert used(trainer) == ALL - missing
+    (message,) = apart(caplog)
+    assert message.startswith(consequence)
+
+
+def test_paths_are_compared_at_doubling_numbers_of_steps(model, tmp_path, monkeypatch):
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA, max_steps=9)
+    steps = []
+    monkeypatch.setattr(trainer, "_check_paths", lambda: steps.append(trainer.state.global_step))
+    trainer.train()
+    assert steps == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_the_check_leaves_random_numbers_weights_and_mode_as_they_are(model, tmp_path, peft_config):
     states = []
     for _ in range(2):
         torch.manual_seed(3)
-        trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
-        states.append((torch.get_rng_state(), trainer.model.training))
-        assert trainer._check_paths() == (True, True)
-    assert torch.equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
+        trainer = make(SharedPromptGRPOTrainer, model, tmp_path, peft_config)
+        states.append((torch.get_rng_state(), trainer.model.training, trainer.model.is_gradient_checkpointing))
+        before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+        trainer._check_paths()
+        assert used(trainer) == (ALL if peft_config else ALL - {"merges_adapters"})
+        assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+        states.append((torch.get_rng_state(), trainer.model.training, trainer.model.is_gradient_checkpointing))
+    assert all(torch.equal(state[0], states[0][0]) and state[1:] == states[0][1:] for state in states)
 
 
 def test_libraries_are_as_before_after_training(model, tmp_path):

@@ -30,6 +30,7 @@ PRIVATE_NAMES = {
     "method/measuring.py",
     "sgpo_trainer.py",
     "speed/lm_head.py",
+    "speed/start_check.py",
     "speed/trainer.py",
     "vram/simulate.py",
     "vram/worst_case.py",

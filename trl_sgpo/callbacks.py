@@ -19,6 +19,7 @@ from .files import durable_replace, unfinished_file, write_file
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
 from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
+from .speed.sampling import SAMPLER_KL, SAMPLER_KL_LIMIT
 from .speed.trainer import SharedPromptGRPOTrainer
 from .vram.worst_case import take_worst_case_step
 
@@ -139,6 +140,14 @@ class AdviceCallback(TrainerCallback):
                 "signal",
                 "Over half of the transfer blocks taught nothing, because all their executions earned the same: raise "
                 "`num_generations`, choose easier or harder problems, or warm-start the model.",
+            )
+
+        if logs.get(SAMPLER_KL, 0) > SAMPLER_KL_LIMIT:
+            self._log_once(
+                "sampler",
+                f"The policy that samples is not the one that is trained: `{SAMPLER_KL}` is {logs[SAMPLER_KL]:.2g}. "
+                "Set `merge_adapters` or `share_prompts` to false, leave out dropout, or use `dtype: float32`; with "
+                "vLLM, compare the data types of both.",
             )
 
     def _log_once(self, topic: str, message: str) -> None:

@@ -149,10 +149,10 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
                 merge_adapters=args.merge_adapters,
                 **kwargs,
             )
+        self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.mask_truncated_completions = False  # TRL would mask whole rows: `two_phase_rollout` masks phases
         check_model(self)
         self.reward_funcs = checked(self.reward_funcs, self.reward_func_names)
-        self.conversation = TwoPhaseSettings.from_config(args).conversation(self.processing_class)
         self.stop_at(self.conversation.stop_ids)
         self.facts = self.training_facts(model)
         # These are attributes, because TRL fixes the arguments of `_roll_out` and the result of `_calculate_rewards`

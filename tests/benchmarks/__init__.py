@@ -1,1 +1,1 @@
-"""Benchmarks of the strategy bank: kills, retention, poison, scale, index, trust and malformed imports."""
+"""Benchmarks of the strategy bank, and log-probabilities of sampling and training for many architectures."""

@@ -14,8 +14,9 @@ from trl.models import unwrap_model_for_generation
 from ..checks.arguments import Parser
 from ..errors import ConfigError
 from ..recipe import Recipe, read_recipe
-from ..speed.generation import base_of, left_padded, limited
+from ..speed.generation import left_padded, limited
 from ..speed.lm_head import contiguous_head_input
+from ..speed.merging import base_of
 from .arms import ARMS, Call, build_trainer, counted_step, measured_step, report, settings, synchronize
 
 

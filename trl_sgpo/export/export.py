@@ -28,6 +28,7 @@ from ..files import unfinished_directory
 from ..inference.loading import ADAPTER_FILE, base_of, is_adapter, load_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer
 from ..inference.settings import TwoPhaseSettings
+from ..speed.merging import sharing_refusal
 from .parity import Parity, compare, logits_on, probes
 
 
@@ -153,6 +154,8 @@ def _write(
         print(f"The adapter is merged into {base}, which its {ADAPTER_FILE} names.", flush=True)
     print(f"Loading {plan.model} …", flush=True)
     model = load_unmerged(source, base, settings.trained_on, compute)
+    if isinstance(model, PeftModel) and (reason := sharing_refusal(model)):
+        raise ModelError(f"The adapter of {plan.model} cannot be merged: {reason}. Use it with PEFT.")
     reference = logits_on(model, sequences)
     effect = None
     if adapter:

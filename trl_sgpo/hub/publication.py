@@ -23,6 +23,7 @@ from ..inference.loading import ADAPTER_FILE, adapter_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import SETTINGS_FILE, TwoPhaseSettings
 from ..report.run_files import REPORT_FILE
+from ..speed.merging import sharing_refusal
 from .model_card import (
     CARD,
     FACTS_FILE,
@@ -108,6 +109,8 @@ def merge_adapter(adapter: Path, base: str, target: Path) -> None:
         with torch.random.fork_rng(devices=[]):  # keeps the random state
             model = load_model(base, dtype="auto")
             adapted = load_adapter(model, adapter, torch_device="cpu")
+        if reason := sharing_refusal(adapted):
+            raise ValueError(reason)
         adapted.merge_and_unload().save_pretrained(target)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The adapter in {adapter} and its model in {base} cannot be merged: {error}") from error

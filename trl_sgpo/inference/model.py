@@ -12,7 +12,8 @@ from ..errors import ModelError
 from ..method.conversation import Conversation
 from ..method.prompts import ParsedStrategy, Prompt
 from ..speed.generation import left_padded
-from ..speed.learned_prompts import is_prompt_learning, learned_prompt
+from ..speed.learned_prompts import learned_prompt
+from ..speed.merging import merged_where_exact
 from .loading import base_of, is_adapter, load_base
 from .pretrained import load_adapter, load_model, load_tokenizer
 from .settings import TwoPhaseSettings
@@ -151,23 +152,24 @@ class TwoPhaseModel:
         """
         directory = require_model(name)
         saved = TwoPhaseSettings.load(directory)
-        try:
+        if device is None and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+
+        def load() -> Any:
             if is_adapter(directory):
                 base = load_base(base_of(directory), saved.trained_on, **model_kwargs)
                 model = load_adapter(base, directory)
-                if "quantization_config" not in vars(model.config) and not is_prompt_learning(model):
-                    model = model.merge_and_unload()
             else:
                 model = load_model(directory, **model_kwargs)
-            _check_lengths(saved, model.config, name)
             model.generation_config = _own_generation(model.generation_config, name)
+            return model if device is None or _is_quantized(model) else model.to(device)
+
+        try:
+            model = merged_where_exact(load) if is_adapter(directory) else load()
+            _check_lengths(saved, model.config, name)
             tokenizer = load_tokenizer(directory)
         except (OSError, ValueError) as error:
             raise ModelError(f"The model {name} cannot be loaded: {error}") from error
-        if device is None and torch.accelerator.is_available():
-            device = torch.accelerator.current_accelerator()
-        if device is not None and "quantization_config" not in vars(model.config):
-            model = model.to(device)
         return cls(model, tokenizer, settings or saved, batch_size)
 
     def write_strategies(
@@ -356,6 +358,10 @@ class TwoPhaseModel:
                 input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
             )
         return output[:, ids.size(1) :].tolist()
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    return "quantization_config" in vars(model.config)
 
 
 def _turn(conversation: Conversation, prompt: Prompt, strategy: str | ParsedStrategy) -> str | Sequence[int]:

@@ -13,8 +13,9 @@ from ..data.answers import answer_reward
 from ..data.columns import check_column_names, check_entries, check_solutions
 from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
-from ..speed.generation import base_of
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
+from ..speed.merging import base_of
+from .context_length import check_context_length
 from .control_tokens import TextEncoder
 from .conversation import check_system_role
 from .prompts import check_prompts
@@ -90,8 +91,8 @@ def check_model(trainer: GRPOTrainer) -> None:
 
     Raises:
         [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
-            with gradient checkpointing, FSDP with sharded state dicts, or a chat template without the system role that
-            the prompts have.
+            with gradient checkpointing, FSDP with sharded state dicts, rows longer than the model's table of
+            positions, or a chat template without the system role that the prompts have.
         [`DataError`]: A message with control tokens of the model outside its content.
     """
     check_system_role(trainer.processing_class, trainer.train_dataset[0]["prompt"], trainer.args.chat_template_kwargs)
@@ -104,6 +105,7 @@ def check_model(trainer: GRPOTrainer) -> None:
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise ConfigError(SHARDED_CHECKPOINTS)
+    check_context_length(trainer, trainer.conversation)
     prompts = trainer.train_dataset["prompt"]
     with_control = TextEncoder(trainer.processing_class).count(prompts)
     if with_control and trainer.accelerator.is_main_process:

@@ -1,127 +1,191 @@
 """
-Start check of the fast paths: one tiny forward pass of packed rows and one from shared prefixes, against plain ones.
+Log-probabilities of a few fixed rows of different lengths by each fast path, compared with those of the plain path.
 
-It detects architectures whose attention ignores or refuses the arguments of the fast paths.
+They detect architectures whose attention ignores or refuses the arguments of a fast path, adapters that cannot be
+merged exactly, and faults.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .generation import left_padded, prefix_cache
-from .row_cache import row_cache
+from .generation import left_padded, shared_prefixes
+from .merging import AdapterMerge, base_of, inexact, merge_is_exact
+from .sampling import sampled_log_probs
 
 
-# Prompts and their completions, as positions in a list of tokens
-_PROBE = (([0, 1, 2, 3, 4], [[5, 6, 7], [8]]), ([9, 10, 11], [[12, 13, 14, 15], [16, 17]]))
+_END = 0
+# Prompt of each row, what follows it without being generated, and what is generated, as places of tokens. No token
+# that something follows is in two rows, so that each token says which one comes next
+_LONG, _SHORT = [30, 31, 32, 33, 34], [35, 36, 37]
+_ROWS = (
+    (_LONG, [38, 1], [2, 3, _END]),
+    (_LONG, [4], [_END]),
+    (_LONG, [39, 40, 5], [6, 7, 8, 9, 10, 11]),
+    (_SHORT, [12], [13, 14, 15, _END]),
+    (_SHORT, [41, 16], [17, _END]),
+)
+_PLACES = 48
 
-Score = Callable[[torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
-"""Maps token ids and mask of rows, the width of their prompts, and whether to pack to log-probabilities `(B, T)`."""
+Score = Callable[[dict[str, Any], bool, bool], torch.Tensor]
+"""Maps a micro-batch, whether to pack its rows, and whether to cut its padding to log-probabilities `(B, T)`."""
 
 
 class PathDiffers(Exception):
     """A fast path gives other values than the plain one. The message has the difference or the error."""
 
 
-def _tokens(vocab_size: int, shift: int) -> list[int]:
-    return [(7 + 31 * position + shift) % vocab_size for position in range(18)]
+@dataclass(frozen=True)
+class _Probe:
+    """Prompts of the rows, what follows them, and what is generated then, as token ids."""
+
+    prompts: list[list[int]]
+    contexts: list[list[int]]
+    generated: list[list[int]]
+    end: int
+
+    @classmethod
+    def of(cls, vocab_size: int, shift: int = 0) -> "_Probe":
+        """The rows for a vocabulary, with the same tokens generated after other prompts for another `shift`."""
+        stride = max(1, vocab_size // _PLACES)
+
+        def tokens(places: list[int], shift: int = 0) -> list[int]:
+            return [(3 + stride * place + shift) % vocab_size for place in places]
+
+        prompts = [tokens(prompt, shift) for prompt, _, _ in _ROWS]
+        rests, generated = ([tokens(row[part]) for row in _ROWS] for part in (1, 2))
+        contexts = [prompt + rest for prompt, rest in zip(prompts, rests, strict=True)]
+        return cls(prompts, contexts, generated, tokens([_END])[0])
+
+    def micro_batch(self, device: torch.device, padding: int = 0) -> tuple[dict[str, Any], torch.Tensor]:
+        """A micro-batch with columns of padding on both sides, and which tokens of its completions to compare."""
+        prompt_ids, prompt_mask = left_padded(self.prompts, 0, device)
+        rests = [context[len(prompt) :] for context, prompt in zip(self.contexts, self.prompts, strict=True)]
+        rows = [rest + generated for rest, generated in zip(rests, self.generated, strict=True)]
+        ids, mask = (each.flip(1) for each in left_padded([row[::-1] for row in rows], 0, device))
+        starts = torch.tensor([[len(rest)] for rest in rests], device=device)
+        compared = mask.bool() & (torch.arange(mask.size(1), device=device) >= starts)
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids, "completion_mask": mask}
+        sides = {"prompt": (padding, 0), "completion": (0, padding)}
+        padded = {key: torch.nn.functional.pad(value, sides[key.partition("_")[0]]) for key, value in batch.items()}
+        return padded, torch.nn.functional.pad(compared, (0, padding))
+
+    def following(self) -> dict[int, int]:
+        """The token that is generated after each other one."""
+        chains = [[context[-1], *row] for context, row in zip(self.contexts, self.generated, strict=True)]
+        return {token: after for chain in chains for token, after in pairwise(chain)}
 
 
-def _expect_equal(fast: torch.Tensor, plain: torch.Tensor, other: torch.Tensor, exact: bool) -> None:
+class _Forced(LogitsProcessor):
+    """Makes `generate` choose the tokens of a probe."""
+
+    def __init__(self, probe: _Probe):
+        self.following, self.end = probe.following(), probe.end
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = [[self.following.get(token, self.end)] for token in input_ids[:, -1].tolist()]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.tensor(chosen, device=scores.device), 0.0)
+
+
+class PathChecks:
     """
-    Raises [`PathDiffers`] if `fast` differs from `plain` by more than rounding. `other` are the values for other
-    prompts: their difference from `plain` is the scale.
-    """
-    difference = (fast - plain).abs().mean().item()
-    effect = (other - plain).abs().mean().item()
-    allowed = 1e-5 + 1e-3 * effect if exact else 1e-2 + 0.1 * effect
-    if not difference <= allowed:  # also where it is NaN
-        raise PathDiffers(f"log-probabilities differ by {difference:.2g} on average")
-
-
-def check_packed_rows(score: Score, vocab_size: int, device: torch.device, exact: bool) -> None:
-    """
-    Compares the log-probabilities of packed rows with those of separate rows.
+    The checks of all fast paths. Each raises [`PathDiffers`] or an error of the model.
 
     Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model that is trained.
         score (`Callable`):
-            Scores rows, see [`Score`].
-        vocab_size (`int`):
-            Number of tokens to draw from.
-        device (`torch.device`):
-            Device of the model.
+            Scores rows as training does, see [`Score`].
+        temperature (`float`):
+            Temperature of sampling and training.
         exact (`bool`):
-            Whether the model computes in float32, with the smaller tolerance.
-
-    Raises:
-        [`PathDiffers`]: Log-probabilities differ.
+            Whether the model computes in float32, with smaller tolerances.
     """
 
-    def rows(shift: int, groups: tuple) -> tuple[torch.Tensor, torch.Tensor, int]:
-        tokens = _tokens(vocab_size, 0)
-        prompts = [[_tokens(vocab_size, shift)[place] for place in prompt] for prompt, own in groups for _ in own]
-        prompt_ids, prompt_mask = left_padded(prompts, 0, device)
-        completions = [[tokens[place] for place in completion] for _, own in groups for completion in own]
-        ids, mask = left_padded([completion[::-1] for completion in completions], 0, device)
-        width = prompt_ids.size(1)
-        return torch.cat([prompt_ids, ids.flip(1)], dim=1), torch.cat([prompt_mask, mask.flip(1)], dim=1), width
+    def __init__(self, model: PreTrainedModel | PeftModel, score: Score, temperature: float, exact: bool):
+        self.model, self.score, self.temperature, self.exact = model, score, temperature, exact
+        self.expected, self.effect_of_prompts = torch.empty(0), 0.0
+        vocab_size = model.config.get_text_config().vocab_size
+        self.probe, self.after_other_prompts = _Probe.of(vocab_size), _Probe.of(vocab_size, shift=1)
 
-    def scored(shift: int) -> torch.Tensor:
-        # A prompt at a time: without padding on the left, absolute positions are those of packed rows
-        log_probs = []
-        for group in _PROBE:
-            ids, mask, width = rows(shift, (group,))
-            log_probs.append(score(ids, mask, width, False)[mask[:, width:].bool()])
-        return torch.cat(log_probs)
+    def plain(self) -> torch.Tensor:
+        """Log-probabilities by the plain path."""
+        return self._scored()
 
-    ids, mask, width = rows(0, _PROBE)
-    packed = score(ids, mask, width, True)[mask[:, width:].bool()]
-    _expect_equal(packed, scored(0), scored(1), exact)
+    def compare_with(self, plain: torch.Tensor) -> None:
+        """Sets what the paths are compared with."""
+        self.expected = plain
+        self.effect_of_prompts = (self._scored(self.after_other_prompts) - plain).abs().mean().item()
 
+    def _scored(self, probe: _Probe | None = None, pack: bool = False, trim: bool = False) -> torch.Tensor:
+        batch, compared = (probe or self.probe).micro_batch(self.model.device, padding=3)
+        log_probs = self.score(batch, pack, trim)
+        return log_probs[compared[:, : log_probs.size(1)]]
 
-def check_shared_prefixes(model: PreTrainedModel, vocab_size: int, exact: bool) -> None:
-    """
-    Compares the next token's log-probabilities from the KV cache of prefixes with those of whole prompts.
+    def _expect_plain(self, fast: torch.Tensor) -> None:
+        """Raises [`PathDiffers`] if values differ by more than rounding. Other prompts give the scale."""
+        if fast.shape != self.expected.shape:
+            raise PathDiffers(f"{len(fast)} log-probabilities in place of {len(self.expected)}")
+        difference = (fast - self.expected).abs().mean().item()
+        allowed = 1e-5 + 1e-3 * self.effect_of_prompts if self.exact else 1e-2 + 0.1 * self.effect_of_prompts
+        if not difference <= allowed:  # also where it is NaN
+            raise PathDiffers(f"log-probabilities differ by {difference:.2g} on average")
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model that generates.
-        vocab_size (`int`):
-            Number of tokens to draw from.
-        exact (`bool`):
-            Whether the model computes in float32.
+    def trimmed_padding(self) -> None:
+        """Micro-batches cut to their own length."""
+        self._expect_plain(self._scored(trim=True))
 
-    Raises:
-        [`PathDiffers`]: Log-probabilities of the next token differ.
-    """
-    device = model.device
-    tokens = _tokens(vocab_size, 0)
-    prefixes = [[tokens[place] for place in prompt] for prompt, _ in _PROBE]
-    rests = [[tokens[place] for place in own[0]] for _, own in _PROBE]
+    def packed_rows(self) -> None:
+        """Rows of a prompt packed into one sequence."""
+        self._expect_plain(self._scored(pack=True))
 
-    def whole(shift: int) -> torch.Tensor:
-        logits = []
-        for (prompt, _), rest in zip(_PROBE, rests, strict=True):
-            ids = [*(_tokens(vocab_size, shift)[place] for place in prompt), *rest]
-            logits.append(model(input_ids=torch.tensor([ids], device=device)).logits[0, -1])
-        return torch.stack(logits).float().log_softmax(dim=-1)
+    def merged_adapters(self, adapters: AdapterMerge, effect: float) -> None:
+        """
+        Adapters merged into the base weights, compared with the whole effect that adapters have. If there is none yet,
+        only faults are looked for.
+        """
+        with adapters.merged():
+            merged = self.plain()
+        if effect == 0:
+            self._expect_plain(merged)
+            return
+        difference = (merged - self.expected).abs().mean().item()
+        if not merge_is_exact(difference, effect, self.exact):
+            raise PathDiffers(inexact(difference, effect))
 
-    prefix_ids, prefix_mask = left_padded(prefixes, 0, device)
-    rest_ids, rest_mask = left_padded(rests, 0, device)
-    mask = torch.cat([prefix_mask, rest_mask], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = row_cache(
-        prefix_cache(model, prefix_ids, prefix_mask),
-        torch.arange(len(prefixes), device=device),
-        mask.size(1),
-        mask.size(1) + 1,
-    )
-    logits = model(
-        input_ids=rest_ids,
-        attention_mask=mask,
-        position_ids=positions[:, -rest_ids.size(1) :],
-        past_key_values=cache,
-        use_cache=True,
-    ).logits[:, -1]
-    _expect_equal(logits.float().log_softmax(dim=-1), whole(0), whole(1), exact)
+    def generation(self, drop_finished: bool) -> None:
+        """
+        Generation from the KV cache of the prompts, in which finished rows stay or leave the batch. Of two calls with
+        different numbers of rows the second is compared, because some models keep positions of the last call.
+        """
+        probe, base = self.probe, base_of(self.model)
+        limit = max(map(len, probe.generated))
+        config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=[probe.end], pad_token_id=0)
+        before, base.generation_config = base.generation_config, config
+        try:
+            with shared_prefixes(self.model, config, probe.prompts, calls=2, drop_finished=drop_finished):
+                self._generated(config, probe.contexts[:2])
+                log_probs = self._generated(config, probe.contexts)
+        finally:
+            base.generation_config = before
+        self._expect_plain(torch.tensor(log_probs, device=self.model.device))
+
+    def _generated(self, config: GenerationConfig, contexts: list[list[int]]) -> list[float]:
+        ids, mask = left_padded(contexts, 0, self.model.device)
+        with sampled_log_probs(self.model, self.temperature) as sampled:
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Forced(self.probe)]),
+            )
+        expected = self.probe.generated[: len(contexts)]
+        found = [row[: len(other)] for row, other in zip(output[:, ids.size(1) :].tolist(), expected, strict=True)]
+        if found != expected:
+            raise PathDiffers("rows get tokens of other rows")
+        return [value for row in sampled.of(expected) for value in row]

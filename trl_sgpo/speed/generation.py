@@ -1,29 +1,22 @@
 """
-Faster generation with transformers, as context managers around calls of `model.generate`.
-
-- [`shared_prefixes`]: rows with a common prefix continue from one KV cache, and finished rows leave the batch.
-- [`AdapterMerge`]: LoRA adapters are merged into the base weights while generating.
+Faster generation with transformers, as a context manager around calls of `model.generate`: rows with a common prefix
+continue from one KV cache, and finished rows leave the batch.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .generation_settings import COUNTED, active, needs_whole_prompts
+from .merging import base_of
 from .row_cache import row_cache
+from .sampling import SampledLogProbs
 from .shared_prompts import within_window
-
-
-def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model, without PEFT's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def left_padded(
@@ -92,11 +85,22 @@ class _PrefixGenerate:
         self.drop_finished = drop_finished
         self.cache: Cache | None = None
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        stopping_criteria: Sequence[SampledLogProbs] = (),
+        **kwargs: Any,
+    ) -> torch.Tensor:
         device, config, prefixes = input_ids.device, self.config, self.prefixes
         longest = len(prefixes[0]) + input_ids.size(1) + config.max_new_tokens
         if not all(prefixes) or not within_window(self.base.config, longest):
-            return self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                stopping_criteria=StoppingCriteriaList(stopping_criteria),
+                **kwargs,
+            )
         prefix_ids, prefix_mask = left_padded(prefixes, config.pad_token_id, device)
         if self.cache is None:
             self.cache = prefix_cache(self.base, prefix_ids, prefix_mask)
@@ -116,9 +120,16 @@ class _PrefixGenerate:
         self.calls_left -= 1
         if self.calls_left == 0:
             self.cache = None
-        return torch.cat([input_ids, self._new_tokens(ids, mask, cache, kwargs)], dim=1)
+        return torch.cat([input_ids, self._new_tokens(ids, mask, cache, stopping_criteria, kwargs)], dim=1)
 
-    def _new_tokens(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _new_tokens(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: Cache,
+        sampled: Sequence[SampledLogProbs],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         """
         Generates in several calls, between which finished rows leave the batch: within a call, every row costs the
         same until the longest one finishes.
@@ -129,12 +140,14 @@ class _PrefixGenerate:
         rows, start = torch.arange(len(ids), device=ids.device), 0
         while len(rows) > 0 and start < limit:
             criteria = [_ManyFinished(ends, width + start)] if self.drop_finished else []
+            for criterion in sampled:
+                criterion.only(rows)
             with limited(self.config, limit - start):
                 output = self.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     past_key_values=cache,
-                    stopping_criteria=StoppingCriteriaList(criteria),
+                    stopping_criteria=StoppingCriteriaList([*sampled, *criteria]),
                     **kwargs,
                 )
             stop = output.size(1) - width
@@ -185,49 +198,6 @@ def shared_prefixes(
         del model.generate
         if before is not None:
             model.generate = before
-
-
-def can_merge(model: PeftModel) -> bool:
-    """
-    Whether merging changes nothing but the adapted layers: their weights are not trained themselves, and no other
-    layer uses them, as a tied LM head does.
-    """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    weights = [layer.get_base_layer().weight for layer in layers]
-    return all(uses[id(weight)] == 1 and not weight.requires_grad for weight in weights)
-
-
-class AdapterMerge:
-    """
-    Merges LoRA adapters while generating and restores the base weights exactly.
-
-    Subtracting the adapters again would leave rounding errors that grow with every step, so the base weights are
-    copied back from host memory, to which they are copied at the first use.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            Model with the adapters.
-    """
-
-    def __init__(self, model: PeftModel):
-        self.model = model
-        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self.base_weights: list[torch.Tensor] | None = None
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Merges the adapters within the block."""
-        if self.base_weights is None:
-            self.base_weights = [layer.get_base_layer().weight.detach().to("cpu", copy=True) for layer in self.layers]
-        try:
-            self.model.merge_adapter()
-            yield
-        finally:
-            self.model.unmerge_adapter()
-            with torch.no_grad():
-                for layer, weight in zip(self.layers, self.base_weights, strict=True):
-                    layer.get_base_layer().weight.copy_(weight)
 
 
 @contextmanager

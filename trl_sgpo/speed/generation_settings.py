@@ -9,14 +9,18 @@ from transformers import GenerationConfig
 COUNTED = ("begin_suppress_tokens", "exponential_decay_length_penalty", "guidance_scale", "max_time", "min_new_tokens")
 """Settings that count, or keep a state, from the start of a call, so that a row must stay in one call."""
 
+OTHER_WAYS = (
+    *("assistant_early_exit", "cache_implementation", "constraints", "dola_layers", "force_words_ids", "num_beams"),
+    *("num_return_sequences", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens"),
+    *("return_dict_in_generate", "stop_strings", "token_healing", "use_mtp"),
+)
+"""Settings that generate in another way, with another cache or another result."""
+
 WHOLE_PROMPTS = (
     # They compare tokens of the prompt, or count its padding
     *("bad_words_ids", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "min_length"),
     *("no_repeat_ngram_size", "sequence_bias", "watermarking_config"),
-    # They generate in another way, with another cache or another result
-    *("assistant_early_exit", "cache_implementation", "constraints", "dola_layers", "force_words_ids", "num_beams"),
-    *("num_return_sequences", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens"),
-    *("return_dict_in_generate", "stop_strings", "token_healing", "use_mtp"),
+    *OTHER_WAYS,
 )
 """Settings that need a call with whole prompts."""
 
@@ -49,3 +53,8 @@ def needs_whole_prompts(config: GenerationConfig, of_model: GenerationConfig) ->
     """Returns the settings with which prompts cannot be read once."""
     without_cache = effective_value("use_cache", config, of_model) is False
     return [*active(WHOLE_PROMPTS, config, of_model), *(["use_cache"] if without_cache else [])]
+
+
+def one_pass_per_token(config: GenerationConfig, of_model: GenerationConfig) -> bool:
+    """Whether a token of each row is chosen by the logits of one forward pass."""
+    return not active([*OTHER_WAYS, "guidance_scale"], config, of_model)

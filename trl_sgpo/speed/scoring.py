@@ -24,10 +24,26 @@ class RowScorer:
             1 where a completion's token is trained. If `None`, all tokens are scored.
         share (`bool`, *optional*, defaults to `True`):
             Whether rows may be packed.
+        align (`bool`, *optional*, defaults to `True`):
+            Whether to move the padding of prompts behind the rows. Models with absolute positions or a recurrent state
+            would count it, and score a row otherwise than they generate it.
+
+    Attributes:
+        log_probs (`torch.Tensor` of shape `(B, width - 1)`): The log-probabilities last computed, without gradient.
     """
 
-    def __init__(self, model: Any, prompt_width: int, trained_mask: torch.Tensor | None = None, share: bool = True):
+    log_probs: torch.Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        prompt_width: int,
+        trained_mask: torch.Tensor | None = None,
+        share: bool = True,
+        align: bool = True,
+    ):
         self.model, self.prompt_width, self.trained_mask, self.share = model, prompt_width, trained_mask, share
+        self.align = align
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs: Any):
         if self.trained_mask is not None:
@@ -40,7 +56,9 @@ class RowScorer:
             )
         shared = share_prompts(input_ids, attention_mask, self.prompt_width) if self.share else None
         if shared is None:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            outputs = self._apart(input_ids, attention_mask, labels, kwargs)
+            self.log_probs = outputs.log_probs.detach()
+            return outputs
         with packed_attention():
             outputs = self.model(
                 input_ids=shared.input_ids,
@@ -50,12 +68,31 @@ class RowScorer:
                 shared_prompts=shared,
                 **kwargs,
             )
-        log_probs, entropy = outputs.log_probs, outputs.entropy
+        log_probs, entropy = shared.to_rows(outputs.log_probs)[:, :-1], outputs.entropy
+        self.log_probs = log_probs.detach()
         return replace(
-            outputs,
-            log_probs=shared.to_rows(log_probs)[:, :-1],
-            entropy=None if entropy is None else shared.to_rows(entropy)[:, :-1],
+            outputs, log_probs=log_probs, entropy=None if entropy is None else shared.to_rows(entropy)[:, :-1]
         )
+
+    def _apart(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        if not self.align:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        width = input_ids.size(1)
+        columns, padding = torch.arange(width, device=input_ids.device), attention_mask.argmax(dim=1, keepdim=True)
+        source, target = (columns + padding) % width, (columns - padding) % width
+        outputs = self.model(
+            input_ids=input_ids.gather(1, source),
+            attention_mask=attention_mask.gather(1, source),
+            labels=labels.gather(1, source),
+            **kwargs,
+        )
+
+        def in_place(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else torch.nn.functional.pad(values, (1, 0)).gather(1, target)[:, 1:]
+
+        return replace(outputs, log_probs=in_place(outputs.log_probs), entropy=in_place(outputs.entropy))
 
 
 def fits_window(config: Any, attention_mask: torch.Tensor) -> bool:

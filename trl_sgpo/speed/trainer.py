@@ -6,8 +6,9 @@
 2. Generation: prompts are read once for all their rows, finished rows leave the batch, and LoRA adapters are merged
    (`generation.py`, `row_cache.py`), where the settings of `generate` allow it (`generation_settings.py`).
    Adapters that learn a prompt generate with it (`learned_prompts.py`).
-3. At the start, a tiny forward pass of each path is compared with the plain one; a path that differs is not used
-   (`equivalence.py`).
+3. At the start, and after 1, 2, 4, 8, … optimizer steps, a few rows are computed by each path and compared with the
+   plain one; a path that differs is not used (`start_check.py`, `equivalence.py`).
+4. Every step logs how far the policy that sampled is from the policy that is trained (`sampling.py`).
 
 Chat templates are rendered as in `method/conversation_trainer.py`.
 
@@ -15,16 +16,15 @@ What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_generate_
 `_buffered_inputs`, `_step`, `_get_per_token_logps_and_entropies`, and that `compute_loss` only scores with its model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -32,23 +32,20 @@ from ..checks.repositories import check_model_folder
 from ..inference.pretrained import NO_QUESTION, readable_weights
 from ..inference.weights import local_weights, require_model
 from ..method.conversation_trainer import ConversationGRPOTrainer
-from .equivalence import PathDiffers, check_packed_rows, check_shared_prefixes
-from .generation import AdapterMerge, base_of, can_merge, limited, shared_prefixes, token_progress
-from .generation_settings import COUNTED, active, needs_whole_prompts
+from . import start_check
+from .generation import limited, shared_prefixes, token_progress
+from .generation_settings import one_pass_per_token
 from .learned_prompts import is_prompt_learning, learned_prompt
 from .lm_head import contiguous_head_input, project_labelled_tokens_only
+from .merging import AdapterMerge, base_of, merge_refusal
 from .quantization import keep_4bit_layout, keep_adapters_in_float32
+from .sampling import SAMPLER_KL, sampled_log_probs, sampler_kl
 from .scoring import RowScorer, fits_window, problems_together, without_padding
 from .shared_prompts import packed_attention
+from .start_check import StartCheck, log_slower
 
 
 logger = transformers.utils.logging.get_logger(__name__)
-
-_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _from_safetensors(args: GRPOConfig | None, model: Any, reward_funcs: Any) -> GRPOConfig | None:
@@ -111,6 +108,7 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         shares_prompts (`bool`): Whether rows are packed in training.
         shares_prefixes (`bool`): Whether prompts are read once in generation.
         drops_finished_rows (`bool`): Whether finished rows leave the batch in generation.
+        trims_padding (`bool`): Whether micro-batches are cut to their own length.
         merges_adapters (`bool`): Whether adapters are merged in generation.
     """
 
@@ -146,10 +144,14 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         if self.aux_loss_enabled and not self._has_routers():
             self.aux_loss_enabled = False
             logger.warning(f"The router's loss is left out: {type(base_of(self.model)).__name__} has no routers.")
-        self.adapters = AdapterMerge(self.model) if merge_adapters and self._can_merge_adapters() else None
+        self.adapters = self._mergeable_adapters() if merge_adapters else None
         self.merges_adapters = self.adapters is not None
-        self.shares_prompts, self.shares_prefixes = self._check_paths() if share_prompts else (False, False)
-        self.drops_finished_rows = self.shares_prefixes and self._may_drop_rows()
+        self.trims_padding = True
+        self.shares_prompts = share_prompts
+        self.shares_prefixes = self.drops_finished_rows = share_prompts and not self._generates_elsewhere()
+        self._merge_was_refused = False
+        self._next_check = 1
+        self._check_paths()
 
     def _is_quantized(self) -> bool:
         return "quantization_config" in vars(self.model.config)
@@ -157,7 +159,7 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
     @torch.no_grad()
     def _has_routers(self) -> bool:
         """Whether the model returns router logits. TRL reads its configuration only, which dense variants share."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded():
             return True
         model, ids = base_of(self.model), torch.zeros((1, 2), dtype=torch.long, device=self.model.device)
         try:
@@ -165,107 +167,67 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         except LookupError:  # from a load-balancing loss over no layers
             return False
 
-    def _can_merge_adapters(self) -> bool:
-        if self.use_vllm or not isinstance(self.model, PeftModel):
-            return False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self._is_quantized():
-            return False
-        return all(
-            config.peft_type == PeftType.LORA and not config.target_parameters and not config.lora_bias
-            for config in self.model.peft_config.values()
-        ) and can_merge(self.model)
-
     # Which paths are used
 
-    def _check_paths(self) -> tuple[bool, bool]:
-        """Whether rows may be packed in training, and prompts computed once in generation. Rank 0 decides."""
-        usable = [False, False]
-        if self.accelerator.is_main_process:
-            elsewhere = self._generates_elsewhere()
-            packed = self._refusal(self._check_packed)
-            prefixes = None if elsewhere else self._refusal(self._check_prefixes)
-            if packed is not None and packed == prefixes:
-                self._log_slower("Rows of a prompt are trained and generated apart", packed)
-            else:
-                self._log_slower("Rows of a prompt are trained apart", packed)
-                self._log_slower("Prompts are read for each row in generation", prefixes)
-            usable = [packed is None, prefixes is None and not elsewhere]
-        shares_prompts, shares_prefixes = broadcast_object_list(usable)
-        return shares_prompts, shares_prefixes
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _generates_elsewhere(self) -> bool:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return self.use_vllm or self.use_transformers_continuous_batching or sharded
+        return self.use_vllm or self.use_transformers_continuous_batching or self._is_sharded()
 
-    @torch.no_grad()
-    def _refusal(self, check: Callable[[], None]) -> str | None:
-        """Why a path cannot be used."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            check()
-        except torch.OutOfMemoryError:
-            raise
-        except PathDiffers as difference:
-            return str(difference)
-        except _REFUSALS as error:
-            name = type(base_of(self.model)).__name__
-            return f"{name} raises {(str(error) or type(error).__name__).splitlines()[0]!r}"
-        finally:
-            self.model.train(training)
+    def _mergeable_adapters(self) -> AdapterMerge | None:
+        if not isinstance(self.model, PeftModel) or self.use_vllm or self._is_sharded() or self._is_quantized():
+            return None
+        reason = merge_refusal(self.model)
+        if reason is None:
+            return AdapterMerge(self.model)
+        if self.accelerator.is_main_process and not is_prompt_learning(self.model):
+            log_slower({start_check.MERGED: reason})
         return None
 
-    @staticmethod
-    def _log_slower(consequence: str, reason: str | None) -> None:
-        if reason is not None:
-            logger.warning(f"{consequence}: {reason}. This is slower.")
+    def _check_paths(self) -> None:
+        """
+        Switches off fast paths that are not equal to the plain path. Adapters that could not be merged are tried again
+        and merged if they can be by now. All ranks compute, because sharded weights need all of them; rank 0 decides.
+        """
+        used = [path for path, on in self._paths().items() if on]
+        tried = [*used, start_check.MERGED] if self._merge_was_refused else used
+        found = StartCheck(self, self._score_rows, self.adapters).refusals(tried)
+        (found,) = broadcast_object_list([found])
+        self._use_only(set(tried) - found.keys())
+        if self.accelerator.is_main_process:
+            log_slower({path: reason for path, reason in found.items() if path in used})
+            if self._merge_was_refused and self.merges_adapters:
+                logger.warning("Adapters are merged in generation from now on: their effect is large enough.")
+        self._merge_was_refused = start_check.MERGED in found
 
-    def _check_layers(self, attention: tuple[str, ...]) -> None:
-        config = self.model.config.get_text_config()
-        kinds = set(vars(config).get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise PathDiffers("the model has a processor, which may add images to a prompt")
-        if kinds or base_of(self.model)._is_stateful:
-            raise PathDiffers(f"layers without a KV cache of single tokens ({', '.join(kinds) or 'recurrent'})")
-        if is_prompt_learning(self.model):
-            raise PathDiffers("prompt learning puts virtual tokens before a prompt")
-        if is_deepspeed_zero3_enabled():
-            raise PathDiffers("with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs")
-        if config._attn_implementation not in attention:
-            raise PathDiffers(f"this needs `attn_implementation: sdpa`, and it is {config._attn_implementation}")
+    def _paths(self) -> dict[str, bool]:
+        return {
+            start_check.MERGED: self.merges_adapters,
+            start_check.TRIMMED: self.trims_padding,
+            start_check.PACKED: self.shares_prompts,
+            start_check.PREFIXES: self.shares_prefixes,
+            start_check.DROPPED: self.drops_finished_rows,
+        }
 
-    def _computes_in_float32(self) -> bool:
-        mixed = self.args.bf16 or self.args.fp16 or self._is_quantized()
-        return base_of(self.model).dtype == torch.float32 and not mixed
+    def _use_only(self, paths: Collection[str]) -> None:
+        self.merges_adapters = start_check.MERGED in paths
+        self.trims_padding = start_check.TRIMMED in paths
+        self.shares_prompts = start_check.PACKED in paths
+        self.shares_prefixes = start_check.PREFIXES in paths
+        self.drops_finished_rows = self.shares_prefixes and start_check.DROPPED in paths
 
-    def _check_packed(self) -> None:
-        self._check_layers(("sdpa",))
-        if self.aux_loss_enabled:
-            raise PathDiffers("the router's loss counts the tokens of each row")
+    def _score_rows(self, inputs: dict[str, Any], pack: bool, trim: bool) -> torch.Tensor:
+        inputs = without_padding(inputs) if trim else inputs
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width = inputs["prompt_ids"].size(1)
+        pack = pack and fits_window(self.model.config, mask)
+        scorer = RowScorer(self.model, width, share=pack, align=not self._has_processor())
+        return self._get_per_token_logps_and_entropies(scorer, ids, mask, ids.size(1) - width)[0]
 
-        def score(ids: torch.Tensor, mask: torch.Tensor, width: int, share: bool) -> torch.Tensor:
-            scorer = RowScorer(self.model, width, share=share)
-            return super(SharedPromptGRPOTrainer, self)._get_per_token_logps_and_entropies(
-                scorer, ids, mask, ids.size(1) - width
-            )[0]
-
-        vocab_size = self.model.config.get_text_config().vocab_size
-        check_packed_rows(score, vocab_size, self.accelerator.device, self._computes_in_float32())
-
-    def _check_prefixes(self) -> None:
-        self._check_layers(("sdpa", "eager"))
-        base = base_of(self.model)
-        if settings := needs_whole_prompts(self.generation_config, base.generation_config):
-            raise PathDiffers(f"this does not work with the generation setting {_quoted(settings)}")
-        vocab_size = self.model.config.get_text_config().vocab_size
-        with self.accelerator.autocast():
-            check_shared_prefixes(base, vocab_size, self._computes_in_float32())
-
-    def _may_drop_rows(self) -> bool:
-        counted = active(COUNTED, self.generation_config, base_of(self.model).generation_config)
-        if counted:
-            self._log_slower("Finished rows stay in the batch", f"{_quoted(counted)} counts from where a call starts")
-        return not counted
+    def _has_processor(self) -> bool:
+        return isinstance(self.processing_class, ProcessorMixin)
 
     # Generation
 
@@ -319,13 +281,22 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         Returns:
             `tuple`: Token ids of the completions, and their log-probabilities where the backend returns them.
         """
-        with (
-            self._limited(max_new_tokens),
-            contiguous_head_input(self.model),
-            learned_prompt(self.model),
-            self._progress(len(prompt_ids), max_new_tokens, description),
-        ):
-            return super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+        with ExitStack() as stack:
+            stack.enter_context(self._limited(max_new_tokens))
+            stack.enter_context(contiguous_head_input(self.model))
+            stack.enter_context(learned_prompt(self.model))
+            stack.enter_context(self._progress(len(prompt_ids), max_new_tokens, description))
+            if not self._samples_one_by_one():
+                return super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+            sampled = stack.enter_context(sampled_log_probs(self.model, self.temperature))
+            completion_ids, log_probs = super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+        return completion_ids, sampled.of(completion_ids) if log_probs is None else log_probs
+
+    def _samples_one_by_one(self) -> bool:
+        """Whether the log-probabilities of sampled tokens can be recorded. vLLM returns them itself."""
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return False
+        return one_pass_per_token(self.generation_config, base_of(self.model).generation_config)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         if images is not None or multimodal_fields or self.tools:
@@ -376,9 +347,12 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
     # Training
 
     def _prepare_inputs(self, generation_batch):
+        if self.model.training and self.state.global_step >= self._next_check:
+            self._next_check = 2 * self.state.global_step
+            self._check_paths()
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or isinstance(self.processing_class, ProcessorMixin):
+        if self._buffered_inputs is before or self._has_processor():
             return inputs
         self._buffered_inputs = problems_together(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -388,21 +362,29 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if isinstance(self.processing_class, ProcessorMixin):
+        if self._has_processor():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = without_padding(inputs)
+        if self.trims_padding:
+            inputs = without_padding(inputs)
         trained_mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             trained_mask = trained_mask * inputs["tool_mask"]
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         scorer = self._scorer(model, mask, inputs["prompt_ids"].size(1), trained_mask)
-        return super().compute_loss(scorer, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(scorer, inputs, return_outputs, num_items_in_batch)
+        if self.model.training and "sampling_per_token_logps" in inputs:
+            before = inputs.get("old_per_token_logps")  # by the weights that sampled, unless they are those of now
+            trained = scorer.log_probs[:, -trained_mask.size(1) :] if before is None else before
+            totals = sampler_kl(inputs["sampling_per_token_logps"], trained, trained_mask)
+            divergence, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+            self._metrics["train"][SAMPLER_KL].append(divergence / max(tokens, 1))
+        return loss
 
     def _scorer(
         self, model: Any, mask: torch.Tensor, prompt_width: int, trained_mask: torch.Tensor | None = None
     ) -> RowScorer:
         share = self.shares_prompts and fits_window(self.model.config, mask)
-        return RowScorer(model, prompt_width, trained_mask, share)
+        return RowScorer(model, prompt_width, trained_mask, share, align=not self._has_processor())
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if not isinstance(model, RowScorer):  # `compute_loss` passes a scorer with its trained tokens
