@@ -26,6 +26,7 @@ PRIVATE_NAMES = {
     "compare/budget.py",
     "hub/trainer.py",
     "method/measuring.py",
+    "run/trainer.py",
     "sgpo_trainer.py",
     "speed/lm_head.py",
     "speed/trainer.py",

@@ -17,8 +17,8 @@ G = K * n + b strategies (`num_generations`) are executed on each problem of the
 One generation calls `_plan_rollouts` → TRL's `_generate_and_score_completions` → `_roll_out` → `_calculate_rewards`
 (sets `_credit`) → `token_advantages` (`method/advantages.py`). In evaluation each row executes its own strategy.
 
-Two base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
-faster, [`HubTrainer`] (`hub/trainer.py`) pushes a run to the Hub. What this file relies on in TRL 1.16 is listed and
+Base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
+faster, [`HubTrainer`] and [`RunTrainer`] (`hub/`, `run/`) push a run and keep its output folder. What this file relies on in TRL 1.16 is listed and
 tested in `tests/test_trl_contract.py`.
 """
 
@@ -158,7 +158,7 @@ class SGPOTrainer(HubTrainer, SharedPromptGRPOTrainer):
         self._credit: Credit | None = None
         self.run_record = RunRecordCallback(self)
         self.worst_case = WorstCaseCallback(self, self.conversation, self.geometry)
-        bank_callback = StrategyBankCallback(self.bank_session, self._log_metric)
+        bank_callback = StrategyBankCallback(self, self.bank_session, self._log_metric)
         for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback()):
             self.add_callback(callback)
 

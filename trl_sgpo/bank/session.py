@@ -248,16 +248,22 @@ class BankSession:
 
     # Runs and checkpoints
 
-    def set_aside_old_bank(self) -> None:
-        """Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it."""
+    def set_aside_old_bank(self, earlier: Path) -> None:
+        """
+        Empties the default bank if an earlier run in `output_dir` left one, keeping a copy.
+
+        Args:
+            earlier (`Path`):
+                Folder for what the earlier run left.
+        """
         bank = self.bank
         if bank is None or not self.starts_empty or len(bank) == 0:
             return
-        kept = Path(self.args.output_dir) / f"{BANK_DIRECTORY}.previous"
+        kept = earlier / BANK_DIRECTORY
         for number in count(2):
             if not kept.exists():
                 break
-            kept = kept.with_name(f"{BANK_DIRECTORY}.previous-{number}")
+            kept = kept.with_name(f"{BANK_DIRECTORY}-{number}")
         bank.snapshot(kept)
         logger.warning(
             f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "

@@ -17,12 +17,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ..files import unfinished_directory
 from ..inference.pretrained import load_config, load_tokenizer
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
+from ..run.directory import WARMSTART_DIRECTORY, holds_adapters
 from ..sgpo_config import SGPOConfig
 from ..speed.lm_head import project_labelled_tokens_only
 from . import worked
@@ -147,6 +148,7 @@ def warmstart(
 
     Raises:
         [`DataError`]: There are no traces.
+        [`ConfigError`]: Another model is there, on which adapters were trained that are in the folder above.
     """
     output_dir = Path(output_dir)
     if not traces:
@@ -167,6 +169,11 @@ def warmstart(
     made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
     if _made_of(output_dir) == made_of:
         return str(output_dir)
+    if output_dir.is_dir() and holds_adapters(output_dir.parent):
+        raise ConfigError(
+            f"{output_dir} was made with other traces or settings, and the adapters in {output_dir.parent} were "
+            "trained on it: use the same ones to resume, or name another `--output_dir`."
+        )
     print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
     adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -234,7 +241,7 @@ def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
         model,
         chosen,
         training,
-        Path(training.output_dir) / "warmstart",
+        Path(training.output_dir) / WARMSTART_DIRECTORY,
         learning_rate=script.warmstart_learning_rate,
         model_init_kwargs=model_init_kwargs(recipe),
         batch_size=script.warmstart_batch_size,

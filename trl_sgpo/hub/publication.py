@@ -16,10 +16,10 @@ from ..bank.exchange import export_bank
 from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..errors import ModelError
-from ..inference.loading import ADAPTER_FILE, adapter_base
+from ..inference.loading import adapter_base
+from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, SETTINGS_FILE, TOKENIZER
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
-from ..inference.settings import SETTINGS_FILE
-from ..report.run_files import REPORT_FILE
+from ..report.run_files import REPORT_FILE, RUN_FILE
 from .model_card import (
     CARD,
     FACTS_FILE,
@@ -35,26 +35,13 @@ from .model_card import (
 if TYPE_CHECKING:
     from ..bank import StrategyBank
 
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-CONFIGS = ("config.json", "generation_config.json", ADAPTER_FILE)
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-MODEL_FILES = (*WEIGHTS, *CONFIGS, *TOKENIZER, SETTINGS_FILE)
 BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (EXPORT_MANIFEST, EXPORT_FILE))
 
 # Needed to resume: the state that transformers writes, the rollouts not yet trained on, the bank's snapshot
 CHECKPOINT_FILES = (
     *MODEL_FILES,
     FACTS_FILE,
+    RUN_FILE,
     TRAINER_STATE_NAME,
     "optimizer.pt",
     "scheduler.pt",

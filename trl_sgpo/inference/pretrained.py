@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.remote_code import remote_code_problems
 from ..errors import ConfigError, ModelError
+from .model_files import ADAPTER_WEIGHTS
 
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_EMBEDDING_MODELS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 

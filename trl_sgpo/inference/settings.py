@@ -18,13 +18,13 @@ from ..method.prompts import (
     default_strategy_prompt,
     system_prompt_of,
 )
+from .model_files import SETTINGS_FILE
 
 
 if TYPE_CHECKING:
     from ..sgpo_config import SGPOConfig
 
 
-SETTINGS_FILE = "sgpo.json"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 # What a `BitsAndBytesConfig` writes
 _QUANTIZATION = {
