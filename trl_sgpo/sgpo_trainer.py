@@ -18,8 +18,8 @@ One generation calls `_plan_rollouts` → TRL's `_generate_and_score_completions
 (sets `_credit`) → `token_advantages` (`method/advantages.py`). In evaluation each row executes its own strategy.
 
 Base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
-faster, [`HubTrainer`] and [`RunTrainer`] (`hub/`, `run/`) push a run and keep its output folder. What this file relies on in TRL 1.16 is listed and
-tested in `tests/test_trl_contract.py`.
+faster, [`HubTrainer`] and [`RunTrainer`] (`hub/`, `run/`) push a run and keep its output folder. What this file relies
+on in TRL 1.16 is listed and tested in `tests/test_trl_contract.py`.
 """
 
 import math
