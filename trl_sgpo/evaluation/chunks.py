@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
 from ..files import write_file
-from .digest import compared_settings
+from .digest import changes
 
 
 ROWS = "rows.jsonl"
@@ -100,12 +100,11 @@ class ChunkLog:
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
-        before, now = (compared_settings(each) for each in (parse_json(path.read_text(encoding="utf-8")), settings))
-        different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if different:
+        before = parse_json(path.read_text(encoding="utf-8"))
+        if changed := changes(_without_labels(before), _without_labels(settings)):
             raise ConfigError(
-                f"{directory} holds an evaluation with other settings ({', '.join(different)}): choose another "
-                "`--output_dir`, or drop what is there with `--overwrite`."
+                f"{directory} holds an evaluation with other settings ({changed}): choose another `--output_dir`, or "
+                "drop what is there with `--overwrite`."
             )
     elif (directory / ROWS).exists():
         raise ConfigError(
@@ -113,6 +112,13 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
             "`--overwrite`."
         )
     write_file(path, json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _without_labels(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the kinds of suites, on which no chunk depends."""
+    suites = settings.get("suites", {})
+    chunks = {name: {key: value for key, value in suite.items() if key != "kind"} for name, suite in suites.items()}
+    return settings | {"suites": chunks}
 
 
 def _read(path: Path) -> dict[str, Chunk]:
