@@ -781,7 +781,7 @@ class TestWarmStart:
         def made(**kwargs: Any) -> str:
             config = SGPOConfig(str(tmp_path / "run"), bf16=False, disable_tqdm=True, num_generations=4, **kwargs)
             warmstart(str(tmp_path / "model"), traces, config, tmp_path / "warm")
-            return (tmp_path / "warm" / "warmstart.sha256").read_text()
+            return (tmp_path / "warm" / "warmstart.sha256").read_text().splitlines()[0]
 
         first = made()
         settings = [str(tmp_path / "model"), 1e-3, STRATEGY_PROMPT, EXECUTION_PROMPT, True, 42, 4, 0.0, False]

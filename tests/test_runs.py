@@ -12,7 +12,7 @@ import torch
 import yaml
 from models import evenness, hash_embedder, problems, save_tiny_model
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_trainer import Script, is_good
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
@@ -345,6 +345,24 @@ class TestWarmStart:
         assert main(["train", "--config", path]) == 0
         assert (tmp_path / "run" / "warmstart" / "model.safetensors").stat().st_mtime_ns == made
 
+    def test_a_warm_start_of_another_model_of_that_name_is_made_again(self, model: str, tmp_path: Path) -> None:
+        base, out = tmp_path / "base", tmp_path / "warmstart"
+        shutil.copytree(model, base)
+        one = [Trace(row["prompt"], "Add them.", "#### 1", "kind-0") for row in problems(2).to_list()]
+        warmstart(str(base), one, config(tmp_path), out)
+        first = (out / "model.safetensors").read_bytes()
+        weights = load_file(base / "model.safetensors")
+        save_file(
+            {name: weight + 0.1 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"}
+        )
+        warmstart(str(base), one, config(tmp_path), out)
+        assert (out / "model.safetensors").read_bytes() != first
+        record = out / "warmstart.sha256"
+        record.write_text(record.read_text().splitlines()[0])  # as an earlier version wrote it
+        made = (out / "model.safetensors").stat().st_mtime_ns
+        warmstart(str(base), one, config(tmp_path), out)
+        assert (out / "model.safetensors").stat().st_mtime_ns == made
+
     def test_an_earlier_adapter_keeps_its_base(self, model: str, tmp_path: Path, data: Path) -> None:
         out = tmp_path / "run"
         for name in ("first", "second"):
@@ -363,7 +381,7 @@ class TestWarmStart:
         assert main(["train", "--config", str(path)]) == 0
         made = content(tmp_path / "run" / "warmstart")
         other = [Trace([{"role": "user", "content": "What?"}], "List them.", "1 #### 1", "kind-0")]
-        with pytest.raises(ConfigError, match=r"other traces or settings.*another `--output_dir`"):
+        with pytest.raises(ConfigError, match=r"other traces or settings, and the adapters.*another `--output_dir`"):
             warmstart(model, other, config(tmp_path / "run"), tmp_path / "run" / "warmstart")
         assert content(tmp_path / "run" / "warmstart") == made
 

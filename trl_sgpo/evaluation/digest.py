@@ -72,7 +72,7 @@ def depends_on(
     """
     record: Record = {"trl_sgpo": f"{__version__} {digest_of_files(_PACKAGE.rglob('*.py'))[:16]}"}
     if model is not None:
-        record |= _of_model(model, revision)
+        record |= model_record(model, revision)
     for name, functions in (("verifier_source", rewards[:1]), ("reward_sources", rewards[1:])):
         if functions:
             record[name] = digest([_of_reward(each) for each in functions])[:16]
@@ -118,13 +118,24 @@ def digest_of_files(paths: Iterable[Path]) -> str:
 # Models
 
 
-def _of_model(name: str, revision: str | None = None) -> Record:
-    """Digests of weights, configurations, tokenizer and chat template. Those of an adapter's base are its weights."""
+def model_record(name: str, revision: str | None = None) -> Record:
+    """
+    Digests of a model's weights, configurations, tokenizer and chat template.
+
+    Args:
+        name (`str`):
+            A directory or Hub id. Of an adapter, the base counts too.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Returns:
+        `dict`: Name → digest.
+    """
     from ..inference.loading import adapter_base
 
     directory = _directory(name, revision)
     base = adapter_base(directory)
-    above = {} if base is None else _of_model(base)
+    above = {} if base is None else model_record(base)
     tokenizer = [path for path in _files(directory, TOKENIZER) if path.name not in (CHAT_TEMPLATE, TOKENIZER_CONFIG)]
     settings, template = _tokenizer_config(directory)
     record = {
@@ -172,7 +183,7 @@ def _of_bank(bank: "StrategyBank") -> str:
 
 
 def _of_reward(reward: Callable[..., Any] | str) -> Any:
-    return _of_model(reward) if isinstance(reward, str) else digest_of_files(_sources(reward))
+    return model_record(reward) if isinstance(reward, str) else digest_of_files(_sources(reward))
 
 
 def _sources(function: Callable[..., Any]) -> list[Path]:
