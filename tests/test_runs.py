@@ -263,6 +263,19 @@ class TestSettingAside:
         assert main(["train", "--config", str(recipe(tmp_path, model, data))]) == 0
         assert len(list((out / "earlier").iterdir())) == 2
 
+    def test_completions_of_trainers_that_are_made_in_python(
+        self, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TRL makes their folder, and the bank is opened, before training begins."""
+        monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hash_embedder)
+        out = tmp_path / "out"
+        keys = {"log_completions": True, "num_completions_to_print": 0, "use_bank": True, "embedding_model": "any"}
+        train(model, out, **keys)
+        assert not (out / "earlier").exists() and len(list((out / "completions").iterdir())) == 1
+        train(model, out, max_steps=2, **keys)
+        assert len(list((earlier(out) / "completions").iterdir())) == 1
+        assert len(list((out / "completions").iterdir())) == 2
+
     def test_a_folder_without_a_run_stays(self, model: str, tmp_path: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()

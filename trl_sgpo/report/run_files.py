@@ -1,6 +1,7 @@
 """Names of the files in a run's output folder, besides those of the model, checkpoints, bank and completions."""
 
 RUN_FILE = "run.json"  # the id of the run, in its checkpoints too
+COMPLETIONS_DIRECTORY = "completions"  # as TRL names it
 EARLIER_DIRECTORY = "earlier"  # what earlier runs left
 STATE_FILE = "trainer_state.json"  # as transformers names it in checkpoints
 RUN_SETTINGS_FILE = "settings.json"

@@ -25,6 +25,7 @@ from ..hub.model_card import CARD, FACTS_FILE, METRICS_FILE
 from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, WEIGHTS
 from ..report.run_files import (
     BEFORE_FILE,
+    COMPLETIONS_DIRECTORY,
     EARLIER_DIRECTORY,
     REPORT_FILE,
     REPORT_PAGE,
@@ -41,7 +42,7 @@ _EVIDENCE = (*WEIGHTS, "pytorch_model*.bin", "adapter_model.bin", "training_args
 _OF_A_RUN = (
     *_EVIDENCE,
     *MODEL_FILES,
-    "completions",
+    COMPLETIONS_DIRECTORY,
     FACTS_FILE,
     METRICS_FILE,
     CARD,
@@ -107,14 +108,14 @@ def begin_run(
     directory = Path(output_dir)
     found = run_id(directory)
     if checkpoint is None:
-        run, leave = _new_id(time.time()), _left(directory)
+        run, leave = _new_id(time.time()), _left(directory, kept)
     else:
         source = Path(checkpoint)
         inside = source.resolve().parent == directory.resolve()
         own = run_id(source)
         same = own == found and (inside or own is not None)
         run = own or (found if same else None) or _new_id(time.time())
-        leave = _later(directory, source) if same else _left(directory)
+        leave = _later(directory, source) if same else _left(directory, kept)
         leave = [name for name in leave if not inside or name != source.name]
         if own is None and inside:
             write_run_id(source, run)
@@ -122,7 +123,6 @@ def begin_run(
             _set_aside(directory, leave, run)
             write_run_id(directory, run)
             return Run(run)
-    leave = [name for name in leave if name not in kept]
     _check_inputs(directory, leave, inputs)
     earlier = directory / EARLIER_DIRECTORY / (found or _new_id(_written(directory, leave)))
     if leave:
@@ -213,12 +213,16 @@ def _of_one_run(checkpoints: list[Path]) -> bool:
     return same and len({run_id(path) for path in checkpoints}) < 2
 
 
-def _left(directory: Path) -> list[str]:
-    """Names of what a run left in its output folder, checkpoints first, so that none of them is resumed any more."""
+def _left(directory: Path, kept: Collection[str]) -> list[str]:
+    """
+    Names of what a run left in its output folder, checkpoints first, so that none of them is resumed any more. What is
+    kept is neither among them nor evidence of a run.
+    """
     checkpoints = [path.name for path in _checkpoints(directory)]
-    if not (checkpoints or (directory / RUN_FILE).is_file() or _matches(directory, _EVIDENCE)):
+    if not (checkpoints or (directory / RUN_FILE).is_file() or set(_matches(directory, _EVIDENCE)) - {*kept}):
         return []
-    return [*checkpoints, *_matches(directory, _OF_A_RUN), *_evaluations(directory)]
+    names = [*checkpoints, *_matches(directory, _OF_A_RUN), *_evaluations(directory)]
+    return [name for name in names if name not in kept]
 
 
 def _matches(directory: Path, patterns: Iterable[str]) -> list[str]:

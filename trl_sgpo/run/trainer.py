@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
 from ..errors import ConfigError
-from ..report.run_files import STATE_FILE
+from ..report.run_files import COMPLETIONS_DIRECTORY, STATE_FILE
 from ..sgpo_config import SGPOConfig
 from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
 
@@ -78,6 +78,8 @@ class RunTrainer(GRPOTrainer):
             checkpoint = self._checkpoint(resume_from_checkpoint)
             if self.run is None and self.args.should_save:
                 self.run = begin_run(self.args.output_dir, checkpoint, self._kept())
+                if self.log_completions:  # TRL made it when it made the trainer, and an earlier run's was set aside
+                    Path(self.args.output_dir, COMPLETIONS_DIRECTORY).mkdir(exist_ok=True)
             elif self.run is None:
                 self.run = Run(run_id(self.args.output_dir) or "")
         self._best.resumed = checkpoint
