@@ -23,7 +23,7 @@ FSDP = {
 
 def run(directory, ranks, *arguments, **environment):
     """Exit statuses of the ranks, and what all of them printed. As a launcher does, one that fails ends the others."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -85,6 +85,19 @@ def test_resuming_goes_on_as_if_nothing_had_happened(model, tmp_path, environmen
     assert max(step.abs().max() for step in whole["steps"].values()) > 1e-3
     assert resumed["bank"] == whole["bank"] and resumed["written"] == whole["written"]
     assert {row["step"] for row in resumed["rows"]} == {2}
+
+
+def test_rank_0_sets_an_earlier_run_aside_and_the_others_wait(model, tmp_path):
+    out = tmp_path / "two" / "run"
+    ids = []
+    for _ in range(2):
+        load(tmp_path / "two", 2, model, "group")
+        ids.append((out / "run.json").read_text())
+        assert {path.read_text() for path in out.glob("checkpoint-*/run.json")} == {ids[-1]}
+    (first,) = (out / "earlier").iterdir()
+    assert (first / "run.json").read_text() == ids[0] != ids[1]
+    for place in (first, out):
+        assert sorted(path.name for path in place.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
 
 
 def test_all_ranks_end_at_an_infinite_reward_of_one(model, tmp_path):

@@ -8,7 +8,6 @@ logged, and the content of the bank after the last step.
 
 import json
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from models import evenness, hash_embedder, problems
 from peft import LoraConfig
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
-from trl_sgpo.evaluation.digest import digest, settings_record
+from trl_sgpo.cli.main import main
 from trl_sgpo.inference.settings import TwoPhaseSettings
 
 
@@ -90,14 +89,16 @@ def test_a_bank_opens_and_finds_its_strategies(run):
         assert [hit.strategy.text for hit in found] == ["Add the first number to the other one."]
 
 
-def test_digests_of_settings_without_newer_keys_are_the_same():
-    """`eval` and `solve` continue the records of version 0.1.0, which computed the first digest here."""
-    settings = TwoPhaseSettings(execution_prompt=EXECUTION_PROMPT, system_prompt="Be brief.")
-    assert digest({"settings": settings_record(settings)}) == (
-        "a9e4e38ad5c3385e3fbcdcceceaf6b9b8591f40961ec1189342d16f3391a246c"
-    )
-    for newer in ({"chat_template_kwargs": {"enable_thinking": False}}, {"turn_end": "<end>"}):
-        assert settings_record(replace(settings, **newer)) == settings_record(settings) | newer
+def test_answers_of_an_earlier_version_are_refused_with_the_way_to_go_on(run, capsys):
+    """They do not say of which tokenizer, chat template, generation config and version they are."""
+    rows = run / "problems.jsonl"
+    rows.write_text(json.dumps({"prompt": "What is 1 + 2?"}) + "\n")
+    answers = run / "answers.jsonl"
+    answers.write_text(json.dumps({"index": 0, "problem": "What is 1 + 2?", "made_by": "a9e4e38ad5c3385e"}) + "\n")
+    command = ["solve", "--model", str(run / "model"), "--input", str(rows), "--output", str(answers), "--no_bank"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "an earlier version recorded no" in told and "chat_template" in told and "`--overwrite`" in told
 
 
 def test_settings_without_newer_keys_are_read(run):

@@ -28,6 +28,7 @@ PRIVATE_NAMES = {
     "hub/trainer.py",
     "method/conversation_trainer.py",
     "method/measuring.py",
+    "run/trainer.py",
     "sgpo_trainer.py",
     "speed/lm_head.py",
     "speed/start_check.py",

@@ -845,7 +845,7 @@ def test_training_goes_on_without_the_server(make, monkeypatch, caplog):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model, named):
-    """The bank of `output_dir` starts empty and the old one is kept beside it; a bank named in the config stays."""
+    """The bank of `output_dir` starts empty and the old one is kept in `earlier`; a bank named in the config stays."""
     Script(monkeypatch)
     monkeypatch.setattr(trl_sgpo.bank.embedding, "load_embedder", lambda name: hash_embedder)
     path = tmp_path / "out" / "strategy_bank"
@@ -859,10 +859,10 @@ def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model
     trainer.strategy_bank.close()
     assert ("qqq of yesterday" in texts) == named
     assert any("alpha" in text for text in texts)
-    previous = tmp_path / "out" / "strategy_bank.previous"
-    assert previous.exists() != named
+    previous = list((tmp_path / "out").glob("earlier/*/strategy_bank"))
+    assert len(previous) != named
     if not named:
-        with StrategyBank.restore(previous, args.embedding_model) as kept:
+        with StrategyBank.restore(previous[0], args.embedding_model) as kept:
             assert [strategy.text for strategy in kept.strategies()] == ["qqq of yesterday"]
 
 
@@ -897,10 +897,10 @@ def test_the_copy_of_an_old_bank_is_never_overwritten(make, tmp_path, model, mon
             bank.clear()
             bank.add([Strategy(text=f"qqq of {day}", problem_class="kind-0", source_problems=("elsewhere",))])
         session = BankSession(None, args)
-        session.set_aside_old_bank()
+        session.set_aside_old_bank(tmp_path / "earlier")
         session.bank.close()
-    for name, day in (("strategy_bank.previous", "monday"), ("strategy_bank.previous-2", "tuesday")):
-        with StrategyBank.restore(tmp_path / "out" / name, args.embedding_model) as kept:
+    for name, day in (("strategy_bank", "monday"), ("strategy_bank-2", "tuesday")):
+        with StrategyBank.restore(tmp_path / "earlier" / name, args.embedding_model) as kept:
             assert [strategy.text for strategy in kept.strategies()] == [f"qqq of {day}"]
 
 

@@ -19,6 +19,7 @@ from .files import durable_replace, unfinished_file, write_file
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
 from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
+from .run.trainer import RunTrainer
 from .speed.sampling import SAMPLER_KL, SAMPLER_KL_LIMIT
 from .speed.trainer import SharedPromptGRPOTrainer
 from .vram.worst_case import take_worst_case_step
@@ -30,16 +31,17 @@ logger = transformers.utils.logging.get_logger(__name__)
 class StrategyBankCallback(TrainerCallback):
     """
     Commits to the bank after each optimizer step, so that it does not change within one, and exchanges strategies with
-    other jobs every `bank_sync_steps`. When training starts anew, it empties the bank that an earlier run left in
+    other jobs every `bank_sync_steps`. When a run begins, it sets aside the bank that an earlier one left in
     `output_dir`.
     """
 
-    def __init__(self, session: BankSession, log_metric: Callable[[str, float], None]):
-        self.session, self.log_metric = session, log_metric
+    def __init__(self, trainer: RunTrainer, session: BankSession, log_metric: Callable[[str, float], None]):
+        self.trainer, self.session, self.log_metric = trainer, session, log_metric
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.session.set_aside_old_bank()
+        run = self.trainer.run
+        if state.global_step == 0 and run is not None and run.earlier is not None:
+            self.session.set_aside_old_bank(run.earlier)
         self.session.share(self.log_metric)  # before the first step, so that a wrong address ends the run at once
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

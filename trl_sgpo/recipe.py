@@ -8,8 +8,6 @@ from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from accelerate.commands.launch import launch_command_parser
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
@@ -24,6 +22,7 @@ from .checks.values import check_mixture, read_value
 from .data.columns import Columns
 from .data.mixture import ProblemMixtureConfig
 from .errors import ConfigError, SettingsError, refuse
+from .run.directory import is_complete, last_checkpoint
 from .sgpo_config import SGPOConfig
 from .yaml_files import read_mapping, read_texts
 
@@ -363,19 +362,20 @@ def resume_point(training: SGPOConfig) -> str | None:
 
     Args:
         training ([`SGPOConfig`]):
-            Its `resume_from_checkpoint` is a directory, or true for the last complete checkpoint in `output_dir`.
+            Its `resume_from_checkpoint` is a directory, or true for the last complete checkpoint of the
+            run that `output_dir` belongs to.
 
     Returns:
         `str` or `None`: A directory, or `None` to start anew.
 
     Raises:
-        [`ConfigError`]: The directory named is no complete checkpoint.
+        [`ConfigError`]: The directory named is no complete checkpoint, or it is unknown which is of the last run.
     """
     setting = training.resume_from_checkpoint
     if setting is None or str(setting).casefold() in ("false", "no", "none", ""):
         return None
     if str(setting).casefold() not in ("true", "yes"):
-        if not _is_complete(Path(setting)):
+        if not is_complete(Path(setting)):
             raise ConfigError(
                 f"{setting} is no complete checkpoint: set `resume_from_checkpoint` to true for the last complete one "
                 f"in {training.output_dir}."
@@ -383,26 +383,7 @@ def resume_point(training: SGPOConfig) -> str | None:
         return str(setting)
     checkpoint = last_checkpoint(training.output_dir)
     if checkpoint is None:
-        print(f"{training.output_dir} holds no complete checkpoint: training starts anew.")
-    else:
-        print(f"Resuming from {checkpoint}.")
+        print(f"{training.output_dir} holds no complete checkpoint of its run: training starts anew.")
+        return None
+    print(f"Resuming from {checkpoint}.")
     return checkpoint
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The last complete checkpoint in the directory of a run."""
-    checkpoints = sorted(
-        (int(path.name.rsplit("-", 1)[1]), str(path))
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rsplit("-", 1)[1].isdecimal() and _is_complete(path)
-    )
-    return checkpoints[-1][1] if checkpoints else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the trainer state, which is written last, can be read."""
-    try:
-        parse_json((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True

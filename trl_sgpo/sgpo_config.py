@@ -102,8 +102,8 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         use_bank (`bool`, *optional*, defaults to `True`):
             Whether to retrieve strategies before the strategy phase and to store good ones after the step.
         bank_path (`str`, *optional*):
-            Directory of the bank. If `None`, `strategy_bank` in `output_dir`, emptied when training starts anew. A
-            bank named here is continued.
+            Directory of the bank. If `None`, `strategy_bank` in `output_dir`, empty when a run begins. A bank named
+            here is continued.
         embedding_model (`str`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
             Name or path of the sentence-transformers model that embeds problems and strategies.
         num_retrieved (`int`, *optional*, defaults to `1`):

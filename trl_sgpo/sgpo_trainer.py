@@ -18,8 +18,8 @@ One generation calls `_plan_rollouts` → TRL's `_generate_and_score_completions
 (sets `_credit`) → `token_advantages` (`method/advantages.py`). In evaluation each row executes its own strategy.
 
 Base classes contain what is not part of the method: [`SharedPromptGRPOTrainer`] (`speed/trainer.py`) makes GRPO
-faster, [`HubTrainer`] (`hub/trainer.py`) pushes to the Hub, `NamedEvaluationTrainer` (`evaluation/named_sets.py`) logs
-evaluation sets by name. What this file relies on in TRL 1.16 is listed and tested in `tests/test_trl_contract.py`.
+faster, [`HubTrainer`], [`RunTrainer`] and `NamedEvaluationTrainer` (`hub/`, `run/`, `evaluation/named_sets.py`) push a
+run, keep its folder and log evaluation sets by name. What this file needs of TRL 1.16: `tests/test_trl_contract.py`.
 """
 
 import math
@@ -160,7 +160,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
         self._credit: Credit | None = None
         self.run_record = RunRecordCallback(self)
         self.worst_case = WorstCaseCallback(self, self.conversation, self.geometry)
-        bank_callback = StrategyBankCallback(self.bank_session, self._log_metric)
+        bank_callback = StrategyBankCallback(self, self.bank_session, self._log_metric)
         for callback in (bank_callback, self.run_record, self.worst_case, AdviceCallback()):
             self.add_callback(callback)
 

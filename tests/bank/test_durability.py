@@ -592,3 +592,13 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "bank.lock").mkdir()
     with pytest.raises(BankError, match="cannot be locked"):
         StrategyBank(tmp_path, hashed_words)
+
+
+def test_filling_an_index_shows_how_far_it_is(tmp_path, capsys):
+    """Of 100,000 strategies it takes minutes."""
+    count = 6_000
+    vectors = np.eye(16, dtype=np.float32)[np.arange(count) % 16]
+    ids, metadatas = [f"{number:016x}" for number in range(count)], [{"problem_class": "any"}] * count
+    Index.rebuild(tmp_path / "index", 16, ids, vectors, metadatas).close()
+    told = capsys.readouterr().err
+    assert "1000/6000" in told and "6000/6000" in told and "strategy/s" in told

@@ -102,7 +102,7 @@ def test_suite_that_names_its_columns(tiny, tmp_path):
     assert (
         suites["words"]["prompt_template"] == "{body} {question}" and suites["words"]["rows"] != suites["own"]["rows"]
     )
-    assert "prompt_template" not in suites["own"]  # as in records of earlier versions
+    assert suites["own"]["prompt_template"] is None
     problem = problem_id([{"role": "user", "content": " ".join(word_problems.story(0)[:2])}])
     assert problem in (tmp_path / "out" / "rows.jsonl").read_text()
 
@@ -161,23 +161,20 @@ def test_changed_settings_are_refused(arguments, tmp_path):
     with pytest.raises(ConfigError, match=r"other settings \(protocol.*--output_dir.*--overwrite"):
         main([*arguments, "--seed", "7"])
     other = save_tiny_model(tmp_path / "other", "qwen2")
-    with pytest.raises(ConfigError, match=r"model, weights"):
+    with pytest.raises(ConfigError, match=r"model, .*weights"):
         main([*arguments, "--model", other])
     assert main([*arguments, "--seed", "7", "--overwrite"]) == 0
 
 
-def test_an_evaluation_of_an_earlier_version_continues(arguments, tmp_path, monkeypatch):
-    """Version 0.1.0 recorded the settings of the two phases without the newer keys."""
+def test_an_evaluation_of_an_earlier_version_is_refused(arguments, tmp_path):
+    """It does not say of which tokenizer, chat template, generation config and version it is."""
     arguments = [*arguments, "--no_plots"]
     assert main(arguments) == 0
     path = tmp_path / "out" / "settings.json"
     settings = json.loads(path.read_text())
-    settings["two_phase"] = {
-        key: value for key, value in settings["two_phase"].items() if key not in ("chat_template_kwargs", "turn_end")
-    }
-    path.write_text(json.dumps(settings))
-    monkeypatch.setattr(TwoPhaseModel, "write_strategies", None)  # nothing is left to be evaluated
-    assert main(arguments) == 0
+    path.write_text(json.dumps({key: settings[key] for key in settings if key not in ("chat_template", "trl_sgpo")}))
+    with pytest.raises(ConfigError, match=r"an earlier version recorded no chat_template, trl_sgpo\).*`--overwrite`"):
+        main(arguments)
 
 
 def test_a_suite_is_of_unknown_kind_until_it_is_named(arguments, data, tmp_path, capsys, monkeypatch):

@@ -26,6 +26,7 @@ from .ledger import Ledger
 logger = logging.getLogger(__name__)
 
 PAGE = 5_000  # Chroma refuses batches above 5,461
+_ADDED_AT_A_TIME = 1_000  # a second or so, so that the progress bar moves
 COLLECTION = "strategies"
 SEAL = "seal.json"
 SYNC_THRESHOLD = 5_000  # changes after which Chroma writes its whole index to disk, which need not survive a crash
@@ -154,10 +155,14 @@ class Index:
             metadatas (`Sequence[dict[str, str]]` of length `n`):
                 Values that never change. Those that do are in the ledger only.
         """
-        with self._readable_errors():
-            for start in tqdm(range(0, len(ids), PAGE), desc="Indexing strategies", disable=len(ids) <= PAGE):
-                page = slice(start, start + PAGE)
-                self._collection.add(ids=list(ids[page]), embeddings=embeddings[page], metadatas=list(metadatas[page]))
+        with (
+            self._readable_errors(),
+            tqdm(total=len(ids), desc="Indexing strategies", unit="strategy", disable=len(ids) <= PAGE) as bar,
+        ):
+            for start in range(0, len(ids), _ADDED_AT_A_TIME):
+                part = slice(start, start + _ADDED_AT_A_TIME)
+                self._collection.add(ids=list(ids[part]), embeddings=embeddings[part], metadatas=list(metadatas[part]))
+                bar.update(len(ids[part]))
 
     def query(self, embeddings: np.ndarray, n: int) -> list[list[tuple[str, float]]]:
         """

@@ -248,20 +248,24 @@ class BankSession:
 
     # Runs and checkpoints
 
-    def set_aside_old_bank(self) -> None:
+    def set_aside_old_bank(self, earlier: Path) -> None:
         """
-        Empties the default bank if an earlier run in `output_dir` left one, keeping a copy beside it. Later calls have
-        no effect: what is in the bank then is of this run.
+        Empties the default bank if an earlier run in `output_dir` left one, keeping a copy. Later calls have no
+        effect: what is in the bank then is of this run.
+
+        Args:
+            earlier (`Path`):
+                Folder for what the earlier run left.
         """
         bank, starts_empty = self.bank, self.starts_empty
         self.starts_empty = False
         if bank is None or not starts_empty or len(bank) == 0:
             return
-        kept = Path(self.args.output_dir) / f"{BANK_DIRECTORY}.previous"
+        kept = earlier / BANK_DIRECTORY
         for number in count(2):
             if not kept.exists():
                 break
-            kept = kept.with_name(f"{BANK_DIRECTORY}.previous-{number}")
+            kept = kept.with_name(f"{BANK_DIRECTORY}-{number}")
         bank.snapshot(kept)
         logger.warning(
             f"{bank.path} holds {len(bank)} strategies of an earlier run. Training starts anew with an empty bank; "

@@ -1,7 +1,5 @@
 """`trl-sgpo bench memory`: peak memory of SGPO and of TRL's GRPOTrainer, at equal rows and total lengths."""
 
-import resource
-import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -13,7 +11,7 @@ from ..checks.arguments import Parser
 from ..errors import ConfigError
 from ..recipe import read_recipe
 from .arms import ARMS, build_trainer, report, settings
-from .processes import in_new_process
+from .processes import in_new_process, peak_resident
 
 
 def main(argv: list[str]) -> int:
@@ -53,10 +51,14 @@ def peaks(arguments: list[str], equal_lengths: bool, arms: Sequence[str] = ARMS)
         arms (`Sequence[str]`, *optional*, defaults to `("sgpo", "grpo")`):
             The trainers.
     """
-    measured = {arm: _in_new_process(arm, arguments, equal_lengths) for arm in arms}
+    return memory_figures({arm: _in_new_process(arm, arguments, equal_lengths) for arm in arms})
+
+
+def memory_figures(measured: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Peaks of each trainer, and their ratios to those of TRL's."""
     figures = {
-        f"{'' if arm == 'sgpo' else f'{arm}_'}{name}_memory_ratio": measured[arm][name] / measured["grpo"][name]
-        for arm in arms
+        f"{'' if arm == 'sgpo' else f'{arm}_'}{name}_memory_ratio": memory[name] / measured["grpo"][name]
+        for arm, memory in measured.items()
         if arm != "grpo"
         for name in ("peak", "step")
     }
@@ -83,8 +85,7 @@ def _send_peaks(arm: str, arguments: list[str], equal_lengths: bool, send: Any) 
         send.send({"peak": float(peak), "step": float(peak - before)})
         return
     trainer.train()
-    kilo = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+    peak = peak_resident()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

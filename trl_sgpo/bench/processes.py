@@ -1,8 +1,11 @@
 """Measurements in processes of their own, so that peaks of memory are those of one trainer."""
 
 import multiprocessing
+import resource
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +40,16 @@ def in_new_process(target: Callable[..., None], *arguments: Any) -> Any | None:
         raise
     finally:
         process.join()
+
+
+def peak_resident() -> int:
+    """
+    Most bytes of memory that this process had resident.
+
+    On Linux, `ru_maxrss` is at least what the process had that started this one. `VmHWM` is of this one alone.
+    """
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo

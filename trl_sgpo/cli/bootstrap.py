@@ -1,8 +1,6 @@
 """`trl-sgpo bootstrap`: strategies and two-phase traces without human labels, for a warm start and for a bank."""
 
 import argparse
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -148,6 +146,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     from ..data.bootstrap import ANSWER_PROMPT, Plan, run_blocks
     from ..data.loading import load_data, load_rewards
     from ..data.trace_files import write_traces
+    from ..evaluation.digest import digest
     from ..inference.model import Decoding
     from ..inference.settings import TwoPhaseSettings
 
@@ -171,7 +170,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     )
     ids = [problem_id(row["prompt"]) for row in rows]
     data = [[key, row.get("solution"), row.get("worked_solution")] for key, row in zip(ids, rows, strict=True)]
-    depends_on = {
+    made_with = {
         "source": options.source,
         "writer": options.by,
         "model": name,
@@ -182,11 +181,13 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
         **asdict(plan.decoding),
         "block_size": options.block_size,
         "verifier": f"{verifier.__module__}.{verifier.__qualname__}",
-        "problems": hashlib.sha256(json.dumps([data, classes]).encode()).hexdigest()[:16],
+        "problems": digest([data, classes])[:16],
+        **_of_writer(recipe, options, verifier),
     }
+
     _check_embedder(recipe, options, output_dir)
     do = _doing(recipe, options, settings, plan, rows, classes, verifier)
-    done = run_blocks(output_dir / RECORD, depends_on, blocks, do)
+    done = run_blocks(output_dir / RECORD, made_with, blocks, do)
     tried = [one for block in done for one in block.tried]
     if worked and not tried:
         raise DataError(
@@ -203,6 +204,23 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     problems = {key for block in done for key in block.problems}
     summary = summarize(tried, len(problems), sum(block.tokens for block in done), min_lift)
     _print(summary, len(traces), added, options, output_dir)
+
+
+def _of_writer(recipe: "Recipe", options: argparse.Namespace, verifier: Any) -> dict[str, Any]:
+    """Digests of the model that writes, if it is on this machine, of how it is loaded, and of the verifier."""
+    from trl import get_quantization_config
+
+    from ..compare.lab.model import prepare_model
+    from ..evaluation.digest import depends_on, digest
+    from ..recipe import model_init_kwargs
+
+    if options.by not in ("model", "teacher"):
+        return depends_on(None, [verifier])
+    name = options.teacher or recipe.model.model_name_or_path
+    prepare_model(name)
+    revision = None if options.teacher else recipe.model.model_revision
+    loading = [model_init_kwargs(recipe), get_quantization_config(recipe.model)]
+    return depends_on(name, [verifier], revision=revision) | {"loading": digest(loading)[:16]}
 
 
 def _blocks(dataset: Any, recipe: "Recipe", options: argparse.Namespace) -> tuple[list[str], list[list[int]]]:

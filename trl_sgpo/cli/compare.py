@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checks.arguments import Parser
 from ..checks.paths import check_directory, check_file
 from ..errors import ConfigError
 from ..files import private_file
+
+
+if TYPE_CHECKING:
+    from ..compare.config import Arm
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +33,7 @@ def main(argv: list[str]) -> int:
     if overrides:
         changes["overrides"] = _as_mapping(overrides)
 
-    from ..compare.arm_run import check, fetch_models, finished
+    from ..compare.arm_run import check, fetch_models, finished, run_records
     from ..compare.config import read_comparison
     from ..compare.table import summary, write
 
@@ -39,15 +43,21 @@ def main(argv: list[str]) -> int:
         check_file("results", comparison.results)
     check(comparison)
     runs = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
-    missing = [(arm.name, seed) for arm, seed in runs if finished(comparison, arm, seed) is None]
+    if not options.table_only:
+        fetch_models(comparison)
+    records = run_records(comparison, runs, with_models=not options.table_only)
+
+    def result(arm: "Arm", seed: int) -> dict[str, Any] | None:
+        return finished(comparison, arm, seed, records[arm.name, seed])
+
+    missing = [(arm.name, seed) for arm, seed in runs if result(arm, seed) is None]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished.", flush=True)
     failed: list[str] = []
     if missing and not options.table_only:
-        fetch_models(comparison)
         base = [sys.executable, "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
     results = {
-        arm.name: [result for seed in comparison.seeds if (result := finished(comparison, arm, seed)) is not None]
+        arm.name: [found for seed in comparison.seeds if (found := result(arm, seed)) is not None]
         for arm in comparison.arms
     }
     if not any(results.values()):

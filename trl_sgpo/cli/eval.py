@@ -239,7 +239,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("Pictures need `pip install 'trl-sgpo[plots]'`: install it, or pass `--no_plots`.")
 
     from ..evaluation.chunks import ChunkLog
-    from ..evaluation.digest import digest, settings_record, suite_record, weights_digest
+    from ..evaluation.digest import depends_on, digest
     from ..evaluation.hub_results import write_hub_results
     from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
     from ..evaluation.tables import tables, write_results
@@ -276,13 +276,12 @@ def evaluate(options: argparse.Namespace) -> int:
         settings: dict[str, Any] = redacted(
             {
                 "model": options.model,
-                "weights": weights_digest(model),
-                "two_phase": settings_record(model.settings),
+                "two_phase": asdict(model.settings),
                 "dtype": options.dtype,
-                "suites": {each.suite.name: suite_record(each.suite) | {"rows": digest(each.rows)} for each in loaded},
+                "suites": {each.suite.name: asdict(each.suite) | {"rows": digest(each.rows)} for each in loaded},
                 "protocol": asdict(protocol),
                 "verifier": options.verifier,
-                "bank": None if bank is None else digest([strategy.checksum for strategy in bank.strategies()]),
+                **depends_on(options.model, [verifier], bank),
                 "transfer": {name: digest(asdict(plan)) for name, plan in plans.items()},
             }
         )

@@ -16,10 +16,11 @@ def main(argv: list[str]) -> int:
 
     from ..report.page import write_report
     from ..report.records import read_run
+    from ..report.run_files import REPORT_PAGE
 
     run = read_run(options.run, options.eval, options.problems)
     other = None if options.other is None else read_run(options.other, problems=0)
-    output = Path(options.output or run.path / "report.html")
+    output = Path(options.output or run.path / REPORT_PAGE)
     check_file("--output", output)
     write_report(run, output, other)
     for text in run.missing.values():

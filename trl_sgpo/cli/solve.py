@@ -5,7 +5,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ..checks.arguments import Parser
@@ -338,7 +338,7 @@ def _set(options: argparse.Namespace, command: str, value: str) -> str:
 
 
 def _solve_file(options: argparse.Namespace) -> int:
-    from ..evaluation.digest import digest, settings_record, weights_digest
+    from ..evaluation.digest import depends_on, digest
     from ..evaluation.suites import load_suites, parse_suite
     from ..inference.model import TwoPhaseModel
     from ..inference.solve_file import check_output, solve_file
@@ -355,11 +355,12 @@ def _solve_file(options: argparse.Namespace) -> int:
     classes = [options.problem_class or row.get("problem_class") for row in loaded.rows]
     with open_pipeline(options) as pipeline:
         model, bank = pipeline.model, pipeline.bank
-        depends_on = {
-            "model": weights_digest(model) if isinstance(model, TwoPhaseModel) else [model.base, model.name],
+        local = isinstance(model, TwoPhaseModel)
+        revision = None if pipeline.pulled is None else pipeline.pulled.rpartition("@")[2]
+        record = depends_on(options.model if local else None, [], bank, revision if local else None) | {
+            "server": None if isinstance(model, TwoPhaseModel) else [model.base, model.name],
             "dtype": [options.dtype, options.load_in_4bit],
-            "settings": settings_record(model.settings),
-            "bank": None if bank is None else [strategy.checksum for strategy in bank.strategies()],
+            "settings": asdict(model.settings),
             "strategy": options.strategy,
             "class": options.problem_class,
             "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
@@ -369,7 +370,7 @@ def _solve_file(options: argparse.Namespace) -> int:
             prompts,
             classes,
             output,
-            digest(depends_on)[:16],
+            {key: digest(value)[:8] for key, value in record.items()},
             options.strategy,
             options.n,
             _decoding(options),

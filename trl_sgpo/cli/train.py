@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from trl import get_peft_config, get_quantization_config
 
 from ..bank.embedding import load_embedder
+from ..bank.files import BANK_DIRECTORY
 from ..checks.command import INTERRUPTED, run_command
 from ..checks.secrets import HIDDEN, is_secret
 from ..checks.setup import setup_problems
@@ -41,8 +42,9 @@ from ..inference.pretrained import load_config, load_tokenizer
 from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..method.reward_functions import check_columns_read
-from ..recipe import Recipe, last_checkpoint, model_init_kwargs, read_recipe, resume_point
-from ..report.run_files import REPORT_FILE
+from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
+from ..report.run_files import BEFORE_FILE, REPORT_FILE
+from ..run.directory import Run, begin_run, last_checkpoint
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
 
@@ -166,7 +168,9 @@ def train(recipe: Recipe) -> SGPOTrainer:
     if training.use_bank and training.process_index == 0:
         load_embedder(training.embedding_model)
     training.model_init_kwargs = model_init_kwargs(recipe)
-    checkpoint = resume_point(training)
+    with training.main_process_first(local=training.save_on_each_node):
+        checkpoint = resume_point(training)
+        run = _begin_run(recipe, checkpoint) if training.should_save else None
     if script.warmstart_traces > 0 or script.warmstart_file is not None:
         model = warmstart_model(recipe, model, train_dataset)
     trainer = SGPOTrainer(
@@ -178,6 +182,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         quantization_config=quantization_config,
         peft_config=peft_config,
     )
+    trainer.run = run
     trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture) | asdict(recipe.columns)
     trainer.facts = replace(
         trainer.facts,
@@ -189,7 +194,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     unseen = data[script.dataset_test_split] if reports else None
     before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
     if trainer.accelerator.is_main_process:
-        Path(training.output_dir, REPORT_FILE).unlink(missing_ok=True)  # written by an earlier run
+        Path(training.output_dir, REPORT_FILE).unlink(missing_ok=True)  # of the run that is resumed
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training.output_dir, _internal_call=True)  # pushed below, with the report
     trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
@@ -213,6 +218,16 @@ def train(recipe: Recipe) -> SGPOTrainer:
     if failure is not None:
         raise failure
     return trainer
+
+
+def _begin_run(recipe: Recipe, checkpoint: str | None) -> Run:
+    """Makes the output folder that of this run, before a warm start or a bank is written there."""
+    training = recipe.training
+    bank = Path(training.output_dir, BANK_DIRECTORY)
+    continued = training.bank_path is not None and Path(training.bank_path).resolve() == bank.resolve()
+    inputs = [recipe.model.model_name_or_path, recipe.script.reward_model_name_or_path]
+    inputs += [] if continued else [training.bank_path]
+    return begin_run(training.output_dir, checkpoint, [BANK_DIRECTORY] if continued else [], inputs)
 
 
 def _advise_on_bfloat16(recipe: Recipe) -> None:
@@ -239,10 +254,9 @@ def _measure(trainer: SGPOTrainer, unseen: Dataset, problems: int) -> Scores:
 
 
 def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkpoint: str | None) -> Scores:
-    path = Path(trainer.args.output_dir) / "before.json"
+    path = Path(trainer.args.output_dir) / BEFORE_FILE
     if checkpoint is not None and path.is_file():
         return {decoding: TransferScore(**score) for decoding, score in json.loads(path.read_text()).items()}
-    trainer.bank_session.set_aside_old_bank()
     print(f"Measuring on up to {problems} unseen problems before training …")
     scores = _measure(trainer, unseen, problems)
     write_file(path, json.dumps(_to_json(scores)))

@@ -1,12 +1,12 @@
 """One run of a comparison: an arm with a seed, from the warm start to its results, in a process of its own."""
 
-import hashlib
 import json
 import math
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
 from ..checks.command import run_command
 from ..checks.json_text import parse_json
+from ..checks.secrets import redacted
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards
 from ..data.warmstart import warmstart_model
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..evaluation.digest import Record, changes, depends_on, digest, digest_of_files
 from ..evaluation.runner import Protocol, evaluate_suite
 from ..evaluation.suites import LoadedSuite, load_suites
 from ..evaluation.transfer_plan import plan_transfer
@@ -33,6 +35,9 @@ from .methods import Task, TrainedArm, plain_settings, train_arm
 
 
 RESULT_FILE = "result.json"
+RECORD_FILE = "depends_on.json"
+_MEASURED = ("budget", "transfer", "samples", "curve_points", "curve_problems")
+_PLACES = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")
 
 
 def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
@@ -48,24 +53,90 @@ def arm_recipe(comparison: Comparison, arm: Arm | None, seed: int) -> Recipe:
     return read_recipe(argv, "trl-sgpo compare")
 
 
-def fingerprint(comparison: Comparison, arm: Arm, seed: int) -> str:
-    """Digest of everything a run depends on, so that results of other settings are not reused."""
-    recipe = arm_recipe(comparison, arm, seed)
-    parts = [recipe.script, recipe.training, recipe.model, recipe.mixture, recipe.columns]
-    settings = [{key: str(value) for key, value in sorted(vars(part).items())} for part in parts]
-    measured = [comparison.budget, comparison.suites, comparison.transfer, comparison.samples]
-    measured += [comparison.curve_points, comparison.curve_problems]
-    content = json.dumps([settings, asdict(arm), seed, measured], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def run_records(
+    comparison: Comparison, runs: Iterable[tuple[Arm, int]], with_models: bool = True
+) -> dict[tuple[str, int], Record]:
+    """
+    Records of all that runs depend on.
+
+    Args:
+        comparison ([`Comparison`]):
+            The comparison.
+        runs (`Iterable[tuple[Arm, int]]`):
+            Arms and seeds.
+        with_models (`bool`, *optional*, defaults to `True`):
+            Whether to read the base models.
+
+    Returns:
+        `dict`: By name of the arm and seed.
+    """
+    measured = {
+        **{name: vars(comparison)[name] for name in _MEASURED},
+        "suites": digest([[asdict(each.suite), each.rows] for each in load_suites(comparison.parsed_suites)])[:16],
+    }
+    common: dict[str, Record] = {}  # of the model and the data of several runs
+    records = {}
+    for arm, seed in runs:
+        recipe = arm_recipe(comparison, arm, seed)
+        settings = _settings(recipe)
+        names = [recipe.model.model_name_or_path, recipe.model.model_revision, recipe.script.reward_funcs]
+        names += [vars(recipe.mixture), vars(recipe.columns), recipe.script.dataset_name, recipe.script.system_prompt]
+        names += [recipe.script.dataset_train_split, recipe.script.warmstart_file]
+        key = digest([*names, recipe.script.reward_model_name_or_path])
+        if key not in common:
+            common[key] = _of_inputs(recipe, with_models)
+        records[arm.name, seed] = settings | {"arm": asdict(arm), "seed": seed} | measured | common[key]
+    return records
 
 
-def finished(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """Result of a run with these settings, `None` if it is not finished."""
+def _settings(recipe: Recipe) -> Record:
+    """Values of all keys but those that name places."""
+    parts = (recipe.script, recipe.training, recipe.model, recipe.columns)
+    values = {item.name: vars(part)[item.name] for part in parts for item in fields(part)}
+    return redacted({key: str(value) for key, value in values.items() if key not in _PLACES})
+
+
+def _of_inputs(recipe: Recipe, with_model: bool) -> Record:
+    file = recipe.script.warmstart_file
+    model = recipe.model.model_name_or_path if with_model else None
+    return {
+        **depends_on(model, load_rewards(recipe.script), revision=recipe.model.model_revision),
+        "problems": digest(list(load_data(recipe)[recipe.script.dataset_train_split]))[:16],
+        "warmstart_traces_in_file": None if file is None else digest_of_files([Path(file)])[:16],
+    }
+
+
+def finished(comparison: Comparison, arm: Arm, seed: int, record: Record) -> dict[str, Any] | None:
+    """
+    Result of a run, `None` if it is not finished.
+
+    Raises:
+        [`ConfigError`]: What is in the run's directory depends on something else.
+    """
+    directory = comparison.run_directory(arm, seed)
+    _check_record(directory, record)
     try:
-        result = parse_json((comparison.run_directory(arm, seed) / RESULT_FILE).read_text())
+        return parse_json((directory / RESULT_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return result if result["fingerprint"] == fingerprint(comparison, arm, seed) else None
+
+
+def _check_record(directory: Path, record: Record) -> None:
+    if not (directory / RESULT_FILE).is_file() and not any(directory.glob("checkpoint-*")):
+        return
+    try:
+        before = parse_json((directory / RECORD_FILE).read_text())
+    except (OSError, ValueError):
+        other = "by an earlier version, which kept no record of them"
+    else:
+        changed = changes({key: value for key, value in before.items() if key in record}, record)
+        if changed is None:
+            return
+        other = f"({changed})"
+    raise ConfigError(
+        f"{directory} holds a run with other settings or inputs {other}: name another `--output_dir`, or move that "
+        "directory away to run it again."
+    )
 
 
 def check(comparison: Comparison) -> None:
@@ -141,10 +212,14 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         loaded.with_system_prompt(recipe.script.system_prompt) for loaded in load_suites(comparison.parsed_suites)
     ]
     training = recipe.training
+    fetch_model(recipe.model.model_name_or_path)
+    record = run_records(comparison, [(arm, seed)])[arm.name, seed]
+    _check_record(directory, record)
     checkpoint = resume_point(training)
     if checkpoint is None:
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / RECORD_FILE, json.dumps(record, indent=1, default=str))
     verifier = load_rewards(recipe.script)[0]
     plain = plain_settings(training)
     settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain
@@ -175,7 +250,6 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         "arm": arm.name,
         "method": arm.method,
         "seed": seed,
-        "fingerprint": fingerprint(comparison, arm, seed),
         "curve": trained.curve,
         "training_seconds": round(seconds, 1),
     }

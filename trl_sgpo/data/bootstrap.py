@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..bank.strategy import problem_id
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
+from ..evaluation.digest import changes
 from ..files import append_file
 from ..inference.model import Decoding
 from ..inference.verifier import Verifier, verify
@@ -347,14 +348,13 @@ def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
         append_file(path, len(whole)).close()
     try:
         recorded = parse_json(lines[0])["settings"]
-        differing = {name for name in {*recorded, *settings} if recorded.get(name) != settings.get(name)}
-        blocks = [] if differing else [Block.from_dict(parse_json(line)) for line in lines[1:]]
+        changed = changes(recorded, settings)
+        blocks = [] if changed else [Block.from_dict(parse_json(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away to start anew.") from error
-    if differing:
-        changes = ", ".join(f"{name} was {recorded.get(name)}, is {settings.get(name)}" for name in sorted(differing))
+    if changed:
         raise ConfigError(
-            f"{path} was made with other settings ({changes}): name another `--output_dir`, or use the same settings "
+            f"{path} was made with other settings ({changed}): name another `--output_dir`, or use the same settings "
             "to continue it."
         )
     return blocks

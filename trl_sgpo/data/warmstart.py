@@ -17,12 +17,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
+from ..evaluation.digest import digest, model_record
 from ..files import unfinished_directory
 from ..inference.pretrained import load_config, load_tokenizer, readable_weights
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
+from ..run.directory import WARMSTART_DIRECTORY, holds_adapters
 from ..sgpo_config import SGPOConfig
 from ..speed.lm_head import project_labelled_tokens_only
 from . import worked
@@ -33,11 +35,13 @@ from .worked import Trace
 _MADE_OF = "warmstart.sha256"
 
 
-def _made_of(directory: Path) -> str | None:
+def _is_made_of(directory: Path, made_of: str, model: str) -> bool:
+    """Whether a warm start was made of these traces, settings and model. Earlier versions did not record the model."""
     try:
-        return (directory / _MADE_OF).read_text()
+        recorded = (directory / _MADE_OF).read_text().splitlines()
     except OSError:
-        return None
+        return False
+    return recorded[:1] == [made_of] and recorded[1:] in ([], [model])
 
 
 def two_phase_examples(
@@ -130,7 +134,7 @@ def warmstart(
         config ([`SGPOConfig`]):
             Its prompts, seed, precision and reporting are used.
         output_dir (`str`):
-            Where the model is saved. A model that was made there with the same traces and settings is kept.
+            Where the model is saved. A model that was made there with the same model, traces and settings is kept.
         learning_rate (`float`, *optional*, defaults to `1e-3`):
             Peak learning rate of the adapter, decayed linearly to 0.
         model_init_kwargs (`dict`, *optional*):
@@ -147,6 +151,7 @@ def warmstart(
 
     Raises:
         [`DataError`]: There are no traces.
+        [`ConfigError`]: Another model is there, on which adapters were trained that are in the folder above.
     """
     output_dir = Path(output_dir)
     if not traces:
@@ -165,8 +170,14 @@ def warmstart(
     if two_phase.turn_end != tokenizer.eos_token:
         settings.append(two_phase.turn_end)
     made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
-    if _made_of(output_dir) == made_of:
+    model_digest = digest(model_record(model))
+    if _is_made_of(output_dir, made_of, model_digest):
         return str(output_dir)
+    if output_dir.is_dir() and holds_adapters(output_dir.parent):
+        raise ConfigError(
+            f"{output_dir} was made with another model, other traces or settings, and the adapters in "
+            f"{output_dir.parent} were trained on it: use the same ones to resume, or name another `--output_dir`."
+        )
     print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
     adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -209,7 +220,7 @@ def warmstart(
             merged.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             two_phase.save(unfinished)
-            (unfinished / _MADE_OF).write_text(made_of)
+            (unfinished / _MADE_OF).write_text(f"{made_of}\n{model_digest}\n")
             shutil.rmtree(output_dir, ignore_errors=True)
             os.replace(unfinished, output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -235,7 +246,7 @@ def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
         model,
         chosen,
         training,
-        Path(training.output_dir) / "warmstart",
+        Path(training.output_dir) / WARMSTART_DIRECTORY,
         learning_rate=script.warmstart_learning_rate,
         model_init_kwargs=model_init_kwargs(recipe),
         batch_size=script.warmstart_batch_size,

@@ -12,7 +12,7 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import parse_json
 from ..errors import ConfigError, DataError
 from ..files import append_file, write_file
-from .digest import compared_settings
+from .digest import changes
 
 
 ROWS = "rows.jsonl"
@@ -102,13 +102,12 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
         with expect_readable(path):
-            before = compared_settings(parse_json(path.read_text(encoding="utf-8")))
-        now = compared_settings(settings)
-        different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if different:
+            before = parse_json(path.read_text(encoding="utf-8"))
+            changed = changes(_without_labels(before), _without_labels(settings))
+        if changed:
             raise ConfigError(
-                f"{directory} holds an evaluation with other settings ({', '.join(different)}): choose another "
-                "`--output_dir`, or drop what is there with `--overwrite`."
+                f"{directory} holds an evaluation with other settings ({changed}): choose another `--output_dir`, or "
+                "drop what is there with `--overwrite`."
             )
     elif (directory / ROWS).exists():
         raise ConfigError(
@@ -116,6 +115,13 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
             "`--overwrite`."
         )
     write_file(path, json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _without_labels(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the kinds of suites, on which no chunk depends."""
+    suites = settings.get("suites", {})
+    chunks = {name: {key: value for key, value in suite.items() if key != "kind"} for name, suite in suites.items()}
+    return settings | {"suites": chunks}
 
 
 def _read(path: Path) -> tuple[dict[str, Chunk], int]:

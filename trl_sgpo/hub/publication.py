@@ -19,10 +19,11 @@ from ..checks.damaged import expect_readable
 from ..checks.repositories import is_within
 from ..errors import ModelError
 from ..files import write_file
-from ..inference.loading import ADAPTER_FILE, adapter_base
+from ..inference.loading import adapter_base
+from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, SETTINGS_FILE, TOKENIZER
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
-from ..inference.settings import SETTINGS_FILE, TwoPhaseSettings
-from ..report.run_files import REPORT_FILE
+from ..inference.settings import TwoPhaseSettings
+from ..report.run_files import REPORT_FILE, RUN_FILE
 from ..speed.merging import sharing_refusal
 from .model_card import (
     CARD,
@@ -39,26 +40,13 @@ from .model_card import (
 if TYPE_CHECKING:
     from ..bank import StrategyBank
 
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-CONFIGS = ("config.json", "generation_config.json", ADAPTER_FILE)
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-MODEL_FILES = (*WEIGHTS, *CONFIGS, *TOKENIZER, SETTINGS_FILE)
 BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (EXPORT_MANIFEST, EXPORT_FILE))
 
 # Needed to resume: the state that transformers writes, the rollouts not yet trained on, the bank's snapshot
 CHECKPOINT_FILES = (
     *MODEL_FILES,
     FACTS_FILE,
+    RUN_FILE,
     TRAINER_STATE_NAME,
     "optimizer.pt",
     "scheduler.pt",

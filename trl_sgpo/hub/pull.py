@@ -4,11 +4,11 @@ from pathlib import Path
 
 from ..bank.hub import COMMIT
 from ..errors import ModelError
-from ..inference.settings import SETTINGS_FILE
+from ..inference.model_files import MODEL_FILES, SETTINGS_FILE
 from ..inference.weights import local_weights
 from .errors import readable_errors
 from .model_card import on_hub
-from .publication import BANK_FILES, MODEL_FILES
+from .publication import BANK_FILES
 
 
 def pull_run(name: str, revision: str | None = None) -> Path | None:

@@ -15,10 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import open_read_only
 from ..errors import ModelError
+from ..inference.model_files import MODEL_FILES
 from ..report.run_files import REPORT_FILE
 from .errors import may_pass, readable_errors
 from .model_card import FACTS_FILE, METRICS_FILE, RESULTS_DIRECTORY, TrainingFacts
-from .publication import MODEL_FILES, stage, stage_checkpoint
+from .publication import stage, stage_checkpoint
 
 
 if TYPE_CHECKING:

@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 import transformers
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
-from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..bank import StrategyBank
 from ..errors import ConfigError, SGPOError
 from ..files import write_file
 from ..inference.loading import adapter_base
+from ..run.trainer import RunTrainer
 from ..sgpo_config import SGPOConfig
 from .model_card import CARD, TrainingFacts, make_card
 from .publication import write_metrics
@@ -31,7 +30,7 @@ from .push import claim, start_push
 logger = transformers.utils.logging.get_logger(__name__)
 
 
-class HubTrainer(GRPOTrainer):
+class HubTrainer(RunTrainer):
     """
     Pushes model, bank export, metrics and card in one commit, at the end of training and during training.
 
@@ -47,11 +46,6 @@ class HubTrainer(GRPOTrainer):
     args: SGPOConfig
     facts: TrainingFacts
     push_in_progress: PushInProgress | None
-
-    @property
-    def strategy_bank(self) -> StrategyBank | None:
-        """The bank whose strategies are exported."""
-        return None
 
     def training_facts(self, model: Any = None) -> TrainingFacts:
         """

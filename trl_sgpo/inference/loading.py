@@ -10,15 +10,19 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from ..checks.json_text import parse_json
 from ..errors import ModelError
 from ..speed.quantization import keep_4bit_layout
+from .model_files import ADAPTER_FILE, CONFIG
 from .pretrained import load_model
-from .weights import require_model
-
-
-ADAPTER_FILE = "adapter_config.json"
+from .weights import check_one_form, require_model
 
 
 def is_adapter(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter rather than a whole model."""
+    """
+    Whether a directory holds an adapter rather than a whole model.
+
+    Raises:
+        [`ModelError`]: It holds both.
+    """
+    check_one_form(directory)
     return Path(directory, ADAPTER_FILE).is_file()
 
 
@@ -31,21 +35,24 @@ def adapter_base(directory: str | Path) -> str | None:
             Directory of a model or an adapter.
 
     Returns:
-        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. If the recorded directory does
-        not exist, one of the same name in the run's folder: where a run that was moved has its warm-started model.
+        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. If the run's folder has a directory
+        of the recorded name, as the warm-started model of a run that was moved, that one.
+
+    Raises:
+        [`ModelError`]: The directory holds an adapter and a whole model, or the adapter's config cannot be read.
     """
+    if not is_adapter(directory):
+        return None
     try:
         base = parse_json(Path(directory, ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{Path(directory, ADAPTER_FILE)} cannot be read: save the adapter again.") from error
     if not isinstance(base, str):
         raise ModelError(f"{Path(directory, ADAPTER_FILE)} names no base model: set `base_model_name_or_path` in it.")
-    if not Path(base).is_dir():
-        for run in (Path(directory), Path(directory).resolve().parent):
-            if (run / Path(base).name / "config.json").is_file():
-                return str(run / Path(base).name)
+    for run in (Path(directory), Path(directory).resolve().parent):
+        beside = run / Path(base).name
+        if (beside / CONFIG).is_file() and not (Path(base).is_dir() and beside.samefile(base)):
+            return str(beside)
     return str(base)
 
 

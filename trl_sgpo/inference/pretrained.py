@@ -16,6 +16,7 @@ from ..checks.remote_code import remote_code_problems
 from ..checks.repositories import AGAIN, check_model_folder, check_tokenizer_settings
 from ..errors import ConfigError, ModelError
 from ..speed.patches import CountedPatch
+from .model_files import ADAPTER_WEIGHTS
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _EMBEDDING_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OF_EMBEDDING_MODELS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 

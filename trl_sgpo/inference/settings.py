@@ -20,13 +20,13 @@ from ..method.prompts import (
     default_strategy_prompt,
     system_prompt_of,
 )
+from .model_files import SETTINGS_FILE
 
 
 if TYPE_CHECKING:
     from ..sgpo_config import SGPOConfig
 
 
-SETTINGS_FILE = "sgpo.json"
 MAX_BYTES = 2**20
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 # What a `BitsAndBytesConfig` writes

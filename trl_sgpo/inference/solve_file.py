@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..checks.json_text import parse_json
 from ..errors import ConfigError
+from ..evaluation.digest import Record, changes
 from ..evaluation.statistics import derived_seed
 from ..files import append_file
 from ..method.prompts import Prompt, problem_text
@@ -32,7 +33,7 @@ def solve_file(
     prompts: Sequence[Prompt],
     classes: Sequence[str | None],
     output: Path,
-    made_by: str,
+    made_by: Record,
     strategy: str | None,
     samples: int,
     decoding: Decoding,
@@ -49,8 +50,8 @@ def solve_file(
             The problems and their classes.
         output (`Path`):
             File of answers, JSON lines.
-        made_by (`str`):
-            Digest of everything that answers depend on. A file with another digest is refused.
+        made_by (`dict`):
+            Digests of everything that answers depend on, by name. A file with others is refused.
         strategy (`str`, *optional*), samples (`int`):
             As in [`SGPOPipeline.solve`].
         decoding ([`~trl_sgpo.inference.model.Decoding`]):
@@ -87,23 +88,30 @@ def solve_file(
     return answered, len(prompts) - done
 
 
-def _finished(output: Path, made_by: str, problems: list[str], batch_size: int) -> tuple[int, int]:
+def _finished(output: Path, made_by: Record, problems: list[str], batch_size: int) -> tuple[int, int]:
     """Number of problems already solved, and the length of their lines, without an unfinished batch at the end."""
     if not output.exists():
         return 0, 0
     content = output.read_bytes()
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    other = None
     try:
         entries = [parse_json(line) for line in lines]
-        same = all(entry["made_by"] == made_by for entry in entries)
-        same = same and [entry["problem"] for entry in entries] == problems[: len(entries)]
+        made_before = next((entry["made_by"] for entry in entries if entry["made_by"] != made_by), made_by)
+        other = changes(made_before if isinstance(made_before, dict) else {}, made_by)
+        same = [entry["problem"] for entry in entries] == problems[: len(entries)]
     except (ValueError, LookupError, TypeError):
         same = False
     torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])
     if not same or torn:
         raise ConfigError(
-            f"{output} holds something else, or answers to other problems, of another model or with other options: "
-            "choose another `--output`, or drop what is there with `--overwrite`."
+            f"{output} holds something else, or answers to other problems: choose another `--output`, or drop what is "
+            "there with `--overwrite`."
+        )
+    if other is not None:
+        raise ConfigError(
+            f"{output} holds answers that were made otherwise ({other}): choose another `--output`, or drop what is "
+            "there with `--overwrite`."
         )
     done = len(lines) if len(lines) == len(problems) else len(lines) // batch_size * batch_size
     return done, sum(map(len, lines[:done]))

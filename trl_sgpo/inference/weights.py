@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 from ..errors import ModelError
+from .model_files import ADAPTER_FILE, ADAPTER_WEIGHTS, WHOLE_WEIGHTS
 from .pretrained import load_model, load_tokenizer
 
 
@@ -38,8 +39,12 @@ def local_weights(name: str) -> str:
         `str`: The directory of the weights if `name` is one of the packaged models, its snapshot is not in the Hugging
         Face cache and the package is installed, or if `name` is the laboratory's model and was trained here; `name`
         unchanged otherwise.
+
+    Raises:
+        [`ModelError`]: It is a directory with an adapter and a whole model.
     """
     if os.path.isdir(name):
+        check_one_form(name)
         return name
     if name == LAB_MODEL:
         return str(lab_directory()) if lab_directory().is_dir() else name
@@ -56,6 +61,16 @@ def local_weights(name: str) -> str:
         return name
     weights = Path(spec.submodule_search_locations[0]) / member
     return str(_convert_gguf(name, weights) if weights.suffix == ".gguf" else weights)
+
+
+def check_one_form(directory: str | Path) -> None:
+    """Raises [`ModelError`] for a directory with an adapter and a whole model, of which libraries take the adapter."""
+    whole = next((path.name for pattern in WHOLE_WEIGHTS for path in Path(directory).glob(pattern)), None)
+    if whole is not None and Path(directory, ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{directory} holds two models, an adapter ({ADAPTER_FILE}, {ADAPTER_WEIGHTS}) and a whole one ({whole}): "
+            "move the files of the one that is not meant to another directory."
+        )
 
 
 def on_this_machine(name: str) -> bool:

@@ -18,7 +18,7 @@ from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..method.prompts import problem_text
-from .run_files import REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
+from .run_files import EARLIER_DIRECTORY, REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
 from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
@@ -202,14 +202,15 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
     for directory in named:
         if not is_evaluation(_read_json(Path(directory) / RESULTS_FILE)):
             raise ConfigError(f"{directory} holds no evaluation: name the `--output_dir` of `trl-sgpo eval`.")
-    inside = [path.parent for path in sorted(run.path.glob(f"**/{RESULTS_FILE}"))]
+    results = sorted(run.path.glob(f"**/{RESULTS_FILE}"))
+    inside = [path.parent for path in results if EARLIER_DIRECTORY not in path.relative_to(run.path).parts]
     for folder in dict.fromkeys([*inside, *map(Path, named)]):
-        results = _read_json(folder / RESULTS_FILE)
-        if results is None:
+        found = _read_json(folder / RESULTS_FILE)
+        if found is None:
             continue
-        if is_evaluation(results):
-            run.evaluations[folder.name] = results
-        elif {"suites", "transfer"} <= results.keys():
+        if is_evaluation(found):
+            run.evaluations[folder.name] = found
+        elif {"suites", "transfer"} <= found.keys():
             file = folder.relative_to(run.path) / RESULTS_FILE
             run.missing[f"evaluation {folder}"] = f"An evaluation cannot be read: {file} is damaged."
     if not any(results["transfer"] for results in run.evaluations.values()):

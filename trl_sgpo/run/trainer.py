@@ -1,0 +1,110 @@
+"""
+A trainer whose output folder belongs to one run.
+
+What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_save`.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+from trl import GRPOTrainer
+
+from ..bank import StrategyBank
+from ..bank.files import BANK_DIRECTORY
+from ..errors import ConfigError
+from ..report.run_files import COMPLETIONS_DIRECTORY, STATE_FILE
+from ..sgpo_config import SGPOConfig
+from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
+
+
+class _BestCheckpointCallback(TrainerCallback):
+    """Finds the best checkpoint so far beside the resumed one, if it was set aside with it."""
+
+    resumed: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.resumed is None or os.path.isdir(state.best_model_checkpoint or ""):
+            return
+        saved = TrainerState.load_from_json(os.path.join(self.resumed, STATE_FILE))
+        beside = Path(self.resumed).parent / Path(saved.best_model_checkpoint or "").name
+        if saved.best_model_checkpoint is not None and beside.is_dir():
+            state.best_model_checkpoint, state.best_metric = str(beside), saved.best_metric
+
+
+class RunTrainer(GRPOTrainer):
+    """
+    Sets aside what an earlier run left in the output folder, and resumes checkpoints of the same run only.
+
+    Attributes:
+        run ([`~trl_sgpo.run.directory.Run`] or `None`): The run, `None` before training. Who began it before the
+            trainer was made, sets it.
+    """
+
+    args: SGPOConfig
+    run: Run | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._best = _BestCheckpointCallback()
+        self.add_callback(self._best)
+
+    @property
+    def strategy_bank(self) -> StrategyBank | None:
+        """The bank in use."""
+        return None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trains.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint, or `True` for the last complete one of the run that `output_dir` belongs to. Without it,
+                a new run begins, which sets aside what an earlier one left in `output_dir`. A further call for the
+                same trainer continues its run.
+            *args, **kwargs:
+                Passed on to [`~trl.GRPOTrainer`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]
+
+        Raises:
+            [`ConfigError`]: There is no checkpoint to resume from.
+        """
+        with self.args.main_process_first(local=self.args.save_on_each_node):
+            checkpoint = self._checkpoint(resume_from_checkpoint)
+            if self.run is None and self.args.should_save:
+                self.run = begin_run(self.args.output_dir, checkpoint, self._kept())
+                if self.log_completions:  # TRL made it when it made the trainer, and an earlier run's was set aside
+                    Path(self.args.output_dir, COMPLETIONS_DIRECTORY).mkdir(exist_ok=True)
+            elif self.run is None:
+                self.run = Run(run_id(self.args.output_dir) or "")
+        self._best.resumed = checkpoint
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.run = replace(self.run, earlier=None)  # what a further call finds is of this run
+
+    def _checkpoint(self, given: str | bool | None) -> str | None:
+        if given is not True:
+            return given or None
+        checkpoint = last_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            raise ConfigError(
+                f"{self.args.output_dir} holds no complete checkpoint of its run: call `train` without "
+                "`resume_from_checkpoint`."
+            )
+        return checkpoint
+
+    def _kept(self) -> tuple[str, ...]:
+        """Files of a bank that is open are not moved."""
+        bank, place = self.strategy_bank, Path(self.args.output_dir, BANK_DIRECTORY)
+        return (BANK_DIRECTORY,) if bank is not None and Path(bank.path).resolve() == place.resolve() else ()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.run is not None:  # by this process
+            write_run_id(output_dir or self.args.output_dir, self.run.id)
