@@ -82,7 +82,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
+    def run(command: list[str], environment: dict[str, str], log: Path, running: set[Any]) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = processes.start(command[2], *command[3:], output=log, errors=log)
         process.join()

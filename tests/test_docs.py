@@ -194,7 +194,7 @@ def give_bank(run: Path) -> None:
 def substitutes() -> Iterator[None]:
     """No embedding model, and no processes for what can be done in this one: each would import for ten seconds."""
 
-    def compare_in_process(command: list[str], environment: dict[str, str], log: Path) -> int:
+    def compare_in_process(command: list[str], environment: dict[str, str], log: Path, running: set[Any]) -> int:
         return compare_run.main(command[3:])
 
     def memory_in_process(arm: str, arguments: list[str], equal_lengths: bool) -> dict[str, float]:

@@ -320,8 +320,9 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        directory = output_dir or self.args.output_dir
-        prompt = self.train_dataset[0]["prompt"]
+        if not self.args.should_save:  # another process writes
+            return
+        directory, prompt = output_dir or self.args.output_dir, self.train_dataset[0]["prompt"]
         settings = TwoPhaseSettings.from_config(self.args, prompt).of_model(self.processing_class)
         if isinstance(self.model, PeftModel):
             settings = replace(settings, trained_on=how_trained(self.model))
@@ -346,5 +347,4 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self.bank_session.load(self.state.best_model_checkpoint)
+        self.bank_session.load(str(self.state.best_model_checkpoint))
