@@ -200,7 +200,7 @@ def _checkpoints(directory: Path) -> list[Path]:
     numbered = [
         (int(path.name.rsplit("-", 1)[1]), path)
         for path in directory.glob(_CHECKPOINTS)
-        if path.name.rsplit("-", 1)[1].isdigit()
+        if path.name.rsplit("-", 1)[1].isdecimal()
     ]
     return [path for _, path in sorted(numbered)]
 
