@@ -135,7 +135,7 @@ def test_logs_of_a_comparison(tmp_path):
     log.parent.mkdir()
     log.symlink_to(victim)
     for text in ("first", "second"):
-        assert _run([sys.executable, "-c", f"print({text!r})"], dict(os.environ), log) == 0
+        assert _run([sys.executable, "-c", f"print({text!r})"], dict(os.environ), log, set()) == 0
         assert log.read_text() == f"{text}\n"
     assert stat.S_IMODE(log.stat().st_mode) == 0o600 and victim.read_text() == "precious"
 

@@ -601,4 +601,4 @@ def test_filling_an_index_shows_how_far_it_is(tmp_path, capsys):
     ids, metadatas = [f"{number:016x}" for number in range(count)], [{"problem_class": "any"}] * count
     Index.rebuild(tmp_path / "index", 16, ids, vectors, metadatas).close()
     told = capsys.readouterr().err
-    assert "1000/6000" in told and "6000/6000" in told and "strategy/s" in told
+    assert "6000/6000" in told and "strategy/s" in told

@@ -224,7 +224,7 @@ class TestChunkLog:
     def test_other_settings_are_refused(self, tmp_path):
         with ChunkLog(tmp_path, {"seed": 1, "form": "plain"}, texts=1) as log:
             log.run("x", 1, lambda: {"rows": []})
-        with pytest.raises(ConfigError, match=r"other settings \(seed\).*--output_dir.*--overwrite"):
+        with pytest.raises(ConfigError, match=r"other settings \(seed was 1, is 2\).*--output_dir.*--overwrite"):
             ChunkLog(tmp_path, {"seed": 2, "form": "plain"}, texts=1)
         with ChunkLog(tmp_path, {"seed": 2, "form": "plain"}, texts=1, overwrite=True) as log:
             assert not log.done
