@@ -123,16 +123,17 @@ def test_asks_again_until_it_can_write(
     answers = iter(
         ["nowhere/at-all", tiny, "no_family", "sums.jsonl", "much", "0", "y", "json.py", "asked_reward.py", "n"]
     )
-    asked = []
+    asked = 0
 
-    def answer(question: str) -> str:
-        asked.append(question)
+    def answer() -> str:
+        nonlocal asked
+        asked += 1
         return next(answers)
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr(init, "_asking", lambda: True)
     assert main(["init"]) == 0
-    assert len(asked) == 10 and next(answers, None) is None
+    assert asked == 10 and next(answers, None) is None
     told = capsys.readouterr().out
     assert all(words in told for words in ("nowhere/at-all", "no_family", "`--vram much`", "installed module json"))
     content = yaml.safe_load(Path("recipe.yaml").read_text())
@@ -244,7 +245,7 @@ def test_asks_for_columns_in_a_terminal(
     rows = [{"story": body, "question": question, "expected_answer": answer} for body, question, answer, _ in stories]
     data = word_problems.write(here / "words.jsonl", rows)
     answers = iter(["{story} {quest}", "{story} {question}", "gold", "", "n", "n"])
-    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    monkeypatch.setattr("builtins.input", lambda: next(answers))
     monkeypatch.setattr(init, "_asking", lambda: True)
     assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 0
     told = capsys.readouterr().out

@@ -277,7 +277,7 @@ class TestTransformersServe:
         given = ["--strategy", "Add the two numbers.", PROBLEM]
         here = solved(capsys, "--model", run, *given)
         assert solved(capsys, "--server", served, "--model", run, *given) == here
-        assert solved(capsys, "--server", served, *given) == here  # the only model that it lists
+        assert solved(capsys, "--server", served, "--run", run, *given) == here  # the only model that it lists
 
     def test_streams(self, served: str, run: str) -> None:
         heard: list[tuple[str, str]] = []

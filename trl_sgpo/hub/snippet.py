@@ -64,7 +64,7 @@ def execute(asked, strategy, turn, closes):
     ids = tokenizer(end + turn, add_special_tokens=False, return_tensors="pt").input_ids[:, int(not closes) :]
     if not closes and len(tokenizer(end + "\\n\\n", add_special_tokens=False).input_ids) == 1:  # it takes white space
         ids = tokenizer("." + turn, add_special_tokens=False, return_tensors="pt").input_ids[:, 1:]
-    ended = closes and strategy[0, -1] == ids[0, 0]
+    ended = strategy[0, -1] == ids[0, 0]
     return text(say(torch.cat([asked, strategy, ids[:, int(ended) :]], dim=1), {execution_limit}))
 
 '''
