@@ -73,7 +73,7 @@ def test_a_checkpoint_resumes_with_the_same_figures(run):
     logged = [logs for logs in trainer.state.log_history if "loss" in logs]
     assert [logs["step"] for logs in logged] == [1, 2, 3]
     for found, wanted in zip(logged, expected["log"], strict=True):
-        assert found.keys() - wanted.keys() == {"sgpo/sampler_kl"} and not wanted.keys() - found.keys()
+        assert found.keys() - wanted.keys() <= {"sgpo/sampler_kl"} and not wanted.keys() - found.keys()
         for name in wanted.keys() - {"step_time"}:
             assert found[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
     assert described(trainer.strategy_bank) == expected["strategies"]
