@@ -288,3 +288,10 @@ def test_the_name_of_a_type_calls_no_function(tmp_path: Path, capfd: pytest.Capt
     parquet.write_table(table, tmp_path / "rows.parquet")
     assert load_problems(str(tmp_path / "rows.parquet"))[0]["solution"] == "3"
     assert "pyarrow version" not in capfd.readouterr().out
+
+
+def test_a_header_of_equal_names_ends(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"question,answer{',a' * 9_000}\n1 + 2,3{',1' * 9_000}\n")
+    problems = load_problems(str(path))
+    assert problems[0]["solution"] == "3" and "a.8999" in problems.column_names

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -129,14 +130,15 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
 
 def _names(cells: list[str]) -> list[str]:
     """Names of columns, each different, as pandas gives them."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    copies: Counter[str] = Counter()
     for place, cell in enumerate(cells):
-        name, copies = cell or f"Unnamed: {place}", 0
+        name = cell or f"Unnamed: {place}"
         while name in names:
-            copies += 1
-            name = f"{cell}.{copies}"
-        names.append(name)
-    return names
+            copies[cell] += 1
+            name = f"{cell}.{copies[cell]}"
+        names[name] = None
+    return list(names)
 
 
 def _cell(text: str) -> str | None:
