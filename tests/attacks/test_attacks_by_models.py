@@ -364,6 +364,34 @@ def test_an_added_token_with_a_title_for_the_terminal(place: str, tiny: Path, re
     assert "unknown keys" in refused(arguments("solve", str(tiny), tmp_path))
 
 
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        (CONFIG, "transformers_weights", "sub/x.safetensors.index.json"), (CONFIG, "transformers_weights", "p.bin"),
+        (CONFIG, "configuration_files", ["config.4.0.0.json"]),
+        (TOKENIZER, "fast_tokenizer_files", ["../../private/tokenizer.4.0.0.json"]),
+    ],
+)  # fmt: skip
+def test_settings_that_name_other_files(
+    file: str, key: str, value: Any, tiny: Path, refused: Any, tmp_path: Path
+) -> None:
+    change(tiny / file, **{key: value})
+    assert f"`{key}`" in refused(arguments("solve", str(tiny), tmp_path))
+
+
+@pytest.mark.parametrize("key", ["vocab_size_per_layer_input", "layer_norm_eps", "experts_hidden_size"])
+def test_sizes_that_count_no_layers(key: str, tiny: Path) -> None:
+    change(tiny / CONFIG, **{key: 262144})
+    assert load_model(tiny)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "report.json"])
+def test_no_link_of_a_run_is_published(name: str, tiny: Path, secret: Path, refused: Any, tmp_path: Path) -> None:
+    (tiny / name).symlink_to(secret)
+    refused(["push", str(tiny), "user/m", "--no_bank", "--dry_run", str(tmp_path / "pushed")])
+    assert not (tmp_path / "pushed" / name).exists()
+
+
 def test_a_processor_that_names_a_model(tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "other")
     with_code(tmp_path / "other", marker, CONFIG)

@@ -18,7 +18,9 @@ MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 MAX_GROWTH = 1_000  # characters of a text for each that it had before
 
-_LAYERS, _EXPERTS = re.compile(r"(?:layers?|blocks|stages)(?:_|$)|depth"), re.compile(r"experts(?:_|$)")
+_LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
+_EXPERTS = re.compile(r"(?:num_|n_).*experts")
+_OTHER_FILES = ("configuration_files", "fast_tokenizer_files")  # that libraries read in place of those checked here
 _WEIGHTS = (".safetensors", ".gguf")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -91,8 +93,12 @@ def _check_file(path: Path, directory: Path) -> None:
 def _check_index(path: Path) -> None:
     names = _read(path).get("weight_map")
     for name in set(names.values()) if isinstance(names, dict) else ():
-        if not (isinstance(name, str) and name.endswith(".safetensors") and os.path.basename(name) == name):
+        if not _is_weights(name):
             raise ModelError(f"{path} names {name!r}: weights must be files of safetensors beside it.")
+
+
+def _is_weights(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and os.path.basename(name) == name
 
 
 def check_model_settings(source: str | Path, settings: Any) -> None:
@@ -106,14 +112,17 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             Content of its `config.json`.
 
     Raises:
-        [`ModelError`]: There are more than 10,000, or more than 100,000 experts.
+        [`ModelError`]: There are more than 10,000, or more than 100,000 experts, or other files are named.
     """
     if isinstance(settings, list):
         for part in settings:
             check_model_settings(source, part)
     elif isinstance(settings, dict):
         for key, value in settings.items():
-            most = MAX_LAYERS if _LAYERS.search(str(key)) else MAX_EXPERTS if _EXPERTS.search(str(key)) else math.inf
+            if key in _OTHER_FILES or (key == "transformers_weights" and not _is_weights(value)):
+                raise ModelError(f"The config of {source} names other files as `{key}`: leave it out.")
+            layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
+            most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:
                 raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
             check_model_settings(source, value)
@@ -138,7 +147,7 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
     for key, value in settings.items():
         if key in _TEXTS:
             continue
-        is_file_name = key in ("vocab", "merges") and isinstance(value, str)
+        is_file_name = key in _OTHER_FILES or (key in ("vocab", "merges") and isinstance(value, str))
         if is_file_name or any(map(_is_path_of_a_file, _texts(value))):
             raise ModelError(
                 f"The tokenizer of {source} names a file as `{key}` in its {_TOKENIZER}: use one whose vocabulary is "

@@ -41,7 +41,7 @@ _NAMED_CHOICE = re.compile(
 _YES_OR_NO = re.compile(r"(yes|no|true|false)\s*[,.;:(-]", re.IGNORECASE)
 _ANOTHER_CHOICE = re.compile(r"[\s,]*(?:(?:or|and)\s+\(?[A-Ja-j]\b|\(?[A-Ja-j](?:[).:](?:\s|$)|\s*$))")
 _ANOTHER_WORD = re.compile(r"\s*(?:(?:or|and)\s+)?(?:yes|no|true|false)\b", re.IGNORECASE)
-_COMPLEX = re.compile(r"[$(\s]*[+-]?\s*[\d.]*(?:i|j)?(?:\s*[+-]\s*[\d.]*(?:i|j)?)?[)$\s]*")
+_COMPLEX = re.compile(r"[$(]*[+-]?[\d.]*[ij]?(?:[+-][\d.]*[ij]?)?[)$]*")
 _UNEVALUATED = re.compile(
     r"\\(?:int|sum|prod|lim|partial)(?![A-Za-z])|\\frac\s*\{\s*d\s*\}\s*\{\s*d\w|\bd/d\w|\w'\s*\("
 )
@@ -189,7 +189,7 @@ def _check_by_family(answer: str, gold: str, entry: str, family: str) -> AnswerC
     lines = [[plain_text(line) for line in text.strip().splitlines()] for text in (answer, gold)]
     if lines[0] == lines[1]:
         return AnswerCheck(True, "text")
-    if family == "complex_arithmetic" and _COMPLEX.fullmatch(answer.strip()) is None:
+    if family == "complex_arithmetic" and _COMPLEX.fullmatch("".join(answer.split())) is None:
         return AnswerCheck(False, "family")
     if has_several_answers(family):
         return AnswerCheck(accepted(answer, gold, entry), "family")

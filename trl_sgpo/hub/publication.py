@@ -159,8 +159,7 @@ def stage(
     if bank is not None:
         export_bank(bank, target / BANK_DIRECTORY, license=license.get("license", "other"))
     _write_metrics(source, target)
-    if (source / REPORT_FILE).is_file():
-        shutil.copyfile(source / REPORT_FILE, target / REPORT_FILE)
+    _copy(source, target, (REPORT_FILE,), link=False)
     if evaluation is not None:
         _copy(evaluation / "hub", target, (f"{RESULTS_DIRECTORY}/*.yaml",), link=False)
     facts.save(target)
@@ -184,7 +183,7 @@ def _write_metrics(source: Path, target: Path) -> None:
             state = json.loads((source / TRAINER_STATE_NAME).read_text())
             write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
     elif (source / METRICS_FILE).is_file():
-        shutil.copyfile(source / METRICS_FILE, target / METRICS_FILE)
+        _copy(source, target, (METRICS_FILE,), link=False)
 
 
 def write_metrics(directory: Path, step: int, epoch: float | None, log: list[dict[str, Any]]) -> None:
