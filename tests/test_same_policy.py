@@ -87,7 +87,7 @@ def random_model(architecture: str, directory: Path, std: float = 0.2, **sizes) 
 # One table: sampling and training, by each path, before and after a step
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES)[::2])  # the table has all of them
 def test_sampled_tokens_have_the_same_log_probabilities_in_training(tmp_path, architecture):
     """By the plain path, with shared prompts and with merged adapters, at first and after a step."""
     before, after, logs = measure(architecture, tmp_path)

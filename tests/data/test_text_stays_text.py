@@ -118,7 +118,7 @@ TEXTS = st.one_of(
 
 @pytest.mark.parametrize("ending", WRITERS)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_texts_come_back(ending: str, texts: list[str]) -> None:
     path = in_file(ending, [{"question": f"{number}?", "answer": text} for number, text in enumerate(texts)])
     assert problems(path) == [(f"{number}?", text) for number, text in enumerate(texts)]
