@@ -58,10 +58,11 @@ def test_an_audit_of_many_signs_ends() -> None:
     "answer, gold",
     [
         ("x=2, x=3", "3"), ("x=2; x=3", "x=3"), ("x = -3 and x = 3", "3"), ("x=2 \\text{ and } x=3", "3"),
-        ("y=3, x=5", "5"), ("18 = 17", "17"), ("it cannot be 17", "17"), ("wrong is 17", "17"),
+        ("y=3, x=5", "5"), ("18 = 17", "17"), ("0 = 17", "17"), ("17.4 = 17", "17"), ("1/3 = 0.34", "0.34"),
+        ("it cannot be 17", "17"), ("wrong is 17", "17"),
         ("incorrect: 17", "17"),
         ("anything except: 17", "17"), ("A. B. C. D.", "A"), ("A) B) C)", "A"), ("A. or B", "A"), ("yes, no", "yes"),
-        ("yes, or no", "yes"), ("y=2x \\cup y=3x", "y=3x"), ("y=2x; y=3x", "y=3x"),
+        ("yes, or no", "yes"), ("no, true", "no"), ("y=2x \\cup y=3x", "y=3x"), ("y=2x; y=3x", "y=3x"),
     ],
 )  # fmt: skip
 def test_an_answer_that_states_several_results(answer: str, gold: str) -> None:
@@ -74,6 +75,8 @@ def test_an_answer_that_states_several_results(answer: str, gold: str) -> None:
         ("x = 10 + 7 = 17", "17"), ("17 = 17", "17"), ("Since 3, 12 + 5 = 17", "17"), ("A. a dog", "A"),
         ("A) dogs", "A"),
         ("yes, it is", "yes"), ("y = 3x", "y=3x"), ("x = 2, y = 3", "x=2, y=3"),
+        ("\\frac{1}{2} = 0.5", "1/2"), ("50% = 0.5", "50%"), ("1/3 = 0.333", "0.333"), ("17 = 17 apples", "17"),
+        ("The other number is 17", "17"), ("Total without tax = 17", "17"), ("No, false.", "no"), ("Yes, true", "yes"),
     ],
 )  # fmt: skip
 def test_an_answer_that_states_one_result(answer: str, gold: str) -> None:
@@ -162,6 +165,7 @@ def test_long_texts_of_a_server() -> None:
     [
         "CREATE VIEW more AS SELECT 1", "CREATE TRIGGER t AFTER INSERT ON strategies BEGIN SELECT 1; END",
         "CREATE VIRTUAL TABLE v USING fts5(a)", "CREATE TABLE g (a INTEGER, b INTEGER GENERATED ALWAYS AS (a + 1))",
+        "CREATE TABLE g (a INTEGER, b INTEGER AS/**/(a + 1))", "CREATE TABLE g (a INTEGER, b AS(a + 1) STORED)",
     ],
 )  # fmt: skip
 def test_a_ledger_that_computes_where_it_is_read(statement: str, tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ DROP TABLE version_1;
 
 # What computes where it is read: it may never end
 _NO_TABLE = """
-SELECT type, name FROM sqlite_master
-WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%' OR sql LIKE '%GENERATED%' OR sql LIKE '%AS (%'
+SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index') OR rootpage = 0 OR EXISTS (
+    SELECT 1 FROM pragma_table_xinfo(sqlite_master.name) WHERE hidden IN (2, 3) AND sqlite_master.type = 'table')
 """
 _FIELDS = [field.name for field in fields(Strategy)]
 _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")

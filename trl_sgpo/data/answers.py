@@ -40,7 +40,8 @@ _NAMED_CHOICE = re.compile(
 )
 _YES_OR_NO = re.compile(r"(yes|no|true|false)\s*[,.;:(-]", re.IGNORECASE)
 _ANOTHER_CHOICE = re.compile(r"[\s,]*(?:(?:or|and)\s+\(?[A-Ja-j]\b|\(?[A-Ja-j](?:[).:](?:\s|$)|\s*$))")
-_ANOTHER_WORD = re.compile(r"\s*(?:(?:or|and)\s+)?(?:yes|no|true|false)\b", re.IGNORECASE)
+_ANOTHER_WORD = re.compile(r"\s*(?:(?:or|and)\s+)?(yes|no|true|false)\b", re.IGNORECASE)
+_AFFIRMATIVE = ("yes", "true")
 _COMPLEX = re.compile(r"[$(]*[+-]?[\d.]*[ij]?(?:[+-][\d.]*[ij]?)?[)$]*")
 _UNEVALUATED = re.compile(
     r"\\(?:int|sum|prod|lim|partial)(?![A-Za-z])|\\frac\s*\{\s*d\s*\}\s*\{\s*d\w|\bd/d\w|\w'\s*\("
@@ -255,9 +256,12 @@ def _same_choice(answer: str, gold: str) -> bool:
             return False
         return named[1].upper() == letter[1].upper()
     named = _YES_OR_NO.match(answer)
-    if named is None or _ANOTHER_WORD.match(answer, named.end()) is not None:
+    if named is None:
         return False
-    return named[1].casefold() == gold.casefold()
+    word, another = named[1].casefold(), _ANOTHER_WORD.match(answer, named.end())
+    if another is not None and (another[1].casefold() in _AFFIRMATIVE) != (word in _AFFIRMATIVE):
+        return False
+    return word == gold.casefold()
 
 
 def _same_time(answer: str, gold: str) -> bool:

@@ -73,7 +73,7 @@ _STATEMENT = re.compile(
 )
 _DENIED = re.compile(
     r"\b(?:not|no|never|than|least|most|between|or|about|around|nearly|almost|if|step|cannot|wrong|incorrect|false|"
-    r"except|excluding|but|unlike|without|other|instead|rather|neither|nor)\b|n't|[!<>≠]",
+    r"except|excluding|but|unlike|neither|nor)\b|n't|[!<>≠]",
     re.IGNORECASE,
 )
 
@@ -179,10 +179,11 @@ def read_stated_number(text: str) -> Number | None:
     if has_several_equations(text):
         return None
     left, equals, right = text.rpartition("=")
-    if equals and (number := read_number(left.strip())) is not None and number.label is None:
-        return number if number == read_number(right.strip()) else None  # such as 18 = 17
-    if equals and _DENIED.search(left) is None and (number := read_number(right.strip())) is not None:
-        return number
+    stated = read_number(right.strip()) if equals else None
+    if stated is not None and (number := read_number(left.strip())) is not None and number.label is None:
+        return stated if same_number(number, stated) or _rounds_to(number, stated) else None  # such as 18 = 17
+    if stated is not None and _DENIED.search(left) is None:
+        return stated
     if (statement := _STATEMENT.match(text)) is None or _DENIED.search(text) is not None:
         return None
     return read_number(text[statement.end() :])
@@ -283,3 +284,10 @@ def same_number(first: Number, second: Number) -> bool:
     decimal = abs(first.value if first.places is not None else second.value)
     enough = places >= ROUNDED_DIGITS and decimal * 10**places >= 10 ** (ROUNDED_DIGITS - 1)
     return enough and abs(first.value - second.value) <= Fraction(1, 2 * 10**places)
+
+
+def _rounds_to(number: Number, rounded: Number) -> bool:
+    """Whether a number is rounded to two decimal places or more, as in `1/3 = 0.33`."""
+    if rounded.places is None or rounded.places < 2 or not compatible(number.unit, rounded.unit):
+        return False
+    return abs(number.value - rounded.value) <= Fraction(1, 2 * 10**rounded.places)
