@@ -228,6 +228,16 @@ def test_a_dataset_card_reads_no_file_of_the_user(tmp_path: Path, secret: Path, 
         load_problems(str(folder))
 
 
+@pytest.mark.parametrize("more", ["", "  engine: python\n"])
+@pytest.mark.parametrize("separator", ["(a|a)*b", ";;", ""])
+def test_a_dataset_card_gives_no_pattern(tmp_path: Path, more: str, separator: str) -> None:
+    (tmp_path / "data.csv").write_text(f"question,answer{'a' * 40}\n1 + 2?,3\n")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: data.csv\n  sep: '{separator}'\n{more}---\n"
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(DataError, match="set it to one character"):
+        load_problems(str(tmp_path))
+
+
 def test_a_link_in_a_dataset_reads_no_file_of_the_user(tmp_path: Path, secret: Path) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()

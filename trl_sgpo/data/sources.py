@@ -148,6 +148,8 @@ def _files_of(builder: "DatasetBuilder", path: str, base: str) -> RowFiles | Non
     from datasets import DownloadConfig, DownloadManager
 
     settings, defaults = vars(builder.config), vars(type(builder.config)())
+    if len(separator := settings.get("sep", RowFiles.separator)) != 1:  # a pattern, which may match for ever
+        raise DataError(f"The card of {path} sets `sep` to {separator!r:.40}: set it to one character.")
     others = {key for key, value in settings.items() if key not in _FIELDS and value != defaults[key]}
     if builder.name not in ("json", "csv", "parquet") or others:
         return None
@@ -158,9 +160,7 @@ def _files_of(builder: "DatasetBuilder", path: str, base: str) -> RowFiles | Non
     manager = DownloadManager(builder.dataset_name, download_config=download)
     paths = list(manager.iter_files(manager.download_and_extract(splits[base])))
     encoding = settings.get("encoding")
-    return RowFiles(
-        path, builder.name, paths, None if encoding == "utf-8" else encoding, settings.get("sep", RowFiles.separator)
-    )
+    return RowFiles(path, builder.name, paths, None if encoding == "utf-8" else encoding, separator)
 
 
 def _load_other(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
