@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from models import hash_embedder, save_tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOPipeline, StrategyBank
@@ -307,6 +307,14 @@ def test_an_adapter_that_never_ends(keys: dict[str, Any], tiny: Path, refused: A
     adapter = adapter_of(tiny, tmp_path / "adapter")
     change(adapter / "adapter_config.json", **keys)
     assert f"`{next(iter(keys))}`" in refused(arguments("solve", str(adapter), tmp_path))
+
+
+def test_a_seed_of_an_adapter_is_no_size(tiny: Path, tmp_path: Path) -> None:
+    seed = 2**31 - 1
+    config = VeraConfig(target_modules=["q_proj"], projection_prng_key=seed)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+    assert loaded.peft_config["default"].projection_prng_key == seed
 
 
 def test_an_adapter_with_a_pattern_of_a_real_one(tiny: Path, tmp_path: Path) -> None:

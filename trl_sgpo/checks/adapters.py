@@ -12,6 +12,7 @@ _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_patter
 _REPEATED_GROUP = re.compile(r"\)\s*(?:[*+]|\{)")
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\d*\}")
 _MAX_UNBOUNDED = 8  # patterns for the layers of a part of a model have five
+_NO_SIZE = re.compile(r"seed|prng_key|total_step")
 _ITERATIONS = re.compile(r"\d{4,}")
 
 
@@ -42,7 +43,7 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
     if _ITERATIONS.search(str(settings.get("init_lora_weights"))) is not None:
         refuse("init_lora_weights", "asks for too many iterations")
     for key, number in _numbers(settings):
-        if abs(number) > (MAX_RANK if key in ("r", "rank_pattern") else MAX_NUMBER):
+        if _NO_SIZE.search(key) is None and abs(number) > (MAX_RANK if key in ("r", "rank_pattern") else MAX_NUMBER):
             refuse(key, "is larger than that of any adapter")
 
 
