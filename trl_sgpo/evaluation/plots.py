@@ -4,13 +4,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.terminal import printable
 from ..files import durable_replace, unfinished_file
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-from ..checks.terminal import printable
 
 
 Figures = dict[str, Any]

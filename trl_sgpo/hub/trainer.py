@@ -2,8 +2,7 @@
 Pushes of a trainer to the Hub: one commit with the published files and an export of the bank.
 
 What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `init_hf_repo`,
-`create_model_card`, `push_to_hub`, `_push_from_checkpoint`, `_finish_current_push`, `push_in_progress`,
-`_determine_best_metric`.
+`create_model_card`, `push_to_hub`, `_push_from_checkpoint`, `_finish_current_push`, `push_in_progress`.
 """
 
 import os
@@ -17,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 from trl.trainer.utils import get_config_model_id
 
-from ..errors import ConfigError, SGPOError
+from ..errors import SGPOError
 from ..files import write_file
 from ..inference.loading import adapter_base
 from ..run.trainer import RunTrainer
@@ -58,12 +57,6 @@ class HubTrainer(RunTrainer):
         name = model if isinstance(model, str) else get_config_model_id(self.model.config) or ""
         earlier = TrainingFacts.load(name).base_model if os.path.isdir(name) else ""
         return TrainingFacts.of(self.args, earlier or name, self.reward_func_names)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        try:
-            return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:  # only the first evaluation shows which metrics there are
-            raise ConfigError(str(error.args[0])) from error
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if self.is_world_process_zero():
