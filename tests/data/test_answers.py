@@ -486,6 +486,15 @@ def test_a_comparison_that_does_not_end(monkeypatch):
         process.close()
 
 
+def test_a_process_that_ended_before_it_read_a_request():
+    process = CheckProcess()
+    assert process.ask("equal", "x+1", "1+x") is True
+    process._process.kill()
+    process._process.wait()
+    process._process.stdin.write(b"[]\n")
+    process.close()
+
+
 def test_comparisons_from_threads():
     found = {}
 

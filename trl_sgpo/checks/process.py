@@ -3,6 +3,7 @@ What may take long or much memory, in a process of its own: mathematics, verifie
 """
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import logging
@@ -92,7 +93,8 @@ class CheckProcess:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with contextlib.suppress(BrokenPipeError):  # a request that it ended without reading
+                        pipe.close()
 
     def _forget(self) -> None:
         # a forked process starts one of its own
