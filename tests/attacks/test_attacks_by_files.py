@@ -283,7 +283,7 @@ def test_a_row_of_many_columns_is_refused(form: str, tmp_path: Path) -> None:
         parquet.write_table(pa.table({name: [value] for name, value in row.items()}), path)
     else:
         path.write_text(json.dumps(row) if form == "jsonl" else f"{','.join(row)}\n{','.join(row.values())}\n")
-    with pytest.raises(DataError, match="more than 10,000 columns"):
+    with pytest.raises(DataError, match="more than 1,000 columns"):
         load_problems(str(path))
 
 
@@ -302,6 +302,6 @@ def test_the_name_of_a_type_calls_no_function(tmp_path: Path, capfd: pytest.Capt
 
 def test_a_header_of_equal_names_ends(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text(f"question,answer{',a' * 9_000}\n1 + 2,3{',1' * 9_000}\n")
+    path.write_text(f"question,answer{',a' * 900}\n1 + 2,3{',1' * 900}\n")
     problems = load_problems(str(path))
-    assert problems[0]["solution"] == "3" and "a.8999" in problems.column_names
+    assert problems[0]["solution"] == "3" and "a.899" in problems.column_names

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH = 1000  # rows that are converted at a time
-MAX_COLUMNS = 10_000
+MAX_COLUMNS = 1_000
 
 
 @dataclass(frozen=True)
