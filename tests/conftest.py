@@ -1,5 +1,6 @@
 """Isolation: nothing that a test does is seen by another one, or outside the session's temporary folder."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -39,6 +40,12 @@ def isolation(tmp_path: Path) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory(dir=SESSION) as home, isolated(tmp_path, Path(home), SESSION / "weights"):
         yield
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so garbage collections, of which each call of `train` makes one, need not visit it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -76,7 +76,8 @@ def isolated(directory: Path, home: Path, weights: Path) -> Iterator[None]:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         for logger, level, disabled in levels:
-            logger.setLevel(level)
+            if logger.level != level:  # it clears the caches of all loggers
+                logger.setLevel(level)
             logger.disabled = disabled
         for name in {*sys.modules} - modules:
             if (getattr(sys.modules[name], "__file__", None) or "").startswith(f"{directory}{os.sep}"):
