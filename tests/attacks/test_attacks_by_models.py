@@ -402,11 +402,57 @@ def test_sizes_that_count_no_layers(key: str, tiny: Path) -> None:
     assert load_model(tiny)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "report.json"])
+LINKS = ("metrics.json", "report.json", "trainer_state.json", "training.json", "adapter_config.json", SETTINGS_FILE)
+
+
+@pytest.mark.parametrize("name", LINKS)
 def test_no_link_of_a_run_is_published(name: str, tiny: Path, secret: Path, refused: Any, tmp_path: Path) -> None:
+    secret.write_text(
+        {
+            "trainer_state.json": '{"global_step": 1, "epoch": 1, "log_history": [{"loss": 0.1234}]}',
+            "training.json": '{"rewards": ["PRIVATE"]}',
+            "report.json": "{}",
+        }.get(name, secret.read_text())
+    )
     (tiny / name).symlink_to(secret)
-    refused(["push", str(tiny), "user/m", "--no_bank", "--dry_run", str(tmp_path / "pushed")])
+    assert name in refused(["push", str(tiny), "user/m", "--no_bank", "--dry_run", str(tmp_path / "pushed")])
     assert not (tmp_path / "pushed" / name).exists()
+
+
+@pytest.mark.parametrize("place", ["strategy_bank", "strategy_bank/ledger.sqlite", "ledger.sqlite"])
+@pytest.mark.parametrize("command", ["push", "export", "report", "bank"])
+def test_a_bank_that_is_a_link(command: str, place: str, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The strategies of another bank of the user are not published with a run."""
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hash_embedder)
+    with StrategyBank(tmp_path / "mine", "user/embedder") as bank:
+        bank.add([Strategy("PRIVATE strategy: add both.", "sums", ())])
+    (tiny / place).parent.mkdir(exist_ok=True)
+    (tiny / place).symlink_to(tmp_path / "mine" / ("" if place == "strategy_bank" else "ledger.sqlite"))
+    state = {"global_step": 1, "epoch": 1, "log_history": [{"loss": 0.5, "step": 1}]}
+    (tiny / "trainer_state.json").write_text(json.dumps(state))
+    out = tmp_path / "out"
+    out.mkdir()
+    main(
+        {
+            "push": ["push", str(tiny), "user/m", "--dry_run", str(out / "x")],
+            "export": ["export", "--model", str(tiny), "--merge", "--output_dir", str(out / "x")],
+            "report": ["report", str(tiny), "--output", str(out / "report.html")],
+            "bank": ["bank", "export", str(tiny), str(out / "x")],
+        }[command]
+    )
+    assert not [path for path in out.rglob("*") if path.is_file() and "PRIVATE" in path.read_text(errors="ignore")]
+
+
+def test_a_bank_on_another_disk(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hash_embedder)
+    with StrategyBank(tmp_path / "disk" / "strategy_bank", "user/embedder") as bank:
+        bank.add([Strategy("Add both.", "sums", ())])
+    shutil.copytree(tiny, tmp_path / "disk", dirs_exist_ok=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    (tmp_path / "bank").symlink_to(tmp_path / "disk" / "strategy_bank")
+    assert main(["push", str(tmp_path / "run"), "user/m", "--dry_run", str(tmp_path / "out")]) == 0
+    assert "Add both." in (tmp_path / "out" / "strategy_bank" / "strategies.jsonl").read_text()
+    assert main(["bank", "list", str(tmp_path / "bank")]) == 0
 
 
 def test_a_processor_that_names_a_model(tiny: Path, marker: Path, refused: Any, tmp_path: Path) -> None:

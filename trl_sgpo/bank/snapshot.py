@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..checks.repositories import is_within
 from ..errors import BankError
 from .bank import StrategyBank
 from .embedding import Embedder
@@ -25,10 +26,14 @@ def bank_directory(path: str | Path) -> Path:
             A bank, a snapshot, a checkpoint or a run's output folder.
 
     Raises:
-        [`~trl_sgpo.errors.BankError`]: If there is no bank.
+        [`~trl_sgpo.errors.BankError`]: If there is no bank, or a link leads out of the path to that of someone else.
     """
     for directory in (Path(path), Path(path) / BANK_DIRECTORY):
         if (directory / LEDGER).is_file():
+            if not is_within(directory / LEDGER, path):
+                raise BankError(
+                    f"{directory / LEDGER} is a link out of {path}, or in one: name the bank that it leads to."
+                )
             return directory
     if is_export(Path(path)):
         raise BankError(f"{path} is an export: add it to a bank by `trl-sgpo bank import BANK {path}`.")

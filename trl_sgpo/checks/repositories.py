@@ -37,6 +37,26 @@ def is_within(file: str | Path, directory: str | Path) -> bool:
     return any(Path(file).resolve().is_relative_to(allowed) for allowed in folders)
 
 
+def own_file(directory: Path, name: str) -> Path:
+    """
+    The path of a file that is read to be published.
+
+    Args:
+        directory (`Path`):
+            The folder of a run or an evaluation.
+        name (`str`):
+            The file in it, which need not exist.
+
+    Raises:
+        [`ModelError`]: It is a link out of the folder.
+    """
+    if not is_within(directory / name, directory):
+        raise ModelError(
+            f"{directory / name} is a link out of its folder and is not published: replace it by the file."
+        )
+    return directory / name
+
+
 def check_model_folder(source: str | Path) -> None:
     """
     Checks a model's folder before a library reads it.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.damaged import expect_readable
+from ..checks.repositories import own_file
 from ..evaluation.chunks import RESULTS_FILE
 from ..report.run_files import REPORT_FILE
 from ..yaml_files import read_mapping
@@ -37,7 +38,7 @@ def evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
     """The results of `trl-sgpo eval`, as entries of a `model-index`."""
     if evaluation is None:
         return []
-    path = evaluation / "hub" / "model_index.yaml"
+    path = own_file(evaluation, "hub/model_index.yaml")
     return list(read_mapping(str(path))["model-index"][0]["results"]) if path.is_file() else []
 
 
@@ -84,7 +85,7 @@ def _before_and_after(directory: Path) -> str:
 def _suites(evaluation: Path | None) -> str:
     if evaluation is None:
         return ""
-    suites = json.loads((evaluation / RESULTS_FILE).read_text())["suites"]
+    suites = json.loads(own_file(evaluation, RESULTS_FILE).read_text())["suites"]
     lines = [
         "By `trl-sgpo eval`, greedy, with 95% intervals:",
         "",

@@ -17,6 +17,7 @@ from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..checks.damaged import expect_readable
 from ..checks.json_text import parse_json
+from ..checks.repositories import own_file
 from ..checks.secrets import redacted
 from ..errors import ConfigError
 from ..files import write_file
@@ -130,7 +131,7 @@ class TrainingFacts:
     @classmethod
     def load(cls, directory: str | Path) -> "TrainingFacts":
         """Reads `training.json`; without one, all facts are empty."""
-        path = Path(directory, FACTS_FILE)
+        path = own_file(Path(directory), FACTS_FILE)
         if not path.is_file():
             return cls()
         try:

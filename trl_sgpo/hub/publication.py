@@ -16,7 +16,7 @@ from ..bank.exchange import export_bank
 from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..checks.damaged import expect_readable
-from ..checks.repositories import is_within
+from ..checks.repositories import own_file
 from ..errors import ModelError
 from ..files import write_file
 from ..inference.loading import adapter_base
@@ -61,9 +61,8 @@ CHECKPOINT_FILES = (
 def _copy(source: Path, target: Path, patterns: tuple[str, ...], link: bool) -> None:
     """Copies files, or hard-links those of a checkpoint: they may be deleted but are never changed."""
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-        if not is_within(path, source):
-            raise ModelError(f"{path} is a link out of its folder and is not published: replace it by the file.")
-        place = target / path.relative_to(source)
+        name = path.relative_to(source)
+        path, place = own_file(source, str(name)), target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         if link:
             try:
@@ -161,7 +160,7 @@ def stage(
     _write_metrics(source, target)
     _copy(source, target, (REPORT_FILE,), link=False)
     if evaluation is not None:
-        _copy(evaluation / "hub", target, (f"{RESULTS_DIRECTORY}/*.yaml",), link=False)
+        _copy(own_file(evaluation, "hub"), target, (f"{RESULTS_DIRECTORY}/*.yaml",), link=False)
     facts.save(target)
     card = make_card(target, repo_id, facts, license, adapter=base is not None, evaluation=evaluation)
     write_file(target / CARD, card)
@@ -178,9 +177,10 @@ def _publish_settings(source: Path, directory: Path) -> None:
 
 
 def _write_metrics(source: Path, target: Path) -> None:
-    if (source / TRAINER_STATE_NAME).is_file():
-        with expect_readable(source / TRAINER_STATE_NAME):
-            state = json.loads((source / TRAINER_STATE_NAME).read_text())
+    path = own_file(source, TRAINER_STATE_NAME)
+    if path.is_file():
+        with expect_readable(path):
+            state = json.loads(path.read_text())
             write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
     elif (source / METRICS_FILE).is_file():
         _copy(source, target, (METRICS_FILE,), link=False)

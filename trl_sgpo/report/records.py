@@ -227,7 +227,8 @@ def _read_bank(run: Run) -> None:
     refused = ""
     for directory in [run.path / BANK_DIRECTORY, *_with_checkpoints(run, BANK_DIRECTORY)]:
         try:
-            bank_directory(str(directory))
+            if not is_within(bank_directory(str(directory)), run.path):
+                raise BankError(f"{directory} is a link out of {run.path}: name the bank that it leads to.")
             with open_read_only(str(directory)) as bank:
                 strategies = [*bank.strategies(), *bank.retired()]
                 executions = {each.id: bank.executions(each.id) for each in strategies}
