@@ -402,6 +402,49 @@ def test_sizes_that_count_no_layers(key: str, tiny: Path) -> None:
     assert load_model(tiny)
 
 
+@pytest.mark.parametrize("place", ["", "text_config"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_kernel_that_a_config_names(key: str, place: str, tiny: Path, refused: Any, tmp_path: Path) -> None:
+    kernel = {key: {"": "paged|kernels-community/x@v1:f"} if place else "kernels-community/x"}
+    change(tiny / CONFIG, **({place: kernel} if place else kernel))
+    assert key in refused(arguments("solve", str(tiny), tmp_path))
+
+
+def test_an_attention_that_a_config_names(tiny: Path) -> None:
+    change(tiny / CONFIG, attn_implementation="eager")
+    assert load_model(tiny).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("key", ["name_or_path", "tokenizer_file", "special_tokens_map_file"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.json"])
+def test_files_that_transformers_4_wrote_down_and_none_reads(key: str, name: str, tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "before" / name
+    other.parent.mkdir()
+    other.write_text("{")  # what reads it ends with an error
+    expected = load_tokenizer(tiny).get_vocab()
+    change(tiny / TOKENIZER, **{key: str(other)})
+    read = load_tokenizer(tiny)
+    read.save_pretrained(tmp_path / "saved")
+    assert read.get_vocab() == load_tokenizer(tmp_path / "saved").get_vocab() == expected
+
+
+@pytest.mark.parametrize("file", ["beside", "absolute"])
+@pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file"])
+def test_special_tokens_that_name_a_file(key: str, file: str, tiny: Path, secret: Path) -> None:
+    """Their values replace the files that were found. One without a folder is looked for where the command runs."""
+    if key == "vocab_file":
+        (tiny / "tokenizer.json").unlink()
+        (tiny / "vocab.txt").write_text("[UNK]\n")
+    else:
+        shutil.copy(tiny / "tokenizer.json", secret)
+    shutil.copy(secret, "private")
+    (tiny / TOKENIZER).write_text(json.dumps({"tokenizer_class": "BertTokenizer", "unk_token": "[UNK]"}))
+    value = "private" if file == "beside" else str(secret)
+    (tiny / "special_tokens_map.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ModelError, match=key):
+        load_tokenizer(tiny)
+
+
 LINKS = ("metrics.json", "report.json", "trainer_state.json", "training.json", "adapter_config.json", SETTINGS_FILE)
 
 

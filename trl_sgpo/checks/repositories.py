@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from ..errors import ModelError
 from .adapters import check_adapter_settings
 
@@ -21,6 +23,8 @@ MAX_GROWTH = 1_000  # characters of a text for each that it had before
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
 _EXPERTS = re.compile(r"(?:num_|n_).*experts")
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")  # that libraries read in place of those checked here
+_KERNELS = ("attn_implementation", "experts_implementation")
+_INERT = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # written by transformers 4, and overwritten
 _WEIGHTS = (".safetensors", ".gguf")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,8 +36,11 @@ def is_within(file: str | Path, directory: str | Path) -> bool:
     """Whether a file, after links, lies in a directory. Files of a Hub snapshot may be links to the cache's blobs."""
     folder = Path(directory).resolve()
     folders = [folder]
-    if folder.parent.name == "snapshots":
-        folders.append(folder.parent.parent / "blobs")
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots":
+            blobs = snapshot.parent.parent / "blobs"
+            own = blobs.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())  # where they may be on another disk
+            folders.append(blobs.resolve() if own else blobs)
     return any(Path(file).resolve().is_relative_to(allowed) for allowed in folders)
 
 
@@ -57,21 +64,26 @@ def own_file(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def check_model_folder(source: str | Path) -> None:
+def _is_of_the_cache(file: Path) -> bool:
+    """Whether a file, after links, is one of a model in the user's own Hub cache."""
+    place = file.resolve().parent
+    return any(place == blobs.resolve() for blobs in Path(constants.HF_HUB_CACHE).glob("models--*/blobs"))
+
+
+def check_model_folder(directory: Path, source: str | Path) -> None:
     """
     Checks a model's folder before a library reads it.
 
     Args:
+        directory (`Path`):
+            The folder.
         source (`str` or `Path`):
-            The folder. What is no folder, such as a Hub id, is left to the library.
+            How the user named the model, for messages.
 
     Raises:
         [`ModelError`]: A file is none, is too large, or a link out of the folder and no weights; weights are named
             elsewhere or not in safetensors; settings name other files or models, or have sizes of no real model.
     """
-    directory = Path(source)
-    if not directory.is_dir():
-        return
     for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
         _check_file(path, directory)
     for path in directory.glob("*.index.json"):
@@ -79,7 +91,7 @@ def check_model_folder(source: str | Path) -> None:
     for name, check in (
         (_CONFIG, check_model_settings),
         (_TOKENIZER, check_tokenizer_settings),
-        ("special_tokens_map.json", check_tokenizer_settings),
+        ("special_tokens_map.json", _check_special_tokens),
         (_VOCABULARY, _check_growth),
         ("processor_config.json", _check_processor),
         (_ADAPTER, check_adapter_settings),
@@ -88,9 +100,17 @@ def check_model_folder(source: str | Path) -> None:
             check(source, _read(directory / name))
     if (directory / _ADAPTER).is_file() and not (directory / _ADAPTER_WEIGHTS).is_file():
         raise ModelError(
-            f"The adapter in {directory} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
+            f"The adapter in {source} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
             "are read: save it again with `save_pretrained`."
         )
+
+
+def base_of_adapter(directory: Path) -> str | None:
+    """The base that an adapter's folder names, `None` if it is no adapter."""
+    if not (directory / _ADAPTER).is_file():
+        return None
+    base = _read(directory / _ADAPTER).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def _check_file(path: Path, directory: Path) -> None:
@@ -99,7 +119,7 @@ def _check_file(path: Path, directory: Path) -> None:
     if not path.is_file():
         raise ModelError(f"{path} is no file, such as a pipe or a device: remove it.")
     if path.suffix not in _WEIGHTS:
-        if not is_within(path, directory):
+        if not is_within(path, directory) and not _is_of_the_cache(path):
             raise ModelError(f"{path} is a link out of the model's folder: replace it by the file.")
         if path.suffix in (".json", ".jinja", ".txt") and path.stat().st_size > MAX_BYTES:
             raise ModelError(f"{path} is larger than {MAX_BYTES >> 20} MiB: save the model again.")
@@ -123,7 +143,8 @@ def _is_weights(name: Any) -> bool:
 
 def check_model_settings(source: str | Path, settings: Any) -> None:
     """
-    Checks the number of layers, which a library builds one by one before it looks for their weights.
+    Checks the number of layers, which a library builds one by one before it looks for their weights, and that no code
+    and no other files are named.
 
     Args:
         source (`str` or `Path`):
@@ -132,7 +153,8 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             Content of its `config.json`.
 
     Raises:
-        [`ModelError`]: There are more than 10,000, or more than 100,000 experts, or other files are named.
+        [`ModelError`]: There are more than 10,000, or more than 100,000 experts, or other files are named, or a kernel
+            of the Hub, which is native code.
     """
     if isinstance(settings, list):
         for part in settings:
@@ -141,6 +163,11 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
         for key, value in settings.items():
             if key in _OTHER_FILES or (key == "transformers_weights" and not _is_weights(value)):
                 raise ModelError(f"The config of {source} names other files as `{key}`: leave it out.")
+            if str(key).strip("_").startswith(_KERNELS) and any("/" in text for text in texts_in(value)):
+                raise ModelError(
+                    f"The config of {source} names code of another repository as `{key}`: leave it out there, and "
+                    "name the kernel yourself if you trust it."
+                )
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:
@@ -165,14 +192,21 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
         # The tokenizer's library would print them, past all escaping
         raise ModelError(f"The tokenizer of {source} has added tokens with unknown keys: {AGAIN}")
     for key, value in settings.items():
-        if key in _TEXTS:
+        if key in (*_TEXTS, *_INERT):
             continue
         is_file_name = key in _OTHER_FILES or (key in ("vocab", "merges") and isinstance(value, str))
-        if is_file_name or any(map(_is_path_of_a_file, _texts(value))):
+        if is_file_name or any(map(_is_path_of_a_file, texts_in(value))):
             raise ModelError(
                 f"The tokenizer of {source} names a file as `{key}` in its {_TOKENIZER}: use one whose vocabulary is "
                 "in its own files, such as tokenizer.json."
             )
+
+
+def _check_special_tokens(source: str | Path, settings: dict[str, Any]) -> None:
+    """Its values replace the names of the tokenizer's files that were found in the repository."""
+    if named := [key for key in settings if key in _INERT or key.endswith("_file")]:
+        raise ModelError(f"The special tokens of {source} name a file as `{named[0]}`: {AGAIN}")
+    check_tokenizer_settings(source, settings)
 
 
 def _check_growth(source: str | Path, vocabulary: dict[str, Any]) -> None:
@@ -217,15 +251,16 @@ def _is_path_of_a_file(text: str) -> bool:
     return os.path.basename(text) != text and "\0" not in text and os.path.isfile(text)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a value of a JSON file, but for keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _texts(part)
+            yield from texts_in(part)
     elif isinstance(value, list):
         for part in value:
-            yield from _texts(part)
+            yield from texts_in(part)
 
 
 def _read(path: Path) -> dict[str, Any]:

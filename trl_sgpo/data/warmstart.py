@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from ..errors import ConfigError, DataError, ModelError
 from ..evaluation.digest import digest, model_record
 from ..files import unfinished_directory
+from ..inference.checked import checked
 from ..inference.pretrained import load_config, load_tokenizer, readable_weights
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation import Conversation
@@ -159,6 +160,7 @@ def warmstart(
     try:
         load_config(model)
         tokenizer = load_tokenizer(model)
+        model_init_kwargs = checked(model, model_init_kwargs or {}, weights=True)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
     two_phase = TwoPhaseSettings.from_config(config, traces[0].prompt).of_model(tokenizer)

@@ -3,7 +3,6 @@ The one place that loads models, adapters, tokenizers, configs and embedding mod
 weights are read from safetensors only.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +10,13 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.embedding_models import check_embedding_folder
 from ..checks.json_text import parse_json
 from ..checks.remote_code import remote_code_problems
-from ..checks.repositories import AGAIN, check_model_folder, check_tokenizer_settings
+from ..checks.repositories import AGAIN, base_of_adapter
 from ..errors import ConfigError, ModelError
 from ..speed.patches import CountedPatch
+from .checked import checked
 from .model_files import ADAPTER_WEIGHTS
 
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_EMBEDDING_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OF_EMBEDDING_MODELS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -100,7 +100,7 @@ def readable_weights(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _loading(source: str | Path) -> Iterator[None]:
-    """Checks the folder. Errors name it, and do not advise to set `trust_remote_code`, which is refused here."""
+    """Errors name the model, and do not advise to set `trust_remote_code`, which is refused here."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -108,7 +108,6 @@ def _loading(source: str | Path) -> Iterator[None]:
         SafetensorError, StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
         re.error, FileNotFoundError,
     )  # fmt: skip
-    check_model_folder(source)
     try:
         with NO_QUESTION:
             yield
@@ -137,12 +136,10 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
             What `AutoTokenizer.from_pretrained` takes.
     """
     from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     kwargs = _safe(kwargs)
+    kwargs = checked(source, kwargs)
     with _loading(source):
-        if not Path(source).is_dir():
-            check_tokenizer_settings(source, get_tokenizer_config(str(source), revision=kwargs.get("revision")))
         return AutoTokenizer.from_pretrained(source, **kwargs)
 
 
@@ -151,6 +148,7 @@ def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     kwargs = _safe(kwargs)
+    kwargs = checked(source, kwargs)
     with _loading(source):
         return AutoConfig.from_pretrained(source, **kwargs)
 
@@ -170,6 +168,7 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     from transformers import AutoModelForCausalLM
 
     kwargs = _safe(kwargs) | {"use_safetensors": True}
+    kwargs = checked(source, kwargs, weights=True)
     with _loading(source), readable_weights(source):
         return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
 
@@ -191,6 +190,7 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
     """
     from peft import PeftModel
 
+    kwargs = checked(directory, kwargs)
     with _loading(directory), readable_weights(directory):
         return PeftModel.from_pretrained(model, directory, **kwargs)
 
@@ -199,8 +199,9 @@ def load_adapter_config(directory: str | Path) -> "PeftConfig":
     """Loads the config of a saved adapter."""
     from peft import PeftConfig
 
+    kwargs = checked(directory, {})
     with _loading(directory):
-        return PeftConfig.from_pretrained(directory)
+        return PeftConfig.from_pretrained(directory, **kwargs)
 
 
 def load_sentence_transformer(source: str) -> "SentenceTransformer":
@@ -212,7 +213,8 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
             Directory or Hub id.
 
     Raises:
-        [`ModelError`]: Its modules are not those of sentence-transformers, or their weights are no safetensors.
+        [`ModelError`]: Its modules are not those of sentence-transformers or not in its folder, or their weights are
+            no safetensors.
     """
     from huggingface_hub import snapshot_download
     from sentence_transformers import SentenceTransformer
@@ -222,22 +224,11 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     else:
         repository = source if "/" in source else f"sentence-transformers/{source}"
         directory = Path(snapshot_download(repository, allow_patterns=_OF_EMBEDDING_MODELS))
-    if (directory / "modules.json").is_file():
-        for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
-            _check_module(source, directory / str(module["path"]), str(module["type"]))
+    for folder in check_embedding_folder(source, directory):
+        _check_weights(folder)
+        if base := base_of_adapter(folder):  # of which the folder of the same name is read
+            checked(base, {"subfolder": "" if folder == directory else str(folder.relative_to(directory))})
     with _loading(source), readable_weights(directory):
         return SentenceTransformer(
             str(directory), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
-
-
-def _check_module(source: str, directory: Path, kind: str) -> None:
-    package, _, name = kind.rpartition(".")
-    if package.partition(".")[0] != "sentence_transformers" or name not in _EMBEDDING_MODULES:
-        raise ModelError(
-            f"The embedding model {source} has the module {kind!r}: use one of {', '.join(_EMBEDDING_MODULES)} of "
-            "sentence-transformers."
-        )
-    if (directory / "pytorch_model.bin").is_file() and not (directory / WEIGHTS).is_file():
-        raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
-    _check_weights(directory)

@@ -2,23 +2,50 @@
 `ConversationGRPOTrainer`: TRL's `GRPOTrainer` with the tokens of `conversation.py`.
 
 TRL renders chat templates in its own process, without limits, and a control token in a problem stays one. Here a
-template is rendered with limits, and texts are encoded without control tokens; other tokens are those of TRL. The
-pickled arguments of a run, with its tokens, can be read by their owner only.
+template is rendered with limits, and texts are encoded without control tokens; other tokens are those of TRL. Models
+that TRL loads by their names are checked before, and read from safetensors. The pickled arguments of a run, with its
+tokens, can be read by their owner only.
 
 What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_tokenize_prompts`, `_save`, and that reward
 models are called as `reward_funcs`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from ..files import private_file
+from ..inference.checked import checked
+from ..inference.pretrained import NO_QUESTION, readable_weights
 from .conversation import answer_ids, prompts_ids
 from .prompts import Prompt
+
+
+def _checked_arguments(args: GRPOConfig | None, model: Any, reward_funcs: Any) -> GRPOConfig | None:
+    """
+    Checks the models that TRL loads by their names. Returns arguments with which it reads them from safetensors only,
+    and the policy at the commit that was checked.
+    """
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    rewards = [each for each in given if isinstance(each, str)]
+    if not (rewards or isinstance(model, str)):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+    loading = {**(args.model_init_kwargs or {}), "use_safetensors": True}
+    for reward in rewards:
+        checked(reward, loading, weights=True)
+    if isinstance(model, str):
+        checked(model, {})  # TRL reads the architecture there, whatever the revision is
+        loading = checked(model, loading, weights=True)
+    args.model_init_kwargs = loading
+    return args
 
 
 class RewardModel:
@@ -54,8 +81,12 @@ class ConversationGRPOTrainer(GRPOTrainer):
 
     reward_funcs: list[Any]
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
+    ):
+        args = _checked_arguments(args, model, reward_funcs)
+        with NO_QUESTION, readable_weights(model) if isinstance(model, str) else nullcontext():
+            super().__init__(model, reward_funcs, args, *others, **kwargs)
         parts = zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)
         self.reward_funcs = [
             RewardModel(function, tokenizer, name, self.chat_template_kwargs)

@@ -17,7 +17,7 @@ What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): `_generate_
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +26,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import get_config_model_id
 
-from ..checks.repositories import check_model_folder
-from ..inference.pretrained import NO_QUESTION, readable_weights
 from ..inference.weights import local_weights, require_model
 from ..method.conversation_trainer import ConversationGRPOTrainer
 from . import start_check
@@ -46,18 +43,6 @@ from .start_check import StartCheck, log_slower
 
 
 logger = transformers.utils.logging.get_logger(__name__)
-
-
-def _from_safetensors(args: GRPOConfig | None, model: Any, reward_funcs: Any) -> GRPOConfig | None:
-    """Arguments with which TRL reads the models that it loads, by their names, from safetensors only."""
-    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    if not any(isinstance(each, str) for each in (model, *given)):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
-    args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}
-    return args
 
 
 class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
@@ -127,12 +112,8 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         **kwargs: Any,
     ):
         source = local_weights(model) if isinstance(model, str) else None
-        if source is not None:
-            check_model_folder(source)
-        args = _from_safetensors(args, model, reward_funcs)
         try:
-            with NO_QUESTION, readable_weights(source) if source is not None else nullcontext():
-                super().__init__(model if source is None else source, reward_funcs, args, *others, **kwargs)
+            super().__init__(model if source is None else source, reward_funcs, args, *others, **kwargs)
         except OSError:
             if isinstance(model, str):
                 require_model(model)  # raises an error that names what is missing

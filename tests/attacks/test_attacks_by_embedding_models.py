@@ -1,0 +1,127 @@
+"""Folders of the modules of an embedding model, and the arguments with which it loads them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertModel
+
+from trl_sgpo.errors import ModelError
+from trl_sgpo.inference.pretrained import load_sentence_transformer
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Written as sentence-transformers did: a folder for each module."""
+    directory = tmp_path / "model"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(directory / "0_Transformer")
+    tokenizer().save_pretrained(directory / "0_Transformer")
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32}))
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{path[2:]}"}
+        for number, path in enumerate(["0_Transformer", "1_Pooling"])
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    return directory
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+
+def test_folders_of_modules(model: Path) -> None:
+    change(
+        model / "0_Transformer" / "sentence_bert_config.json",
+        max_seq_length=8,
+        model_args={"add_pooling_layer": False},
+    )
+    assert load_sentence_transformer(str(model)).encode(["1 + 2"]).shape == (1, 32)
+
+
+def test_folders_of_modules_in_the_cache(model: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate([path for path in model.rglob("*") if path.is_file()]):
+        shutil.copy(path, blobs / str(number))
+        link = snapshot / path.relative_to(model)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / str(number))
+    assert load_sentence_transformer(str(snapshot)).encode(["1 + 2"]).shape == (1, 32)
+
+
+def test_a_vocabulary_that_is_a_file_of_the_user(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nSECRET\n")
+    (model / "0_Transformer" / "tokenizer.json").unlink()
+    (model / "0_Transformer" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "vocab": str(tmp_path / "secret")})
+    )
+    with pytest.raises(ModelError, match="`vocab`"):
+        load_sentence_transformer(str(model))
+
+
+def test_a_transformer_of_a_billion_layers(model: Path) -> None:
+    change(model / "0_Transformer" / "config.json", num_hidden_layers=10**9)
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize("path", ["..", "../../outside", "absolute", "link"])
+def test_a_module_outside(path: str, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "0_Transformer", tmp_path / "outside")
+    shutil.copytree(model / "0_Transformer", model, dirs_exist_ok=True)
+    (model / "link").symlink_to(tmp_path / "outside")
+    modules = json.loads((model / "modules.json").read_text())
+    modules[0]["path"] = str(tmp_path / "outside") if path == "absolute" else path
+    (model / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match="not in its folder"):
+        load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_args": {"vocab_file": "SECRET"}},
+        {"processor_kwargs": {"tokenizer_file": "SECRET"}},
+        {"tokenizer_name_or_path": "OUTSIDE"},
+        {"model_args": {"adapter_kwargs": {"_adapter_model_path": "OUTSIDE"}}},
+        {"model_kwargs": {"device_map": {"": "disk"}, "offload_folder": "OUTSIDE"}},
+        {"config_args": {"num_hidden_layers": 10**9}},
+        {"model_args": {"attn_implementation": "kernels-community/x"}},
+    ],
+    ids=str,
+)
+def test_arguments_that_name_files_or_models(settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nSECRET\n")
+    shutil.copytree(model / "0_Transformer", tmp_path / "outside")
+    text = json.dumps(settings).replace("SECRET", str(tmp_path / "secret.txt"))
+    (model / "0_Transformer" / "sentence_bert_config.json").write_text(
+        text.replace("OUTSIDE", str(tmp_path / "outside"))
+    )
+    with pytest.raises(ModelError, match=r"may name files or models|num_hidden_layers|attn_implementation"):
+        load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_the_base_of_an_adapter(place: str, model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model / "0_Transformer", base)
+    shutil.copytree(model / "0_Transformer", base / "0_Transformer")
+    adapted = get_peft_model(BertModel.from_pretrained(base), LoraConfig(target_modules=["query"]))
+    (model / "0_Transformer" / "model.safetensors").unlink()
+    (model / "0_Transformer" / "config.json").unlink()
+    shutil.move(model / "0_Transformer", model / "moved")
+    shutil.copytree(model / "moved", model / place, dirs_exist_ok=True)
+    adapted.save_pretrained(model / place)
+    modules = json.loads((model / "modules.json").read_text())
+    modules[0]["path"] = place
+    (model / "modules.json").write_text(json.dumps(modules))
+    assert load_sentence_transformer(str(model)).encode(["1 + 2"]).shape == (1, 32)
+    change(base / place / "config.json", num_hidden_layers=10**9)
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        load_sentence_transformer(str(model))
