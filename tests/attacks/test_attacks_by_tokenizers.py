@@ -1,5 +1,6 @@
-"""A tokenizer that its library refuses, or at which it panics, when it is loaded or encodes and decodes."""
+"""A tokenizer that its library refuses, at which it panics, or that makes texts longer without end."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 from models import save_tiny_model
 
+from trl_sgpo.checks.growth import check_growth
 from trl_sgpo.cli.main import main
+from trl_sgpo.errors import ModelError
 
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -31,13 +34,105 @@ PROBLEM = "1 + 2 " + "a" * 40 + "!"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_one_line_and_status_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_and_status_2(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_tiny_model(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | TOKENIZERS[name]))
-    capsys.readouterr()
+    capfd.readouterr()
     status = main(["solve", "--model", str(tmp_path), "--no_bank", "--max_completion_length", "4", PROBLEM])
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if "error" in line
-    ]  # without what a panic prints itself
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("trl-sgpo solve: error")]
     assert (status, [line[:24] for line in lines]) == (2, ["trl-sgpo solve: error: t"]), lines
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def characters(longest: str) -> dict[str, Any]:
+    table = (4).to_bytes(4, "little") + bytes(4) + b"a\0" + longest.encode() + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+def template(*tokens: str, times: int = 1) -> dict[str, Any]:
+    special = {"<s>": {"id": "<s>", "ids": [1] * times, "tokens": ["<s>"] * times}}
+    single = [{"Sequence" if token == "A" else "SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+
+
+NORMALIZERS, SPLITTERS, PROCESSORS = "normalizer", "pre_tokenizer", "post_processor"
+GROWING: list[dict[str, Any]] = [
+    {NORMALIZERS: {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 1000}] * 400}},
+    {NORMALIZERS: {"normalizers": [{"prepend": "a" * 1000}] * 400}},
+    {NORMALIZERS: {"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}},
+    {NORMALIZERS: {"type": "Sequence", "normalizers": [replace({"Regex": "x*"}, "y")] * 40}},
+    {NORMALIZERS: {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}},
+    {NORMALIZERS: {"type": "Sequence", "normalizers": [replace({"String": " "}, "\ufdfa"), {"type": "NFKD"}] * 40}},
+    {NORMALIZERS: {"type": "Sequence", "normalizers": [{"type": "Lowercase"}] * 10**4}},
+    {NORMALIZERS: characters("b" * 10**5)},
+    {SPLITTERS: {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 40}},
+    {PROCESSORS: template(*["<s>"] * 10**6, "A")},
+    {PROCESSORS: template("<s>", "A", times=10**6)},
+    {PROCESSORS: {"type": "Sequence", "processors": [template("A", "A")] * 40}},
+    {"decoder": {"type": "Sequence", "decoders": [replace({"Regex": "."}, "bb")] * 60}},
+    {"model": {"type": "WordLevel", "vocab": {"a": 0, "b" * 10**7: 1}, "unk_token": "a"}},
+    {"model": {"type": "Unigram", "vocab": [["a", 0.0], ["b" * 10**7, 0.0]], "unk_id": 0}},
+    {"added_tokens": [{"id": 0, "content": "b" * 10**7}]},
+]
+
+
+@pytest.mark.parametrize("parts", GROWING, ids=range(len(GROWING)))
+def test_a_tokenizer_that_makes_texts_longer(parts: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="use another model"):
+        check_growth("evil", parts)
+
+
+def test_a_tokenizer_that_prepends_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | GROWING[0]))
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", PROBLEM]) == 2
+    assert "makes texts too long" in capsys.readouterr().err
+
+
+SEQUENCE = {"type": "Sequence"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+USUAL: dict[str, dict[str, Any]] = {
+    "Llama 2": {
+        NORMALIZERS: SEQUENCE | {"normalizers": [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]},
+        PROCESSORS: template("<s>", "A"),
+        "decoder": SEQUENCE
+        | {
+            "decoders": [
+                replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]
+        },
+    },
+    "Llama 3": {
+        SPLITTERS: SEQUENCE | {"pretokenizers": [{"type": "Split", "pattern": {"Regex": "a"}}, BYTES]},
+        PROCESSORS: SEQUENCE | {"processors": [BYTES, template("<s>", "A")]},
+        "decoder": BYTES,
+    },
+    "Qwen": {NORMALIZERS: {"type": "NFC"}, SPLITTERS: BYTES, PROCESSORS: BYTES, "decoder": BYTES},
+    "BERT": {
+        NORMALIZERS: {"type": "BertNormalizer"}, SPLITTERS: {"type": "BertPreTokenizer"},
+        PROCESSORS: template("<s>", "A", "<s>"), "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    },
+    "ALBERT": {
+        NORMALIZERS: SEQUENCE
+        | {
+            "normalizers": [
+                replace({"String": "``"}, '"'), replace({"String": "''"}, '"'), {"type": "NFKD"},
+                {"type": "StripAccents"}, {"type": "Lowercase"}, characters("صلى الله عليه وسلم"),
+                replace({"Regex": " {2,}"}, " "),
+            ]
+        },
+        SPLITTERS: {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        PROCESSORS: template("<s>", "A", "<s>"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_a_usual_tokenizer(name: str) -> None:
+    check_growth(name, USUAL[name])

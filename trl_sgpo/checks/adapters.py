@@ -1,17 +1,18 @@
 """Settings of a saved adapter, before peft reads them: they name models, hold patterns and sizes."""
 
 import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .process import CHECKS
 
 
+ADAPTER_FILE = "adapter_config.json"
 OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
-MAX_RANK, MAX_NUMBER, MAX_PATTERN = 2**15, 10**6, 2_000
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
-_REPEATED_GROUP = re.compile(r"\)\s*(?:[*+]|\{)")
-_UNBOUNDED = re.compile(r"[*+]|\{\d*,\d*\}")
-_MAX_UNBOUNDED = 8  # patterns for the layers of a part of a model have five
+MAX_RANK, MAX_NUMBER, MAX_TEXTS = 2**15, 10**6, 2_000
+_PLAIN = re.compile(r"[\w.\-/ ]{0,500}")  # a name: it matches at once
 _NO_SIZE = re.compile(r"seed|prng_key|total_step")
 _ITERATIONS = re.compile(r"\d{4,}")
 
@@ -27,8 +28,7 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
             Content of its `adapter_config.json`.
 
     Raises:
-        [`ModelError`]: They name another model, hold a pattern that may take exponential time, or numbers of no real
-            adapter.
+        [`ModelError`]: They name another model, or hold numbers of no real adapter.
     """
 
     def refuse(key: str, reason: str) -> None:
@@ -37,9 +37,6 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
     for key in OTHER_MODELS:
         if settings.get(key):
             refuse(key, "would load more than its weights")
-    for key, text in _patterns(settings):
-        if len(text) > MAX_PATTERN or _REPEATED_GROUP.search(text) or len(_UNBOUNDED.findall(text)) > _MAX_UNBOUNDED:
-            refuse(key, "has a pattern that may match for ever: use names of modules")
     if _ITERATIONS.search(str(settings.get("init_lora_weights"))) is not None:
         refuse("init_lora_weights", "asks for too many iterations")
     for key, number in _numbers(settings):
@@ -47,13 +44,56 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
             refuse(key, "is larger than that of any adapter")
 
 
-def _patterns(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    found = []
-    for key in _PATTERNS:
-        value = settings.get(key)
-        texts = [value] if isinstance(value, str) else list(value) if isinstance(value, dict | list) else []
-        found += [(key, text) for text in texts if isinstance(text, str)]
-    return found
+def check_whole(directory: str | Path) -> None:
+    """
+    Checks that a folder is no adapter.
+
+    Args:
+        directory (`str` or `Path`):
+            The folder. A Hub id is none.
+
+    Raises:
+        [`ModelError`]: It is one. transformers would put it on its base, and neither of them would be checked.
+    """
+    if Path(directory, ADAPTER_FILE).is_file():
+        raise ModelError(
+            f"{directory} is an adapter, where a whole model is needed: merge it with `trl-sgpo export --merge`."
+        )
+
+
+def check_adapter_patterns(directory: object, settings: dict[str, Any], names: Iterable[str]) -> None:
+    """
+    Matches the patterns of an adapter against the modules of its base as peft does, in a process with limits. peft has
+    patterns in several settings, so that every text in them counts as one.
+
+    Args:
+        directory (`str` or `Path`):
+            Where it is, for the message.
+        settings (`dict`):
+            Its settings.
+        names (`Iterable[str]`):
+            Names of the modules.
+
+    Raises:
+        [`ModelError`]: It takes more than 5 seconds, or the texts are too many.
+    """
+    texts = [(key, text) for key, value in settings.items() for text in _texts(value)]
+    if len(texts) > MAX_TEXTS:
+        raise ModelError(f"The adapter in {directory} is not loaded: it names more than {MAX_TEXTS:,} modules.")
+    patterns = {text: key for key, text in texts if _PLAIN.fullmatch(text) is None}
+    if patterns and CHECKS.ask("patterns", list(patterns), list(names)) is None:
+        keys = ", ".join(f"`{key}`" for key in dict.fromkeys(patterns.values()))
+        raise ModelError(
+            f"The adapter in {directory} is not loaded: {keys} may match for ever. Use names of modules there."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple | set):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _numbers(value: Any, key: str = "") -> list[tuple[str, float]]:

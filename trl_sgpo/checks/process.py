@@ -1,5 +1,6 @@
 """
-What may take long or much memory, in a process of its own: mathematics, verifiers of families and chat templates.
+What may take long or much memory, in a process of its own: mathematics, verifiers of families, chat templates and
+patterns of adapters.
 """
 
 import atexit
@@ -20,13 +21,14 @@ from ..errors import DataError
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0}
+SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0, "patterns": 15.0}
 
 _PACKAGES = {
     "equal": ("math_verify", "math"),
     "entry": ("reasoning_gym", "gym"),
     "accepts": ("reasoning_gym", "gym"),
     "render": ("transformers", ""),
+    "patterns": ("re", ""),
 }
 
 
@@ -35,14 +37,15 @@ _FAILED = {
     "entry": "A problem of reasoning-gym could not be generated again within its limit of time or memory.",
     "accepts": "A verifier of reasoning-gym passed its limit of time or memory, and the answer counts as wrong.",
     "render": "A chat template passed its limit of time or memory.",
+    "patterns": "The patterns of an adapter passed their limit of time or memory.",
 }
 
 
 class CheckProcess:
     """
     A process with a limit of 3 GiB of memory and a time limit for each request: 2 seconds of computation for
-    mathematics and chat templates, 5 for a verifier. It starts with the first request, and again after one that passed
-    a limit. Threads may share it.
+    mathematics and chat templates, 5 for a verifier or an adapter. It starts with the first request, and again after
+    one that passed a limit. Threads may share it.
     """
 
     def __init__(self) -> None:
@@ -60,7 +63,7 @@ class CheckProcess:
 
         Args:
             name (`str`):
-                `"equal"`, `"entry"`, `"accepts"` or `"render"`, see [`~trl_sgpo.checks.worker`].
+                `"equal"`, `"entry"`, `"accepts"`, `"render"` or `"patterns"`, see [`~trl_sgpo.checks.worker`].
             *arguments:
                 Its arguments, as JSON has them.
 

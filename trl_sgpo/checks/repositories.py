@@ -11,14 +11,14 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..errors import ModelError
-from .adapters import check_adapter_settings
+from .adapters import ADAPTER_FILE, check_adapter_settings
+from .growth import check_growth
 
 
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
 MAX_LAYERS, MAX_EXPERTS = 10_000, 100_000
 MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
-MAX_GROWTH = 1_000  # characters of a text for each that it had before
 
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
 _EXPERTS = re.compile(r"(?:num_|n_).*experts")
@@ -27,7 +27,7 @@ _KERNELS = ("attn_implementation", "experts_implementation")
 _INERT = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # written by transformers 4, and overwritten
 _WEIGHTS = (".safetensors", ".gguf")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_ADDED_TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type", "id"}
 _TEXTS = ("chat_template", "added_tokens_decoder")
 
@@ -92,13 +92,13 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
         (_CONFIG, check_model_settings),
         (_TOKENIZER, check_tokenizer_settings),
         ("special_tokens_map.json", _check_special_tokens),
-        (_VOCABULARY, _check_growth),
+        (_VOCABULARY, check_growth),
         ("processor_config.json", _check_processor),
-        (_ADAPTER, check_adapter_settings),
+        (ADAPTER_FILE, check_adapter_settings),
     ):
         if (directory / name).is_file():
             check(source, _read(directory / name))
-    if (directory / _ADAPTER).is_file() and not (directory / _ADAPTER_WEIGHTS).is_file():
+    if (directory / ADAPTER_FILE).is_file() and not (directory / _ADAPTER_WEIGHTS).is_file():
         raise ModelError(
             f"The adapter in {source} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
             "are read: save it again with `save_pretrained`."
@@ -107,9 +107,9 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
 
 def base_of_adapter(directory: Path) -> str | None:
     """The base that an adapter's folder names, `None` if it is no adapter."""
-    if not (directory / _ADAPTER).is_file():
+    if not (directory / ADAPTER_FILE).is_file():
         return None
-    base = _read(directory / _ADAPTER).get("base_model_name_or_path")
+    base = _read(directory / ADAPTER_FILE).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
 
@@ -209,33 +209,9 @@ def _check_special_tokens(source: str | Path, settings: dict[str, Any]) -> None:
     check_tokenizer_settings(source, settings)
 
 
-def _check_growth(source: str | Path, vocabulary: dict[str, Any]) -> None:
-    """Replacements one after the other may make a text longer without end."""
-    for part in ("normalizer", "decoder"):
-        growth = math.prod(_growth(each) for each in _mappings(vocabulary.get(part)) if each.get("type") == "Replace")
-        if growth > MAX_GROWTH:
-            raise ModelError(f"The {part} of the tokenizer of {source} makes texts {growth:.0e} times as long.")
-
-
-def _growth(replacement: dict[str, Any]) -> float:
-    pattern = replacement.get("pattern")
-    literal = pattern.get("String") if isinstance(pattern, dict) else None
-    return max(1.0, len(str(replacement.get("content"))) / max(1, len(literal) if isinstance(literal, str) else 1))
-
-
 def _check_processor(source: str | Path, settings: dict[str, Any]) -> None:
     if settings.get("audio_tokenizer"):
         raise ModelError(f"The processor of {source} names a model as `audio_tokenizer`, which is not loaded.")
-
-
-def _mappings(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-        for part in value.values():
-            yield from _mappings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _mappings(part)
 
 
 def _added_tokens(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """
-Process that compares mathematical expressions, runs the verifiers of reasoning-gym and renders chat templates, so that
-no answer and no template can stop the caller or fill its memory.
+Process that compares mathematical expressions, runs the verifiers of reasoning-gym, renders chat templates and matches
+patterns of adapters, so that none of these can stop the caller or fill its memory.
 
 It is started as a script by [`~trl_sgpo.checks.process.CheckProcess`] and imports nothing of this package. A line
 of standard input is a JSON list, the name of a request and its arguments; a line of standard output is the reply. It
@@ -8,6 +8,7 @@ ends with its input and at its limit of memory, or is ended by the system when a
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,8 +16,9 @@ from typing import Any
 
 
 MEMORY = 3 * 2**30
-SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2}
+SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 5}
 MAX_RENDERED = 2**24
+FORMS = "PATTERN", r"(.*\.)?(PATTERN)$", r"(^|.*\.)PATTERN($|\..*)", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\."
 
 
 @lru_cache(4096)
@@ -97,7 +99,23 @@ def render(messages: list[dict[str, Any]], variables: dict[str, Any]) -> tuple[s
     return ("text", text) if len(text) <= MAX_RENDERED else None
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"equal": equal, "entry": entry, "accepts": accepts, "render": render}
+def patterns(texts: list[str], names: list[str]) -> bool:
+    """Matches patterns against names, alone and in all that peft puts around them. What is none is left to peft."""
+    for text in texts:
+        for form in FORMS:
+            try:
+                pattern = re.compile(form.replace("PATTERN", text))
+            except re.error:
+                continue
+            for name in names:
+                pattern.fullmatch(name)
+                pattern.search(name)
+    return True
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "equal": equal, "entry": entry, "accepts": accepts, "render": render, "patterns": patterns,
+}  # fmt: skip
 
 
 def load(name: str) -> None:
@@ -106,7 +124,7 @@ def load(name: str) -> None:
         import math_verify  # noqa: F401
     elif name == "render":
         renderer()
-    else:
+    elif name in ("entry", "accepts"):
         import reasoning_gym  # noqa: F401
 
 

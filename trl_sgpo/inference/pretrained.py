@@ -10,6 +10,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.adapters import check_adapter_patterns, check_whole
 from ..checks.embedding_models import check_embedding_folder
 from ..checks.json_text import parse_json
 from ..checks.remote_code import remote_code_problems
@@ -170,6 +171,7 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     kwargs = _safe(kwargs) | {"use_safetensors": True}
     kwargs = checked(source, kwargs, weights=True)
     with _loading(source), readable_weights(source):
+        check_whole(source)
         return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
 
 
@@ -186,13 +188,16 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
             What `PeftModel.from_pretrained` takes.
 
     Raises:
-        [`ModelError`]: The adapter has no `adapter_model.safetensors`, or names other models.
+        [`ModelError`]: The adapter has no `adapter_model.safetensors`, names other models, or has patterns that may
+            match for ever.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     kwargs = checked(directory, kwargs)
     with _loading(directory), readable_weights(directory):
-        return PeftModel.from_pretrained(model, directory, **kwargs)
+        config = PeftConfig.from_pretrained(directory, **checked(directory, {}))
+        check_adapter_patterns(directory, config.to_dict(), [name for name, _ in model.named_modules()])
+        return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
 
 
 def load_adapter_config(directory: str | Path) -> "PeftConfig":

@@ -27,6 +27,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
+from ..checks.adapters import check_whole
 from ..inference.weights import local_weights, require_model
 from ..method.conversation_trainer import ConversationGRPOTrainer
 from . import start_check
@@ -112,6 +113,8 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         **kwargs: Any,
     ):
         source = local_weights(model) if isinstance(model, str) else None
+        if source is not None:
+            check_whole(source)
         try:
             super().__init__(model if source is None else source, reward_funcs, args, *others, **kwargs)
         except OSError:

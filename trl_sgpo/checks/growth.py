@@ -1,0 +1,91 @@
+"""How much longer the steps of a tokenizer make a text: its author may have written ones that grow it without end."""
+
+import base64
+import binascii
+import math
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+
+
+MAX_GROWTH = 20_000  # characters or tokens for each character, and characters for each token
+MAX_STEPS = 1_000
+
+# For one character, at most. What else makes a text longer has a field that says with what.
+_FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNormalizer": 24, "ByteLevel": 5}
+
+
+def check_growth(source: str | Path, tokenizer: dict[str, Any]) -> None:
+    """
+    Checks how much longer the steps of a tokenizer may make a text.
+
+    Args:
+        source (`str` or `Path`):
+            Its directory, for the message.
+        tokenizer (`dict`):
+            Content of its `tokenizer.json`.
+
+    Raises:
+        [`ModelError`]: A character may become more than 20,000, or a token has more, or there are too many steps.
+    """
+    for names in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
+        steps = list(chain.from_iterable(_mappings(tokenizer.get(name)) for name in names))
+        if len(steps) > MAX_STEPS or math.prod(map(_growth, steps)) > MAX_GROWTH:
+            raise ModelError(f"The {names[0]} of the tokenizer of {source} makes texts too long: use another model.")
+    longest = max(map(len, _tokens(tokenizer)), default=0)
+    if longest > MAX_GROWTH:
+        raise ModelError(f"The tokenizer of {source} has a token of {longest:,} characters: use another model.")
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Factor by which a step makes a text longer. It is read from the fields, as the library needs no `type`."""
+    kind = step.get("type")
+    growth: float = _FORMS.get(kind, 1) if isinstance(kind, str) else 1
+    growth *= 1 + len(str(step.get("prepend", "")))
+    if isinstance(pattern := step.get("pattern"), dict) and "content" in step:
+        content, literal = len(str(step["content"])), pattern.get("String")
+        growth *= max(1, content / len(literal) if isinstance(literal, str) and literal else content + 1)
+    if "replacement" in step or "prefix" in step:
+        growth *= 2  # a sign before each word
+    if isinstance(characters := step.get("precompiled_charsmap"), str):
+        growth *= _longest_form(characters)
+    if isinstance(specials := step.get("special_tokens"), dict):
+        each = max((len(_list(token.get("ids"))) for token in _mappings(specials)), default=1)
+        growth *= max(len(_list(step.get("single"))), len(_list(step.get("pair"))), 1) * max(each, 1)
+    return growth
+
+
+def _longest_form(characters: str) -> int:
+    """Characters that one becomes by a table of sentencepiece: the size of a trie, the trie, and texts."""
+    try:
+        table = base64.b64decode(characters)
+    except (binascii.Error, ValueError):
+        return 1  # the library refuses it
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    return max(1, max(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
+
+
+def _tokens(tokenizer: dict[str, Any]) -> Iterator[str]:
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary
+    else:
+        yield from (token for pair in _list(vocabulary) for token in _list(pair)[:1] if isinstance(token, str))
+    yield from (str(token.get("content")) for token in _mappings(tokenizer.get("added_tokens")))
+
+
+def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+    parts = [value]
+    while parts:  # nested too deeply for a recursion
+        part = parts.pop()
+        if isinstance(part, dict):
+            yield part
+        parts.extend(part.values() if isinstance(part, dict) else _list(part))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
