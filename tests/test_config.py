@@ -232,7 +232,8 @@ class TestChoices:
     @pytest.mark.parametrize("name", ["max_strategy_length", "max_completion_length", "bank_capacity"])
     @pytest.mark.parametrize("value", [0, -1])
     def test_lengths_and_capacity_are_positive(self, config, name, value):
-        assert refusal(config, **{name: value}) == f"`{name}` must be at least 1, got {value}."
+        most = " and at most 131072" if name.endswith("length") else ""
+        assert refusal(config, **{name: value}) == f"`{name}` must be at least 1{most}, got {value}."
         assert getattr(config(**{name: 1}), name) == 1
 
     def test_aggregation(self, config):

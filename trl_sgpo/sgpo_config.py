@@ -386,13 +386,10 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
             if value not in choices:
                 problems.append(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
         for name, least in (
-            ("max_strategy_length", 1),
-            ("max_completion_length", 1),
             ("bank_capacity", 1),
             ("bank_min_problems", 1),
             ("bank_sync_steps", 1),
             ("num_clusters", 1),
-            ("num_retrieved", 0),
         ):
             if self.__dict__[name] is None or self.__dict__[name] < least:
                 problems.append(f"`{name}` must be at least {least}, got {self.__dict__[name]}.")

@@ -24,6 +24,7 @@ class Range:
         return least if self.high == math.inf else f"{least} and at most {self.high:.10g}"
 
 
+MAX_TOKENS = 131_072  # to generate: without an upper limit, a model's settings could let it generate for ever
 RANGES = {
     "adam_beta1": Range(0, 1 - 1e-9),
     "adam_beta2": Range(0, 1 - 1e-9),
@@ -40,10 +41,13 @@ RANGES = {
     "gradient_accumulation_steps": Range(1),
     "leak_weight": Range(0),
     "learning_rate": Range(0),
+    "max_completion_length": Range(1, MAX_TOKENS),
     "max_grad_norm": Range(0),
+    "max_strategy_length": Range(1, MAX_TOKENS),
     "min_p": Range(0, 1),
     "num_generations": Range(1),
     "num_iterations": Range(1),
+    "num_retrieved": Range(0, 1000),
     "num_train_epochs": Range(0, open=True),
     "per_device_eval_batch_size": Range(1),
     "per_device_train_batch_size": Range(1),

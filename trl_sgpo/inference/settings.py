@@ -1,6 +1,7 @@
 """`sgpo.json`: prompts, limits and conversation format of a model's two phases."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
@@ -10,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..bank.strategy import DEFAULT_EMBEDDING_MODEL
 from ..checks.json_text import parse_json
+from ..checks.ranges import RANGES
 from ..errors import ConfigError
 from ..files import write_file
 from ..method.conversation import Conversation
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from ..sgpo_config import SGPOConfig
 
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**17  # its prompts are read with every problem
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
+_NAME = re.compile(r"[\w.\-]+")
 # What a `BitsAndBytesConfig` writes
 _QUANTIZATION = {
     "quant_method",
@@ -134,7 +137,7 @@ class TwoPhaseSettings:
         if not path.is_file():
             return cls()
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB: delete it to use the default prompts.")
+            raise ConfigError(f"{path} is larger than {MAX_BYTES >> 10} KiB: delete it to use the default prompts.")
         try:
             written = parse_json(path.read_text(encoding="utf-8"))
             _check(written)
@@ -153,8 +156,8 @@ def _check(written: Any) -> None:
             raise ValueError(f"it has the unknown key {name!r}")
         if type(value) not in [get_origin(kind) or kind for kind in kinds[name]]:
             raise ValueError(f"`{name}` has a value of the type {type(value).__name__}")
-        if isinstance(value, int) and value < 0:
-            raise ValueError(f"`{name}` is below 0")
+        if type(value) is int and not 0 <= value <= RANGES[name].high:
+            raise ValueError(f"`{name}` must be between 0 and {RANGES[name].high:,}")
     if written.get("strategy_format", "text") not in ("text", "steps"):
         raise ValueError("`strategy_format` must be text or steps")
     trained_on = written.get("trained_on") or {}
@@ -165,5 +168,10 @@ def _check(written: Any) -> None:
         raise ValueError(f"`dtype` in `trained_on` must be one of {', '.join(_DTYPES)}")
     if "quantization_config" in trained_on and not isinstance(quantization, dict):
         raise ValueError("`quantization_config` in `trained_on` is no JSON object")
+    skipped = (quantization or {}).get("llm_int8_skip_modules") or []
+    if not isinstance(skipped, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in skipped):
+        raise ValueError(
+            "`llm_int8_skip_modules` in `trained_on` must be names of modules"
+        )  # transformers matches them
     if other := (quantization or {}).keys() - _QUANTIZATION:
         raise ValueError(f"`quantization_config` in `trained_on` has the key {min(other)!r}, unknown to bitsandbytes")

@@ -126,12 +126,14 @@ def default_strategy_prompt(strategy_format: str) -> str:
 
 
 def check_strategy_prompt(template: str) -> None:
-    """Raises [`ConfigError`] when a strategy template has no place for the problem."""
+    """Raises [`ConfigError`] when a strategy template has no place for the problem, or several for strategies."""
     if template.count("{problem}") != 1:
         raise ConfigError(
             f"`strategy_prompt` must contain {{problem}} exactly once, got {template.count('{problem}')} times: "
             f"{template!r}. It may also contain {{strategies}}, where retrieved strategies go."
         )
+    if template.count("{strategies}") > 1:
+        raise ConfigError("`strategy_prompt` may contain {strategies} only once: leave out the others.")
 
 
 def quote_strategies(retrieved: Sequence[tuple[str, str]]) -> str:
