@@ -15,6 +15,7 @@ from .._version import __version__
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
 from .column_types import ColumnType, Kind, features_of, typed_array
+from .compressed import most_bytes
 from .row_files import csv_rows, json_rows
 
 
@@ -118,10 +119,11 @@ def read_files(files: RowFiles) -> str:
             with FileLock(rows.with_suffix(".lock")):  # the processes of a run read the same files
                 if rows.is_file():
                     return name
+                most = most_bytes(sum(stat.st_size for stat in stats))
                 if files.form == "parquet":
-                    _write(rows, *_tables(files))
+                    _write(files, most, rows, *_tables(files))
                 else:
-                    _convert(files, rows, written)
+                    _convert(files, most, rows, written)
         except RecursionError as error:
             raise _unreadable(files, files.paths[0], ValueError("a value is nested too deeply")) from error
         except OSError as error:
@@ -156,7 +158,7 @@ def _cached(name: str) -> tuple[Path, Path]:
     return cache() / f"{name}.arrow", cache() / f"{name}.written.arrow"
 
 
-def _convert(files: RowFiles, target: Path, written: Path) -> None:
+def _convert(files: RowFiles, most: int, target: Path, written: Path) -> None:
     """Reads JSON or CSV files twice: for the types of the columns, and for their values."""
     types: dict[str, ColumnType] = {}
     size = 0
@@ -172,7 +174,7 @@ def _convert(files: RowFiles, target: Path, written: Path) -> None:
         rows = iter(tqdm(_rows(files), desc=f"Rows of {files.name}", unit=" rows", total=size, delay=5))
         batches = iter(lambda: list(islice(rows, _BATCH)), [])
         arrays = ([typed_array([row.get(name) for row in batch], kinds[name]) for name in kinds] for batch in batches)
-        _write(path, features_of(kinds).arrow_schema, arrays)
+        _write(files, most, path, features_of(kinds).arrow_schema, arrays)
 
     respelled = [name for name, column in types.items() if column.is_respelled]
     if respelled:
@@ -240,13 +242,15 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     return kind
 
 
-def _write(target: Path, schema: "pa.Schema", batches: "Iterable[list[pa.Array]]") -> None:
+def _write(files: RowFiles, most: int, target: Path, schema: "pa.Schema", batches: "Iterable[list[pa.Array]]") -> None:
     import pyarrow as pa
 
     with unfinished_file(target) as unfinished:
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
             for arrays in batches:
                 stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                if sink.tell() > most:
+                    raise DataError(f"{files.name} is {most >> 20:,} MiB or more when it is read: name a smaller one.")
         durable_replace(unfinished, target)
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ..checks.paths import problem_file
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
 from .columns import as_answer, is_missing
+from .compressed import check_unpacked
 from .generated import GYM, LISTS, materialise
 from .own_files import check_own_files, columns_of_files
 from .rows import RowFiles, Rows, cache, cached_rows, is_cached, read_files
@@ -150,15 +152,19 @@ def _files_of(builder: "DatasetBuilder", path: str, base: str) -> RowFiles | Non
     settings, defaults = vars(builder.config), vars(type(builder.config)())
     if len(separator := settings.get("sep", RowFiles.separator)) != 1:  # a pattern, which may match for ever
         raise DataError(f"The card of {path} sets `sep` to {separator!r:.40}: set it to one character.")
+    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     others = {key for key, value in settings.items() if key not in _FIELDS and value != defaults[key]}
-    if builder.name not in ("json", "csv", "parquet") or others:
-        return None
-    splits = {str(split): list(files) for split, files in builder.config.data_files.items()}
-    if base not in splits:
+    own = builder.name in ("json", "csv", "parquet") and not others
+    if own and base not in splits:
         raise DataError(f"{path} has no split `{base}`: use one of {', '.join(splits)}.")
     download = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     manager = DownloadManager(builder.dataset_name, download_config=download)
-    paths = list(manager.iter_files(manager.download_and_extract(splits[base])))
+    packed = manager.download(splits[base] if own else list(chain.from_iterable(splits.values())))
+    for file in packed:
+        check_unpacked(file, cache())
+    if not own:
+        return None
+    paths = list(manager.iter_files(manager.extract(packed)))
     encoding = settings.get("encoding")
     return RowFiles(path, builder.name, paths, None if encoding == "utf-8" else encoding, separator)
 

@@ -170,8 +170,7 @@ def _check(written: Any) -> None:
         raise ValueError("`quantization_config` in `trained_on` is no JSON object")
     skipped = (quantization or {}).get("llm_int8_skip_modules") or []
     if not isinstance(skipped, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in skipped):
-        raise ValueError(
-            "`llm_int8_skip_modules` in `trained_on` must be names of modules"
-        )  # transformers matches them
+        # transformers takes them for patterns
+        raise ValueError("`llm_int8_skip_modules` in `trained_on` must be names of modules")
     if other := (quantization or {}).keys() - _QUANTIZATION:
         raise ValueError(f"`quantization_config` in `trained_on` has the key {min(other)!r}, unknown to bitsandbytes")
