@@ -21,9 +21,10 @@ from test_pipeline import PROBLEM
 
 from trl_sgpo.bank import Strategy, StrategyBank
 from trl_sgpo.bank.audit import audit_text
-from trl_sgpo.checks.command import run_command
+from trl_sgpo.checks.command import MAX_LINE, MAX_LINES, run_command
 from trl_sgpo.checks.terminal import printable
 from trl_sgpo.cli.main import main
+from trl_sgpo.errors import SettingsError
 
 
 # Erase the line above; fill the clipboard (OSC 52); BEL; C1's CSI; carriage return; marks of direction; zero-width and
@@ -295,3 +296,21 @@ def test_characters_that_no_terminal_shows(character):
 def test_marks_that_cover_other_lines():
     assert printable("e\u0301") == "e\u0301" and printable("\u2764\ufe0f") == "\u2764\ufe0f"
     assert printable("e" + "\u0301" * 5000).count("\u0301") == 4
+
+
+def test_a_long_text_in_an_error(tmp_path, capsys):
+    save_tiny_model(tmp_path)
+    (tmp_path / "sgpo.json").write_text(json.dumps({"strategy_prompt": "long " * 10_000}))
+    capsys.readouterr()
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", "1 + 2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < MAX_LINE + 100 and " … " in line and line.endswith("delete it to use the default prompts.")
+
+
+def test_an_error_of_many_lines(capsys):
+    def main(_):
+        raise SettingsError("The recipe", [f"`{number}` is unknown" for number in range(5_000)])
+
+    assert run_command("trl-sgpo train", main, []) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == MAX_LINES + 1 and lines[-1] == "  … and 4,801 more lines"

@@ -15,6 +15,8 @@ from .terminal import escaped_output
 
 TRACEBACK = "TRL_SGPO_TRACEBACK"
 """Environment variable that lets the traceback of an error be printed before its line."""
+MAX_LINE, MAX_LINES, _END = 2_000, 200, 500
+"""Characters of a line and lines of an error that are printed: it may quote what someone else wrote."""
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """Exit statuses by which shells know that a signal ended a command: 128 + SIGINT, 128 + SIGPIPE."""
 
@@ -41,7 +43,7 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str], ke
         try:
             for argument in argv:
                 if found := misplaced(argument):
-                    raise ConfigError(f"The argument {argument[:200]!r} holds {found}: write it in UTF-8.")
+                    raise ConfigError(f"The argument {argument!r} holds {found}: write it in UTF-8.")
             status = main(argv)
             sys.stdout.flush()
             return status
@@ -69,8 +71,17 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str], ke
 
 
 def _say(text: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # not once for each process
-        print(text, file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # not once for each process
+        return
+    lines = text.split("\n")
+    shown = [_cut(line) for line in lines[:MAX_LINES]]
+    more = [f"  … and {len(lines) - MAX_LINES:,} more lines"] if len(lines) > MAX_LINES else []
+    print(*shown, *more, sep="\n", file=sys.stderr)
+
+
+def _cut(line: str) -> str:
+    """A line of which the middle is left out where it is long: what to do stands at its end."""
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - _END]} … {line[-_END:]}"
 
 
 def _reader_is_gone() -> bool:
