@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 from ..checks.terminal import BLANK
+from ..method.disguises import joined, undisguised, visible
 from ..method.rewards import leak
 from . import policy
 from .strategy import Strategy
@@ -24,10 +25,8 @@ _BLOCK = 1024  # strategies that are compared with their class at a time
 
 _OF_OTHER_SCRIPTS = "\u200c\u200d\u200e\u200f\u061c"  # joiners and marks that Arabic, Indic scripts and emoji need
 _TWO_ALPHABETS = re.compile(r"[a-z][\u0400-\u04ff]|[\u0400-\u04ff][a-z]", re.IGNORECASE)
-_LOOKALIKES = str.maketrans("асеһіјкмоԛрѕтԝхувнԁɡαερονικυ", "acehijkmoqpstwxybhdgaepoviku")
 _LEET = str.maketrans("013457@$", "oieastas")
 _LEET_WORD = re.compile(r"(?<![\w@$])[\w@$]*[a-z][\w@$]*")
-_SPELLED_OUT = re.compile(r"(?<!\w)(?:[a-z][ .*_-])+[a-z](?!\w)")
 _ROLE_HEADER = re.compile(
     r"(?:^|[.!?;:>)\]\"'] ?)(?:#+ ?|\[ ?|< ?|\*+ ?)?(?:system|assistant|user|human|developer|ai) ?[\]>*]* ?:",
     re.MULTILINE,
@@ -212,15 +211,9 @@ class Finding:
 # Texts
 
 
-def _visible(text: str) -> str:
-    """The text in compatibility form (NFKC), without invisible characters."""
-    text = unicodedata.normalize("NFKC", text)
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn") and c not in BLANK)
-
-
 def _hidden_characters(text: str) -> list[str]:
     """Names of invisible characters, and adjacent letters of two alphabets that look alike."""
-    legitimate = "\t\n\r" if _visible(text).isascii() else "\t\n\r" + _OF_OTHER_SCRIPTS
+    legitimate = "\t\n\r" if visible(text).isascii() else "\t\n\r" + _OF_OTHER_SCRIPTS
     names = [
         unicodedata.name(character, f"U+{ord(character):04X}")
         for character in text
@@ -233,12 +226,7 @@ def _hidden_characters(text: str) -> list[str]:
 
 def _normalised(text: str) -> list[str]:
     """The text in lower case without disguises, and also with digits replaced by the letters they may stand for."""
-    text = _visible(text).casefold().replace("’", "'")
-    if not text.isascii():
-        text = unicodedata.normalize("NFKD", text.translate(_LOOKALIKES))
-        text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-    text = _SPELLED_OUT.sub(lambda match: re.sub(r"[ .*_-]", "", match[0]), text)
-    flat = " ".join(text.split())
+    flat = " ".join(joined(undisguised(text)).split())
     decoded = _LEET_WORD.sub(lambda match: match[0].translate(_LEET), flat)
     return [flat] if decoded == flat else [flat, decoded]
 
@@ -267,7 +255,7 @@ def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
         `list[Finding]`: Errors of the kinds `"injected_instruction"`, `"deception"` and `"leak"`.
     """
     details: dict[str, str] = {}
-    shown = _visible(text)
+    shown = visible(text)
     if hidden := _hidden_characters(text):
         details["injected_instruction"] = f"hides something: {', '.join(hidden)}"
     if (header := _ROLE_HEADER.search(shown.casefold())) is not None:

@@ -56,6 +56,12 @@ def _numeral(digits: str) -> re.Pattern[str]:
 
 
 _NUMERAL, _SPACED_NUMERAL = _numeral(_DIGITS), _numeral(_SPACED)
+_ANY_NUMERAL = re.compile(
+    rf"(?<![\w.])-?(?:\\frac\{{\d+\}}\{{\d+\}}|{_DIGITS}(?:\.\d+)?(?:e[+-]?\d+)?(?:/\d+)?)(?!\w|\.\d)"
+)
+_ANY_WORD = rf"(?:{'|'.join([*_WORDS, *_SCALES])})s?"
+_ANY_WORDS = re.compile(rf"\b{_ANY_WORD}(?:[ -](?:and )?{_ANY_WORD})*\b", re.IGNORECASE)
+_MOST_USUAL = 12
 _LABEL = re.compile(
     r"([A-Za-z](?:_\{?\w+\}?)?)?\s*=\s*|(?:≈|~|\\approx|about|approximately|exactly)\s*", re.IGNORECASE
 )
@@ -155,6 +161,21 @@ def read_number(text: str, spaced: bool = True) -> Number | None:
         return None
     negative = sign[2] is not None and sign[2].strip().lower() != "+"
     return Number(-value if negative else value, places, unit, None if label is None else label[1])
+
+
+def numbers_in(text: str) -> set[Fraction]:
+    """
+    The values of the numbers in a text, with and without a sign. Numbers in words count above twelve: smaller ones are
+    part of the language.
+
+    Args:
+        text (`str`):
+            A text as [`~trl_sgpo.data.plain_text.plain_text`] leaves it.
+    """
+    read = [read_number(match[0]) for match in _ANY_NUMERAL.finditer(text)]
+    values = {value for number in read if number is not None for value in (number.value, abs(number.value))}
+    spelled = [read_number(match[0]) for match in _ANY_WORDS.finditer(text)]
+    return values | {number.value for number in spelled if number is not None and number.value > _MOST_USUAL}
 
 
 def has_several_equations(text: str) -> bool:

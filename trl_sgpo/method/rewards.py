@@ -8,6 +8,9 @@ itself, says when it applies) and general (uses no numbers or quotations of its 
 import re
 from collections.abc import Sequence
 
+from ..data.numbers import numbers_in, read_number
+from ..data.plain_text import plain_text
+from .disguises import joined, undisguised, visible
 from .prompts import ParsedStrategy
 
 
@@ -18,8 +21,8 @@ _STEP_NUMBER = re.compile(
     r"^[ \t]*\(?(?:step\s*)?\d+[ \t]*[.):][ \t]*(?=[^\s\d])|\bsteps?\s+\d+\b", re.IGNORECASE | re.MULTILINE
 )
 _APPLIES = re.compile(r"\b(?:when|whenever|if|for|to|given|with|in)\b", re.IGNORECASE)
-_NUMBER_AND_UNIT = re.compile(r"([-+]?[\d,]*\d(?:\.\d*[1-9])?)(?:\.?0+)?(?: ?\([^()]*\))?")
-_LONGEST_NUMBER = 400
+_USUAL_STEPS = 10
+_BESIDE_SIGNS = re.compile(r"(?<=[^\w\s])\s+|(?<=\d)\s+(?=[^\w\s])")
 _FINAL_ANSWER = re.compile(
     r"(?:\\boxed\s*\{|####)\s*[-$\d]|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]", re.IGNORECASE
 )
@@ -100,9 +103,10 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
     """
     Whether a strategy contains the answer of its problem.
 
-    It does if it contains the answer as a word of its own, unless the problem contains it too, or if it has
-    the mark-up of a final answer followed by a number. Of an answer such as `9 (apples)` or `9.0`, the number counts,
-    too. Numbers of numbered steps are not read.
+    It does if it contains the answer as a word of its own, or its number, unless the problem contains it too, or if it
+    has the mark-up of a final answer followed by a number. Both are compared in the plain form in which answers are,
+    without disguises: `1,000` is `1000`, and `9 (apples)` is 9. Numbers of numbered steps are not read, nor are those
+    up to twelve in words.
 
     Args:
         strategy (`str`):
@@ -115,18 +119,42 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
     Returns:
         `float`: 1.0 or 0.0.
     """
-    if _FINAL_ANSWER.search(strategy) is not None:
+    if _FINAL_ANSWER.search(visible(strategy)) is not None:
         return 1.0
-    if answer is None or not (wanted := " ".join(answer.split()).casefold()):
+    if answer is None or not (wanted := _form(answer)):
         return 0.0
-    number = _NUMBER_AND_UNIT.fullmatch(wanted) if len(wanted) <= _LONGEST_NUMBER else None
-    body = " ".join(_STEP_NUMBER.sub(" ", strategy).split()).casefold()
-    problem = " ".join(problem.split()).casefold()
-    for form in {wanted, number[1] if number else wanted}:
-        whole = re.compile(rf"(?<![\w.]){re.escape(form)}(?![\w]|\.\d)")
-        if whole.search(body) is not None and whole.search(problem) is None:
+    body = _form(_without_steps(strategy))
+    number = read_number(wanted)
+    if number is not None and number.value in numbers_in(body) and number.value not in numbers_in(_form(problem)):
+        return 1.0
+    for change in (str, joined, _closed):
+        if _holds(change(body), change(wanted)) and not _holds(change(_form(problem)), change(wanted)):
             return 1.0
     return 0.0
+
+
+def _holds(text: str, part: str) -> bool:
+    return part in text and re.search(rf"(?<![\w.]){re.escape(part)}(?!\w|\.\d)", text) is not None
+
+
+def _closed(text: str) -> str:
+    """The text without spaces beside signs."""
+    return _BESIDE_SIGNS.sub("", text)
+
+
+def _form(text: str) -> str:
+    return " ".join(undisguised(plain_text(text)).split())
+
+
+def _without_steps(text: str) -> str:
+    """The text without numbers of steps. One that no step can have is a number like others."""
+    steps = max(len(_STEP_NUMBER.findall(text)), _USUAL_STEPS)
+
+    def left(match: re.Match[str]) -> str:
+        (number,) = re.findall(r"\d+", match[0])
+        return " " if len(number) < 5 and int(number) <= steps else match[0]
+
+    return _STEP_NUMBER.sub(left, text)
 
 
 def distinct(strategies: Sequence[str]) -> float:
