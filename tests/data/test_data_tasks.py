@@ -61,6 +61,19 @@ def test_gym_is_deterministic():
     assert materialise(GYM, "train") == materialise(GYM, "train") != materialise(GYM, "test")
 
 
+@pytest.mark.parametrize("family", ["knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"])
+def test_gym_families_that_depend_on_the_hash_seed_give_the_same_problems_again(family):
+    for row in load_problems(f"reasoning_gym/{family}?size=8").to_list():
+        again = generated_again(read_reference(row["entry"]))
+        assert (again["question"], again["answer"]) == (row["prompt"][0]["content"], row["solution"])
+
+
+def test_a_gym_family_whose_problems_take_too_long(monkeypatch):
+    monkeypatch.setattr("trl_sgpo.checks.process.CHECKS.ask", lambda *_: None)
+    with pytest.raises(DataError, match="use easier settings"):
+        load_problems("reasoning_gym/gcd?size=8&seed=987654")
+
+
 def test_gym_family_with_few_questions(caplog):
     dataset = load_problems("reasoning_gym/products?size=500&max_digits=1")
     assert 60 < len(dataset) < 100

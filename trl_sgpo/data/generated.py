@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from filelock import FileLock
+
+from ..checks.process import CHECKS
 from ..compare.lab import list_functions
 from ..errors import DataError
 from ..inference.weights import LAB_VERSION
@@ -19,7 +22,8 @@ from .families import GYM, Reference, setting
 
 logger = logging.getLogger(__name__)
 
-ENTRY_VERSION = 2  # of the column `entry`
+ENTRY_VERSION = 3  # of the column `entry` and the problems
+_MOST_FAILED = 10
 LISTS = f"{list_functions.FAMILY}/"
 
 
@@ -56,9 +60,13 @@ def materialise(path: str, split: str) -> str:
     made_by = str(LAB_VERSION) if path.startswith(LISTS) else f"{_gym_version()} {ENTRY_VERSION}"
     key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
-    if not file.is_file():
+    if file.is_file():
+        return str(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # the processes of a run have the same problems
+        if file.is_file():
+            return str(file)
         rows = _generate_lists(path, split) if path.startswith(LISTS) else _generate(path, split)
-        file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
             datasets.Dataset.from_list(rows).to_parquet(Path(temporary) / file.name)
             os.replace(Path(temporary) / file.name, file)
@@ -111,14 +119,24 @@ def _generate_family(family: str, split: str, size: int, seed: int, settings: di
     limit = 10 * max(size, 64)  # for families with fewer distinct questions
     settings = {"size": limit, "seed": seed, **settings}
     try:
-        source = gym().create_dataset(family, **settings)
+        gym().create_dataset(family, **settings)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"The reasoning-gym family '{family}' refuses its settings {settings}: {error}.") from error
     rows: dict[str, dict[str, Any]] = {}
+    failed = 0
     for index in range(limit):
         if len(rows) == count:
             break
-        entry = source[index]
+        # In the process that generates them again for a check: problems of some families depend on its hash seed
+        entry = CHECKS.ask("entry", family, json.dumps(settings), index)
+        if entry is None:
+            failed += 1
+            if failed > _MOST_FAILED:
+                raise DataError(
+                    f"Problems of the reasoning-gym family '{family}' take more than 5 seconds or 3 GiB each: use "
+                    "easier settings, or another family."
+                )
+            continue
         question, answer = entry["question"], entry["answer"]
         in_test = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 5 == 0
         if answer is None or question in rows or in_test != (split == "test"):
