@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from report_runs import HOSTILE, strategies, write_run
 
 from trl_sgpo.bank import Strategy, StrategyBank
+from trl_sgpo.cli.eval import read_options
 from trl_sgpo.cli.main import main
 from trl_sgpo.report.charts import averaged, bank_map, line_chart, project, ticks
 from trl_sgpo.report.page import render
@@ -265,11 +268,42 @@ class TestMissing:
         assert "What?" in text and "That." in text and "no strategy" in text
 
 
+class TestNextCommand:
+    """The command that measures transfer can be copied: it names the run and the problems that it has not seen."""
+
+    def command(self, tmp_path: Path, **settings: Any) -> list[str]:
+        run = write_run(tmp_path / "a run", evaluation=False, dataset_test_split="test", **settings)
+        (command,) = re.findall(r"`(trl-sgpo eval .*?)`", read_run(run).missing["transfer"])
+        words = shlex.split(command)
+        options = read_options(words[2:])
+        assert options.model == str(run) and options.output_dir == str(run / "eval") and options.transfer == []
+        return options.suites
+
+    def test_of_a_dataset_and_of_a_mixture(self, tmp_path):
+        path, other = "reasoning_gym/lcm?size=9&max_numbers=2", "reasoning_gym/gcd"
+        assert self.command(tmp_path / "one", dataset_name=path, datasets=[]) == [f"id_1={path}@test"]
+        found = self.command(tmp_path / "two", datasets=[{"path": path, "name": None}, {"path": other}])
+        assert found == [f"id_1={path}@test", f"id_2={other}@test"]
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"dataset_name": "openai/gsm8k", "dataset_config": "main"},
+            {"dataset_name": "rows.jsonl", "prompt_template": "{Body}"},
+            {"datasets": [{"path": "a/b"}], "test_split_size": 0.1},
+            *({"datasets": damaged} for damaged in (5, ["a"], [{}], {"a": 1})),
+        ],
+    )
+    def test_problems_that_need_more_are_to_be_named(self, tmp_path, settings):
+        assert self.command(tmp_path, **settings) == ["NAME=PATH"]
+
+
 class TestCommand:
     def test_messages(self, tmp_path, finished, capsys):
         for arguments, words in (
             ([tmp_path], "holds no run"),
-            ([tmp_path / "nowhere"], "output_dir"),
+            ([tmp_path / "nowhere"], "nowhere holds no run (there is no such folder): name the `output_dir`"),
             ([finished, tmp_path], "holds no run"),
             ([finished, "--eval", tmp_path], "trl-sgpo eval"),
             ([finished, "--problems", "-1"], "--problems"),

