@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shlex
 import shutil
 import subprocess
@@ -190,9 +191,22 @@ class TestMessages:
     def test_unreadable_recipes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         broken = tmp_path / "broken.yaml"
         broken.write_text("a: [1")
-        for path, word in ((tmp_path / "none.yaml", "cannot be read"), (broken, "no valid YAML")):
+        nowhere = "There is no file .*none.yaml: check the path, relative to .*`trl-sgpo init` writes a recipe."
+        for path, words in ((tmp_path / "none.yaml", nowhere), (broken, "no valid YAML")):
             assert main(["train", "--config", str(path)]) == 2
-            assert word in capsys.readouterr().err
+            assert re.search(words, capsys.readouterr().err)
+
+    def test_recipes_are_read_before_anything_large_is_imported(self, tmp_path: Path) -> None:
+        (tmp_path / "broken.yaml").write_text("a: 1\na: 2")
+        code = (
+            f"import sys\nfrom trl_sgpo.cli.main import main\nbroken = {str(tmp_path / 'broken.yaml')!r}\n"
+            "for command in ('train', 'warmstart', 'compare', 'estimate', 'bootstrap', 'eval'):\n"
+            "    for path in ('nowhere.yaml', broken, '.'):\n"
+            "        assert main([command, f'--config={path}']) == main([command, '--config', path]) == 2\n"
+            "heavy = {'torch', 'trl', 'transformers', 'chromadb', 'datasets'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_unknown_command_and_help(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["trian"]) == 2

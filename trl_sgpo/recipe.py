@@ -24,7 +24,7 @@ from .data.mixture import ProblemMixtureConfig
 from .errors import ConfigError, SettingsError, refuse
 from .run.directory import is_complete, last_checkpoint
 from .sgpo_config import SGPOConfig
-from .yaml_files import read_mapping, read_texts
+from .yaml_files import read_mapping, read_texts, split_config
 
 
 @dataclass
@@ -178,7 +178,7 @@ def read_recipe(
     Raises:
         [`ConfigError`]: A file that cannot be read, unknown keys or invalid values. The message names all of them.
     """
-    path, overrides = _split_config(argv)
+    path, overrides = split_config(argv)
     parser = _Parser(_PARTS, prog=prog, allow_abbrev=False)
     hints = {key: hint for part in _PARTS for key, hint in get_type_hints(part).items()}
     content, refused = ({}, []) if path is None else _read_file(path, parser, hints)
@@ -231,21 +231,6 @@ def read_recipe(
 def _key(option: str) -> str:
     """The key that an option such as `--learning-rate=1e-4` names."""
     return option.lstrip("-").partition("=")[0].replace("-", "_")
-
-
-def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe's path, and the command line without it."""
-    parts = [
-        part
-        for argument in argv
-        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
-    ]
-    if "--config" not in parts:
-        return None, parts
-    position = parts.index("--config")
-    if position + 1 == len(parts):
-        raise ConfigError("`--config` needs the path of a recipe: `trl-sgpo init` writes one.")
-    return parts[position + 1], parts[:position] + parts[position + 2 :]
 
 
 def _read_file(path: str, parser: TrlParser, hints: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -1,5 +1,6 @@
 """Reading YAML files that people write."""
 
+import os
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -72,6 +73,21 @@ def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     return size
 
 
+def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file that `--config` names, and the command line without it."""
+    parts = [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
+    if "--config" not in parts:
+        return None, parts
+    position = parts.index("--config")
+    if position + 1 == len(parts):
+        raise ConfigError("`--config` needs the path of a recipe: `trl-sgpo init` writes one.")
+    return parts[position + 1], parts[:position] + parts[position + 2 :]
+
+
 def read_mapping(path: str) -> dict[str, Any]:
     """
     Reads a YAML file of keys and values.
@@ -94,6 +110,10 @@ def _load(path: str, loader: Any) -> dict[str, Any]:
         if len(data) > MAX_BYTES:
             raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB")
         content = yaml.load(data.decode(), loader)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"There is no file {path}: check the path, relative to {os.getcwd()}. `trl-sgpo init` writes a recipe."
+        ) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except RecursionError as error:

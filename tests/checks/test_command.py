@@ -114,7 +114,9 @@ def test_a_directory_that_cannot_be_written_is_one_line(capsys, tmp_path):
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_benchmarks_check_their_output_before_they_measure(subject, capsys, tmp_path):
     (tmp_path / "file").touch()
-    arguments = ["bench", subject, "--config", "none.yaml", "--output", str(tmp_path / "file" / "figures.json")]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{}")
+    arguments = ["bench", subject, "--config", str(recipe), "--output", str(tmp_path / "file" / "figures.json")]
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("trl-sgpo bench: error: `--output` is ") and message.count("\n") == 1

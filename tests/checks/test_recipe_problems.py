@@ -209,8 +209,8 @@ class TestOneLine:
         [
             ("eval", ["--model", "m", "--suites", "gsm8k", "--output_dir", "file"]),
             ("export", ["--model", "m", "--merge", "--output_dir", "file/x"]),
-            ("estimate", ["--config", "none.yaml", "--output", "file/x.json"]),
-            ("bootstrap", ["--config", "none.yaml", "--output_dir", "file"]),
+            ("estimate", ["--config", "recipe.yaml", "--output", "file/x.json"]),
+            ("bootstrap", ["--config", "recipe.yaml", "--output_dir", "file"]),
             ("init", ["--output", "file/x.yaml"]),
             ("report", [".", "--output", "file/x.html"]),
         ],
@@ -224,6 +224,7 @@ class TestOneLine:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         (tmp_path / "file").write_text("")
+        (tmp_path / "recipe.yaml").write_text("{}")
         monkeypatch.chdir(tmp_path)
         if command == "report":
             (tmp_path / "settings.json").write_text("{}")

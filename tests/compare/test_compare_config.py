@@ -84,7 +84,7 @@ def test_an_unknown_arm_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_no_mapping(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="There is no file"):
         read_comparison(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="mapping"):

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from .._version import __version__
 from ..checks.command import run_command
+from ..yaml_files import read_mapping, split_config
 
 
 COMMANDS = {
@@ -79,9 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name, rest = argv[0], argv[1:]
-    return run_command(
-        f"trl-sgpo {name}", lambda rest: import_module(f"trl_sgpo.cli.{name}").main(rest), rest, KEPT[name]
-    )
+
+    def run(rest: list[str]) -> int:
+        if (path := split_config(rest)[0]) is not None:
+            read_mapping(path)  # what cannot be read is told before imports that take seconds
+        return import_module(f"trl_sgpo.cli.{name}").main(rest)
+
+    return run_command(f"trl-sgpo {name}", run, rest, KEPT[name])
 
 
 if __name__ == "__main__":
