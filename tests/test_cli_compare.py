@@ -125,6 +125,11 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
     assert status == 2 and "(coherence_weight)" in err  # a result of other settings is not taken for it
 
 
+def test_a_table_of_nothing_says_what_to_run(tmp_path: Path, compare: Any) -> None:
+    status, _, err = compare("--config", _write(tmp_path, {"base": {}}), "--table_only")
+    assert status == 2 and f"finished in {tmp_path / 'runs'}: run the same command without `--table_only`" in err
+
+
 def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path, compare: Any) -> None:
     config = _write(tmp_path, {"base": {}, "rlhf": {"label_share": 0.001}}, budget=300)
     status, out, _ = compare("--config", config)

@@ -152,7 +152,10 @@ def test_asks_again_until_it_can_write(
         (["--model", "MODEL", "--data", "gcd", "--vram", "2"], "too little"),
         (["--model", "MODEL", "--data", "gcd", "--output", "recipe.txt"], ".yaml"),
         (["--model", "MODEL", "--data", "gcd", "--reward_file", "../reward.py"], "my_rewards.py"),
-        (["--model", "MODEL", "--data", "open.jsonl", "--vram", "0"], "`--reward_file`"),
+        (
+            ["--model", "MODEL", "--data", "open.jsonl", "--vram", "0"],
+            "no answers: name their column by `--answer_column`, or",
+        ),
         (["--model", "folder", "--data", "gcd"], "folder has no config.json"),
         (["--model", "MODEL", "--data", ""], "`--data` is empty"),
         (["--model", "MODEL", "--data", "folder"], "folder is a directory"),

@@ -39,6 +39,17 @@ FILES = {
     "list.json": (b"[]", "has no rows"),
     "header.csv": (b"question,answer\n", "has no rows"),
     "bad.jsonl": (b'{"question": "1 + 1?"}\n{bad\n', "cannot be read: JSON parse error"),
+    "unfinished.jsonl": (
+        b'{"question": "1 + 1?"\n',
+        r"cannot be read: JSON parse error in line 1, column 22: Expecting ','",
+    ),
+    "unfinished_first.jsonl": (
+        b'{"q": 1, "a": 2\n{"q": 3}\n',
+        "cannot be read: JSON parse error in line 1, column 16",
+    ),
+    "unfinished_later.jsonl": (b'{"q": 1}\n{"q": 3,\n', "cannot be read: JSON parse error in line 2, column 9"),
+    "unfinished_key.jsonl": (b'{"q":\n\n', "cannot be read: JSON parse error in line 1, column 6: Expecting value"),
+    "unfinished.json": (b'[\n{"q": 1\n}\n, {\n"q":\n]\n', "cannot be read: JSON parse error in line 6, column 1"),
     "scalar.jsonl": (b'"a"\n', "cannot be read: JSON parse error"),
     "number.json": (b"5", "cannot be read: JSON parse error"),
     "latin.jsonl": ('{"question": "Was f\u00e4llt?"}\n'.encode("latin-1"), "cannot be read: .*utf-8.*byte 0xe4"),

@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
         for arm in comparison.arms
     }
     if not any(results.values()):
-        raise ConfigError(f"No run of {options.config} is finished{': see the logs above' if failed else ''}.")
+        fix = "see the logs above" if failed else "run the same command without `--table_only` first"
+        raise ConfigError(f"No run of {options.config} is finished in {comparison.output_dir}: {fix}.")
     summed = summary(comparison, results)
     stems = [Path(comparison.output_dir, "comparison")] + ([Path(comparison.results)] if comparison.results else [])
     for stem in stems:

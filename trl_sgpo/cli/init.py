@@ -127,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
 # Asking and checking
 
 
-_NO_SOLUTIONS = "The problems have no solutions to check answers with, so you write a reward function. Its file"
+_NO_SOLUTIONS = (
+    "The problems have no answers: name their column by `--answer_column`, or write a reward function. Its file"
+)
 
 
 def _asking() -> bool:

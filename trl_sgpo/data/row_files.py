@@ -246,7 +246,11 @@ def _value_at(text: str, place: int, number: int) -> tuple[Any, int]:
     try:
         value, end = _DECODER.raw_decode(text, place)
     except json.JSONDecodeError as error:
-        where = f"line {number - 1 + error.lineno}, column {error.colno}"
+        at = error.pos
+        if "delimiter" in error.msg or not text[at:].strip():
+            at = len(text[:at].rstrip())  # the end of what precedes, which may be lines before
+        column = at - text.rfind("\n", 0, at)
+        where = f"line {number - 1 + _line_of(text, at)}, column {column}"
         raise ValueError(f"JSON parse error in {where}: {error.msg}") from error
     except (RecursionError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
