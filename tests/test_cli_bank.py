@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -118,7 +119,16 @@ class TestList:
         status, out, _ = run("list", path)
         assert status == 0 and "3 of 4 strategies" in out
         row = next(line for line in out.splitlines() if ROOT.id[:8] in line)
-        assert all(word in row for word in ("algebra", "trusted", "18/20", "+0.45 ≥ +0.", "30", ROOT.text))
+        assert all(word in row for word in ("algebra", "trusted", "18/20", "+0.45 [+0.", "30", ROOT.text))
+
+    def test_a_lift_is_written_in_one_way_that_the_help_explains(self, run, path, capsys):
+        (lift,) = re.findall(r"lift (\S+ \[.*\])", run("show", path, ROOT.id)[1])
+        assert lift in run("list", path)[1]
+        for command in ("list", "show", "search", "stats"):
+            with pytest.raises(SystemExit):
+                main(["bank", command, "--help"])
+            out = capsys.readouterr().out
+            assert "lift such as +0.11 [-0.06, +0.24] is" in out and "95% confidence" in out
 
     def test_refusals(self, run, path):
         status, _, error = run("list", path, "--limit", "0")

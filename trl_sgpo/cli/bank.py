@@ -41,6 +41,13 @@ def main(argv: list[str]) -> int:
 # Arguments
 
 
+_LIFT = (
+    "A lift such as +0.11 [-0.06, +0.24] is the success rate of a strategy minus that of other strategies on the same "
+    "problems, with its lower and upper bound, each with 95% confidence. A lower bound below 0 leaves open that the "
+    "strategy helps less than others."
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="trl-sgpo bank",
@@ -51,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        epilog = _LIFT if name in ("list", "show", "search", "stats") else None
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
         added.set_defaults(run=run)
         added.add_argument("bank", metavar="BANK", help="directory of a bank, a checkpoint or an output folder")
         added.add_argument("--json", action="store_true", help="print one JSON document and nothing else")

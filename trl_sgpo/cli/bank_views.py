@@ -53,10 +53,6 @@ def _lift(strategy: Strategy) -> str:
     return _with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
 
 
-def _lift_at_least(strategy: Strategy) -> str:
-    return f"{strategy.lift:+.2f} ≥ {policy.lift_bounds(strategy)[0]:+.2f}" if strategy.problems else "unknown"
-
-
 def _record(strategy: Strategy) -> dict[str, Any]:
     low, high = policy.lift_bounds(strategy)
     return {
@@ -128,7 +124,7 @@ def list_strategies(options: argparse.Namespace) -> int:
         return 0
     short = _short_ids(everything)
     print_table(
-        ["id", "class", "trust", "won", "problems", "lift ≥ bound", "shown", "text"],
+        ["id", "class", "trust", "won", "problems", "lift [bounds]", "shown", "text"],
         [
             [
                 short[strategy.id],
@@ -136,7 +132,7 @@ def list_strategies(options: argparse.Namespace) -> int:
                 strategy.trust,
                 rate(strategy),
                 str(strategy.problems),
-                _lift_at_least(strategy),
+                _lift(strategy),
                 str(strategy.shown),
                 strategy.text,
             ]
@@ -235,12 +231,12 @@ def search(options: argparse.Namespace) -> int:
             f"{hit.score:.2f}",
             f"{hit.similarity:.2f}",
             rate(hit.strategy),
-            _lift_at_least(hit.strategy),
+            _lift(hit.strategy),
             hit.strategy.text,
         ]
         for hit in found
     ]
-    print_table(["id", "class", "trust", "score", "similarity", "won", "lift ≥ bound", "text"], rows)
+    print_table(["id", "class", "trust", "score", "similarity", "won", "lift [bounds]", "text"], rows)
     if not found:
         print("Nothing found. Try another --class, or strategies that are not trusted yet: --trust candidate")
     return 0
