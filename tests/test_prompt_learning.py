@@ -73,7 +73,7 @@ def test_prompts_are_trained_and_nothing_else(make, caplog):
     slower = [record.message for record in caplog.records if record.message.endswith("This is slower.")]
     assert slower == [
         "Rows of a prompt are trained and generated apart: prompt learning puts virtual tokens before a prompt. "
-        "This is slower."
+        "Results are the same. This is slower."
     ]
     assert not (trainer.shares_prompts or trainer.shares_prefixes or trainer.merges_adapters)
     before = weights(trainer)

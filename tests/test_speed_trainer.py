@@ -151,7 +151,7 @@ FAULTS = {
     wrong_cache: ({"shares_prefixes", "drops_finished_rows"}, "Prompts are read for each row in generation"),
     wrong_dropping: ({"drops_finished_rows"}, "Finished rows stay in the batch"),
     wrong_trimming: ({"trims_padding"}, "Micro-batches keep all padding"),
-    wrong_merging: ({"merges_adapters"}, "Adapters stay apart in generation"),
+    wrong_merging: ({"merges_adapters"}, "Adapters are not merged into the base weights for generation"),
 }
 
 

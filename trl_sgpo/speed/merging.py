@@ -18,10 +18,17 @@ logger = transformers.utils.logging.get_logger(__name__)
 EXACT_SHARE = 0.1
 """Part of an adapter's effect on log-probabilities that merging may change in types coarser than float32."""
 
+NOT_MERGED = "Adapters are not merged into the base weights for generation"
+
 ALORA = "aLoRA adapters act from their invocation tokens on"
 
 Score = Callable[[], torch.Tensor]
 """Returns log-probabilities of some fixed tokens."""
+
+
+def slower(consequence: str, reason: str) -> str:
+    """The line of the log for a fast path that is not used."""
+    return f"{consequence}: {reason}. Results are the same. This is slower."
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -136,10 +143,8 @@ def adapter_effect(model: PeftModel, with_adapters: torch.Tensor, score: Score) 
 
 def inexact(difference: float, effect: float) -> str:
     """Says by how much merging changes a model, see [`merge_is_exact`]."""
-    return (
-        f"merging changes log-probabilities by {difference:.2g} on average, and all that the adapters change is "
-        f"{effect:.2g}"
-    )
+    share = min(1.0, difference / effect) if effect > 0 else 1.0
+    return f"merging them would distort {share:.0%} of what they have learned"
 
 
 def merge_is_exact(difference: float, effect: float, exact: bool) -> bool:
@@ -188,5 +193,5 @@ def merged_where_exact(load: Callable[[], PeftModel]) -> PreTrainedModel | PeftM
             return merged
         del model, merged
         reason, model = inexact(difference, effect), load()
-    logger.warning(f"The adapters are not merged: {reason}. This is slower.")
+    logger.warning(slower(NOT_MERGED, reason))
     return model

@@ -17,7 +17,17 @@ from trl.models.utils import disable_gradient_checkpointing
 from .equivalence import PathChecks, PathDiffers, Score
 from .generation_settings import COUNTED, active, needs_whole_prompts
 from .learned_prompts import is_prompt_learning
-from .merging import ALORA, AdapterMerge, adapted_layers, adapter_effect, base_of, is_alora, random_adapters
+from .merging import (
+    ALORA,
+    NOT_MERGED,
+    AdapterMerge,
+    adapted_layers,
+    adapter_effect,
+    base_of,
+    is_alora,
+    random_adapters,
+    slower,
+)
 
 
 logger = transformers.utils.logging.get_logger(__name__)
@@ -30,7 +40,7 @@ _CONSEQUENCES = {
     PREFIXES: "Prompts are read for each row in generation",
     DROPPED: "Finished rows stay in the batch",
     TRIMMED: "Micro-batches keep all padding",
-    MERGED: "Adapters stay apart in generation",
+    MERGED: NOT_MERGED,
 }
 _ZERO3 = "with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs"
 _ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
@@ -45,7 +55,7 @@ def log_slower(refusals: dict[str, str]) -> None:
             line: other for line, other in lines.items() if other != reason
         }
     for line, reason in lines.items():
-        logger.warning(f"{line}: {reason}. This is slower.")
+        logger.warning(slower(line, reason))
 
 
 def quoted(names: Sequence[str]) -> str:
