@@ -23,6 +23,7 @@ from test_cli_bootstrap import GOOD, ChatServer
 from test_pipeline import PROBLEM, SETTINGS, fill_bank, save_model
 
 from trl_sgpo import SGPOPipeline, StrategyBank
+from trl_sgpo.bank import Strategy
 from trl_sgpo.cli.main import main
 from trl_sgpo.inference.server import TOKEN_VARIABLE
 
@@ -72,12 +73,27 @@ class TestOneProblem:
         assert solve("--model", run, PROBLEM) == 0
         told = capsys.readouterr()
         for entry in found["retrieved"]:
-            assert f"{entry['id']}  {entry['problem_class']}, trusted, right 0/0\n  {entry['text']}" in told.out
+            known = (
+                f"{entry['problem_class']}, trusted, right 0/0, similarity to the problem {entry['similarity']:.2f}"
+            )
+            assert f"{entry['id']}  {known}\n  {entry['text']}" in told.out
         headings = ["From the bank", "Strategy", "Execution", "Answer"]
         assert [line for line in told.out.splitlines() if line in headings] == headings
-        assert "4 strategies, 3 of them trusted" in told.err
+        assert "4 strategies for differences, sums, 3 of them trusted, which may be shown." in told.err
         assert ("cut off at 12 tokens" in told.err) == (found["flaw"] == "truncated")
         assert "\033" not in told.out
+
+    def test_a_bank_without_a_trusted_strategy_says_that_none_is_shown(
+        self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(run, tmp_path / "run")
+        with StrategyBank.restore(tmp_path / "run" / "strategy_bank") as bank:
+            bank.retire(each.id for each in bank.strategies() if each.trust == "trusted")
+            bank.add([Strategy("Add.", f"class {index}\n", ()) for index in range(9)])
+        assert solve("--model", str(tmp_path / "run"), PROBLEM) == 0
+        told = capsys.readouterr()
+        assert "From the bank" not in told.out and "0 of them trusted, so none is shown: the model writes" in told.err
+        assert re.search(r"strategies for class 0\\n, .* and \d other classes, 0 of", told.err)
 
     def test_bank_and_strategy_options(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
         alone = solved(capsys, "--model", run, PROBLEM, "--no-bank")

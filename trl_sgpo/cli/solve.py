@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,10 @@ from .solve_pipeline import open_pipeline
 
 
 if TYPE_CHECKING:
-    from ..bank.strategy import Strategy
     from ..inference.model import Decoding
     from ..inference.pipeline import SGPOPipeline
     from ..inference.solution import Solution
+    from ..method.problem import Problem
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -218,7 +218,7 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
     """Solves a problem and prints retrieved strategies and generated text as it is generated."""
     prepared = pipeline.prepare([problem], [options.problem_class], retrieve=options.strategy is None)
     if prepared[0].retrieved:
-        _print_shown(prepared[0].retrieved)
+        _print_shown(prepared[0])
     watch = _printer() if options.n == 1 else None
     (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options), watch)
     if watch is None:
@@ -229,14 +229,14 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
     _print_answer(solution, pipeline)
 
 
-def _print_shown(retrieved: "Sequence[Strategy]") -> None:
+def _print_shown(problem: "Problem") -> None:
     from .text import rate
 
     _heading("From the bank")
     lines = [
-        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {rate(strategy)}\n"
-        f"  {' '.join(strategy.text.split())}"
-        for strategy in retrieved
+        f"{strategy.id}  {strategy.problem_class}, {strategy.trust}, right {rate(strategy)}, similarity to the "
+        f"problem {similarity:.2f}\n  {' '.join(strategy.text.split())}"
+        for strategy, similarity in zip(problem.retrieved, problem.similarities, strict=True)
     ]
     _write("\n".join(lines))
 

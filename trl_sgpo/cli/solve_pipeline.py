@@ -3,16 +3,20 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.terminal import printable
 from ..errors import BankError, BankInUseError, ConfigError
 
 
 if TYPE_CHECKING:
+    from ..bank.strategy import Strategy
     from ..inference.pipeline import SGPOPipeline
 
+_CLASSES = 6  # named in the line about the bank
 LIMITS = ("max_strategy_length", "max_completion_length", "num_retrieved")
 
 
@@ -98,6 +102,13 @@ def _quantization(options: argparse.Namespace) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+def _for_classes(strategies: "Sequence[Strategy]") -> str:
+    """What the strategies were written for: a problem unlike these is one that the bank knows nothing about."""
+    classes = sorted({strategy.problem_class for strategy in strategies})
+    more = f" and {len(classes) - _CLASSES} other classes" if len(classes) > _CLASSES else ""
+    return f" for {printable(', '.join(classes[:_CLASSES]), kept='')}{more}" if classes else ""
+
+
 def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
     if pipeline.pulled is not None:
         print(f"Pulled {pipeline.pulled}.", file=sys.stderr)
@@ -111,7 +122,8 @@ def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
     else:
         strategies = pipeline.bank.strategies()
         trusted = sum(strategy.trust == "trusted" for strategy in strategies)
-        text = f"Bank: {len(strategies)} strategies, {trusted} of them trusted, which may be shown."
+        text = f"Bank: {len(strategies)} strategies{_for_classes(strategies)}, {trusted} of them trusted, "
+        text += "which may be shown." if trusted else "so none is shown: the model writes its strategy alone."
         from_hub = pipeline.pulled is not None and options.bank is None
         if options.trust_bank or (from_hub and (options.run is None or options.server is not None)):
             where = options.bank or pipeline.pulled

@@ -48,6 +48,10 @@ def with_retrieved(
         explore=explore,
     )
     return [
-        replace(problem, retrieved=tuple(found.strategy for found in row))
+        replace(
+            problem,
+            retrieved=tuple(found.strategy for found in row),
+            similarities=tuple(round(found.similarity, 3) for found in row),
+        )
         for problem, row in zip(problems, retrieved, strict=True)
     ]

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from ..bank import Strategy
@@ -80,8 +81,14 @@ class Solution:
             "problem_class": self.problem.problem_class,
             **self.attempts[self.chosen].to_dict(),
             "retrieved": [
-                {"id": each.id, "problem_class": each.problem_class, "trust": each.trust, "text": each.text}
-                for each in self.retrieved
+                {
+                    "id": each.id,
+                    "problem_class": each.problem_class,
+                    "trust": each.trust,
+                    "similarity": similarity,
+                    "text": each.text,
+                }
+                for each, similarity in zip_longest(self.retrieved, self.problem.similarities)
             ],
         }
         if len(self.attempts) == 1:

@@ -21,12 +21,15 @@ class Problem:
             Its short answer, if the dataset has one.
         retrieved (`tuple[Strategy, ...]`):
             Strategies shown with it.
+        similarities (`tuple[float, ...]`):
+            Cosine similarity of each of them to the problem.
     """
 
     prompt: Prompt
     problem_class: str = ""
     answer: str | None = None
     retrieved: tuple[Strategy, ...] = ()
+    similarities: tuple[float, ...] = ()
 
     @property
     def text(self) -> str:
