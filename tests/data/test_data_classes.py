@@ -132,3 +132,21 @@ def test_too_few_problems_are_refused_naming_num_clusters(monkeypatch):
     ) as refused:
         with_classes(rows, args)
     assert "num_clusters" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("rows", "repeats"), [(12, True), (16, False)])
+def test_a_step_that_takes_more_problems_than_there_are_is_named(tmp_path, caplog, rows, repeats):
+    args = SGPOConfig(
+        str(tmp_path), transfer_block_size=2, num_generations=2, per_device_train_batch_size=32, bf16=False
+    )
+    data = Dataset.from_dict({"prompt": [f"What is {row}?" for row in range(rows)], "problem_class": ["a"] * rows})
+    dataset = with_classes(data, args)
+    with_classes(dataset, args)  # by the trainer again
+    assert (
+        caplog.messages
+        == [
+            "A step takes 16 problems, and there are 12: it repeats some of them. Lower "
+            "`per_device_train_batch_size` or `gradient_accumulation_steps`, or add problems."
+        ]
+        * repeats
+    )

@@ -196,4 +196,10 @@ def with_classes(dataset: "Dataset", args: "SGPOConfig", bank: "StrategyBank | N
         return bank.embed(texts) if bank is not None else load_embedder(args.embedding_model)(texts)
 
     classes = block_classes(dataset, args, args.transfer_block_size, embed)
+    wanted = args.generation_batch_size // args.num_generations
+    if wanted > len(dataset):
+        logger.warning(
+            f"A step takes {wanted} problems, and there are {len(dataset)}: it repeats some of them. Lower "
+            "`per_device_train_batch_size` or `gradient_accumulation_steps`, or add problems."
+        )
     return dataset.add_column(CLASS_COLUMN, classes)
