@@ -215,6 +215,21 @@ class TestMessages:
         shown = capsys.readouterr().out
         assert all(name in shown for name in COMMANDS)
 
+    def test_help_lists_the_keys_of_this_package_and_help_all_those_of_trl(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shown = {}
+        for option in ("--help", "--help_all"):
+            with pytest.raises(SystemExit) as end:
+                main(["train", option])
+            assert end.value.code == 0
+            shown[option] = capsys.readouterr().out
+        for key in ("model_name_or_path", "dataset_name", "datasets", "num_bank_rollouts", "warmstart_traces"):
+            assert f"--{key} " in shown["--help"] and f"--{key} " in shown["--help_all"], key
+        for key in ("adam_beta1", "lora_r", "vllm_mode"):
+            assert f"--{key}" not in shown["--help"] and f"--{key} " in shown["--help_all"], key
+        assert shown["--help"].count("\n") < 250 and "--help_all" in shown["--help"]
+
     def test_recipe_environment_and_imports_are_announced(
         self, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

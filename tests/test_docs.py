@@ -436,7 +436,7 @@ def check_options(words: list[str], text: str) -> None:
     """A command has the options that a text names."""
     shown = StringIO()
     with redirect_stdout(shown), suppress(SystemExit):
-        assert main([*words, "--help"]) == 0
+        assert main([*words, "--help_all" if words[0] in ("train", "warmstart") else "--help"]) == 0
     for option in set(re.findall(r"--\w+", text)) - {"--key", "--config"}:  # TRL's parser does not show `--config`
         assert option in shown.getvalue(), f"trl-sgpo {' '.join(words)} has no {option}"
     assert f"trl-sgpo {words[0]}" in shown.getvalue()

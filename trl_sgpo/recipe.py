@@ -1,6 +1,7 @@
 """Recipes: YAML files and command-line overrides, read into dataclasses the way `trl` does."""
 
 import os
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -143,6 +144,15 @@ class Recipe:
     columns: Columns
 
 
+_NEEDED = (
+    "model_name_or_path",
+    "dataset_name",
+    "datasets",
+    "reward_funcs",
+    "output_dir",
+    "max_steps",
+    "learning_rate",
+)
 _PARTS = (SGPOScriptArguments, SGPOConfig, ModelConfig, ProblemMixtureConfig)
 
 
@@ -151,6 +161,24 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")
+
+
+def _parser(prog: str, all_keys: bool) -> _Parser:
+    """The parser of recipes, whose help lists all keys, or those that this package adds, sets otherwise, or needs."""
+    parser = _Parser(
+        _PARTS,
+        prog=prog,
+        usage=f"{prog} --config RECIPE [--KEY VALUE ...]",
+        description="Keys of recipes, which the command line overrides."
+        + ("" if all_keys else " Those of TRL, transformers and `accelerate launch` are left out: see `--help_all`."),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_all", action="help", help="list all keys, also those of TRL and transformers")
+    shown = {"help", "help_all", *_NEEDED, *(key for part in _PARTS[:2] for key in part.__annotations__)}
+    for action in parser._actions:
+        if not all_keys and action.dest not in shown:
+            action.help = SUPPRESS
+    return parser
 
 
 def _no_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -167,7 +195,7 @@ def read_recipe(
         argv (`list[str]`):
             The command line.
         prog (`str`):
-            Name shown by `--help`.
+            Name shown by `--help`, which lists the keys of this package, and `--help_all`, which lists all.
         check (`Callable`, *optional*):
             Finds further problems in the values of all keys, as [`~trl_sgpo.checks.setup.setup_problems`] does, each a
             key and a message.
@@ -179,7 +207,7 @@ def read_recipe(
         [`ConfigError`]: A file that cannot be read, unknown keys or invalid values. The message names all of them.
     """
     path, overrides = split_config(argv)
-    parser = _Parser(_PARTS, prog=prog, allow_abbrev=False)
+    parser = _parser(prog, "--help_all" in overrides)
     hints = {key: hint for part in _PARTS for key, hint in get_type_hints(part).items()}
     content, refused = ({}, []) if path is None else _read_file(path, parser, hints)
     from_file = parser.set_defaults_with_config(**content)
@@ -307,7 +335,7 @@ def _split_launch(remaining: list[str], parser: TrlParser) -> tuple[list[str], l
     problems = [unknown_key(argument.lstrip("-").split("=")[0], names) for argument in unknown]
     problems += [] if problems else _launch_problems(arguments)
     if len(problems) == 1 and problems[0].startswith("Unknown"):
-        problems[0] += " `trl-sgpo train --help` lists all keys."
+        problems[0] += " `trl-sgpo train --help_all` lists all keys."
     return arguments, problems
 
 
