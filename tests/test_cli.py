@@ -255,6 +255,27 @@ class TestLightness:
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+class TestWarnings:
+    def test_those_of_libraries_for_their_developers_are_shown_where_they_are_asked_for(self) -> None:
+        code = (
+            "import logging, sys, warnings, trl_sgpo\nfrom trl_sgpo.cli import report\n"
+            "from trl_sgpo.cli.main import main\n"
+            "def warn(argv):\n"
+            "    warnings.warn('of a library', FutureWarning)\n"
+            "    logging.getLogger('bitsandbytes.x').warning('of a library')\n"
+            "    warnings.warn('of ours', UserWarning)\n"
+            "    logging.getLogger('trl_sgpo.x').warning('of ours')\n"
+            "report.main = warn\n"
+            "if sys.argv[1:]:\n    main(['report'])\nelse:\n    warn([])"
+        )
+        for options, library in ((["command"], 0), ([], 2)):  # importing the package changes nothing
+            done = subprocess.run([sys.executable, "-c", code, *options], check=True, capture_output=True, text=True)
+            assert (done.stderr.count("of a library\n"), done.stderr.count("of ours\n")) == (library, 2), done.stderr
+        asked = [sys.executable, "-W", "default", "-c", code, "command"]
+        done = subprocess.run(asked, check=True, capture_output=True, text=True)
+        assert done.stderr.count("of a library\n") == done.stderr.count("of ours\n") == 2
+
+
 class TestRuns:
     def test_killed_run_resumes_to_the_same_metrics(self, recipe: Path, tmp_path: Path) -> None:
         whole = run("train", "--config", str(recipe), "--output_dir", str(tmp_path / "whole"))
@@ -307,6 +328,7 @@ class TestRuns:
     def test_error_on_two_processes_is_one_line(self, recipe: Path) -> None:
         """What only the processes find out ends them with its message, not with the launcher's traceback."""
         done = run("train", "--config", str(recipe), "--per_device_train_batch_size", "6", "--num_processes", "2")
+        assert not re.search("FutureWarning|Failed to load", done.stderr)  # of libraries, also in these processes
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert len([line for line in done.stderr.splitlines() if "error: One device generates" in line]) == 1

@@ -204,7 +204,7 @@ def substitutes() -> Iterator[None]:
 
     def launch(arguments: argparse.Namespace) -> None:
         if arguments.num_processes == 1:
-            assert train.main(arguments.training_script_args) == 0
+            assert main(arguments.training_script_args) == 0
         else:
             launch_command(arguments)
 

@@ -76,9 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sgpo: error: no command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    # Warnings of dependencies for their developers would hide messages for the user
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:  # of `python -W` and PYTHONWARNINGS
+        # Warnings of dependencies for their developers would hide messages for the user
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name, rest = argv[0], argv[1:]
 
     def run(rest: list[str]) -> int:

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import chain
@@ -25,7 +24,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..bank.embedding import load_embedder
 from ..bank.files import BANK_DIRECTORY
-from ..checks.command import INTERRUPTED, run_command
+from ..checks.command import INTERRUPTED
 from ..checks.secrets import HIDDEN, is_secret
 from ..checks.setup import setup_problems
 from ..checks.terminal import printable
@@ -97,7 +96,8 @@ def _needs_launcher(recipe: Recipe) -> bool:
 
 
 def _launch(recipe: Recipe) -> int:
-    arguments = launch_command_parser().parse_args([*recipe.launch, "--module", "trl_sgpo.cli.train", *recipe.own])
+    command = ["--module", "trl_sgpo.cli.main", "train", *recipe.own]
+    arguments = launch_command_parser().parse_args([*recipe.launch, *command])
     _check_sharding(arguments)
     os.environ[_LAUNCHED] = "1"
     if not torch.accelerator.is_available() and (arguments.num_processes or 1) > 1:
@@ -313,7 +313,3 @@ def _with_interval(rate: float, problems: int) -> str:
         return "not measured"
     low, high = wilson_interval(rate, problems)
     return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("trl-sgpo train", main, sys.argv[1:]))
