@@ -308,7 +308,7 @@ def test_checking_a_verifier(data, tmp_path, capsys):
         (["--model", "no-such-org/no-such-model"], ModelError, "no-such-org/no-such-model"),
         (["--bank", "nowhere"], BankError, "holds no strategy bank"),
         (["--strategy_prompt", "no place"], ConfigError, "{problem}"),
-        (["--config", "nowhere.yaml"], ConfigError, "cannot be read"),
+        (["--config", "nowhere.yaml"], ConfigError, "There is no file"),
     ],
 )
 def test_messages(arguments, changes, error, words):
