@@ -184,6 +184,24 @@ def test_a_path_that_becomes_wrong_is_not_used_after_the_first_step(model, tmp_p
     assert message.startswith(consequence)
 
 
+@pytest.mark.parametrize(("std", "passes"), [(0.0, 12), (0.1, 11)], ids=["new", "trained"])
+def test_the_check_takes_few_forward_passes(model, tmp_path, std, passes):
+    """It precedes the first step, and each pass reads all weights. No LM head copies its weights for a row."""
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=std)
+    read, projected = [], []
+    trainer.model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0]))
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: projected.append(args[0].is_contiguous()))
+    trainer._check_paths()
+    assert used(trainer) == ALL
+    assert len(read) == passes
+    assert projected and all(projected)
+
+
 def test_paths_are_compared_at_doubling_numbers_of_steps(model, tmp_path, monkeypatch):
     trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA, max_steps=9)
     steps = []

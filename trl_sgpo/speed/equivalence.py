@@ -14,21 +14,24 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .generation import left_padded, shared_prefixes
+from .generation import left_padded, limited, shared_prefixes
+from .lm_head import contiguous_head_input
 from .merging import AdapterMerge, base_of, inexact, merge_is_exact
 from .sampling import sampled_log_probs
 
 
 _END = 0
 # Prompt of each row, what follows it without being generated, and what is generated, as places of tokens. No token
-# that something follows is in two rows, so that each token says which one comes next
-_LONG, _SHORT = [30, 31, 32, 33, 34], [35, 36, 37]
+# that something follows is in two rows, so that each token says which one comes next. Rows end after 1, 2 and 4
+# tokens: some leave the batch twice, and what stays is generated for two more tokens. Each forward pass reads all
+# weights, so they are few
+_LONG, _SHORT = [30, 31, 32, 33], [35, 36]
 _ROWS = (
-    (_LONG, [38, 1], [2, 3, _END]),
+    (_LONG, [38, 1], [2, _END]),
     (_LONG, [4], [_END]),
-    (_LONG, [39, 40, 5], [6, 7, 8, 9, 10, 11]),
-    (_SHORT, [12], [13, 14, 15, _END]),
-    (_SHORT, [41, 16], [17, _END]),
+    (_LONG, [39, 40, 5], [6, 7, 8, 9]),
+    (_SHORT, [12], [_END]),
+    (_SHORT, [41, 16], [13, 14, 15, _END]),
 )
 _PLACES = 48
 
@@ -61,6 +64,11 @@ class _Probe:
         rests, generated = ([tokens(row[part]) for row in _ROWS] for part in (1, 2))
         contexts = [prompt + rest for prompt, rest in zip(prompts, rests, strict=True)]
         return cls(prompts, contexts, generated, tokens([_END])[0])
+
+    def and_rows_of(self, other: "_Probe") -> "_Probe":
+        """The rows of both."""
+        prompts, contexts = self.prompts + other.prompts, self.contexts + other.contexts
+        return _Probe(prompts, contexts, self.generated + other.generated, self.end)
 
     def micro_batch(self, device: torch.device, padding: int = 0) -> tuple[dict[str, Any], torch.Tensor]:
         """A micro-batch with columns of padding on both sides, and which tokens of its completions to compare."""
@@ -111,19 +119,20 @@ class PathChecks:
         self.model, self.score, self.temperature, self.exact = model, score, temperature, exact
         self.expected, self.effect_of_prompts = torch.empty(0), 0.0
         vocab_size = model.config.get_text_config().vocab_size
-        self.probe, self.after_other_prompts = _Probe.of(vocab_size), _Probe.of(vocab_size, shift=1)
+        self.probe = _Probe.of(vocab_size)
+        self.after_both_prompts = self.probe.and_rows_of(_Probe.of(vocab_size, shift=1))
 
     def plain(self) -> torch.Tensor:
         """Log-probabilities by the plain path."""
         return self._scored()
 
-    def compare_with(self, plain: torch.Tensor) -> None:
-        """Sets what the paths are compared with."""
-        self.expected = plain
-        self.effect_of_prompts = (self._scored(self.after_other_prompts) - plain).abs().mean().item()
+    def compute_expected(self) -> None:
+        """Computes what the paths are compared with."""
+        self.expected, after_other_prompts = self._scored(self.after_both_prompts).chunk(2)
+        self.effect_of_prompts = (after_other_prompts - self.expected).abs().mean().item()
 
     def _scored(self, probe: _Probe | None = None, pack: bool = False, trim: bool = False) -> torch.Tensor:
-        batch, compared = (probe or self.probe).micro_batch(self.model.device, padding=3)
+        batch, compared = (probe or self.probe).micro_batch(self.model.device, padding=2)
         log_probs = self.score(batch, pack, trim)
         return log_probs[compared[:, : log_probs.size(1)]]
 
@@ -169,23 +178,24 @@ class PathChecks:
         before, base.generation_config = base.generation_config, config
         try:
             with shared_prefixes(self.model, config, probe.prompts, calls=2, drop_finished=drop_finished):
-                self._generated(config, probe.contexts[:2])
-                log_probs = self._generated(config, probe.contexts)
+                with limited(config, 1):
+                    self._generated(config, probe.contexts[:2])
+                with sampled_log_probs(self.model, self.temperature) as sampled:
+                    found = self._generated(config, probe.contexts)
         finally:
             base.generation_config = before
+        if [row[: len(other)] for row, other in zip(found, probe.generated, strict=True)] != probe.generated:
+            raise PathDiffers("rows get tokens of other rows")
+        log_probs = [value for row in sampled.of(probe.generated) for value in row]
         self._expect_plain(torch.tensor(log_probs, device=self.model.device))
 
-    def _generated(self, config: GenerationConfig, contexts: list[list[int]]) -> list[float]:
+    def _generated(self, config: GenerationConfig, contexts: list[list[int]]) -> list[list[int]]:
         ids, mask = left_padded(contexts, 0, self.model.device)
-        with sampled_log_probs(self.model, self.temperature) as sampled:
+        with contiguous_head_input(self.model):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_Forced(self.probe)]),
             )
-        expected = self.probe.generated[: len(contexts)]
-        found = [row[: len(other)] for row, other in zip(output[:, ids.size(1) :].tolist(), expected, strict=True)]
-        if found != expected:
-            raise PathDiffers("rows get tokens of other rows")
-        return [value for row in sampled.of(expected) for value in row]
+        return output[:, ids.size(1) :].tolist()

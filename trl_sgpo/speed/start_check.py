@@ -124,13 +124,12 @@ class StartCheck:
 
     def _compute_plain(self, stack: ExitStack) -> None:
         """Computes what the paths are compared with, with random adapters in the rest of a block if needed."""
-        plain = self.checks.plain()
+        self.checks.compute_expected()
         if isinstance(self.model, PeftModel) and adapted_layers(self.model) and not self._sharded():
-            self.effect = adapter_effect(self.model, plain, self.checks.plain)
+            self.effect = adapter_effect(self.model, self.checks.expected, self.checks.plain)
             if self.effect == 0:
                 stack.enter_context(random_adapters(self.model))
-                plain = self.checks.plain()
-        self.checks.compare_with(plain)
+                self.checks.compute_expected()
 
     def _reason(self, check: Callable[[], None]) -> str | None:
         try:
