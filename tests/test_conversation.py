@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,12 +30,12 @@ from trl_sgpo.inference.chat_completions import Completion
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.server import ServerModel
 from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
+from trl_sgpo.method.context_length import longest_requests
 from trl_sgpo.method.conversation import Conversation
 from trl_sgpo.method.problem import Problem
 from trl_sgpo.method.prompts import EXECUTION_PROMPT, STRATEGY_PROMPT, strategy_prompt
 from trl_sgpo.method.rollout import RolloutBatch, two_phase_rollout
 from trl_sgpo.method.transfer import BlockGeometry
-from trl_sgpo.vram.worst_case import longest_requests
 
 
 OF_TRL = Path(trl.__file__).parent / "chat_templates"
@@ -386,8 +385,7 @@ class TestTraining:
     def test_requests_of_the_worst_case(self, case: Case, tmp_path: Path) -> None:
         trainer = make_trainer(case, tmp_path)
         prompts = list(trainer.train_dataset["prompt"])
-        args = SimpleNamespace(use_bank=False, num_retrieved=1, max_strategy_length=8)
-        longest = longest_requests(prompts, 1, trainer.conversation, args)
+        longest = longest_requests(prompts, 1, trainer.conversation, max_strategy_length=8, shown=0)
         assert longest == [max((trainer.conversation.request(prompt) for prompt in prompts), key=len)]
 
     def test_generation_stops_at_the_end_of_a_turn(self, case: Case, tmp_path: Path) -> None:

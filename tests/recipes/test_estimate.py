@@ -16,12 +16,12 @@ from trl import get_peft_config, get_quantization_config
 import trl_sgpo.cli.train
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.main import main
+from trl_sgpo.method.context_length import longest_requests
 from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
-from trl_sgpo.vram.advice import cheapest_change, with_changes
+from trl_sgpo.vram.advice import cheapest_change
 from trl_sgpo.vram.architectures import architectures, model_config
 from trl_sgpo.vram.check import estimate_recipe
 from trl_sgpo.vram.estimate import Estimate, Estimator, Lengths, rows_of_problems
-from trl_sgpo.vram.worst_case import longest_requests
 
 
 SIZES = {
@@ -95,17 +95,13 @@ def test_estimate_is_what_training_on_a_cpu_allocates(architecture: str, options
     )
     trainer.generation_config.suppress_tokens = trainer.eos_token_ids  # full length
     measured = trained_peak(trainer)
-    request = longest_requests(  # the bank is empty, so none is shown
-        problems()["prompt"], 1, trainer.conversation, _without_bank(recipe)
-    )[0]
+    shown = 0  # the bank is empty
+    length = recipe.training.max_strategy_length
+    (request,) = longest_requests(problems()["prompt"], 1, trainer.conversation, length, shown)
     turn = len(trainer.conversation.turn(problems()["prompt"][0]).bridge)
     estimate = Estimator(AutoConfig.from_pretrained(model), "cpu")(recipe, Lengths(len(request), 16, turn, 48))
     print(f"{architecture}: measured {measured}, estimated {estimate.peak} ({estimate.moment})")
     assert estimate.peak == pytest.approx(measured, rel=0.15), (estimate.parts, estimate.moments)
-
-
-def _without_bank(recipe: Recipe):
-    return with_changes(recipe, {"use_bank": False}).training
 
 
 @pytest.mark.parametrize(

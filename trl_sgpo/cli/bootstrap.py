@@ -16,6 +16,7 @@ from ..errors import ConfigError, DataError
 if TYPE_CHECKING:
     from ..data.acceptance import Summary, Tried
     from ..data.bootstrap import Block, Plan, Row, Writer
+    from ..method.prompts import Prompt
     from ..recipe import Recipe
 
 SOURCES = ("model", "teacher", "server", "worked")
@@ -143,7 +144,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     """
     from ..bank.strategy import problem_id
     from ..data.acceptance import kept, summarize, to_traces
-    from ..data.bootstrap import ANSWER_PROMPT, Plan, run_blocks
+    from ..data.bootstrap import ANSWER_PROMPT, Plan, run_blocks, worked_prompts
     from ..data.loading import load_data, load_rewards
     from ..data.trace_files import write_traces
     from ..evaluation.digest import digest
@@ -186,7 +187,9 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     }
 
     _check_embedder(recipe, options, output_dir)
-    do = _doing(recipe, options, settings, plan, rows, classes, verifier)
+    chosen = [rows[index] for block in blocks for index in block]
+    room = [prompt for prompt, _ in worked_prompts(chosen).values()] if worked else [row["prompt"] for row in chosen]
+    do = _doing(recipe, options, settings, plan, rows, classes, verifier, room)
     done = run_blocks(output_dir / RECORD, made_with, blocks, do)
     tried = [one for block in done for one in block.tried]
     if worked and not tried:
@@ -257,16 +260,22 @@ def _doing(
     rows: list["Row"],
     classes: list[str],
     verifier: Callable[..., list[float | None]],
+    prompts: list["Prompt"],
 ) -> Callable[[list[int], int], "Block"]:
-    """The function that runs a block. The model is loaded by the first block that needs it."""
+    """The function that runs a block. The model is loaded, and checked for the prompts, by the first that needs it."""
     from functools import cache
 
     from ..compare.lab.model import fetch_model
     from ..data.bootstrap import Block, by_rule, by_writer, try_block, work_block
+    from ..inference.model import TwoPhaseModel
+    from ..method.context_length import EXECUTION, STRATEGY
 
     @cache
     def writer() -> "Writer":
-        return _load_writer(recipe, options, settings)
+        model = _load_writer(recipe, options, settings)
+        if isinstance(model, TwoPhaseModel):
+            model.check_room(prompts, phases=[STRATEGY] if options.source == "worked" else [STRATEGY, EXECUTION])
+        return model
 
     @cache
     def tokenizer() -> Any:

@@ -245,6 +245,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from ..evaluation.tables import tables, write_results
     from ..evaluation.transfer_plan import plan_transfer
     from ..evaluation.transfer_score import measure_plan
+    from ..method.context_length import EXECUTION, STRATEGY
     from ..method.conversation import check_system_role
 
     loaded = load_suites(suites, options.data_dir, options.limit)
@@ -270,6 +271,9 @@ def evaluate(options: argparse.Namespace) -> int:
     loaded = [each.with_system_prompt(model.settings.system_prompt) for each in loaded]
     for each in loaded if not model.settings.plain_text else ():
         check_system_role(model.tokenizer, each.rows[0]["prompt"], model.settings.chat_template_kwargs)
+    shown_strategies = 0 if options.bank is None else model.settings.num_retrieved
+    phases = [STRATEGY, EXECUTION] if options.form == "two_phase" or plans else [EXECUTION]
+    model.check_room([row["prompt"] for each in loaded for row in each.rows], shown_strategies, phases)
     output = Path(options.output_dir)
     with ExitStack() as stack:
         bank = _open_bank(options, stack)

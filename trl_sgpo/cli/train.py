@@ -38,6 +38,8 @@ from ..evaluation.statistics import wilson_interval
 from ..files import write_file
 from ..hub.push import claim
 from ..inference.pretrained import load_config, load_tokenizer
+from ..inference.settings import TwoPhaseSettings
+from ..method.context_length import check_context_length, shown_strategies
 from ..method.conversation import check_system_role
 from ..method.requirements import SHARDED_CHECKPOINTS
 from ..method.reward_functions import check_columns_read
@@ -162,9 +164,12 @@ def train(recipe: Recipe) -> SGPOTrainer:
         without_long_problems(data[script.dataset_train_split], script.max_problem_tokens, model), training
     )
     check_columns_read(rewards, train_dataset.column_names)
-    load_config(model)
-    tokenizer = load_tokenizer(model)
+    config, tokenizer = load_config(model), load_tokenizer(model)
     check_system_role(tokenizer, train_dataset[0]["prompt"], training.chat_template_kwargs)
+    also = data[script.dataset_test_split] if training.eval_strategy != "no" or script.report_problems > 0 else None
+    prompts = [*train_dataset["prompt"], *([] if also is None else also["prompt"])]
+    conversation = TwoPhaseSettings.from_config(training).conversation(tokenizer)
+    check_context_length(config, conversation, prompts, training, shown_strategies(training))
     if training.use_bank and training.process_index == 0:
         load_embedder(training.embedding_model)
     training.model_init_kwargs = model_init_kwargs(recipe)

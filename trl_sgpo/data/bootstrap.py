@@ -291,21 +291,29 @@ def by_writer(writer: Writer, rows: list[Row], classes: list[str], plan: Plan) -
     Returns:
         `list[list[tuple[ParsedStrategy, str]]]`: For each row, empty without a worked solution.
     """
-    problems: list[Problem] = []
-    executions: dict[int, str] = {}
+    worked = worked_prompts(rows)
+    problems = [
+        Problem(prompt, classes[position], rows[position].get("solution"))
+        for position, (prompt, _) in worked.items()
+        for _ in range(plan.num_strategies)
+    ]
+    written = writer.write_strategies(problems, plan.decoding) if problems else []
+    by_row: list[list[Pair]] = [[] for _ in rows]
+    for order, (position, (_, execution)) in enumerate(worked.items()):
+        own = written[order * plan.num_strategies : (order + 1) * plan.num_strategies]
+        by_row[position] = [(strategy, execution) for strategy in {one.text: one for one in own}.values()]
+    return by_row
+
+
+def worked_prompts(rows: list[Row]) -> dict[int, tuple[Prompt, str]]:
+    """The prompt for a strategy of a worked solution, and the solution as execution, by the places of their rows."""
+    found: dict[int, tuple[Prompt, str]] = {}
     for position, row in enumerate(rows):
         worked = row.get("worked_solution")
         execution = None if worked is None else worked_execution(worked, row.get("solution"))
         if execution is not None:
-            executions[position] = execution
-            prompt = _with_text(row["prompt"], f"{WORKED_HEADER}\n{execution}")
-            problems += [Problem(prompt, classes[position], row.get("solution"))] * plan.num_strategies
-    written = writer.write_strategies(problems, plan.decoding) if problems else []
-    by_row: list[list[Pair]] = [[] for _ in rows]
-    for order, (position, execution) in enumerate(executions.items()):
-        own = written[order * plan.num_strategies : (order + 1) * plan.num_strategies]
-        by_row[position] = [(strategy, execution) for strategy in {one.text: one for one in own}.values()]
-    return by_row
+            found[position] = (_with_text(row["prompt"], f"{WORKED_HEADER}\n{execution}"), execution)
+    return found
 
 
 def _with_text(prompt: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from ..files import unfinished_directory
 from ..inference.checked import checked
 from ..inference.pretrained import load_config, load_tokenizer, readable_weights
 from ..inference.settings import TwoPhaseSettings
+from ..method.context_length import check_trace_length
 from ..method.conversation import Conversation
 from ..recipe import Recipe, model_init_kwargs
 from ..run.directory import WARMSTART_DIRECTORY, holds_adapters
@@ -151,15 +152,14 @@ def warmstart(
         `str`: `output_dir`
 
     Raises:
-        [`DataError`]: There are no traces.
+        [`DataError`]: There are no traces, or one is longer than the model's table of positions.
         [`ConfigError`]: Another model is there, on which adapters were trained that are in the folder above.
     """
     output_dir = Path(output_dir)
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
     try:
-        load_config(model)
-        tokenizer = load_tokenizer(model)
+        model_config, tokenizer = load_config(model), load_tokenizer(model)
         model_init_kwargs = checked(model, model_init_kwargs or {}, weights=True)
     except OSError as error:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {error}") from error
@@ -182,6 +182,7 @@ def warmstart(
         )
     print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
+    check_trace_length(model_config, max(len(example["input_ids"]) for example in examples))
     adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with readable_weights(model):
         trainer = SFTTrainer(

@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from ..errors import ModelError
+from ..method.context_length import EXECUTION, STRATEGY, check_context_length, check_generated_length
 from ..method.conversation import Conversation
 from ..method.prompts import ParsedStrategy, Prompt
 from ..speed.generation import left_padded
-from ..speed.learned_prompts import learned_prompt
+from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from ..speed.merging import merged_where_exact
 from .loading import base_of, is_adapter, load_base
 from .pretrained import load_adapter, load_model, load_tokenizer
@@ -171,6 +172,30 @@ class TwoPhaseModel:
         except (OSError, ValueError) as error:
             raise ModelError(f"The model {name} cannot be loaded: {error}") from error
         return cls(model, tokenizer, settings or saved, batch_size)
+
+    def check_room(
+        self,
+        prompts: Sequence[Prompt],
+        shown: int = 0,
+        phases: Sequence[str] = (STRATEGY, EXECUTION),
+    ) -> None:
+        """
+        Checks before long work that the model has positions for all that prompts can lead to, see
+        [`~trl_sgpo.method.context_length.check_context_length`].
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`):
+                All problems.
+            shown (`int`, *optional*, defaults to 0):
+                Strategies of a bank that are shown with a problem.
+            phases (`Sequence[str]`, *optional*):
+                Limits of what is generated, in order.
+
+        Raises:
+            [`ConfigError`]: It has not. The message names the settings to lower.
+        """
+        virtual = self.model.active_peft_config.num_virtual_tokens if is_prompt_learning(self.model) else 0
+        check_context_length(self.model.config, self.conversation, prompts, self.settings, shown, virtual, phases)
 
     def write_strategies(
         self,
@@ -331,6 +356,7 @@ class TwoPhaseModel:
             bos_token_id=own.bos_token_id,
             **({} if decoding.greedy else sampling),
         )
+        check_generated_length(self.model.config, max(map(len, prompts), default=0), limit)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         results: list[tuple[list[int], int | None]] = [([], None)] * len(prompts)
         with (

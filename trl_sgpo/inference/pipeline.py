@@ -21,6 +21,7 @@ from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
 from ..hub.model_card import HUB_NAME
 from ..hub.pull import pull_run
+from ..method.context_length import EXECUTION, STRATEGY
 from ..method.control_tokens import TextEncoder
 from ..method.problem import Problem
 from ..method.prompts import ParsedStrategy, Prompt, with_system_prompt
@@ -237,6 +238,20 @@ class SGPOPipeline:
                 raise DataError("The problem is empty: write what is to be solved.")
             prepared.append(problem)
         return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
+
+    def check_room(self, problems: Sequence[Prompt], strategy: str | None = None) -> None:
+        """
+        Checks all problems before the first is solved. The arguments are those of [`SGPOPipeline.prepare`] and
+        [`SGPOPipeline.solve`].
+
+        Raises:
+            [`DataError`]: A problem is empty.
+            [`ConfigError`]: A row would be longer than the model's table of positions, if it is on this machine.
+        """
+        prompts = [problem.prompt for problem in self.prepare(problems, retrieve=False)]
+        if isinstance(self.model, TwoPhaseModel):
+            shown = 0 if self.bank is None or strategy is not None else self.model.settings.num_retrieved
+            self.model.check_room(prompts, shown, [STRATEGY, EXECUTION] if strategy is None else [EXECUTION])
 
     def solve(
         self,

@@ -65,8 +65,10 @@ def solve_file(
         `tuple[int, int]`: How many problems have an answer now, of how many that this call solved.
 
     Raises:
-        [`ConfigError`]: The file has other content than answers to these problems.
+        [`ConfigError`]: The file has other content than answers to these problems, or the model has no positions for
+            one of them.
     """
+    pipeline.check_room(prompts, strategy)
     problems = [problem_text(prompt) for prompt in prompts]
     done, length = (0, 0) if overwrite else _finished(output, made_by, problems, batch_size)
     answered = 0

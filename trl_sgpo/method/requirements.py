@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError
 from ..sgpo_config import SGPOConfig
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
 from ..speed.merging import base_of
-from .context_length import check_context_length
+from .context_length import check_context_length, shown_strategies
 from .control_tokens import TextEncoder
 from .conversation import check_system_role
 from .prompts import check_prompts
@@ -105,8 +105,18 @@ def check_model(trainer: GRPOTrainer) -> None:
     fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise ConfigError(SHARDED_CHECKPOINTS)
-    check_context_length(trainer, trainer.conversation)
     prompts = trainer.train_dataset["prompt"]
+    evals = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    evaluated = [prompt for dataset in evals if dataset is not None for prompt in dataset["prompt"]]
+    learns_prompt = is_prompt_learning(trainer.model)
+    check_context_length(
+        trainer.model.config,
+        trainer.conversation,
+        [*prompts, *evaluated],
+        trainer.args,
+        shown_strategies(trainer.args),
+        trainer.model.active_peft_config.num_virtual_tokens if learns_prompt else 0,
+    )
     with_control = TextEncoder(trainer.processing_class).count(prompts)
     if with_control and trainer.accelerator.is_main_process:
         logger.warning(

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from trl import get_peft_config
 
 from ..errors import ConfigError
+from ..method.context_length import shown_strategies
 from ..recipe import Recipe
 from ..speed.shared_prompts import within_window
 from .simulate import SimulatedModel, Weights
@@ -111,7 +112,7 @@ def assumed_lengths(recipe: Recipe) -> Lengths:
             The recipe. Without `max_problem_tokens`, its longest problem is taken to have 256 tokens.
     """
     args = recipe.training
-    shown = args.num_retrieved if args.use_bank else 0
+    shown = shown_strategies(args)
     problem = recipe.script.max_problem_tokens or PROBLEM_TOKENS
     return Lengths(
         request=problem + _tokens(args.strategy_prompt) + _MARKS + shown * (args.max_strategy_length + _MARKS),

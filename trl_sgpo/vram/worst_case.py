@@ -15,39 +15,14 @@ import torch
 import transformers
 
 from ..errors import ModelError
+from ..method.context_length import longest_requests, shown_strategies
 from ..method.conversation import Conversation
-from ..method.prompts import Prompt, problem_text
 from ..method.transfer import BlockGeometry
 from ..speed.shared_prompts import packed_attention
 from ..speed.trainer import SharedPromptGRPOTrainer
 
 
 logger = transformers.utils.logging.get_logger(__name__)
-
-_CANDIDATES = 16  # longest problems by characters, among which the longest by tokens are chosen
-
-
-def longest_requests(prompts: list[Prompt], count: int, conversation: Conversation, args: Any) -> list[list[int]]:
-    """
-    The longest requests for a strategy.
-
-    Args:
-        prompts (`list`):
-            Problems.
-        count (`int`):
-            Number of requests wanted, of different problems where there are as many.
-        conversation ([`~trl_sgpo.method.conversation.Conversation`]):
-            Builds the tokens.
-        args ([`SGPOConfig`]):
-            Number and maximum length of the strategies that are shown.
-
-    Returns:
-        `list[list[int]]`: Token ids, longest first.
-    """
-    longest = sorted(prompts, key=lambda prompt: len(problem_text(prompt)), reverse=True)[: max(count, _CANDIDATES)]
-    shown = [("", "step " * args.max_strategy_length)] * (args.num_retrieved if args.use_bank else 0)
-    requests = sorted((conversation.request(prompt, shown) for prompt in longest), key=len, reverse=True)
-    return [requests[index % len(requests)] for index in range(count)]
 
 
 def take_worst_case_step(
@@ -110,7 +85,8 @@ def _generate_at_full_length(
     rows = args.per_device_train_batch_size * args.steps_per_generation
     problems = rows // geometry.executions
     prompts = trainer.train_dataset["prompt"]
-    requests = longest_requests(prompts, problems, conversation, args)
+    strategies = args.max_strategy_length, shown_strategies(args)
+    requests = longest_requests(prompts, problems, conversation, *strategies)
     turn = conversation.turn(prompts[0]).bridge
     with trainer.fast_generation(requests, calls=2), _without_end_tokens(trainer):
         own = [request for request in requests for _ in range(geometry.own)]
