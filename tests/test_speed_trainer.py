@@ -171,6 +171,20 @@ def test_a_wrong_path_is_not_used(model, tmp_path, caplog, monkeypatch, fault):
     assert "log-probabilities" in message
 
 
+@pytest.mark.parametrize("error", [AssertionError, ZeroDivisionError, NotImplementedError])
+def test_a_path_that_raises_is_not_used(model, tmp_path, caplog, monkeypatch, error):
+    """Whatever the code of a model raises."""
+
+    def fail(*args, **kwargs):
+        raise error("the shapes do not match")
+
+    monkeypatch.setattr(SharedPrompts, "attend", fail)
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA)
+    assert used(trainer) == ALL - {"shares_prompts"}
+    (message,) = apart(caplog)
+    assert message.startswith("Rows of a prompt are trained apart: LlamaForCausalLM raises 'the shapes do not match'")
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_path_that_becomes_wrong_is_not_used_after_the_first_step(model, tmp_path, caplog, monkeypatch, fault):
     trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA, max_steps=1)

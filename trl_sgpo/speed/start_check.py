@@ -43,7 +43,6 @@ _CONSEQUENCES = {
     MERGED: NOT_MERGED,
 }
 _ZERO3 = "with DeepSpeed ZeRO-3 no rank has the weights that a check of the path needs"
-_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
 def log_slower(refusals: dict[str, str]) -> None:
@@ -134,11 +133,11 @@ class StartCheck:
     def _reason(self, check: Callable[[], None]) -> str | None:
         try:
             check()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except PathDiffers as difference:
             return str(difference)
-        except _ERRORS as error:
+        except Exception as error:  # of a model's own code, which may assert or divide too
             name = type(base_of(self.model)).__name__
             return f"{name} raises {(str(error) or type(error).__name__).splitlines()[0]!r}"
         return None
