@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trl_sgpo.bank import Strategy
 from trl_sgpo.bank.embedding import load_embedder
 from trl_sgpo.bank.exchange import export_bank
 from trl_sgpo.bank.snapshot import embed_with
+from trl_sgpo.checks.repositories import check_model_settings
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ConfigError, ModelError
 from trl_sgpo.inference.pretrained import load_adapter, load_model, load_tokenizer
@@ -311,6 +313,7 @@ def test_an_adapter_that_names_other_models(
         {"target_modules": "(?i)(.+)+!"}, {"target_parameters": ["(.+)+!"]},
         {"rank_pattern": {str(i): 4 for i in range(10**4)}},
         {"init_lora_weights": "pissa_niter_999999999"}, {"r": 10**8}, {"rank_pattern": {"q_proj": 10**8}},
+        {"layer_replication": [[0, 100_000]]},
     ],
     ids=str,
 )  # fmt: skip
@@ -319,6 +322,16 @@ def test_an_adapter_that_never_ends(keys: dict[str, Any], tiny: Path, refused: A
     change(adapter / "adapter_config.json", **keys)
     error = refused(arguments("solve", str(adapter), tmp_path))
     assert f"`{next(iter(keys))}`" in error or "names more than 2,000 modules" in error
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_refused"),
+    [("(.+)+!", True), (".*.*.*.*.*q", True), ("model.layers.*.self_attn", False), ("lm_head", False)],
+)
+def test_patterns_in_the_settings_of_quantization(pattern: str, is_refused: bool) -> None:
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "modules_to_not_convert": [pattern]}}
+    with pytest.raises(ModelError, match="may match for ever") if is_refused else nullcontext():
+        check_model_settings("model", settings)
 
 
 def test_a_seed_of_an_adapter_is_no_size(tiny: Path, tmp_path: Path) -> None:

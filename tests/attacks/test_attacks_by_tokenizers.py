@@ -94,6 +94,14 @@ def test_a_tokenizer_that_prepends_is_not_loaded(tmp_path: Path, capsys: pytest.
     assert "makes texts too long" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path, chat=False)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {NORMALIZERS: replace({"Regex": r"[\s\S]"}, "")}))
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", PROBLEM]) == 2
+    assert "makes no tokens of a prompt" in capsys.readouterr().err
+
+
 SEQUENCE = {"type": "Sequence"}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 USUAL: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from .process import CHECKS
 
 ADAPTER_FILE = "adapter_config.json"
 OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
-MAX_RANK, MAX_NUMBER, MAX_TEXTS = 2**15, 10**6, 2_000
+MAX_RANK, MAX_NUMBER, MAX_LAYERS, MAX_TEXTS = 2**15, 10**6, 10_000, 2_000
 _PLAIN = re.compile(r"[\w.\-/ ]{0,500}")  # a name: it matches at once
 _NO_SIZE = re.compile(r"seed|prng_key|total_step")
 _ITERATIONS = re.compile(r"\d{4,}")
@@ -39,6 +39,9 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
             refuse(key, "would load more than its weights")
     if _ITERATIONS.search(str(settings.get("init_lora_weights"))) is not None:
         refuse("init_lora_weights", "asks for too many iterations")
+    copied = [part for part in settings.get("layer_replication") or [] if isinstance(part, list) and len(part) == 2]
+    if sum(abs(number) for _, number in _numbers(copied)) > MAX_LAYERS:
+        refuse("layer_replication", "copies more layers than any model has")
     for key, number in _numbers(settings):
         if _NO_SIZE.search(key) is None and abs(number) > (MAX_RANK if key in ("r", "rank_pattern") else MAX_NUMBER):
             refuse(key, "is larger than that of any adapter")

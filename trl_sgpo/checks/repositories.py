@@ -11,12 +11,12 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..errors import ModelError
-from .adapters import ADAPTER_FILE, check_adapter_settings
+from .adapters import ADAPTER_FILE, MAX_LAYERS, check_adapter_settings
 from .growth import check_growth
 
 
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
-MAX_LAYERS, MAX_EXPERTS = 10_000, 100_000
+MAX_EXPERTS = 100_000
 MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 
@@ -168,11 +168,20 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                     f"The config of {source} names code of another repository as `{key}`: leave it out there, and "
                     "name the kernel yourself if you trust it."
                 )
+            if key == "quantization_config" and any(map(_may_match_for_ever, texts_in(value))):
+                raise ModelError(
+                    f"The config of {source} has patterns in `{key}` that may match for ever: use names of modules."
+                )
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:
                 raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
             check_model_settings(source, value)
+
+
+def _may_match_for_ever(pattern: str) -> bool:
+    """Whether a pattern has more than three repetitions, or one of a group."""
+    return sum(map(pattern.count, "*+?{")) > 3 or re.search(r"\)[*+?{]", pattern) is not None
 
 
 def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .control_tokens import ORDINARY, Messages, TextEncoder
 from .prompts import (
     REASONING_END,
@@ -71,11 +71,17 @@ def answer_ids(
 
 def _encoded(encoder: TextEncoder, prompt: Prompt, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
     if isinstance(prompt, str):
-        return encoder.ids(prompt, add_special_tokens=True)
-    return encoder.conversation_ids(
-        prompt,
-        lambda messages: rendered(encoder.tokenizer, messages, chat_template_kwargs, add_generation_prompt=True),
-    )
+        ids = encoder.ids(prompt, add_special_tokens=True)
+    else:
+        ids = encoder.conversation_ids(
+            prompt,
+            lambda messages: rendered(encoder.tokenizer, messages, chat_template_kwargs, add_generation_prompt=True),
+        )
+    if not ids:
+        raise DataError(
+            "The model's tokenizer makes no tokens of a prompt: use another model, or leave empty ones out."
+        )
+    return ids
 
 
 def rendered(
