@@ -18,6 +18,7 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.data.loading import load_data
 from trl_sgpo.data.mixture import ProblemMixtureConfig
 from trl_sgpo.data.tasks import answer_reward, load_mixture, load_problems
+from trl_sgpo.errors import DataError
 from trl_sgpo.evaluation.suites import load_suites, parse_suite
 from trl_sgpo.recipe import read_recipe
 
@@ -160,6 +161,22 @@ def test_texts_of_pandas_and_polars(column: str, kind: pa.DataType) -> None:
     assert load_mixture(both)["train"]["solution"] == NASTY[:5] * 2
 
 
+def test_numbers_of_32_bits_are_the_decimals_that_they_were_made_of() -> None:
+    """0.1 of 32 bits is 0.10000000149011612 in 64, so that the answer 0.1 would be wrong."""
+    answers = pa.array([0.1, 12.0, None, 1e-7], pa.float32())
+    pq.write_table(pa.table({"question": list("abcd"), "answer": answers, "level": answers}), "rows.parquet")
+    rows = load_problems("rows.parquet")
+    assert rows["solution"][:] == ["0.1", "12", None, "1e-07"]
+    assert rows["level"][:] == [0.1, 12.0, None, 1e-7]
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.jsonl.gz", "rows.ndjson", "rows.txt"])
+def test_files_with_other_endings_are_named(name: str) -> None:
+    Path(name).write_text("question\tanswer\n1?\t2\n")
+    with pytest.raises(DataError, match=rf"The file {name} has none of the endings .jsonl, .json, .parquet, .csv:"):
+        load_problems(name)
+
+
 def test_an_empty_cell_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     Path("rows.csv").write_text('question,answer,level\n1?,12,1\n2?,,\n3?,"",3\n4?\n')
     rows = load_problems("rows.csv")
@@ -215,9 +232,9 @@ def test_a_column_that_only_later_rows_have() -> None:
 
 
 def test_headers_and_cells_of_csv_files() -> None:
-    """An index without a name, a name twice, commas at the end of a row, a missing cell, and a very long one."""
+    """Empty lines, an index without a name, a name twice, empty cells at the end of a row, and a very long one."""
     limit, long = csv.field_size_limit(), "x" * 200_000
-    Path("rows.csv").write_text(f",question,answer,answer\n0,1?,{long},a,,\n1,2?,12.50\n\n")
+    Path("rows.csv").write_text(f"\n\n,question,answer,answer\n0,1?,{long},a,,\n1,2?,12.50\n\n")
     rows = load_problems("rows.csv").to_list()
     names = ["Unnamed: 0", "question", "answer", "answer.1", "solution"]
     assert [[row[name] for name in names] for row in rows] == [

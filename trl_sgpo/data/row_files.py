@@ -112,7 +112,7 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
             header: list[str] | None = None
             for cells in reader:
                 if header is None:
-                    header = _names(cells)
+                    header = _names(cells) if cells else None
                     continue
                 if len(cells) > len(header) and any(cells[len(header) :]):
                     raise ValueError(

@@ -217,7 +217,8 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
         for path, file in zip(files.paths, opened, strict=True):
             try:
                 for batch in file.iter_batches(_BATCH):
-                    table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+                    columns = [_in_decimal(batch.column(name)) for name in schema.names]
+                    table = pa.Table.from_arrays(columns, schema.names).cast(schema)
                     table.validate(full=True)  # texts that are not UTF-8
                     yield from (part.columns for part in table.to_batches())
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -227,12 +228,14 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
 
 
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":
-    """A type without the variants that pandas and Polars write for texts, categories and lists."""
+    """A type without the variants that pandas and Polars write for texts, categories, lists and numbers."""
     import pyarrow as pa
 
     is_type = pa.types
     if is_type.is_large_string(kind) or is_type.is_string_view(kind):
         return pa.string()
+    if is_type.is_float32(kind):
+        return pa.float64()
     if is_type.is_dictionary(kind):
         return _plain_type(kind.value_type)
     if is_type.is_list(kind) or is_type.is_large_list(kind):
@@ -240,6 +243,13 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     if is_type.is_struct(kind):
         return pa.struct([(field.name, _plain_type(field.type)) for field in kind])
     return kind
+
+
+def _in_decimal(column: "pa.Array") -> "pa.Array":
+    """A column of 32-bit numbers as the decimal numbers that they were made of: 0.1, not 0.10000000149011612."""
+    import pyarrow as pa
+
+    return column.cast(pa.string()).cast(pa.float64()) if pa.types.is_float32(column.type) else column
 
 
 def _write(files: RowFiles, most: int, target: Path, schema: "pa.Schema", batches: "Iterable[list[pa.Array]]") -> None:

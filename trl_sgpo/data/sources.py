@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ..checks.paths import problem_file
+from ..checks.paths import FILE_ENDINGS, problem_file
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
 from .columns import as_answer, is_missing
@@ -91,6 +91,8 @@ def _load_split(path: str, base: str, name: str | None, data_dir: str | None, da
     if path.startswith((GYM, LISTS)):
         return _read(RowFiles(path, "parquet", [materialise(path, base)]))
     file = problem_file(path)
+    if file is None and os.path.isfile(os.path.expanduser(path)):
+        raise DataError(f"The file {path} has none of the endings {', '.join(FILE_ENDINGS)}: save it as one of these.")
     if file is None:
         return _load_repository(path, base, name, data_dir, data_files)
     if not os.path.isfile(file):
