@@ -14,6 +14,7 @@ from models import evenness, hash_embedder, problems, save_tiny_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_trainer import Script, is_good
+from transformers import ProgressCallback
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.bank import Strategy, StrategyBank
@@ -406,3 +407,19 @@ def traces(tmp_path: Path, word: str) -> Path:
     path = tmp_path / f"{word}.jsonl"
     write_traces([Trace(row["prompt"], f"{word} add.", "#### 1", row["problem_class"]) for row in rows], path)
     return path
+
+
+def test_an_interruption_leaves_no_bar_that_is_drawn_again(model, tmp_path, capsys):
+    """When the trainer is freed, which is after the line that says what is kept."""
+
+    def interrupt(completions, **kwargs):
+        raise KeyboardInterrupt
+
+    args = config(tmp_path, disable_tqdm=False)
+    trainer = SGPOTrainer(model, interrupt, args, problems())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "0/1" in capsys.readouterr().err
+    (bars,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+    bars.training_bar.close()
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
 from ..bank import StrategyBank
@@ -87,6 +87,9 @@ class RunTrainer(GRPOTrainer):
             return super().train(checkpoint, *args, **kwargs)
         finally:
             self.run = replace(self.run, earlier=None)  # what a further call finds is of this run
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()  # after an interruption it would be drawn again below what is said
 
     def _checkpoint(self, given: str | bool | None) -> str | None:
         if given is not True:
