@@ -1,7 +1,8 @@
 """
 A trainer whose output folder belongs to one run.
 
-What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_save`.
+What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_save` and
+`_load_optimizer_and_scheduler`.
 """
 
 import os
@@ -18,6 +19,7 @@ from ..errors import ConfigError
 from ..report.run_files import COMPLETIONS_DIRECTORY, STATE_FILE
 from ..sgpo_config import SGPOConfig
 from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
+from .resuming import check_same_model, check_same_optimizer
 
 
 class _BestCheckpointCallback(TrainerCallback):
@@ -72,10 +74,11 @@ class RunTrainer(GRPOTrainer):
             [`~transformers.trainer_utils.TrainOutput`]
 
         Raises:
-            [`ConfigError`]: There is no checkpoint to resume from.
+            [`ConfigError`]: There is no checkpoint to resume from, or it is of another model or optimizer.
         """
         with self.args.main_process_first(local=self.args.save_on_each_node):
             checkpoint = self._checkpoint(resume_from_checkpoint)
+            check_same_model(self.model, checkpoint)
             if self.run is None and self.args.should_save:
                 self.run = begin_run(self.args.output_dir, checkpoint, self._kept())
                 if self.log_completions:  # TRL made it when it made the trainer, and an earlier run's was set aside
@@ -101,6 +104,14 @@ class RunTrainer(GRPOTrainer):
                 "`resume_from_checkpoint`."
             )
         return checkpoint
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        before = set(self.optimizer.param_groups[0])
+        super()._load_optimizer_and_scheduler(checkpoint)
+        check_same_optimizer(checkpoint, before, set(self.optimizer.param_groups[0]))
 
     def _kept(self) -> tuple[str, ...]:
         """Files of a bank that is open are not moved."""

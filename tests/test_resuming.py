@@ -1,0 +1,75 @@
+"""A checkpoint goes on as what it was: a whole model, or an adapter of the same layers, rank and scale."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from models import evenness, problems, save_tiny_model
+from peft import LoraConfig
+from test_runs import config
+
+from trl_sgpo import SGPOTrainer
+from trl_sgpo.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+OTHER = {
+    "whole": (None, r"holds an adapter, and the whole model is trained: set `use_peft: true`"),
+    "rank": ({"r": 8}, r"other settings \(`r` was 4, is 8\): set those of before"),
+    "scale": ({"lora_alpha": 64}, r"other settings \(`lora_alpha` was 8, is 64\)"),
+    "dora": ({"use_dora": True}, r"other settings \(`use_dora` was False, is True\)"),
+    "layers": (
+        {"target_modules": ["q_proj"]},
+        r"of other layers \(4 weights differ, such as .*v_proj.*_modules`",
+    ),
+}
+
+
+def resumed(model: str, out: Path, lora: dict | None, checkpoint: bool | None, **kwargs) -> SGPOTrainer:
+    peft_config = None if lora is None else LoraConfig(**lora)
+    args = config(out, save_strategy="steps", save_steps=1, **kwargs)
+    trainer = SGPOTrainer(model, evenness, args, problems(), peft_config=peft_config)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_an_adapter_goes_on_as_what_it_was(model, tmp_path, other):
+    """Libraries load another scale without a word, and fail at the rest with messages of their own."""
+    resumed(model, tmp_path, ADAPTER, None)
+    change, message = OTHER[other]
+    with pytest.raises(ConfigError, match=rf"checkpoint-1.*{message}.* or train without `resume_from_checkpoint`"):
+        resumed(model, tmp_path, None if change is None else ADAPTER | change, True, max_steps=2)
+
+
+def test_a_whole_model_does_not_go_on_as_an_adapter(model, tmp_path):
+    resumed(model, tmp_path, None, None)
+    with pytest.raises(ConfigError, match="holds a whole model, and an adapter is trained: set `use_peft: false`"):
+        resumed(model, tmp_path, ADAPTER, True, max_steps=2)
+
+
+def test_the_state_of_another_optimizer_is_refused(model, tmp_path):
+    resumed(model, tmp_path, ADAPTER, None)
+    with pytest.raises(ConfigError, match=r"checkpoint-1 holds the state of another optimizer.*set `optim` as it was"):
+        resumed(model, tmp_path, ADAPTER, True, max_steps=2, optim="adafactor")
+
+
+def test_an_adapter_of_the_same_layers_goes_on(model, tmp_path, caplog):
+    """Also where they are named otherwise, with another dropout, and where its base has been moved."""
+    resumed(model, tmp_path / "run", ADAPTER, None)
+    moved = shutil.copytree(model, tmp_path / "moved" / Path(model).name)
+    change = {"target_modules": r".*self_attn\.(q|v)_proj", "lora_dropout": 0.1}
+    assert resumed(str(moved), tmp_path / "run", ADAPTER | change, True, max_steps=2).state.global_step == 2
+    assert "was trained on" not in caplog.text
+
+
+def test_another_base_of_an_adapter_is_named(model, tmp_path, caplog):
+    resumed(model, tmp_path / "run", ADAPTER, None)
+    other = save_tiny_model(tmp_path / "other")
+    resumed(other, tmp_path / "run", ADAPTER, True, max_steps=2)
+    assert f"was trained on {model}, and goes on with {other}." in caplog.text

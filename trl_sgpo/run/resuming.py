@@ -1,0 +1,91 @@
+"""Whether a checkpoint is of the model that would go on from it: a whole one, or an adapter with the same settings."""
+
+import logging
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from ..checks.json_text import parse_json
+from ..errors import ConfigError
+from ..inference.loading import is_adapter
+from ..inference.model_files import ADAPTER_FILE, ADAPTER_WEIGHTS
+
+
+logger = logging.getLogger(__name__)
+
+# Those that say how large the weights of an adapter are, and how much they count
+_SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_OR_ANEW = "or train without `resume_from_checkpoint`."
+
+
+def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None) -> None:
+    """
+    Checks that a checkpoint has the weights that are trained. Libraries would fail late, or load weights that mean
+    something else.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model that is trained.
+        checkpoint (`str`, *optional*):
+            The checkpoint.
+
+    Raises:
+        [`ConfigError`]: It holds a whole model and an adapter is trained, or the reverse, or an adapter with other
+            settings.
+    """
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        return
+    if not isinstance(model, PeftModel):
+        if is_adapter(checkpoint):
+            raise ConfigError(
+                f"{checkpoint} holds an adapter, and the whole model is trained: set `use_peft: true`, {_OR_ANEW}"
+            )
+        return
+    if not is_adapter(checkpoint):
+        raise ConfigError(
+            f"{checkpoint} holds a whole model, and an adapter is trained: set `use_peft: false`, {_OR_ANEW}"
+        )
+    saved = parse_json(Path(checkpoint, ADAPTER_FILE).read_text(encoding="utf-8"))
+    now = model.active_peft_config.to_dict()
+    changed = [
+        f"`{name}` was {saved[name]}, is {now[name]}"
+        for name in _SETTINGS
+        if name in saved and name in now and saved[name] != now[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"The adapter in {checkpoint} has other settings ({'; '.join(changed)}): set those of before, {_OR_ANEW}"
+        )
+    with safe_open(Path(checkpoint, ADAPTER_WEIGHTS), framework="pt") as file:
+        there = set(file.keys())
+    trained = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if others := sorted((trained - there) | {name for name in there - trained if "lora_" in name}):
+        raise ConfigError(
+            f"The adapter in {checkpoint} is of other layers ({len(others)} weights differ, such as {others[0]}): set "
+            f"`lora_target_modules` and `lora_modules_to_save` as before, {_OR_ANEW}"
+        )
+    before, base = str(saved.get("base_model_name_or_path")), str(now["base_model_name_or_path"])
+    if Path(before).name != Path(base).name:
+        logger.warning(f"The adapter in {checkpoint} was trained on {before}, and goes on with {base}.")
+
+
+def check_same_optimizer(checkpoint: str, before: set[str], after: set[str]) -> None:
+    """
+    Checks that the state of a checkpoint is that of the optimizer in use.
+
+    Args:
+        checkpoint (`str`):
+            The checkpoint.
+        before (`set[str]`), after (`set[str]`):
+            Names of the optimizer's settings before and after its state was loaded.
+
+    Raises:
+        [`ConfigError`]: It is not.
+    """
+    if missing := before - after:
+        raise ConfigError(
+            f"{checkpoint} holds the state of another optimizer, without {', '.join(sorted(missing))}: set `optim` as "
+            f"it was, {_OR_ANEW}"
+        )
