@@ -41,7 +41,7 @@ CHAT_TEMPLATE = {"checks/worker.py"}
 CHAT_TEMPLATE_FUNCTIONS = {"apply_chat_template", "maybe_apply_chat_template", "render_jinja_template"}
 WRITING = {"files.py"}
 UNFINISHED = {"unfinished_file", "unfinished_directory"}
-LOADING = {"bench/fit.py", "inference/pretrained.py"}  # the former loads random weights that it saved
+LOADING = {"bench/fit.py", "checks/worker.py", "inference/pretrained.py"}  # the first one loads what it saved
 OWN_LOADERS = {"SGPOPipeline", "StrategyBank", "TwoPhaseModel"}
 MAX_FILES_ON_TOP = 9
 MAX_LINES_OF_TRAINER = 350
@@ -397,7 +397,10 @@ def models_are_loaded_in_one_place(package: Path) -> list[str]:
     for name in sorted(LOADING & {path.relative_to(package).as_posix() for path in package.rglob("*.py")}):
         for function in ast.walk(syntax_tree(package / name)):
             text = ast.unparse(function) if isinstance(function, ast.FunctionDef) else ""
-            auto = re.search(r"\bAuto\w+\)?\.from_pretrained\(", text) and "kwargs = _safe(kwargs)" not in text
+            calls = re.findall(r"\bAuto\w+\)?\.from_pretrained\([^)]*\)", text)
+            auto = (
+                any("trust_remote_code=False" not in call for call in calls) and "kwargs = _safe(kwargs)" not in text
+            )
             sentence = "SentenceTransformer(" in text and "trust_remote_code=False" not in text
             weights = re.search(r"AutoModel\w*\)\.from_|SentenceTransformer\(", text) and "use_safetensors" not in text
             if auto or sentence or weights:

@@ -7,13 +7,14 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bank_helpers import hashed_words, make
 from models import save_tiny_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_sgpo import StrategyBank
+from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.bank.exchange import export_bank
 from trl_sgpo.bank.index import seal
 from trl_sgpo.bank.lock import BankLock
@@ -151,11 +152,23 @@ WRITERS: dict[str, Callable[[Path], object]] = {
         TrainingArguments(str(directory)), TrainerState(), TrainerControl()
     ),
 }
+
+
+class EndlessContext(SGPOPipeline):
+    """A pipeline without a model, whose context has room for all problems."""
+
+    def __init__(self) -> None:
+        pass
+
+    def check_room(self, *args: Any) -> None:
+        pass
+
+
 APPENDED: dict[str, Callable[[Path], object]] = {
     ROWS: lambda directory: ChunkLog(directory, {}, 1),
     "record.jsonl": lambda directory: open_record(directory / "record.jsonl", {}),
     "answers.jsonl": lambda directory: solve_file(
-        None, [], [], directory / "answers.jsonl", "", None, 1, None, 1, overwrite=True
+        EndlessContext(), [], [], directory / "answers.jsonl", "", None, 1, None, 1, overwrite=True
     ),
 }
 

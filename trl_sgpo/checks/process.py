@@ -1,6 +1,6 @@
 """
-What may take long or much memory, in a process of its own: mathematics, verifiers of families, chat templates and
-patterns of adapters.
+What may take long or much memory, in a process of its own: mathematics, verifiers of families, chat templates,
+patterns of adapters and the opening of models.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from ..errors import DataError
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0, "patterns": 15.0}
+SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0, "opens": 180.0, "patterns": 15.0}
 
 _PACKAGES = {
     "equal": ("math_verify", "math"),
@@ -29,6 +29,7 @@ _PACKAGES = {
     "accepts": ("reasoning_gym", "gym"),
     "render": ("transformers", ""),
     "patterns": ("re", ""),
+    "opens": ("transformers", ""),
 }
 
 
@@ -43,12 +44,17 @@ _FAILED = {
 
 class CheckProcess:
     """
-    A process with a limit of 3 GiB of memory and a time limit for each request: 2 seconds of computation for
-    mathematics and chat templates, 5 for a verifier or an adapter. It starts with the first request, and again after
-    one that passed a limit. Threads may share it.
+    A process with a limit of memory and a time limit for each request: 2 seconds of computation for mathematics and
+    chat templates, 5 for a verifier or an adapter, 60 to open a model. It starts with the first request, and again
+    after one that passed a limit. Threads may share it.
+
+    Args:
+        memory (`int`, *optional*, defaults to `3`):
+            Its limit of memory in GiB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int = 3) -> None:
+        self._memory = memory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._loaded: set[str] = set()
@@ -63,7 +69,8 @@ class CheckProcess:
 
         Args:
             name (`str`):
-                `"equal"`, `"entry"`, `"accepts"`, `"render"` or `"patterns"`, see [`~trl_sgpo.checks.worker`].
+                `"equal"`, `"entry"`, `"accepts"`, `"render"`, `"patterns"` or `"opens"`, see
+                [`~trl_sgpo.checks.worker`].
             *arguments:
                 Its arguments, as JSON has them.
 
@@ -82,7 +89,7 @@ class CheckProcess:
                 reply = self._exchange([name, *arguments], SECONDS[name])
             if reply is None:
                 self.close()
-                if name not in self._told:
+                if name in _FAILED and name not in self._told:
                     self._told.add(name)
                     logger.warning(f"{_FAILED[name]} Later cases are not logged.")
             return None if reply is None else json.loads(reply)
@@ -127,7 +134,7 @@ class CheckProcess:
         self.close()
         script = Path(__file__).with_name("worker.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],  # -P: modules beside the script do not hide others
+            [sys.executable, "-P", str(script), str(self._memory)],  # -P: modules beside the script do not hide others
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from ..errors import ModelError
 from .adapters import ADAPTER_FILE, MAX_LAYERS, check_adapter_settings
 from .growth import check_growth
+from .opening import check_opens
 
 
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
@@ -34,14 +33,19 @@ _TEXTS = ("chat_template", "added_tokens_decoder")
 
 def is_within(file: str | Path, directory: str | Path) -> bool:
     """Whether a file, after links, lies in a directory. Files of a Hub snapshot may be links to the cache's blobs."""
-    folder = Path(directory).resolve()
-    folders = [folder]
+    place, folder = Path(file).resolve(), Path(directory).resolve()
+    if place.is_relative_to(folder):
+        return True
+
+    from huggingface_hub import constants
+
     for snapshot in (folder, *folder.parents):
         if snapshot.parent.name == "snapshots":
             blobs = snapshot.parent.parent / "blobs"
             own = blobs.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())  # where they may be on another disk
-            folders.append(blobs.resolve() if own else blobs)
-    return any(Path(file).resolve().is_relative_to(allowed) for allowed in folders)
+            if place.is_relative_to(blobs.resolve() if own else blobs):
+                return True
+    return False
 
 
 def own_file(directory: Path, name: str) -> Path:
@@ -66,6 +70,8 @@ def own_file(directory: Path, name: str) -> Path:
 
 def _is_of_the_cache(file: Path) -> bool:
     """Whether a file, after links, is one of a model in the user's own Hub cache."""
+    from huggingface_hub import constants
+
     place = file.resolve().parent
     return any(place == blobs.resolve() for blobs in Path(constants.HF_HUB_CACHE).glob("models--*/blobs"))
 
@@ -103,6 +109,7 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
             f"The adapter in {source} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
             "are read: save it again with `save_pretrained`."
         )
+    check_opens(source, directory)
 
 
 def base_of_adapter(directory: Path) -> str | None:
@@ -204,6 +211,7 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
         if key in (*_TEXTS, *_INERT):
             continue
         is_file_name = key in _OTHER_FILES or (key in ("vocab", "merges") and isinstance(value, str))
+        is_file_name |= key == "init_inputs" and bool(value)  # positional arguments of the tokenizer's class
         if is_file_name or any(map(_is_path_of_a_file, texts_in(value))):
             raise ModelError(
                 f"The tokenizer of {source} names a file as `{key}` in its {_TOKENIZER}: use one whose vocabulary is "

@@ -1,23 +1,28 @@
 """
-Process that compares mathematical expressions, runs the verifiers of reasoning-gym, renders chat templates and matches
-patterns of adapters, so that none of these can stop the caller or fill its memory.
+Process that compares mathematical expressions, runs the verifiers of reasoning-gym, renders chat templates, matches
+patterns of adapters and opens models, so that none of these can stop the caller or fill its memory.
 
-It is started as a script by [`~trl_sgpo.checks.process.CheckProcess`] and imports nothing of this package. A line
-of standard input is a JSON list, the name of a request and its arguments; a line of standard output is the reply. It
-ends with its input and at its limit of memory, or is ended by the system when a request takes too long.
+It is started as a script by [`~trl_sgpo.checks.process.CheckProcess`], with its limit of memory in GiB, and imports
+nothing of this package. A line of standard input is a JSON list, the name of a request and its arguments; a line of
+standard output is the reply. It ends with its input and at its limit of memory, or is ended by the system when a
+request takes too long.
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 
-MEMORY = 3 * 2**30
-SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 5}
+SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 5, "opens": 60}
 MAX_RENDERED = 2**24
+SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f642"
 FORMS = "PATTERN", r"(.*\.)?(PATTERN)$", r"(^|.*\.)PATTERN($|\..*)", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\."
 
 
@@ -113,8 +118,63 @@ def patterns(texts: list[str], names: list[str]) -> bool:
     return True
 
 
+@contextmanager
+def printed() -> Iterator[IO[bytes]]:
+    """A file with all that this process prints, also from libraries that are not written in Python."""
+    with tempfile.TemporaryFile() as file:
+        before = [os.dup(descriptor) for descriptor in (1, 2)]
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield file
+        finally:
+            sys.stderr.flush()
+            for descriptor, kept in zip((1, 2), before, strict=True):
+                os.dup2(kept, descriptor)
+                os.close(kept)
+
+
+@contextmanager
+def errors_left_to_the_caller() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception:
+        pass
+
+
+def opens(directory: str) -> bool:
+    """
+    Reads the config and the tokenizer of a model, and builds it without weights. Errors are left to the caller, who
+    does the same. Returns whether something printed control characters.
+    """
+    import torch
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+    )
+
+    with printed() as output:
+        with errors_left_to_the_caller():
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            tokenizer.decode(tokenizer(SAMPLE)["input_ids"])
+        if Path(directory, "config.json").is_file():
+            with errors_left_to_the_caller(), torch.device("meta"):
+                config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+                kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+                kind.from_config(config, trust_remote_code=False)
+        sys.stderr.flush()
+        output.seek(0)
+        return any(byte < 32 and byte not in b"\t\n\r" for byte in output.read(2**20))
+
+
 REQUESTS: dict[str, Callable[..., Any]] = {
     "equal": equal, "entry": entry, "accepts": accepts, "render": render, "patterns": patterns,
+    "opens": opens,
 }  # fmt: skip
 
 
@@ -126,6 +186,9 @@ def load(name: str) -> None:
         renderer()
     elif name in ("entry", "accepts"):
         import reasoning_gym  # noqa: F401
+    elif name == "opens":
+        import torch  # noqa: F401
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def main() -> None:
@@ -133,11 +196,13 @@ def main() -> None:
         import resource
         import signal
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        memory = int(sys.argv[1]) * 2**30
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # without the code of libraries
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except ImportError:  # Windows: the caller ends the process after its own time limit
         signal = None  # type: ignore[assignment]
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a verifier prints is no reply
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         if name == "load":

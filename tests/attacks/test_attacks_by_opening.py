@@ -1,0 +1,101 @@
+"""Configs and tokenizers of strangers that never end, fill memory or print control characters when opened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import save_tiny_model
+from transformers import AutoTokenizer
+
+from trl_sgpo.checks import opening
+from trl_sgpo.checks.process import CheckProcess
+from trl_sgpo.checks.repositories import check_model_folder
+from trl_sgpo.errors import ModelError
+
+
+ESCAPE = "\x1b]0;OWNED\x07"
+UNKNOWN = {"content": "<|im_end|>", ESCAPE: 1}
+
+
+def put(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with less memory, whose limit is reached sooner."""
+    monkeypatch.setattr(opening, "OPENING", CheckProcess(memory=2))
+
+
+def attention_types(model: Path) -> None:
+    put(model / "config.json", model_type="gpt_neo", num_layers=2, attention_types=[[["global", "local"], 10**9]])
+
+
+def labels(model: Path) -> None:
+    put(model / "config.json", num_labels=10**9)
+
+
+def extra_ids(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    put(model / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer", extra_ids=10**9)
+
+
+def bytes_with_a_prefix(model: Path) -> None:
+    vocabulary = json.loads((model / "tokenizer.json").read_text())
+    vocabulary["model"] |= {"byte_fallback": True, "continuing_subword_prefix": "a" * 10**6}
+    vocabulary["model"]["vocab"] |= {f"<0x{byte:02X}>": 300 + byte for byte in range(256)}
+    vocabulary["pre_tokenizer"] = None
+    put(model / "tokenizer.json", **vocabulary)
+
+
+@pytest.mark.parametrize("write", [attention_types, labels, extra_ids, bytes_with_a_prefix], ids=lambda f: f.__name__)
+def test_a_model_that_never_opens(write: Any, small: None, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    write(tmp_path)
+    with pytest.raises(ModelError, match="takes more than 60 seconds or 8 GiB to open"):
+        check_model_folder(tmp_path, "user/evil")
+
+
+def of_the_vocabulary(model: Path) -> None:
+    vocabulary = json.loads((model / "tokenizer.json").read_text())
+    put(model / "tokenizer.json", added_tokens=[each | {ESCAPE: 1} for each in vocabulary["added_tokens"]])
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def of_the_map(model: Path) -> None:
+    put(model / "special_tokens_map.json", foo=UNKNOWN)
+
+
+def of_the_settings(model: Path) -> None:
+    put(model / "tokenizer_config.json", foo=UNKNOWN | {"__type": "AddedToken"})
+
+
+@pytest.mark.parametrize("write", [of_the_vocabulary, of_the_map, of_the_settings], ids=lambda f: f.__name__)
+def test_control_characters_that_a_library_prints(write: Any, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    write(tmp_path)
+    with pytest.raises(ModelError, match="prints control characters of a terminal"):
+        check_model_folder(tmp_path, "user/evil")
+
+
+def test_arguments_of_a_tokenizers_class(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    put(tmp_path / "tokenizer_config.json", tokenizer_class="BertTokenizer", init_inputs=[".env"])
+    with pytest.raises(ModelError, match="names a file as `init_inputs`"):
+        check_model_folder(tmp_path, "user/evil")
+
+
+def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path, hidden_size=48, head_dim=12)
+    asked: list[str] = []
+    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: (asked.append(directory) and None) or False)
+    for _ in range(2):
+        check_model_folder(tmp_path, "user/model")
+    assert len(asked) == 1
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    put(tmp_path / "config.json", pad_token_id=1)
+    check_model_folder(tmp_path, "user/model")
+    assert len(asked) == 2
