@@ -141,6 +141,15 @@ def test_the_base_that_a_library_follows_an_adapter_to(tiny: Path, big: Path, hu
     assert load_model(REPO).peft_config
 
 
+def test_a_header_of_weights_on_the_hub(tiny: Path, hub: HubServer) -> None:
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"{number:050}": empty for number in range(2**18 + 2**17)}).encode()
+    (tiny / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    upload(hub, tiny)
+    with pytest.raises(ModelError, match="has a header of more than"):
+        load_model(REPO)
+
+
 def test_an_embedding_model_on_the_hub(big: Path, hub: HubServer) -> None:
     upload(hub, big)
     with pytest.raises(ModelError, match="num_hidden_layers"):

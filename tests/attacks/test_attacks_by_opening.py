@@ -57,6 +57,13 @@ def test_a_model_that_never_opens(write: Any, small: None, tmp_path: Path) -> No
         check_model_folder(tmp_path, "user/evil")
 
 
+def test_weights_that_a_library_would_make(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    put(tmp_path / "config.json", vocab_size=200_000_000)
+    with pytest.raises(ModelError, match="of which most are not in its files"):
+        check_model_folder(tmp_path, "user/evil")
+
+
 def of_the_vocabulary(model: Path) -> None:
     vocabulary = json.loads((model / "tokenizer.json").read_text())
     put(model / "tokenizer.json", added_tokens=[each | {ESCAPE: 1} for each in vocabulary["added_tokens"]])
@@ -91,7 +98,7 @@ def test_arguments_of_a_tokenizers_class(tmp_path: Path) -> None:
 def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path, hidden_size=48, head_dim=12)
     asked: list[str] = []
-    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: (asked.append(directory) and None) or False)
+    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     for _ in range(2):
         check_model_folder(tmp_path, "user/model")
     assert len(asked) == 1

@@ -1,6 +1,7 @@
 """A trial of a model's config and tokenizer in a process with limits, before this process reads them."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -11,24 +12,31 @@ from .process import CheckProcess
 
 
 OPENING = CheckProcess(memory=8)  # with torch, so apart from the others
+PER_BYTE, FEW = 8, 10**7  # parameters in a byte of weights of one bit, and parameters that may always be missing
 _READ = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
          "*.model")  # fmt: skip
 
 
-def check_opens(source: str | Path, directory: Path) -> None:
+def check_opens(source: str | Path, directory: Path, weights: Sequence[Path]) -> None:
     """
     Lets another process read the config and the tokenizer of a model and build it without weights. This covers what no
     check of single settings knows: numbers from which a library makes lists, and steps that never end. What was read
     is remembered by its content, so that this takes its 5 seconds once.
+
+    A library makes weights that are missing, at the size that the config says, so files of weights must not be too
+    small for it.
 
     Args:
         source (`str` or `Path`):
             How the user named the model, for messages.
         directory (`Path`):
             Its folder.
+        weights (`Sequence[Path]`):
+            Its files of weights, which may be missing.
 
     Raises:
-        [`ModelError`]: It takes more than 60 seconds or 8 GiB, or a library prints control characters of a terminal.
+        [`ModelError`]: It takes more than 60 seconds or 8 GiB, a library prints control characters of a terminal, or
+            most weights are missing.
     """
     from huggingface_hub import constants
 
@@ -40,15 +48,26 @@ def check_opens(source: str | Path, directory: Path) -> None:
         digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     done = Path(constants.HF_HOME, "trl_sgpo", "opened", digest.hexdigest())
-    if done.is_file():
-        return
-    prints_control = OPENING.ask("opens", str(directory.resolve()))
-    if prints_control is None:
+    parameters = int(done.read_text()) if done.is_file() else _opened(source, directory, done)
+    sizes = [path.stat().st_size for path in weights if path.is_file()]
+    if 0 < len(sizes) == len(weights) and parameters > PER_BYTE * sum(sizes) + FEW:
+        raise ModelError(
+            f"The config of {source} describes a model of {parameters:,} parameters, of which most are not in its "
+            "files: use another model, or download it again."
+        )
+
+
+def _opened(source: str | Path, directory: Path, done: Path) -> int:
+    """Opens a model in the other process, remembers that it can be opened, and returns its number of parameters."""
+    reply = OPENING.ask("opens", str(directory.resolve()))
+    if reply is None:
         raise ModelError(
             f"The config or the tokenizer of {source} takes more than 60 seconds or 8 GiB to open: use another model."
         )
+    prints_control, parameters = reply
     if prints_control:
         raise ModelError(f"Opening {source} prints control characters of a terminal: use another model.")
     with suppress(OSError):  # a cache that cannot be written
         done.parent.mkdir(parents=True, exist_ok=True)
-        write_file(done, "")
+        write_file(done, str(parameters))
+    return parameters

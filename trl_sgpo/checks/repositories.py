@@ -109,7 +109,16 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
             f"The adapter in {source} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
             "are read: save it again with `save_pretrained`."
         )
-    check_opens(source, directory)
+    check_opens(source, directory, weights_in(directory))
+
+
+def weights_in(directory: Path) -> list[Path]:
+    """The files of whole weights that a library would read from a folder, existing or not."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file() or (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    names = _read(index).get("weight_map")
+    return [directory / name for name in sorted(set(names.values()))] if isinstance(names, dict) else []
 
 
 def base_of_adapter(directory: Path) -> str | None:

@@ -144,10 +144,10 @@ def errors_left_to_the_caller() -> Iterator[None]:
         pass
 
 
-def opens(directory: str) -> bool:
+def opens(directory: str) -> tuple[bool, int]:
     """
     Reads the config and the tokenizer of a model, and builds it without weights. Errors are left to the caller, who
-    does the same. Returns whether something printed control characters.
+    does the same. Returns whether something printed control characters, and the number of parameters, if known.
     """
     import torch
     from transformers import (
@@ -158,6 +158,7 @@ def opens(directory: str) -> bool:
         AutoTokenizer,
     )
 
+    parameters = 0
     with printed() as output:
         with errors_left_to_the_caller():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -166,10 +167,11 @@ def opens(directory: str) -> bool:
             with errors_left_to_the_caller(), torch.device("meta"):
                 config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
                 kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-                kind.from_config(config, trust_remote_code=False)
+                model = kind.from_config(config, trust_remote_code=False)
+                parameters = sum(weight.numel() for weight in model.parameters())
         sys.stderr.flush()
         output.seek(0)
-        return any(byte < 32 and byte not in b"\t\n\r" for byte in output.read(2**20))
+        return any(byte < 32 and byte not in b"\t\n\r" for byte in output.read(2**20)), parameters
 
 
 REQUESTS: dict[str, Callable[..., Any]] = {

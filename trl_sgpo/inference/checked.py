@@ -1,11 +1,12 @@
 """Checks of a model, named by a directory or a Hub id, before a library loads it."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from ..checks.repositories import base_of_adapter, check_model_folder
+from ..checks.repositories import base_of_adapter, check_model_folder, weights_in
 from ..errors import ModelError
 from .model_files import ADAPTER_WEIGHTS, CONFIG
 
@@ -41,12 +42,29 @@ def checked(source: str | Path, kwargs: dict[str, Any], weights: bool = False) -
     directory, pinned = Path(source), kwargs
     if not directory.is_dir():
         directory, pinned = _texts_of(str(source), kwargs)
-    for folder in {directory, directory / (kwargs.get("subfolder") or "")}:
-        if folder.is_dir():
+    folders = [folder for folder in {directory, directory / (kwargs.get("subfolder") or "")} if folder.is_dir()]
+    for folder in folders:
+        check_model_folder(folder, source)
+    if weights and directory != Path(source):
+        _download_weights(str(source), directory, pinned)
+        for folder in folders:
             check_model_folder(folder, source)
     if weights and not (Path(source) / CONFIG).is_file() and (base := base_of_adapter(directory)) is not None:
         checked(base, kwargs)
     return pinned
+
+
+def _download_weights(repository: str, snapshot: Path, kwargs: dict[str, Any]) -> None:
+    """Downloads the weights that a library will read into a snapshot, so that they are checked there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    from ..hub.errors import readable_errors
+
+    source = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
+    names = [path.name for path in weights_in(snapshot)]
+    with readable_errors(f"Reading {repository}", ModelError), suppress(IncompleteSnapshotError):
+        snapshot_download(repository, allow_patterns=names, revision=snapshot.name, **source)
 
 
 def _texts_of(repository: str, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
