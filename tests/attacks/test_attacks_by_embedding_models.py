@@ -35,6 +35,27 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"transformer_task": "text-generation"},
+        {"modality_config": {"text": {"method": "generate", "method_output_name": None}}},
+        {"modality_config": [{"text": [{"method": "compile"}]}]},
+    ],
+    ids=str,
+)
+def test_other_methods_of_a_model(settings: dict[str, Any], model: Path) -> None:
+    change(model / "0_Transformer" / "sentence_bert_config.json", **settings)
+    with pytest.raises(ModelError, match="calls other methods"):
+        load_sentence_transformer(str(model))
+
+
+def test_a_prompt_of_an_embedding_model(model: Path) -> None:
+    change(model / "config_sentence_transformers.json", prompts={"q": "a" * 10**7}, default_prompt_name="q")
+    with pytest.raises(ModelError, match="a prompt of more than 2,000 characters"):
+        load_sentence_transformer(str(model))
+
+
 def test_folders_of_modules(model: Path) -> None:
     change(
         model / "0_Transformer" / "sentence_bert_config.json",

@@ -25,6 +25,7 @@ from trl_sgpo.bank.snapshot import embed_with
 from trl_sgpo.checks.repositories import check_model_settings
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ConfigError, ModelError
+from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.pretrained import load_adapter, load_model, load_tokenizer
 from trl_sgpo.inference.settings import SETTINGS_FILE, TwoPhaseSettings
 
@@ -332,6 +333,27 @@ def test_patterns_in_the_settings_of_quantization(pattern: str, is_refused: bool
     settings = {"quantization_config": {"quant_method": "bitsandbytes", "modules_to_not_convert": [pattern]}}
     with pytest.raises(ModelError, match="may match for ever") if is_refused else nullcontext():
         check_model_settings("model", settings)
+
+
+def test_an_adapter_nested_deeply(tiny: Path, refused: Any, tmp_path: Path) -> None:
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(
+        path.read_text().rstrip().removesuffix("}") + ', "rank_pattern": ' + '{"a": ' * 900 + "1" + "}" * 901
+    )
+    assert "adapter_config.json cannot be read" in refused(arguments("solve", str(adapter), tmp_path))
+
+
+def test_what_others_leave_in_folders(tiny: Path, tmp_path: Path) -> None:
+    """An adapter without a tokenizer, as peft saves it, and after a long training; a README that is a link."""
+    adapter = adapter_of(tiny, tmp_path / "adapter")
+    for path in [*adapter.glob("tokenizer*"), *adapter.glob("special_tokens*"), *adapter.glob("chat_template*")]:
+        path.unlink()
+    change(adapter / "adapter_config.json", tinit=5_000_000, tfinal=5_000_000)
+    (tmp_path / "README.md").write_text("notes")
+    (adapter / "README.md").unlink(missing_ok=True)
+    (adapter / "README.md").symlink_to(tmp_path / "README.md")
+    assert TwoPhaseModel.from_pretrained(str(adapter)).tokenizer.chat_template
 
 
 def test_a_seed_of_an_adapter_is_no_size(tiny: Path, tmp_path: Path) -> None:

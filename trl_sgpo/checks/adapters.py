@@ -13,7 +13,7 @@ ADAPTER_FILE = "adapter_config.json"
 OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
 MAX_RANK, MAX_NUMBER, MAX_LAYERS, MAX_TEXTS = 2**15, 10**6, 10_000, 2_000
 _PLAIN = re.compile(r"[\w.\-/ ]{0,500}")  # a name: it matches at once
-_NO_SIZE = re.compile(r"seed|prng_key|total_step")
+_NO_SIZE = re.compile(r"seed|prng_key|total_step|tinit|tfinal|deltaT")
 _ITERATIONS = re.compile(r"\d{4,}")
 
 

@@ -1,14 +1,16 @@
 """Folders of embedding models of sentence-transformers, which have a folder for each of their modules."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .json_text import parse_json
 from .repositories import check_model_folder, check_model_settings, is_within, texts_in
 
 
 MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
+MAX_PROMPT = 2_000  # characters that are put before each text
 _ARGUMENTS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
 _NAMES = ("file", "folder", "path", "vocab", "merges", "kwargs")
 
@@ -33,7 +35,7 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
     check_model_folder(directory, source)
     folders = [directory]
     if (directory / "modules.json").is_file():
-        for module in json.loads((directory / "modules.json").read_text(encoding="utf-8")):
+        for module in parse_json((directory / "modules.json").read_text(encoding="utf-8")):
             folder = directory / str(module["path"])
             _check_kind(source, str(module["type"]))
             if not is_within(folder, directory):
@@ -44,7 +46,11 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
                 check_model_folder(folder, source)
                 folders.append(folder)
     for path in (path for folder in folders for path in folder.glob("sentence_*_config.json")):
-        _check_arguments(source, json.loads(path.read_text(encoding="utf-8")))
+        _check_arguments(source, parse_json(path.read_text(encoding="utf-8")))
+    path = directory / "config_sentence_transformers.json"
+    prompts = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(len(text) > MAX_PROMPT for text in texts_in(prompts)):
+        raise ModelError(f"The embedding model {source} has a prompt of more than 2,000 characters: use another one.")
     return folders
 
 
@@ -60,6 +66,9 @@ def _check_kind(source: str, kind: str) -> None:
 def _check_arguments(source: str, settings: dict[str, Any]) -> None:
     """Arguments with which transformers loads the model must name nothing that it reads or writes."""
     check_model_settings(source, settings)
+    methods = {method for _, method in _values("method", settings)} | {settings.get("transformer_task")}
+    if not methods <= {None, "forward", "feature-extraction"}:
+        raise ModelError(f"The embedding model {source} calls other methods of its model: use one that embeds.")
     given = {"tokenizer_name_or_path": settings.get("tokenizer_name_or_path")}
     for name in _ARGUMENTS:
         given |= settings.get(name) or {}
@@ -69,3 +78,11 @@ def _check_arguments(source: str, settings: dict[str, Any]) -> None:
             raise ModelError(
                 f"The embedding model {source} is loaded with `{key}`, which may name files or models: leave it out."
             )
+
+
+def _values(name: str, settings: Any) -> Iterator[tuple[str, Any]]:
+    """All values under a key, at any depth."""
+    if isinstance(settings, dict):
+        yield from ((key, value) for key, value in settings.items() if key == name)
+    for part in settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ():
+        yield from _values(name, part)

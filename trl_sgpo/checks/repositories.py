@@ -1,6 +1,5 @@
 """Folders of models that someone else wrote: they name no files outside, and are of a real model's size."""
 
-import json
 import math
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 from ..errors import ModelError
 from .adapters import ADAPTER_FILE, MAX_LAYERS, check_adapter_settings
 from .growth import check_growth
+from .json_text import parse_json
 from .opening import check_opens
 
 
@@ -135,7 +135,7 @@ def _check_file(path: Path, directory: Path) -> None:
     if not path.is_file():
         raise ModelError(f"{path} is no file, such as a pipe or a device: remove it.")
     if path.suffix not in _WEIGHTS:
-        if not is_within(path, directory) and not _is_of_the_cache(path):
+        if path.suffix != ".md" and not is_within(path, directory) and not _is_of_the_cache(path):
             raise ModelError(f"{path} is a link out of the model's folder: replace it by the file.")
         if path.suffix in (".json", ".jinja", ".txt") and path.stat().st_size > MAX_BYTES:
             raise ModelError(f"{path} is larger than {MAX_BYTES >> 20} MiB: save the model again.")
@@ -267,8 +267,8 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{path} cannot be read: {AGAIN}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object: {AGAIN}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from ..speed.generation import left_padded
 from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from ..speed.merging import merged_where_exact
 from .loading import base_of, is_adapter, load_base
+from .model_files import TOKENIZER
 from .pretrained import load_adapter, load_model, load_tokenizer
 from .settings import TwoPhaseSettings
 from .weights import require_model
@@ -168,7 +170,8 @@ class TwoPhaseModel:
         try:
             model = merged_where_exact(load) if is_adapter(directory) else load()
             _check_lengths(saved, model.config, name)
-            tokenizer = load_tokenizer(directory)
+            bare = is_adapter(directory) and not any(Path(directory, file).is_file() for file in TOKENIZER)
+            tokenizer = load_tokenizer(base_of(directory) if bare else directory)  # as other tools save adapters
         except (OSError, ValueError) as error:
             raise ModelError(f"The model {name} cannot be loaded: {error}") from error
         return cls(model, tokenizer, settings or saved, batch_size)
