@@ -1,6 +1,7 @@
 """The record of the bank: one SQLite file, from which everything else is derived."""
 
 import json
+import re
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,15 +36,23 @@ CREATE TABLE executions (
 """
 # Banks of earlier versions have no table of texts: it is made when the first one is written
 _TEXTS = "CREATE TABLE IF NOT EXISTS problems (id TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;"
+_META = "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);"
 _SCHEMA = f"""
 BEGIN;
 {_TABLES}
 {_TEXTS}
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+{_META}
 INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}');
 COMMIT;
 """
 # Version 1 had the lift at admission and no executions: the lift becomes an execution on one problem
+_TABLES_1 = """
+CREATE TABLE strategies (
+    id TEXT PRIMARY KEY, text TEXT NOT NULL, problem_class TEXT NOT NULL, source_problems TEXT NOT NULL,
+    parents TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL, step INTEGER NOT NULL, origin TEXT NOT NULL,
+    trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, lift REAL NOT NULL, embedding BLOB NOT NULL
+);
+"""
 _MIGRATE_1 = f"""
 BEGIN;
 ALTER TABLE strategies RENAME TO version_1;
@@ -58,11 +67,14 @@ INSERT INTO executions
 DROP TABLE version_1;
 """
 
-# What computes where it is read: it may never end
-_NO_TABLE = """
-SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index') OR rootpage = 0 OR EXISTS (
-    SELECT 1 FROM pragma_table_xinfo(sqlite_master.name) WHERE hidden IN (2, 3) AND sqlite_master.type = 'table')
-"""
+
+def _spelling(statement: str) -> str:
+    """A statement without white space, and without the quotes that SQLite puts around a table's new name."""
+    return re.sub(r'[\s"]|IF NOT EXISTS', "", statement)
+
+
+_KNOWN = {_spelling(statement) for statement in f"{_TABLES}{_TEXTS}{_META}{_TABLES_1}".split(";")}
+_MAX_VALUE, _MAX_STATEMENT = 2**28, 2**16  # bytes
 _FIELDS = [field.name for field in fields(Strategy)]
 _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")
 _SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
@@ -104,14 +116,15 @@ class Ledger:
         self.path = Path(path)
         with self._readable_errors():
             self._connection = sqlite3.connect(self.path)
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _MAX_STATEMENT)
             self._connection.execute("PRAGMA page_size=2048")  # small, because a step changes rows all over the file
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute("PRAGMA wal_autocheckpoint=4000")
             self._connection.execute("PRAGMA cache_size=-65536")
             self._connection.execute("PRAGMA trusted_schema=OFF")
-            if (strange := self._connection.execute(_NO_TABLE).fetchone()) is not None:
-                raise sqlite3.DatabaseError(f"it has the {strange[0]} {strange[1]}, which no bank has")
+            self._expect_known_tables()
             if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 self._connection.executescript(_SCHEMA)
             if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -129,6 +142,13 @@ class Ledger:
             )
         if version == 1:
             self._migrate()
+
+    def _expect_known_tables(self) -> None:
+        """Constraints, views, triggers, computed columns and indices of expressions compute, and may never end."""
+        # SQLite's own indices have no statement
+        for kind, name, statement in self._connection.execute("SELECT type, name, sql FROM sqlite_master"):
+            if _spelling(str(statement)) not in _KNOWN and (kind, statement) != ("index", None):
+                raise sqlite3.DatabaseError(f"its {kind} {name} has a form which no bank has")
 
     def _migrate(self) -> None:
         """Brings a ledger of the first version to this one, in one transaction."""
