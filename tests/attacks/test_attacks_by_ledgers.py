@@ -3,11 +3,14 @@
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bank_helpers import hashed_words, make
 
 from trl_sgpo import StrategyBank
+from trl_sgpo.bank import Outcome
+from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError
 
 
@@ -18,6 +21,7 @@ LEDGER = "ledger.sqlite"
 def bank(tmp_path: Path) -> Path:
     with StrategyBank(tmp_path / "bank", hashed_words) as bank:
         bank.add(make(name) for name in "abc")
+        bank.update([Outcome(make("a").id, "p", 1.0, text="A problem.")])
     return bank.path
 
 
@@ -25,6 +29,12 @@ def change(bank: Path, *statements: str) -> None:
     with closing(sqlite3.connect(bank / LEDGER)) as connection, connection:
         for statement in statements:
             connection.execute(statement)
+
+
+def told(bank: Path, command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(["bank", command, str(bank)])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
 
 
 def remake(bank: Path, table: str, before: str = "", after: str = "") -> None:
@@ -86,3 +96,58 @@ def test_a_table_that_was_renamed(table: str, bank: Path) -> None:
     change(bank, f"ALTER TABLE {table} RENAME TO old", f"ALTER TABLE old RENAME TO {table}")
     with StrategyBank(bank, hashed_words) as again:
         assert len(again) == 3
+
+
+TEXTS = ("text", "problem_class", "model", "run", "origin", "trust")
+COUNTS = ("step", "successes", "trials", "problems", "solved", "baseline", "shown")
+LISTS = ("source_problems", "parents")
+NO_COUNTS = ("x'ff00'", "'text'", "9e999", "9223372036854775807")
+NO_LISTS = ("x'5b5d'", "'{}'", "'5'", "'[5]'", "'[[]]'", "9e999", "replace(hex(zeroblob(3000)), '0', '[')")
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+@pytest.mark.parametrize(
+    "change_made",
+    [
+        *[f"strategies SET {name} = x'ff00'" for name in TEXTS],
+        *[f"strategies SET {name} = {value}" for name in COUNTS for value in NO_COUNTS],
+        *[f"strategies SET {name} = {value}" for name in LISTS for value in NO_LISTS],
+        *[f"embeddings SET embedding = {value}" for value in ("x'010203'", "'text'", "5", "x''", "zeroblob(300000)")],
+        "embeddings SET embedding = zeroblob(8) WHERE number = 1",
+        "embeddings SET embedding = CAST(zeroblob(1020) || x'0000c07f' AS BLOB)",
+        "meta SET value = x'ff' WHERE key = 'schema_version'",
+    ],
+)
+def test_a_value_of_another_type(command: str, change_made: str, bank: Path, capsys: Any) -> None:
+    change(bank, f"UPDATE {change_made}")
+    status, text = told(bank, command, capsys)
+    assert status == (1 if command == "verify" else 2)
+    assert text.count("a value that cannot be") == 1 and (command == "verify" or text.count("\n") == 1)
+
+
+@pytest.mark.parametrize("command", ["stats", "verify"])
+@pytest.mark.parametrize(
+    "change_made",
+    [
+        "problem = x'ff'", "problem_class = x'ff'", "trials = x'ff'", "trials = 'text'", "trials = 0",
+        "trials = 9e999", "successes = 'text'", "successes = 9e999", "successes = -1", "baseline = x'ff'",
+        "baseline = 9e999",
+    ],
+)  # fmt: skip
+def test_an_execution_of_other_types(command: str, change_made: str, bank: Path, capsys: Any) -> None:
+    change(bank, f"UPDATE executions SET {change_made}")
+    status, text = told(bank, command, capsys)
+    assert status == (1 if command == "verify" else 2) and text.count("a value that cannot be") == 1
+
+
+@pytest.mark.parametrize("value", ["x'ff'", "'{}'", "'5'", "'[\"x\"]'", "'[NaN]'", "'[1e999]'", NO_LISTS[-1]])
+def test_a_fingerprint_that_is_none(value: str, bank: Path) -> None:
+    change(bank, f"UPDATE meta SET value = {value} WHERE key = 'fingerprint'")
+    with StrategyBank(bank, hashed_words) as again, pytest.raises(BankError, match="a value that cannot be"):
+        again.retrieve(["x"])
+
+
+def test_a_text_of_a_problem_that_is_none(bank: Path) -> None:
+    change(bank, "UPDATE problems SET text = x'ff'", "UPDATE strategies SET trust = 'trusted'")
+    with StrategyBank(bank, hashed_words) as again, pytest.raises(BankError, match="a value that cannot be"):
+        again.retrieve(["a"])

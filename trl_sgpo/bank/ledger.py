@@ -6,7 +6,6 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..errors import BankError, BankStorageError
 from ..files import durable_replace, unfinished_file
+from .stored import FIELDS, to_embeddings, to_execution, to_fingerprint, to_strategy, to_text
 from .strategy import Execution, Strategy
 
 
@@ -75,10 +75,9 @@ def _spelling(statement: str) -> str:
 
 _KNOWN = {_spelling(statement) for statement in f"{_TABLES}{_TEXTS}{_META}{_TABLES_1}".split(";")}
 _MAX_VALUE, _MAX_STATEMENT = 2**28, 2**16  # bytes
-_FIELDS = [field.name for field in fields(Strategy)]
 _CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")
-_SELECT = f"SELECT {', '.join(_FIELDS)} FROM strategies"
-_INSERT = f"INSERT INTO strategies VALUES (NULL, {', '.join('?' * (len(_FIELDS) + 2))})"
+_SELECT = f"SELECT {', '.join(FIELDS)} FROM strategies"
+_INSERT = f"INSERT INTO strategies VALUES (NULL, {', '.join('?' * (len(FIELDS) + 2))})"
 _UPDATE = f"UPDATE strategies SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE id = ?"
 
 
@@ -86,18 +85,11 @@ def _blob(embedding: np.ndarray) -> bytes:
     return embedding.astype("<f4").tobytes()
 
 
-_all_values, _changing_values = attrgetter(*_FIELDS), attrgetter(*_CHANGING)
+_all_values, _changing_values = attrgetter(*FIELDS), attrgetter(*_CHANGING)
 
 
 def _row(values: tuple[Any, ...]) -> list[Any]:
     return [(json.dumps(value) if value else "[]") if isinstance(value, tuple) else value for value in values]
-
-
-def _to_strategy(row: tuple[Any, ...]) -> Strategy:
-    values = dict(zip(_FIELDS, row, strict=True))
-    for name in ("source_problems", "parents"):
-        values[name] = () if values[name] == "[]" else tuple(json.loads(values[name]))
-    return Strategy(**values)
 
 
 class Ledger:
@@ -114,7 +106,7 @@ class Ledger:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with self._readable_errors():
+        with self._reading():
             self._connection = sqlite3.connect(self.path)
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _MAX_STATEMENT)
@@ -177,9 +169,20 @@ class Ledger:
                 "--resume_from_checkpoint true`), or remove the directory to start an empty bank."
             ) from error
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with self._readable_errors():
+                yield
+        except ValueError as error:
+            raise BankError(
+                f"{self.path} has a value that cannot be: {error}. Restore a checkpoint's copy (`trl-sgpo train "
+                "--resume_from_checkpoint true`)."
+            ) from error
+
     def _meta(self, key: str) -> str | None:
         row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return row and row[0]
+        return row and to_text(row[0], "a value of meta")
 
     def _set_meta(self, key: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
@@ -190,13 +193,13 @@ class Ledger:
         Name of the model the embeddings come from and its fingerprint, `None` before the first one is stored. The
         fingerprint is an empty array where it was not kept.
         """
-        with self._readable_errors():
+        with self._reading():
             model, fingerprint = self._meta("embedding_model"), self._meta("fingerprint")
-        return None if model is None else (model, np.array(json.loads(fingerprint or "[]"), dtype=np.float32))
+            return None if model is None else (model, to_fingerprint(fingerprint or "[]"))
 
     def note(self, key: str) -> str | None:
         """The text stored under a key, or `None`."""
-        with self._readable_errors():
+        with self._reading():
             return self._meta(f"note/{key}")
 
     def set_note(self, key: str, value: str) -> None:
@@ -207,7 +210,7 @@ class Ledger:
     @property
     def state(self) -> str:
         """Identifier of the entries of an index: each transaction that adds or removes some makes a new one."""
-        with self._readable_errors():
+        with self._reading():
             return self._meta("state") or ""
 
     def _new_state(self) -> None:
@@ -286,15 +289,15 @@ class Ledger:
             "SELECT executions.* FROM json_each(?) JOIN executions "
             "ON strategy_id = json_extract(value, '$[0]') AND problem = json_extract(value, '$[1]')"
         )
-        with self._readable_errors():
+        with self._reading():
             rows = self._connection.execute(query, (wanted,))
-            return {row[:2]: Execution(*row) for row in rows}
+            return {row[:2]: to_execution(row) for row in rows}
 
     def executions(self, strategy_id: str) -> list[Execution]:
         """All executions of a strategy, one entry a problem."""
-        with self._readable_errors():
+        with self._reading():
             rows = self._connection.execute("SELECT * FROM executions WHERE strategy_id = ?", (strategy_id,))
-            return [Execution(*row) for row in rows]
+            return [to_execution(row) for row in rows]
 
     def executions_with_texts(self, problem_class: str) -> list[tuple[Execution, str]]:
         """
@@ -307,16 +310,20 @@ class Ledger:
             "CROSS JOIN problems ON problems.id = problem WHERE strategies.problem_class = ? "
             "AND strategies.trust IN ('candidate', 'trusted')"
         )
-        with self._readable_errors():
+        with self._reading():
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'problems'").fetchone():
                 return []
             rows = self._connection.execute(query, (problem_class,))
-            return [(Execution(*row[:-1]), row[-1]) for row in rows]
+            return [(to_execution(row[:-1]), to_text(row[-1], "a problem")) for row in rows]
 
     def damage(self) -> list[str]:
         """
         Everything that is wrong with the file: what SQLite finds in a full check, and strategies whose text or
         provenance is not what was written.
+
+        Raises:
+            [`~trl_sgpo.errors.BankError`]: If a value is of another type than the bank writes, or counts contradict
+                each other.
         """
         with self._readable_errors():
             faults = [row[0] for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
@@ -324,18 +331,16 @@ class Ledger:
         for strategy in self.all():
             if stored.get(strategy.id) != strategy.checksum:
                 faults.append(f"strategy {strategy.id} ({strategy.text[:40]!r}) is not what was written")
+        _ = self.embedder, self.embeddings()
+        with self._reading():
+            for row in self._connection.execute("SELECT * FROM executions"):
+                to_execution(row)
         return faults
 
     def all(self) -> list[Strategy]:
         """All strategies, retired ones too, in the order they were stored."""
-        try:
-            with self._readable_errors():
-                return [_to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY number")]
-        except ValueError as error:
-            raise BankError(
-                f"{self.path} has a value that cannot be: {error}. Restore a checkpoint's copy (`trl-sgpo train "
-                "--resume_from_checkpoint true`)."
-            ) from error
+        with self._reading():
+            return [to_strategy(row) for row in self._connection.execute(f"{_SELECT} ORDER BY number")]
 
     def count(self) -> int:
         """Number of strategies, retired ones too."""
@@ -348,8 +353,8 @@ class Ledger:
             "SELECT id, embedding FROM strategies JOIN embeddings USING (number) WHERE trust != 'retired' "
             "ORDER BY number"
         )
-        with self._readable_errors():
-            return {key: np.frombuffer(blob, dtype="<f4") for key, blob in self._connection.execute(query)}
+        with self._reading():
+            return to_embeddings(self._connection.execute(query))
 
     def snapshot(self, path: str | Path) -> None:
         """

@@ -335,14 +335,14 @@ def _record_damage(file: Path) -> tuple[int, list[str]]:
     try:
         ledger = Ledger(file)
     except BankError as error:
-        if isinstance(error.__cause__, sqlite3.DatabaseError):
+        if isinstance(error.__cause__, sqlite3.DatabaseError | ValueError):
             return 0, [str(error)]
         raise
     with closing(ledger):
         try:
             return ledger.count(), ledger.damage()
-        except (BankError, ValueError) as error:
-            return 0, [f"{file} has a value that cannot be: {error}"]
+        except BankError as error:
+            return 0, [str(error)]
 
 
 def verify(options: argparse.Namespace) -> int:
