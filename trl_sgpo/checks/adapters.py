@@ -1,5 +1,6 @@
 """Settings of a saved adapter, before peft reads them: they name models, hold patterns and sizes."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,8 +13,12 @@ from .process import CHECKS
 ADAPTER_FILE = "adapter_config.json"
 OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
 MAX_RANK, MAX_NUMBER, MAX_LAYERS, MAX_TEXTS = 2**15, 10**6, 10_000, 2_000
+MAX_DEPTH = 20  # of lists and mappings in each other
+MAX_PRODUCTS = {2: 2**28, 3: 2**33}  # of that many sizes: those of a prompt on a base of 70 billion weights are less
 _PLAIN = re.compile(r"[\w.\-/ ]{0,500}")  # a name: it matches at once
 _NO_SIZE = re.compile(r"seed|prng_key|total_step|tinit|tfinal|deltaT")
+_NO_FACTOR = re.compile(r"alpha|heads|tinit|tfinal|deltaT|warmup|interval")
+_ENCODER = "encoder_hidden_size"
 _ITERATIONS = re.compile(r"\d{4,}")
 
 
@@ -28,12 +33,14 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
             Content of its `adapter_config.json`.
 
     Raises:
-        [`ModelError`]: They name another model, or hold numbers of no real adapter.
+        [`ModelError`]: They name another model, hold numbers of no real adapter, or are nested deeply.
     """
 
     def refuse(key: str, reason: str) -> None:
         raise ModelError(f"The adapter in {directory} is not loaded: `{key}` {reason}.")
 
+    if key := _nested_deeply(settings):
+        refuse(key, "is nested too deeply")
     for key in OTHER_MODELS:
         if settings.get(key):
             refuse(key, "would load more than its weights")
@@ -45,6 +52,10 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
     for key, number in _numbers(settings):
         if _NO_SIZE.search(key) is None and abs(number) > (MAX_RANK if key in ("r", "rank_pattern") else MAX_NUMBER):
             refuse(key, "is larger than that of any adapter")
+        if key.endswith("layers") and abs(number) > MAX_LAYERS:
+            refuse(key, "is more than any model has")
+    if large := _large_product(settings):
+        refuse(large, "is larger than that of any adapter")
 
 
 def check_whole(directory: str | Path) -> None:
@@ -89,6 +100,43 @@ def check_adapter_patterns(directory: object, settings: dict[str, Any], names: I
         raise ModelError(
             f"The adapter in {directory} is not loaded: {keys} may match for ever. Use names of modules there."
         )
+
+
+def _large_product(settings: dict[str, Any]) -> str | None:
+    """The sizes that make more numbers than a real adapter has, if they do."""
+    sizes = {
+        key: abs(number)
+        for key, number in settings.items()
+        if isinstance(number, int | float) and not (_NO_SIZE.search(key) or _NO_FACTOR.search(key))
+    }
+    encoder = sizes.pop(_ENCODER, 0)  # which multiplies with itself, and not with the number of virtual tokens
+    layers = max(sizes.get("num_layers", 1), sizes.get("encoder_num_layers", 1))
+    products: dict[tuple[str, ...], list[float]] = {
+        (_ENCODER,): [encoder, max(encoder, sizes.get("token_dim", 0)), layers]
+    }
+    for amount in MAX_PRODUCTS:
+        largest = tuple(sorted(sizes, key=lambda key: sizes[key], reverse=True)[:amount])
+        products[largest] = [sizes[key] for key in largest]
+    for keys, factors in products.items():
+        if any(math.prod(factors[:amount]) > limit for amount, limit in MAX_PRODUCTS.items()):
+            return "` × `".join(keys)
+    return None
+
+
+def _nested_deeply(settings: dict[str, Any]) -> str | None:
+    """The first key with lists and mappings in each other that are too deep, if there is one."""
+    for key, value in settings.items():
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            level = [
+                part
+                for each in level
+                if isinstance(each, dict | list)
+                for part in (each.values() if isinstance(each, dict) else each)
+            ]
+        if level:
+            return key
+    return None
 
 
 def _texts(value: Any) -> Iterator[str]:
