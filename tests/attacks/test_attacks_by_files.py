@@ -305,3 +305,10 @@ def test_a_header_of_equal_names_ends(tmp_path: Path) -> None:
     path.write_text(f"question,answer{',a' * 900}\n1 + 2,3{',1' * 900}\n")
     problems = load_problems(str(path))
     assert problems[0]["solution"] == "3" and "a.899" in problems.column_names
+
+
+def test_a_key_twice_among_many_is_found(tmp_path: Path) -> None:
+    keys = "".join(f', "k{number}": 1' for number in range(200_000))
+    (tmp_path / "rows.jsonl").write_text(f'{{"question": "1 + 2", "answer": "3"{keys}, "z": 1, "z": 2}}\n')
+    with pytest.raises(DataError, match="key 'z' twice"):
+        load_problems(str(tmp_path / "rows.jsonl"))

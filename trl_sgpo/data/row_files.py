@@ -173,11 +173,11 @@ def _other_encoding(error: UnicodeDecodeError, lines: int) -> ValueError:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r:.40} twice")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"an object has the key {name!r:.40} twice")
+        values[name] = value
     return values
 
 
