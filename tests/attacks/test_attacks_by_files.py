@@ -312,3 +312,21 @@ def test_a_key_twice_among_many_is_found(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(f'{{"question": "1 + 2", "answer": "3"{keys}, "z": 1, "z": 2}}\n')
     with pytest.raises(DataError, match="key 'z' twice"):
         load_problems(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_mapping_of_many_keys_stays_json(tmp_path: Path) -> None:
+    from datasets import Json
+
+    many = {f"k{number}": {"a": number} for number in range(100_000)}
+    row = {"question": "1 + 2", "answer": "3", "x": many, "y": {"a": 1, "b": [{"c": 2.5}]}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    problems = load_problems(str(tmp_path / "rows.jsonl"))
+    assert problems[0]["x"] == many and problems[0]["y"] == row["y"]
+    assert isinstance(problems.features["x"], Json) and not isinstance(problems.features["y"], Json)
+
+
+def test_a_column_of_many_columns_is_refused(tmp_path: Path) -> None:
+    struct = pa.struct([(f"k{number}", pa.int8()) for number in range(20_000)])
+    parquet.write_table(pa.table({"question": ["1"], "answer": ["1"], "x": pa.nulls(1, struct)}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="more than 10,000 columns"):
+        load_problems(str(tmp_path / "a.parquet"))

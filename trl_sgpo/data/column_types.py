@@ -74,6 +74,16 @@ class ColumnType:
         return "respelled" in self.kinds and self.kind not in ("text", MIXED)
 
 
+def without_many_keys(kinds: Mapping[str, Kind], most: int) -> dict[str, Kind]:
+    """The kinds of columns, of which those with the most keys are mixed where all have more keys than types hold."""
+    kept = dict(kinds)
+    for name, kind in sorted(kinds.items(), key=lambda item: _keys(item[1])):
+        most -= _keys(kind)
+        if most < 0:
+            kept[name] = MIXED
+    return kept
+
+
 def features_of(kinds: Mapping[str, Kind]) -> "Features":
     """The features of columns by their kinds. A mixed column is one of JSON."""
     import pyarrow as pa
@@ -138,6 +148,13 @@ def _kind_of(value: Any, depth: int = 0) -> Kind:
     if value is None:
         return None
     return "truth" if isinstance(value, bool) else "text"
+
+
+def _keys(kind: Kind) -> int:
+    """Keys of mappings at any depth of a kind."""
+    if isinstance(kind, list):
+        return _keys(kind[0])
+    return len(kind) + sum(map(_keys, kind.values())) if isinstance(kind, dict) else 0
 
 
 def _merged(first: Kind, second: Kind) -> Kind:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .._version import __version__
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
-from .column_types import ColumnType, Kind, features_of, typed_array
+from .column_types import ColumnType, Kind, features_of, typed_array, without_many_keys
 from .compressed import most_bytes
 from .row_files import csv_rows, json_rows
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH = 1000  # rows that are converted at a time
-MAX_COLUMNS = 1_000
+MAX_COLUMNS = 1_000  # and keys within them, of JSON files: others stay JSON
+MAX_LEAVES = 10_000  # columns of Parquet files, with those within them
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,12 @@ def _convert(files: RowFiles, most: int, target: Path, written: Path) -> None:
     respelled = [name for name, column in types.items() if column.is_respelled]
     if respelled:
         write(written, dict.fromkeys(respelled, "text"))
-    write(target, {name: column.kind for name, column in types.items()})
+    write(target, without_many_keys({name: column.kind for name, column in types.items()}, MAX_COLUMNS))
 
 
-def _check_number(files: RowFiles, columns: int) -> None:
-    if columns > MAX_COLUMNS:
-        raise DataError(f"{files.name} has more than {MAX_COLUMNS:,} columns: leave out those that are not needed.")
+def _check_number(files: RowFiles, columns: int, most: int = MAX_COLUMNS) -> None:
+    if columns > most:
+        raise DataError(f"{files.name} has more than {most:,} columns: leave out those that are not needed.")
 
 
 def _rows(files: RowFiles) -> Iterator[dict[str, Any]]:
@@ -208,6 +209,7 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
         opened = [parquet.ParquetFile(path) for path in files.paths]
         stored = opened[0].schema_arrow
         _check_number(files, len(stored))
+        _check_number(files, opened[0].metadata.num_columns, MAX_LEAVES)
         plain = pa.schema([(field.name, _plain_type(field.type)) for field in stored])
         schema = Features.from_arrow_schema(plain).arrow_schema
     except (pa.ArrowException, OSError, ValueError) as error:
