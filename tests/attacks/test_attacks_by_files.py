@@ -327,6 +327,29 @@ def test_a_mapping_of_many_keys_stays_json(tmp_path: Path) -> None:
 
 def test_a_column_of_many_columns_is_refused(tmp_path: Path) -> None:
     struct = pa.struct([(f"k{number}", pa.int8()) for number in range(20_000)])
-    parquet.write_table(pa.table({"question": ["1"], "answer": ["1"], "x": pa.nulls(1, struct)}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pa.table({"question": ["1"], "answer": ["1"], "x": pa.nulls(1, struct)}), tmp_path / "a.parquet"
+    )
     with pytest.raises(DataError, match="more than 10,000 columns"):
         load_problems(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("column", ["solution", "other", "nested"])
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("s"), pa.timestamp("us", tz="UTC"), pa.date32(), pa.date64(), pa.duration("s")]
+)
+def test_a_time_that_python_does_not_have_is_text(kind: pa.DataType, column: str, tmp_path: Path) -> None:
+    times = pa.array([2**30 if kind == pa.date32() else 2**53, 0], kind)
+    nested = pa.StructArray.from_arrays([times], ["at"])
+    columns = {"question": ["1 + 2", "2 + 2"], "solution": ["3", "4"], column: nested if column == "nested" else times}
+    parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    rows = load_problems(str(tmp_path / "rows.parquet")).to_list()
+    assert [row["prompt"][0]["content"] for row in rows] == ["1 + 2", "2 + 2"]
+    assert all(isinstance(row["solution"], str) for row in rows)
+
+
+def test_a_date_is_the_text_that_it_is_written_as(tmp_path: Path) -> None:
+    from datetime import date
+
+    parquet.write_table(pa.table({"question": ["When?"], "answer": [date(2024, 2, 29)]}), tmp_path / "rows.parquet")
+    assert load_problems(str(tmp_path / "rows.parquet"))[0]["solution"] == "2024-02-29"

@@ -230,11 +230,14 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
 
 
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":
-    """A type without the variants that pandas and Polars write for texts, categories, lists and numbers."""
+    """
+    A type without the variants that pandas and Polars write for texts, categories, lists and numbers. Dates and times
+    are texts: Python has none for years beyond 9999.
+    """
     import pyarrow as pa
 
     is_type = pa.types
-    if is_type.is_large_string(kind) or is_type.is_string_view(kind):
+    if is_type.is_large_string(kind) or is_type.is_string_view(kind) or is_type.is_temporal(kind):
         return pa.string()
     if is_type.is_float32(kind):
         return pa.float64()
