@@ -1,6 +1,7 @@
 """Files of a run of somebody else: what no run writes is one line with status 2."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -109,4 +110,20 @@ def test_files_of_an_evaluation_that_is_continued(settings: str, rows: str, tmp_
     (tmp_path / "settings.json").write_text(settings)
     (tmp_path / "rows.jsonl").write_text(rows)
     with pytest.raises(SGPOError, match="damaged"):
+        ChunkLog(tmp_path, {}, 1)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "training.json", "report.json"])
+def test_a_file_of_20_gigabytes_in_a_run_that_is_pushed(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run / name).open("wb") as file:
+        file.truncate(20 << 30)
+    expect_one_line(["push", str(run), "user/m", "--no_bank", "--dry_run", str(tmp_path / "out")], name, capsys)
+
+
+def test_chunks_of_an_evaluation_that_are_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(SGPOError, match="no file"):
         ChunkLog(tmp_path, {}, 1)

@@ -1,18 +1,22 @@
 """Text in a report shows what it holds, and none is so long that a browser cannot show the page."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from browser import CHROMIUM, Browser
+from pyarrow import parquet
 from report_runs import write_run
 
 from trl_sgpo.cli.main import main
 from trl_sgpo.evaluation.plots import draw_bars, draw_matrix
 from trl_sgpo.evaluation.tables import ResultTable
+from trl_sgpo.report import records
 from trl_sgpo.report.page import write_report
 from trl_sgpo.report.records import read_run
 
@@ -147,3 +151,65 @@ def test_an_evaluation_whose_matrix_is_none(tmp_path: Path) -> None:
     path.write_text(json.dumps(results))
     assert main(["report", str(directory), "--output", str(tmp_path / "report.html")]) == 0
     assert "is damaged" in (tmp_path / "report.html").read_text()
+
+
+def report(directory: Path, tmp_path: Path) -> str:
+    assert main(["report", str(directory), "--output", str(tmp_path / "report.html")]) == 0
+    return re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(20 << 30)
+
+
+@pytest.mark.parametrize("make", [pipe, sparse])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("trainer_state.json", "No metrics yet"),
+        ("settings.json", "No settings.json"),
+        ("report.json", ""),
+        ("eval/results.json", ""),
+        ("completions/completions_00001.parquet", "rollouts cannot be read"),
+    ],
+)
+def test_a_file_of_a_run_that_no_run_writes(make: Any, name: str, words: str, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", bank=False, completions=False)
+    (directory / name).parent.mkdir(exist_ok=True)
+    make(directory / name)
+    assert words in report(directory, tmp_path)
+
+
+def test_settings_that_nest_deeply(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", bank=False, evaluation=False)
+    (directory / "settings.json").write_text(f'{{"a": {"[" * 900}{"]" * 900}}}')
+    assert "No settings.json" in report(directory, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.date32(), pa.duration("s")])
+def test_rollouts_with_times_that_python_does_not_have(kind: pa.DataType, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", bank=False, evaluation=False, completions=False)
+    (directory / "completions").mkdir()
+    times = pa.array([2**30 if kind == pa.date32() else 2**62], kind)
+    table = pa.table({"step": [1], "prompt": ["a"], "completion": ["b"], "t": times})
+    parquet.write_table(table, directory / "completions" / "completions_00001.parquet")
+    assert "rollouts cannot be read" in report(directory, tmp_path)
+
+
+def test_texts_that_are_stored_once_and_read_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_BYTES", 4 << 20)
+    directory = write_run(tmp_path / "run", bank=False, evaluation=False, completions=False)
+    (directory / "completions").mkdir()
+    path = directory / "completions" / "completions_00001.parquet"
+    texts = pa.array(["a" * 10_000] * 2_000)
+    parquet.write_table(pa.table({"step": [1] * 2_000, "prompt": texts, "completion": texts}), path)
+    assert path.stat().st_size < 100_000
+    (problem,) = read_run(directory).problems
+    kept = sum(len(rollout.execution) for rollout in problem.rollouts)
+    assert 1 << 20 < kept < 4 << 20

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..errors import BankError
 from ..files import write_file
 from .contents import Contents
@@ -55,7 +55,7 @@ def break_seal(directory: Path, state: str) -> bool:
     """
     path = directory / SEAL
     try:
-        sealed = parse_json(path.read_text())
+        sealed = read_json(path)
     except (OSError, ValueError):
         return False
     path.unlink()

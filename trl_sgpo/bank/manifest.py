@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..errors import BankError
 from ..files import write_file
 from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, file_sha256
@@ -32,7 +32,7 @@ def copy_verified(snapshot: Path, target: Path) -> None:
     """
     try:
         shutil.copyfile(snapshot / LEDGER, target)
-        intact = parse_json((snapshot / SNAPSHOT_MANIFEST).read_text())["sha256"] == file_sha256(target)
+        intact = read_json(snapshot / SNAPSHOT_MANIFEST)["sha256"] == file_sha256(target)
     except (OSError, ValueError, KeyError) as error:
         raise BankError(
             f"{snapshot} is no complete snapshot of a strategy bank: {error}. Resume from another checkpoint."
@@ -48,7 +48,7 @@ def snapshot_damage(snapshot: Path) -> list[str]:
     """Differences between a snapshot and its manifest, one line each."""
     manifest, ledger = snapshot / SNAPSHOT_MANIFEST, snapshot / LEDGER
     try:
-        expected = parse_json(manifest.read_text())["sha256"]
+        expected = read_json(manifest)["sha256"]
     except (ValueError, KeyError, TypeError):
         return [f"{manifest} is damaged"]
     if file_sha256(ledger) == expected:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from .characters import misplaced
 
 
-MAX_LEVELS = 100
+MAX_BYTES = 128 << 20  # of a file
+MAX_DEPTH = 100  # of lists and mappings, far below what Python's recursion reaches
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -16,8 +18,8 @@ def parse_json(text: str | bytes) -> Any:
     Reads a JSON document.
 
     Raises:
-        `ValueError`: It is none, is nested in more than 100 levels, or a text in it holds half of a surrogate pair.
-            The message is a clause without a full stop.
+        `ValueError`: It is none, is nested too deeply, or a text in it holds half of a surrogate pair. The message is
+            a clause without a full stop.
     """
     try:
         value = json.loads(text)
@@ -31,12 +33,35 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def read_json(path: Path) -> Any:
+    """
+    Reads a JSON file of a run, an evaluation or a bank.
+
+    Raises:
+        `ValueError`: As [`parse_json`], or the file is a pipe or a device, or too large.
+        `OSError`: It cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file, such as a pipe or a device")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file, `None` if the file is missing or holds none that [`read_json`] reads."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _is_deep(value: Any) -> bool:
-    """Whether a value has more levels than functions that call themselves can follow."""
     level = [value]
-    for _ in range(MAX_LEVELS):
-        parts = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [each for part in parts for each in part]
-        if not level:
+    for _ in range(MAX_DEPTH + 1):
+        parts = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, list | dict)]
+        if not parts:
             return False
+        level = [item for part in parts for item in part]
     return True

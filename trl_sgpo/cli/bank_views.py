@@ -1,7 +1,6 @@
 """Commands of `trl-sgpo bank` that only read: list, show, search, stats, audit and verify."""
 
 import argparse
-import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from ..bank.snapshot import bank_directory, embed_with, open_read_only, read_onl
 from ..bank.statistics import class_figures, transfer
 from ..bank.strategy import TRUST_STATES, Strategy
 from ..checks.damaged import expect_readable
+from ..checks.json_text import read_json
 from ..checks.terminal import printable
 from ..errors import BankError, ConfigError
 from ..report.run_files import STATE_FILE
@@ -85,7 +85,7 @@ def _why_empty(run: Path) -> str:
     if not found:
         return f"{_EMPTY} No logged step of a run is beside this bank."
     with expect_readable(found[-1]):
-        steps = [log for log in json.loads(found[-1].read_text())["log_history"] if "sgpo/malformed" in log]
+        steps = [log for log in read_json(found[-1])["log_history"] if "sgpo/malformed" in log]
         figures = [
             f"{fmean(log[key] for log in steps if key in log):.0%} {text}"
             for key, text in _REASONS.items()

@@ -25,6 +25,8 @@ from trl import get_peft_config, get_quantization_config
 from ..bank.embedding import load_embedder
 from ..bank.files import BANK_DIRECTORY
 from ..checks.command import INTERRUPTED
+from ..checks.damaged import expect_readable
+from ..checks.json_text import read_json
 from ..checks.secrets import HIDDEN, is_secret
 from ..checks.setup import setup_problems
 from ..checks.terminal import printable
@@ -261,7 +263,8 @@ def _measure(trainer: SGPOTrainer, unseen: Dataset, problems: int) -> Scores:
 def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkpoint: str | None) -> Scores:
     path = Path(trainer.args.output_dir) / BEFORE_FILE
     if checkpoint is not None and path.is_file():
-        return {decoding: TransferScore(**score) for decoding, score in json.loads(path.read_text()).items()}
+        with expect_readable(path):
+            return {decoding: TransferScore(**score) for decoding, score in read_json(path).items()}
     print(f"Measuring on up to {problems} unseen problems before training …")
     scores = _measure(trainer, unseen, problems)
     write_file(path, json.dumps(_to_json(scores)))

@@ -13,7 +13,7 @@ from typing import Any
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
 from ..checks.command import run_command
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..checks.secrets import redacted
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards
@@ -116,7 +116,7 @@ def finished(comparison: Comparison, arm: Arm, seed: int, record: Record) -> dic
     directory = comparison.run_directory(arm, seed)
     _check_record(directory, record)
     try:
-        return parse_json((directory / RESULT_FILE).read_text())
+        return read_json(directory / RESULT_FILE)
     except (OSError, ValueError):
         return None
 
@@ -125,7 +125,7 @@ def _check_record(directory: Path, record: Record) -> None:
     if not (directory / RESULT_FILE).is_file() and not any(directory.glob("checkpoint-*")):
         return
     try:
-        before = parse_json((directory / RECORD_FILE).read_text())
+        before = read_json(directory / RECORD_FILE)
     except (OSError, ValueError):
         other = "by an earlier version, which kept no record of them"
     else:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from ..checks.damaged import expect_readable
-from ..checks.json_text import parse_json
+from ..checks.json_text import parse_json, read_json
 from ..errors import ConfigError, DataError
 from ..files import append_file, write_file
 from .digest import changes
@@ -102,7 +102,7 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / SETTINGS
     if path.is_file():
         with expect_readable(path):
-            before = parse_json(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             changed = changes(_without_labels(before), _without_labels(settings))
         if changed:
             raise ConfigError(
@@ -128,6 +128,8 @@ def _read(path: Path) -> tuple[dict[str, Chunk], int]:
     """Finished chunks by name, and the length of their lines: the last one may be torn."""
     if not path.exists():
         return {}, 0
+    if not path.is_file():
+        raise DataError(f"{path} is no file, such as a pipe or a device: move it away, or drop it with `--overwrite`.")
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:

@@ -1,10 +1,10 @@
 """The results of a run in its model card, and in the metadata of the card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..checks.damaged import expect_readable
+from ..checks.json_text import read_json
 from ..checks.repositories import own_file
 from ..evaluation.chunks import RESULTS_FILE
 from ..report.run_files import REPORT_FILE
@@ -13,7 +13,7 @@ from ..yaml_files import read_mapping
 
 def _report(directory: Path) -> dict[str, Any]:
     path = directory / REPORT_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 @expect_readable(REPORT_FILE)
@@ -85,7 +85,7 @@ def _before_and_after(directory: Path) -> str:
 def _suites(evaluation: Path | None) -> str:
     if evaluation is None:
         return ""
-    suites = json.loads(own_file(evaluation, RESULTS_FILE).read_text())["suites"]
+    suites = read_json(own_file(evaluation, RESULTS_FILE))["suites"]
     lines = [
         "By `trl-sgpo eval`, greedy, with 95% intervals:",
         "",

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..bank.export_files import is_export, published
 from ..bank.files import BANK_DIRECTORY, EXPORT_MANIFEST
 from ..checks.damaged import expect_readable
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..checks.repositories import own_file
 from ..checks.secrets import redacted
 from ..errors import ConfigError
@@ -135,7 +135,7 @@ class TrainingFacts:
         if not path.is_file():
             return cls()
         try:
-            given = parse_json(path.read_text())
+            given = read_json(path)
             for item in fields(cls):
                 if isinstance(given.get(item.name), list):
                     given[item.name] = tuple(given[item.name])
@@ -253,7 +253,7 @@ def _use(directory: Path, repo_id: str, adapter: bool) -> str:
     from .snippet import transformers_snippet
 
     tokenizer = directory / "tokenizer_config.json"
-    in_config = tokenizer.is_file() and "chat_template" in json.loads(tokenizer.read_text())
+    in_config = tokenizer.is_file() and "chat_template" in read_json(tokenizer)
     chat = (directory / "chat_template.jinja").is_file() or in_config
     code = transformers_snippet(repo_id, TwoPhaseSettings.load(directory), chat=chat).strip()
     needs = "transformers, accelerate and peft" if adapter else "transformers and accelerate"
@@ -287,7 +287,7 @@ def _bank(directory: Path, repo_id: str) -> str:
     bank = directory / BANK_DIRECTORY
     if not is_export(bank):  # a run's own bank, which a push exports, or none
         return "" if bank.is_dir() else "## Strategy bank\n\nThere is none."
-    manifest = json.loads((bank / EXPORT_MANIFEST).read_text())
+    manifest = read_json(bank / EXPORT_MANIFEST)
     trust = ", ".join(f"{count} {state}" for state, count in manifest["trust"].items()) or "none yet"
     return f"""## Strategy bank
 

@@ -16,6 +16,7 @@ from ..bank.exchange import export_bank
 from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..checks.damaged import expect_readable
+from ..checks.json_text import read_json
 from ..checks.repositories import own_file
 from ..errors import ModelError
 from ..files import write_file
@@ -171,7 +172,7 @@ def _publish_settings(source: Path, directory: Path) -> None:
     path = directory / SETTINGS_FILE
     if path.is_file():
         name = TwoPhaseSettings.load(source).embedding_model
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         text = json.dumps(settings | {"embedding_model": published(name)}, indent=2)
         write_file(path, text)  # not in place: it may be a hard link to the checkpoint's file
 
@@ -180,7 +181,7 @@ def _write_metrics(source: Path, target: Path) -> None:
     path = own_file(source, TRAINER_STATE_NAME)
     if path.is_file():
         with expect_readable(path):
-            state = json.loads(path.read_text())
+            state = read_json(path)
             write_metrics(target, state["global_step"], state["epoch"], state["log_history"])
     elif (source / METRICS_FILE).is_file():
         _copy(source, target, (METRICS_FILE,), link=False)
@@ -207,7 +208,7 @@ def stage_checkpoint(source: Path, target: Path, name: str) -> None:
     base = adapter_base(source)
     if base is not None and Path(base).is_dir():
         config = target / name / ADAPTER_FILE
-        content = json.loads(config.read_text()) | {"base_model_name_or_path": Path(base).name}
+        content = read_json(config) | {"base_model_name_or_path": Path(base).name}
         write_file(config, json.dumps(content, indent=2))  # not in place: it may be a hard link
         if Path(base).resolve().parent == source.resolve().parent:
             _copy(Path(base), target / Path(base).name, (*MODEL_FILES, "warmstart.sha256"), link=True)

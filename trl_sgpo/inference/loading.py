@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..errors import ModelError
 from ..speed.quantization import keep_4bit_layout
 from .model_files import ADAPTER_FILE, CONFIG
@@ -44,7 +44,7 @@ def adapter_base(directory: str | Path) -> str | None:
     if not is_adapter(directory):
         return None
     try:
-        base = parse_json(Path(directory, ADAPTER_FILE).read_text())["base_model_name_or_path"]
+        base = read_json(Path(directory, ADAPTER_FILE))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{Path(directory, ADAPTER_FILE)} cannot be read: save the adapter again.") from error
     if not isinstance(base, str):

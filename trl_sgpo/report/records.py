@@ -13,7 +13,7 @@ import numpy as np
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_object
 from ..checks.paths import if_missing
 from ..checks.repositories import is_within
 from ..checks.secrets import redacted
@@ -25,6 +25,8 @@ from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
 MAX_VALUES = 5_000_000  # of a file of rollouts
+MAX_BYTES = 512 << 20  # of all rollouts that are read
+_ROWS = 4  # that are read at a time: a dictionary makes many long texts of one
 # Settings of problems that a suite given as NAME=PATH does not have
 _NO_SUITE = ("dataset_config", "name", "test_split_size", "prompt_column", "prompt_template")
 TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
@@ -156,13 +158,7 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not is_within(path, path.parent):  # a link out of the run
-        return None
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return read_object(path) if is_within(path, path.parent) else None  # not through a link out of the run
 
 
 def _with_checkpoints(run: Run, name: str) -> list[Path]:
@@ -269,7 +265,7 @@ def _read_rollouts(run: Run, problems: int) -> None:
     chosen = _evenly(files, problems)
     for index, path in enumerate(chosen):
         share = problems * (index + 1) // len(chosen) - problems * index // len(chosen)
-        run.problems += list(_rolled_problems(path))[:share]
+        run.problems += list(_rolled_problems(path, MAX_BYTES // len(chosen)))[:share]
     if not run.problems:
         run.missing["rollouts"] = "The logged rollouts cannot be read: the files in `completions` are damaged."
 
@@ -281,24 +277,33 @@ def _evenly(values: list[Any], n: int) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
-def _rolled_problems(path: Path) -> Iterator[RolledProblem]:
-    from pyarrow import ArrowException, parquet
+def _rolled_problems(path: Path, most: int) -> Iterator[RolledProblem]:
+    """Problems of a file, up to the rollout at which they reach a number of bytes."""
+    from pyarrow import ArrowException
 
-    try:
-        size = parquet.read_metadata(path)
-        if size.num_rows * size.num_columns > MAX_VALUES or not is_within(path, path.parent):
-            return
-        rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError):  # a run in progress may be writing it
-        return
     groups: dict[tuple[int, str], list[Rollout]] = defaultdict(list)
     try:
-        for row in rows:
+        for row in _rows(path, most) if path.is_file() and is_within(path, path.parent) else ():
             groups[_step(row), _text(problem_text(row["prompt"]))].append(_rollout(row))
-    except DAMAGED:
+    except (ArrowException, OSError, *DAMAGED):  # a run in progress may be writing it
         return
     for (step, text), rollouts in groups.items():
         yield RolledProblem(step, text, rollouts)
+
+
+def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        size = file.metadata
+        parts = sum(size.row_group(index).total_byte_size for index in range(size.num_row_groups))
+        if size.num_rows * size.num_columns > MAX_VALUES or parts > MAX_BYTES:
+            return
+        for batch in file.iter_batches(_ROWS):
+            yield from batch.to_pylist()
+            most -= batch.nbytes
+            if most < 0:
+                return
 
 
 def _step(row: dict[str, Any]) -> int:

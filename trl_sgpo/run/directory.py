@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 from ..bank.files import BANK_DIRECTORY
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_object
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..files import unfinished_directory, write_file
@@ -71,7 +70,7 @@ class Run:
 
 def run_id(directory: str | Path) -> str | None:
     """Id of the run that an output folder or a checkpoint belongs to, `None` if a version without ids wrote it."""
-    found = _read(Path(directory) / RUN_FILE)
+    found = read_object(Path(directory) / RUN_FILE)
     return str(found["id"]) if found is not None and "id" in found else None
 
 
@@ -163,7 +162,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether the trainer state, which is written last, can be read."""
-    return _read(checkpoint / STATE_FILE) is not None
+    return read_object(checkpoint / STATE_FILE) is not None
 
 
 def holds_adapters(directory: Path) -> bool:
@@ -183,14 +182,6 @@ def _told(directory: Path, earlier: Path) -> str:
     return told
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _new_id(seconds: float) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(seconds))}-{token_hex(2)}"
 
@@ -207,7 +198,7 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _of_one_run(checkpoints: list[Path]) -> bool:
     """Whether the log of each checkpoint goes on in that of the last."""
-    states = [_read(path / STATE_FILE) or {} for path in checkpoints]
+    states = [read_object(path / STATE_FILE) or {} for path in checkpoints]
     logs = [[json.dumps(entry) for entry in state.get("log_history", [])] for state in states]
     same = all(log == logs[-1][: len(log)] for log in logs)
     return same and len({run_id(path) for path in checkpoints}) < 2
@@ -233,7 +224,7 @@ def _evaluations(directory: Path) -> list[str]:
     """Folders of `trl-sgpo eval` with results of the model in this folder, or of a checkpoint in it."""
     found = []
     for path in sorted(directory.glob(f"*/{RESULTS_FILE}")):
-        model = Path(str((_read(path) or {}).get("settings", {}).get("model", os.devnull))).resolve()
+        model = Path(str((read_object(path) or {}).get("settings", {}).get("model", os.devnull))).resolve()
         if directory.resolve() in (model, model.parent):
             found.append(path.parent.name)
     return found
@@ -241,7 +232,7 @@ def _evaluations(directory: Path) -> list[str]:
 
 def _later(directory: Path, checkpoint: Path) -> list[str]:
     """Complete checkpoints after one that is resumed: they are of a training that it does not continue."""
-    step = (_read(checkpoint / STATE_FILE) or {}).get("global_step", 0)
+    step = (read_object(checkpoint / STATE_FILE) or {}).get("global_step", 0)
     after = [path for path in _checkpoints(directory) if is_complete(path)]
     return [path.name for path in after if int(path.name.rsplit("-", 1)[1]) > step]
 

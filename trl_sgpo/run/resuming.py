@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..errors import ConfigError
 from ..inference.loading import is_adapter
 from ..inference.model_files import ADAPTER_FILE, ADAPTER_WEIGHTS
@@ -47,7 +47,7 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
         raise ConfigError(
             f"{checkpoint} holds a whole model, and an adapter is trained: set `use_peft: false`, {_OR_ANEW}"
         )
-    saved = parse_json(Path(checkpoint, ADAPTER_FILE).read_text(encoding="utf-8"))
+    saved = read_json(Path(checkpoint, ADAPTER_FILE))
     now = model.active_peft_config.to_dict()
     changed = [
         f"`{name}` was {saved[name]}, is {now[name]}"
