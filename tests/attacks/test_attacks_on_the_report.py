@@ -203,7 +203,7 @@ def test_rollouts_with_times_that_python_does_not_have(kind: pa.DataType, tmp_pa
 
 
 def test_texts_that_are_stored_once_and_read_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_BYTES", 4 << 20)
+    monkeypatch.setattr(records, "MAX_BYTES", 4 << 20, raising=False)
     directory = write_run(tmp_path / "run", bank=False, evaluation=False, completions=False)
     (directory / "completions").mkdir()
     path = directory / "completions" / "completions_00001.parquet"

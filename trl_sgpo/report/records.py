@@ -25,7 +25,8 @@ from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
 MAX_VALUES = 5_000_000  # of a file of rollouts
-MAX_BYTES = 512 << 20  # of all rollouts that are read
+MAX_BYTES = 128 << 20  # of all rollouts that are read, so that a browser can show the page
+MAX_PAGES = 512 << 20  # bytes of a file of rollouts, uncompressed
 _ROWS = 4  # that are read at a time: a dictionary makes many long texts of one
 # Settings of problems that a suite given as NAME=PATH does not have
 _NO_SUITE = ("dataset_config", "name", "test_split_size", "prompt_column", "prompt_template")
@@ -297,7 +298,7 @@ def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
     with parquet.ParquetFile(path) as file:
         size = file.metadata
         parts = sum(size.row_group(index).total_byte_size for index in range(size.num_row_groups))
-        if size.num_rows * size.num_columns > MAX_VALUES or parts > MAX_BYTES:
+        if size.num_rows * size.num_columns > MAX_VALUES or parts > MAX_PAGES:
             return
         for batch in file.iter_batches(_ROWS):
             yield from batch.to_pylist()
