@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,21 @@ def features_of(kinds: Mapping[str, Kind]) -> "Features":
     typed = {name: _arrow_type(kind) for name, kind in kinds.items() if kind != MIXED}
     features = Features.from_arrow_schema(pa.schema(typed.items()))
     return Features({name: Json() if kind == MIXED else features[name] for name, kind in kinds.items()})
+
+
+def with_times_as_text(features: "Features") -> "Features":
+    """Features with texts for dates and times: Python has none for years beyond 9999."""
+    from datasets import Features, LargeList, List, Value
+
+    def changed(feature: Any) -> Any:
+        if isinstance(feature, dict):
+            return {name: changed(part) for name, part in feature.items()}
+        if isinstance(feature, List | LargeList):
+            return replace(feature, feature=changed(feature.feature))
+        is_time = isinstance(feature, Value) and feature.dtype.startswith(("timestamp", "date", "time", "duration"))
+        return Value("string") if is_time else feature
+
+    return Features(changed(features))
 
 
 def typed_array(values: Sequence[Any], kind: Kind) -> "pa.Array":

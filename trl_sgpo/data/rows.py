@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .._version import __version__
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
-from .column_types import ColumnType, Kind, features_of, typed_array, without_many_keys
+from .column_types import ColumnType, Kind, features_of, typed_array, with_times_as_text, without_many_keys
 from .compressed import most_bytes
 from .row_files import csv_rows, json_rows
 
@@ -211,7 +211,7 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
         _check_number(files, len(stored))
         _check_number(files, opened[0].metadata.num_columns, MAX_LEAVES)
         plain = pa.schema([(field.name, _plain_type(field.type)) for field in stored])
-        schema = Features.from_arrow_schema(plain).arrow_schema
+        schema = with_times_as_text(Features.from_arrow_schema(plain)).arrow_schema
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(files, files.paths[0], error) from error
 
@@ -230,14 +230,11 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
 
 
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":
-    """
-    A type without the variants that pandas and Polars write for texts, categories, lists and numbers. Dates and times
-    are texts: Python has none for years beyond 9999.
-    """
+    """A type without the variants that pandas and Polars write for texts, categories, lists and numbers."""
     import pyarrow as pa
 
     is_type = pa.types
-    if is_type.is_large_string(kind) or is_type.is_string_view(kind) or is_type.is_temporal(kind):
+    if is_type.is_large_string(kind) or is_type.is_string_view(kind):
         return pa.string()
     if is_type.is_float32(kind):
         return pa.float64()

@@ -14,6 +14,7 @@ from filelock import FileLock
 from ..checks.paths import FILE_ENDINGS, problem_file
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
+from .column_types import with_times_as_text
 from .columns import as_answer, is_missing
 from .compressed import check_unpacked
 from .generated import GYM, LISTS, materialise
@@ -186,7 +187,9 @@ def _load_other(path: str, base: str, name: str | None, data_dir: str | None, da
     if files:
         names = ", ".join(f"`{name}`" for name in files)
         logger.warning(f"{path}: {names} hold pictures, sounds or other files, which are not read.")
-    return Rows(rows.remove_columns(files))
+    rows = rows.remove_columns(files)
+    features = with_times_as_text(rows.features)
+    return Rows(rows if features == rows.features else rows.cast(features))
 
 
 def _unreachable(path: str, error: OSError) -> DataError:
