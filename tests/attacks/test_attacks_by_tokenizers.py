@@ -41,7 +41,7 @@ def test_one_line_and_status_2(name: str, tmp_path: Path, capfd: pytest.CaptureF
     capfd.readouterr()
     status = main(["solve", "--model", str(tmp_path), "--no_bank", "--max_completion_length", "4", PROBLEM])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("trl-sgpo solve: error")]
-    assert (status, [line[:24] for line in lines]) == (2, ["trl-sgpo solve: error: t"]), lines
+    assert status == 2 and len(lines) == 1, lines
 
 
 def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:

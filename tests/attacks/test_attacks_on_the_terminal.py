@@ -112,7 +112,7 @@ class TestModels:
         config = tmp_path / "model" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": f"llama{CONTROL}"}))
         assert self.solve(tmp_path / "model") == 2
-        check_printed(capsys)
+        check_printed(capsys, shown="prints control characters of a terminal")
 
     def test_unknown_key_of_the_settings(self, tmp_path, capsys):
         save_tiny_model(tmp_path / "model")

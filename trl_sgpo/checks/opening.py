@@ -35,8 +35,8 @@ def check_opens(source: str | Path, directory: Path, weights: Sequence[Path]) ->
             Its files of weights, which may be missing.
 
     Raises:
-        [`ModelError`]: It takes more than 60 seconds or 8 GiB, a library prints control characters of a terminal, or
-            most weights are missing.
+        [`ModelError`]: It takes more than 60 seconds or 8 GiB, a library panics or prints control characters of a
+            terminal, or most weights are missing.
     """
     from huggingface_hub import constants
 
@@ -53,7 +53,7 @@ def check_opens(source: str | Path, directory: Path, weights: Sequence[Path]) ->
     if 0 < len(sizes) == len(weights) and parameters > PER_BYTE * sum(sizes) + FEW:
         raise ModelError(
             f"The config of {source} describes a model of {parameters:,} parameters, of which most are not in its "
-            "files: use another model, or download it again."
+            "files: copy or download the files again, or use another model."
         )
 
 
@@ -62,7 +62,7 @@ def _opened(source: str | Path, directory: Path, done: Path) -> int:
     reply = OPENING.ask("opens", str(directory.resolve()))
     if reply is None:
         raise ModelError(
-            f"The config or the tokenizer of {source} takes more than 60 seconds or 8 GiB to open: use another model."
+            f"The config or the tokenizer of {source} cannot be opened within 60 seconds and 8 GiB: use another model."
         )
     prints_control, parameters = reply
     if prints_control:

@@ -140,7 +140,7 @@ def errors_left_to_the_caller() -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # a panic of Rust is none, and ends this process
         pass
 
 

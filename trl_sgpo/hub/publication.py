@@ -17,7 +17,7 @@ from ..bank.export_files import published
 from ..bank.files import BANK_DIRECTORY, EXPORT_FILE, EXPORT_MANIFEST, LEDGER, SNAPSHOT_MANIFEST
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
-from ..checks.repositories import own_file
+from ..checks.repositories import MAX_BYTES, own_file
 from ..errors import ModelError
 from ..files import write_file
 from ..inference.loading import adapter_base
@@ -64,6 +64,8 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...], link: bool) -> 
     for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
         name = path.relative_to(source)
         path, place = own_file(source, str(name)), target / name
+        if path.suffix == ".json" and path.stat().st_size > MAX_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which none of these files is: remove it.")
         place.parent.mkdir(parents=True, exist_ok=True)
         if link:
             try:
