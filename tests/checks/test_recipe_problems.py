@@ -420,6 +420,9 @@ class TestTables:
         for words in REMOVED.values():  # keys that they name
             assert set(re.findall(r"`(\w+)", words)) - {"accelerate", "trl", "SGPOTrainer", "use_reentrant"} <= known
 
+    def test_a_key_is_suggested_once(self) -> None:
+        assert unknown_key("use_banks", ["use_bank"] * 2) == "Unknown key `use_banks`. Did you mean `use_bank`?"
+
     def test_unknown_key(self) -> None:
         assert unknown_key("warmup_ratio", ["warmup_steps"]).startswith(
             "`warmup_ratio` is now `warmup_steps` (a number"

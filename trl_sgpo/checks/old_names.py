@@ -100,6 +100,6 @@ def unknown_key(name: str, known: Collection[str]) -> str:
         return f"`{name}` is now `{RENAMED[name]}`{note}."
     if name in REMOVED:
         return f"`{name}` does not exist any more: {REMOVED[name]}."
-    close = get_close_matches(name, known, n=3)
+    close = get_close_matches(name, list(dict.fromkeys(known)), n=3)
     hint = f" Did you mean {' or '.join(f'`{match}`' for match in close)}?" if close else ""
     return f"Unknown key `{name}`.{hint}"
