@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from models import save_tiny_model
 from transformers import AutoTokenizer
 
@@ -15,7 +16,7 @@ from trl_sgpo.errors import ModelError
 
 
 ESCAPE = "\x1b]0;OWNED\x07"
-UNKNOWN = {"content": "<|im_end|>", ESCAPE: 1}
+SIGNS = {"ESC": ESCAPE, "C1": "\x9b2J", "right to left": "\u202e"}
 
 
 def put(path: Path, **values: Any) -> None:
@@ -64,28 +65,46 @@ def test_weights_that_a_library_would_make(tmp_path: Path) -> None:
         check_model_folder(tmp_path, "user/evil")
 
 
-def of_the_vocabulary(model: Path) -> None:
+def of_the_vocabulary(model: Path, unknown: dict[str, Any]) -> None:
     vocabulary = json.loads((model / "tokenizer.json").read_text())
-    put(model / "tokenizer.json", added_tokens=[each | {ESCAPE: 1} for each in vocabulary["added_tokens"]])
+    put(model / "tokenizer.json", added_tokens=[each | unknown for each in vocabulary["added_tokens"]])
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings.pop("added_tokens_decoder", None)
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def of_the_map(model: Path) -> None:
-    put(model / "special_tokens_map.json", foo=UNKNOWN)
+def of_the_map(model: Path, unknown: dict[str, Any]) -> None:
+    put(model / "special_tokens_map.json", foo={"content": "<|im_end|>"} | unknown)
 
 
-def of_the_settings(model: Path) -> None:
-    put(model / "tokenizer_config.json", foo=UNKNOWN | {"__type": "AddedToken"})
+def of_the_settings(model: Path, unknown: dict[str, Any]) -> None:
+    put(model / "tokenizer_config.json", foo={"content": "<|im_end|>", "__type": "AddedToken"} | unknown)
 
 
+@pytest.mark.parametrize("sign", SIGNS.values(), ids=SIGNS)
 @pytest.mark.parametrize("write", [of_the_vocabulary, of_the_map, of_the_settings], ids=lambda f: f.__name__)
-def test_control_characters_that_a_library_prints(write: Any, tmp_path: Path) -> None:
+def test_control_characters_that_a_library_prints(write: Any, sign: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
-    write(tmp_path)
+    write(tmp_path, {sign: 1})
     with pytest.raises(ModelError, match="prints control characters of a terminal"):
         check_model_folder(tmp_path, "user/evil")
+
+
+def test_a_flood_that_a_library_prints(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    of_the_vocabulary(tmp_path, {"a" * 2**21: 1})
+    with pytest.raises(ModelError, match="or more than 1 MiB"):
+        check_model_folder(tmp_path, "user/evil")
+
+
+def test_a_torn_record_of_an_opening(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, hidden_size=56, head_dim=14)
+    records = Path(constants.HF_HOME, "trl_sgpo", "opened")
+    before = set(records.glob("*"))
+    check_model_folder(tmp_path, "user/model")
+    for path in set(records.glob("*")) - before:
+        path.write_text("")
+    check_model_folder(tmp_path, "user/model")
 
 
 def test_arguments_of_a_tokenizers_class(tmp_path: Path) -> None:

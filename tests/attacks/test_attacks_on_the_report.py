@@ -210,6 +210,8 @@ def test_texts_that_are_stored_once_and_read_often(tmp_path: Path, monkeypatch: 
     texts = pa.array(["a" * 10_000] * 2_000)
     parquet.write_table(pa.table({"step": [1] * 2_000, "prompt": texts, "completion": texts}), path)
     assert path.stat().st_size < 100_000
-    (problem,) = read_run(directory).problems
+    run = read_run(directory)
+    (problem,) = run.problems
+    assert "too large: completions_00001.parquet" in run.missing["rollouts"]
     kept = sum(len(rollout.execution) for rollout in problem.rollouts)
     assert 1 << 20 < kept < 4 << 20

@@ -170,6 +170,18 @@ def test_numbers_of_32_bits_are_the_decimals_that_they_were_made_of() -> None:
     assert rows["level"][:] == [0.1, 12.0, None, 1e-7]
 
 
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_numbers_of_32_bits_in_lists_and_mappings(kind: Any) -> None:
+    values = [{"a": [0.1], "b": "x"}, {"a": None, "b": None}]
+    mappings = pa.array(values, pa.struct({"a": kind(pa.float32()), "b": "string"}))
+    lists = pa.array([[0.1, None], None], kind(pa.float32()))
+    pq.write_table(
+        pa.table({"question": ["a", "b"], "answer": ["1", "2"], "level": mappings, "marks": lists}), "rows.parquet"
+    )
+    rows = load_problems("rows.parquet")
+    assert rows["level"][:] == values and rows["marks"][:] == [[0.1, None], None]
+
+
 @pytest.mark.parametrize("name", ["rows.tsv", "rows.jsonl.gz", "rows.ndjson", "rows.txt"])
 def test_files_with_other_endings_are_named(name: str) -> None:
     Path(name).write_text("question\tanswer\n1?\t2\n")

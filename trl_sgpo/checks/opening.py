@@ -46,9 +46,13 @@ def check_opens(source: str | Path, directory: Path, weights: Sequence[Path]) ->
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
     for path in files:
         digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     done = Path(constants.HF_HOME, "trl_sgpo", "opened", digest.hexdigest())
-    parameters = int(done.read_text()) if done.is_file() else _opened(source, directory, done)
+    try:
+        parameters = int(done.read_text())
+    except (OSError, ValueError):  # not opened yet
+        parameters = _opened(source, directory, done)
     sizes = [path.stat().st_size for path in weights if path.is_file()]
     if 0 < len(sizes) == len(weights) and parameters > PER_BYTE * sum(sizes) + FEW:
         raise ModelError(
@@ -66,7 +70,9 @@ def _opened(source: str | Path, directory: Path, done: Path) -> int:
         )
     prints_control, parameters = reply
     if prints_control:
-        raise ModelError(f"Opening {source} prints control characters of a terminal: use another model.")
+        raise ModelError(
+            f"Opening {source} prints control characters of a terminal, or more than 1 MiB: use another model."
+        )
     with suppress(OSError):  # a cache that cannot be written
         done.parent.mkdir(parents=True, exist_ok=True)
         write_file(done, str(parameters))

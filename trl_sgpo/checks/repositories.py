@@ -25,6 +25,7 @@ _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")  # that libraries
 _KERNELS = ("attn_implementation", "experts_implementation")
 _INERT = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # written by transformers 4, and overwritten
 _WEIGHTS = (".safetensors", ".gguf")
+_READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".bpe", ".spm", ".vocab", ".tiktoken")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_ADDED_TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type", "id"}
@@ -137,7 +138,7 @@ def _check_file(path: Path, directory: Path) -> None:
     if path.suffix not in _WEIGHTS:
         if path.suffix != ".md" and not is_within(path, directory) and not _is_of_the_cache(path):
             raise ModelError(f"{path} is a link out of the model's folder: replace it by the file.")
-        if path.suffix in (".json", ".jinja", ".txt") and path.stat().st_size > MAX_BYTES:
+        if path.suffix in _READ_WHOLE and path.stat().st_size > MAX_BYTES:
             raise ModelError(f"{path} is larger than {MAX_BYTES >> 20} MiB: save the model again.")
     elif path.suffix == ".safetensors":
         with path.open("rb") as file:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,7 +22,8 @@ from typing import IO, Any
 
 
 SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 5, "opens": 60}
-MAX_RENDERED = 2**24
+MAX_RENDERED, MAX_PRINTED = 2**24, 2**20
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f642"
 FORMS = "PATTERN", r"(.*\.)?(PATTERN)$", r"(^|.*\.)PATTERN($|\..*)", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\."
 
@@ -147,7 +149,8 @@ def errors_left_to_the_caller() -> Iterator[None]:
 def opens(directory: str) -> tuple[bool, int]:
     """
     Reads the config and the tokenizer of a model, and builds it without weights. Errors are left to the caller, who
-    does the same. Returns whether something printed control characters, and the number of parameters, if known.
+    does the same. Returns whether something printed control characters or without end, and the number of parameters,
+    if known.
     """
     import torch
     from transformers import (
@@ -171,7 +174,12 @@ def opens(directory: str) -> tuple[bool, int]:
                 parameters = sum(weight.numel() for weight in model.parameters())
         sys.stderr.flush()
         output.seek(0)
-        return any(byte < 32 and byte not in b"\t\n\r" for byte in output.read(2**20)), parameters
+        content = output.read(MAX_PRINTED + 1)
+        text = content.decode(errors="replace")
+        acts = any(
+            sign in DIRECTIONS or (unicodedata.category(sign) == "Cc" and sign not in "\t\n\r") for sign in text
+        )
+        return acts or len(content) > MAX_PRINTED, parameters
 
 
 REQUESTS: dict[str, Callable[..., Any]] = {

@@ -249,9 +249,22 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
 
 def _in_decimal(column: "pa.Array") -> "pa.Array":
     """A column of 32-bit numbers as the decimal numbers that they were made of: 0.1, not 0.10000000149011612."""
+    kind = _with_text_for_32_bits(column.type)
+    return column if kind == column.type else column.cast(kind)
+
+
+def _with_text_for_32_bits(kind: "pa.DataType") -> "pa.DataType":
     import pyarrow as pa
 
-    return column.cast(pa.string()).cast(pa.float64()) if pa.types.is_float32(column.type) else column
+    if pa.types.is_float32(kind):
+        return pa.string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        item = _with_text_for_32_bits(kind.value_type)
+        return kind if item == kind.value_type else pa.list_(item)
+    if pa.types.is_struct(kind):
+        parts = [(field.name, _with_text_for_32_bits(field.type)) for field in kind]
+        return kind if parts == [(field.name, field.type) for field in kind] else pa.struct(parts)
+    return kind
 
 
 def _write(files: RowFiles, most: int, target: Path, schema: "pa.Schema", batches: "Iterable[list[pa.Array]]") -> None:

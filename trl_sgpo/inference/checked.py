@@ -11,7 +11,7 @@ from ..errors import ModelError
 from .model_files import ADAPTER_WEIGHTS, CONFIG
 
 
-_TEXTS = ("*.json", "*.jinja", "vocab.txt", "merges.txt", ADAPTER_WEIGHTS)  # weights of adapters are small
+_TEXTS = ("*.json", "*.jinja", "vocab*", "merges.txt", "*.model", ADAPTER_WEIGHTS)  # weights of adapters are small
 
 
 class _NoBar(tqdm):

@@ -195,7 +195,8 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
 
     kwargs = checked(directory, kwargs)
     with _loading(directory), readable_weights(directory):
-        config = PeftConfig.from_pretrained(directory, **checked(directory, {}))
+        revision = {key: kwargs[key] for key in ("revision",) if key in kwargs}
+        config = PeftConfig.from_pretrained(directory, **revision)
         check_adapter_patterns(directory, config.to_dict(), [name for name, _ in model.named_modules()])
         return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -264,10 +264,15 @@ def _read_rollouts(run: Run, problems: int) -> None:
         return
     run.logged_steps = len(files)
     chosen = _evenly(files, problems)
+    cut = []
     for index, path in enumerate(chosen):
         share = problems * (index + 1) // len(chosen) - problems * index // len(chosen)
-        run.problems += list(_rolled_problems(path, MAX_BYTES // len(chosen)))[:share]
-    if not run.problems:
+        found, is_cut = _rolled_problems(path, MAX_BYTES // len(chosen))
+        run.problems += found[:share]
+        cut += [path.name] if is_cut else []
+    if cut:
+        run.missing["rollouts"] = f"Rollouts are left out, because these files are too large: {', '.join(cut)}."
+    elif not run.problems:
         run.missing["rollouts"] = "The logged rollouts cannot be read: the files in `completions` are damaged."
 
 
@@ -278,33 +283,29 @@ def _evenly(values: list[Any], n: int) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
-def _rolled_problems(path: Path, most: int) -> Iterator[RolledProblem]:
-    """Problems of a file, up to the rollout at which they reach a number of bytes."""
-    from pyarrow import ArrowException
+def _rolled_problems(path: Path, most: int) -> tuple[list[RolledProblem], bool]:
+    """Problems of a file up to the rollout at which they reach a number of bytes, and whether some are left out."""
+    from pyarrow import ArrowException, parquet
 
     groups: dict[tuple[int, str], list[Rollout]] = defaultdict(list)
+    if not path.is_file() or not is_within(path, path.parent):
+        return [], False
     try:
-        for row in _rows(path, most) if path.is_file() and is_within(path, path.parent) else ():
-            groups[_step(row), _text(problem_text(row["prompt"]))].append(_rollout(row))
+        with parquet.ParquetFile(path) as file:
+            size = file.metadata
+            parts = sum(size.row_group(index).total_byte_size for index in range(size.num_row_groups))
+            if size.num_rows * size.num_columns > MAX_VALUES or parts > MAX_PAGES:
+                return [], True
+            left = size.num_rows
+            for batch in file.iter_batches(_ROWS):
+                for row in batch.to_pylist():
+                    groups[_step(row), _text(problem_text(row["prompt"]))].append(_rollout(row))
+                most, left = most - batch.nbytes, left - len(batch)
+                if most < 0:
+                    break
     except (ArrowException, OSError, *DAMAGED):  # a run in progress may be writing it
-        return
-    for (step, text), rollouts in groups.items():
-        yield RolledProblem(step, text, rollouts)
-
-
-def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        size = file.metadata
-        parts = sum(size.row_group(index).total_byte_size for index in range(size.num_row_groups))
-        if size.num_rows * size.num_columns > MAX_VALUES or parts > MAX_PAGES:
-            return
-        for batch in file.iter_batches(_ROWS):
-            yield from batch.to_pylist()
-            most -= batch.nbytes
-            if most < 0:
-                return
+        return [], False
+    return [RolledProblem(step, text, rollouts) for (step, text), rollouts in groups.items()], left > 0
 
 
 def _step(row: dict[str, Any]) -> int:
