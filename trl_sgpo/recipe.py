@@ -16,6 +16,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from .checks.json_text import parse_json
 from .checks.old_names import unknown_key
 from .checks.origin import what_to_mend
+from .checks.patterns import pattern_problems
 from .checks.ranges import RECIPE_RANGES, not_finite, out_of_range
 from .checks.remote_code import remote_code_problems
 from .checks.terminal import printable
@@ -233,7 +234,7 @@ def read_recipe(
             found = error.problems if isinstance(error, SettingsError) else [message]
             # What follows from a value that is refused is not told twice
             problems += [text for text in found if not any(key in text for key in keys)]
-    problems += remote_code_problems(values)
+    problems += [*remote_code_problems(values), *pattern_problems(values)]
     problems += [*not_finite(values), *out_of_range(values, RECIPE_RANGES)]
     own_columns = [key for key in ("prompt_column", "prompt_template") if values[key] is not None]
     own_columns += [key for key in ("answer_column",) if key in given | content.keys()]

@@ -664,3 +664,46 @@ def test_the_embedding_model_of_a_bank(tiny: Path, tmp_path: Path, loaded: list[
     with SGPOPipeline.from_pretrained(str(tiny), embedding_model="evil/embedder") as pipeline:
         pipeline.prepare(["1 + 2"])
     assert set(loaded) == {"evil/embedder"}
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    return errors
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("command", ["solve", "estimate"])
+def test_sizes_below_1(
+    key: str, value: int, command: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(tiny / CONFIG, **{key: value})
+    argv = ["estimate", "--config", recipe(tmp_path, str(tiny))]
+    errors = one_line(capsys, *(argv if command == "estimate" else arguments(command, str(tiny), tmp_path)))
+    assert f"`{key}: {value}`" in errors
+
+
+def test_weights_that_are_no_numbers(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    for weight in model.parameters():
+        weight.data.fill_(float("nan"))
+    model.save_pretrained(tiny)
+    errors = one_line(capsys, "solve", "--model", str(tiny), "--no_bank", "--n", "3", "1 + 2")
+    assert "logits are not finite" in errors and "learning_rate" in errors
+
+
+def test_tokens_beyond_the_embedding(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    content["model"]["vocab"]["1"] = 4_000_000_000
+    (tiny / "tokenizer.json").write_text(json.dumps(content))
+    assert "no embedding" in one_line(capsys, "solve", "--model", str(tiny), "--no_bank", "1 + 2")
+
+
+@pytest.mark.parametrize("key", ["lora_target_modules", "lora_target_parameters"])
+def test_patterns_of_a_recipe_that_may_match_for_ever(
+    key: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, str(tiny), use_peft=True, **{key: ["((.|.|.)*)*q_projx"]})
+    assert f"`{key}` has a pattern that may match for ever" in one_line(capsys, "train", "--config", path)

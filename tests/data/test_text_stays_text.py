@@ -189,6 +189,28 @@ def test_files_with_other_endings_are_named(name: str) -> None:
         load_problems(name)
 
 
+def test_mappings_of_parquet_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    mapping = pa.map_(pa.string(), pa.int64())
+    table = pa.table(
+        {
+            "prompt": ["1 + 1?", "1 + 2?"],
+            "solution": ["2", "3"],
+            "counts": pa.array([[("a", 1)], []], mapping),
+            "nested": pa.array([[[("a", 1)]], []], pa.list_(mapping)),
+        }
+    )
+    pq.write_table(table, "rows.parquet")
+    problems = load_problems("rows.parquet")
+    assert problems["solution"][:] == ["2", "3"] and "counts" not in problems.column_names
+    assert "`counts`, `nested` hold mappings" in caplog.text
+
+
+def test_rows_within_an_object_are_named() -> None:
+    Path("squad.json").write_text(json.dumps({"version": 1, "data": [{"prompt": "1 + 1?", "solution": "2"}]}))
+    with pytest.raises(DataError, match="save that list as the file"):
+        load_problems("squad.json")
+
+
 def test_an_empty_cell_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     Path("rows.csv").write_text('question,answer,level\n1?,12,1\n2?,,\n3?,"",3\n4?\n')
     rows = load_problems("rows.csv")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..checks.json_text import parse_json
+from ..checks.json_text import read_json
 from ..errors import BankError, BankInUseError
 from ..files import write_file
 
@@ -61,9 +61,9 @@ class BankLock:
     def _named(self) -> tuple[str, bool]:
         """Name of what holds the bank, and whether it is this process."""
         try:
-            holder = parse_json(self._holder.read_text())
+            holder = read_json(self._holder)
             process, since, host = holder["process"], holder["since"], holder.get("host")
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return "another process", False
         name = f"process {process}{f' on {host}' if host else ''} since {since}"
         return name, process == os.getpid() and host == platform.node()

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..checks.addresses import address_problem, header_problem
+from ..checks.json_text import read_json
 from ..errors import BankError
 from ..files import durable_replace, unfinished_file
 from .bank import StrategyBank
@@ -73,7 +74,7 @@ def _identity(directory: Path) -> str:
     """
     path = directory / IDENTITY
     with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         if stored["inode"] == path.stat().st_ino and re.fullmatch("[0-9a-f]{16}", stored["id"]):
             return stored["id"]
     identity = uuid.uuid4().hex[:16]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .json_text import parse_json
-from .repositories import check_model_folder, check_model_settings, is_within, texts_in
+from .json_text import parse_json, texts_in
+from .repositories import check_model_folder, check_model_settings, is_within
 
 
 MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")

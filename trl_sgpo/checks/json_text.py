@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,15 @@ def _is_deep(value: Any) -> bool:
             return False
         level = [item for part in parts for item in part]
     return True
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a value of a JSON file, but for keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from texts_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts_in(part)

@@ -6,7 +6,8 @@ about a file, such as a full disk, is told in one line wherever it is raised. So
 arguments, while they are parsed and while model, optimizer and trainer are made. What is raised in a training step,
 an evaluation or a generation, or in this package's or the user's own code, keeps its traceback. What a tokenizer
 raises is told in one line wherever that is, because its file is to blame. Its library raises `Exception` itself, or
-`PanicException`, which is no `Exception`.
+`PanicException`, which is no `Exception`. The two errors of torch that a model's own files cause within a step are
+known by their message.
 """
 
 import errno
@@ -50,6 +51,8 @@ def what_to_mend(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}."
     if (text := _of_disk(error)) is not None:
         return text
+    if (text := _of_weights(error)) is not None:
+        return text
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     if _is_of_a_tokenizer(error, frames):
         return f"the tokenizer cannot be used: {' '.join(str(error).split())}. Save it again, or name another model."
@@ -82,6 +85,18 @@ def _of_disk(error: BaseException) -> str | None:
         return f"{text}."
     if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
         return f"A file could not be written, as without space left on the disk ({text})."
+    return None
+
+
+def _of_weights(error: BaseException) -> str | None:
+    """What torch raises within a forward pass or a generation because of the model's own files."""
+    if isinstance(error, RuntimeError) and str(error).startswith("probability tensor contains"):
+        return (
+            "the model's logits are not finite: its weights are damaged, or its training diverged. Load other "
+            "weights, or train again from an earlier checkpoint with a lower `learning_rate`."
+        )
+    if isinstance(error, IndexError) and str(error) == "index out of range in self":
+        return "the tokenizer has tokens that the model has no embedding for: load the two that belong together."
     return None
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import ModelError
 from .adapters import ADAPTER_FILE, MAX_LAYERS, check_adapter_settings
 from .growth import check_growth
-from .json_text import parse_json
+from .json_text import parse_json, texts_in
 from .opening import check_opens
+from .patterns import may_match_for_ever
 
 
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
@@ -20,6 +21,7 @@ MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _EXPERTS = re.compile(r"(?:num_|n_).*experts")
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")  # that libraries read in place of those checked here
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -170,8 +172,8 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             Content of its `config.json`.
 
     Raises:
-        [`ModelError`]: There are more than 10,000, or more than 100,000 experts, or other files are named, or a kernel
-            of the Hub, which is native code.
+        [`ModelError`]: There are more than 10,000, or more than 100,000 experts, or a size is below 1, or other files
+            are named, or a kernel of the Hub, which is native code.
     """
     if isinstance(settings, list):
         for part in settings:
@@ -185,20 +187,17 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                     f"The config of {source} names code of another repository as `{key}`: leave it out there, and "
                     "name the kernel yourself if you trust it."
                 )
-            if key == "quantization_config" and any(map(_may_match_for_ever, texts_in(value))):
+            if key == "quantization_config" and any(map(may_match_for_ever, texts_in(value))):
                 raise ModelError(
                     f"The config of {source} has patterns in `{key}` that may match for ever: use names of modules."
                 )
+            if key in _SIZES and isinstance(value, int) and value < 1:
+                raise ModelError(f"The config of {source} has `{key}: {value}`: {AGAIN}")
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:
                 raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
             check_model_settings(source, value)
-
-
-def _may_match_for_ever(pattern: str) -> bool:
-    """Whether a pattern has more than three repetitions, or one of a group."""
-    return sum(map(pattern.count, "*+?{")) > 3 or re.search(r"\)[*+?{]", pattern) is not None
 
 
 def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> None:
@@ -252,18 +251,6 @@ def _added_tokens(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _is_path_of_a_file(text: str) -> bool:
     return os.path.basename(text) != text and "\0" not in text and os.path.isfile(text)
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a value of a JSON file, but for keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from texts_in(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from texts_in(part)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def prompt_sources(chosen: Columns, columns: Sequence[str]) -> list[str]:
     if not found:
         raise DataError(
             f"No prompts in the columns {', '.join(columns)}: name the one with the problems as `prompt_column`, or "
-            "several in a `prompt_template` like '{Body} {Question}'."
+            "several in a `prompt_template` like '{Body} {Question}'. If the rows are a list within an object, as in "
+            '{"data": [...]}, save that list as the file.'
         )
     return found
 

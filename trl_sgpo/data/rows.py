@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,8 @@ from .row_files import csv_rows, json_rows
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 1000  # rows that are converted at a time
 MAX_COLUMNS = 1_000  # and keys within them, of JSON files: others stay JSON
@@ -210,7 +213,10 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
         stored = opened[0].schema_arrow
         _check_number(files, len(stored))
         _check_number(files, opened[0].metadata.num_columns, MAX_LEAVES)
-        plain = pa.schema([(field.name, _plain_type(field.type)) for field in stored])
+        readable = [field for field in stored if not _has_map(field.type)]
+        if left_out := [f"`{field.name}`" for field in stored if _has_map(field.type)]:
+            logger.warning(f"{files.name}: {', '.join(left_out)} hold mappings, which are not read.")
+        plain = pa.schema([(field.name, _plain_type(field.type)) for field in readable])
         schema = with_times_as_text(Features.from_arrow_schema(plain)).arrow_schema
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(files, files.paths[0], error) from error
@@ -218,7 +224,7 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
     def batches() -> "Iterator[list[pa.Array]]":
         for path, file in zip(files.paths, opened, strict=True):
             try:
-                for batch in file.iter_batches(_BATCH):
+                for batch in file.iter_batches(_BATCH, columns=schema.names):
                     columns = [_in_decimal(batch.column(name)) for name in schema.names]
                     table = pa.Table.from_arrays(columns, schema.names).cast(schema)
                     table.validate(full=True)  # texts that are not UTF-8
@@ -245,6 +251,13 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     if is_type.is_struct(kind):
         return pa.struct([(field.name, _plain_type(field.type)) for field in kind])
     return kind
+
+
+def _has_map(kind: "pa.DataType") -> bool:
+    """Whether a type is that of mappings, as Spark and Trino write them, or has one within it."""
+    import pyarrow as pa
+
+    return pa.types.is_map(kind) or any(_has_map(kind.field(place).type) for place in range(kind.num_fields))
 
 
 def _in_decimal(column: "pa.Array") -> "pa.Array":
