@@ -494,3 +494,16 @@ def test_notebook_has_commands_that_exist() -> None:
 def test_other_marks_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(read_blocks("page.md", text))
+
+
+def test_a_withdrawn_claim_is_withdrawn_wherever_its_figure_stands() -> None:
+    """That GRPO ends at 0.00 on held-out compositions held for one build of the laboratory's model only."""
+    figure = re.compile(r"GRPO.{0,12}0\.00")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.yaml")]
+    with_figure = {path for path in pages if figure.search(path.read_text())}
+    assert ROOT / "README.md" in with_figure and ROOT / "docs" / "comparison.md" in with_figure
+    for path in with_figure:
+        text = path.read_text()
+        assert "0.74, 0.01, 0.71, 0.71, 0.10" in text and "withdrawn" in text, path
+    recipe = (ROOT / "recipes" / "lab" / "compare.yaml").read_text()
+    assert "depends on the build of the laboratory's model" in recipe

@@ -869,7 +869,12 @@ def test_training_anew_sets_an_old_bank_aside(make, monkeypatch, tmp_path, model
 @pytest.mark.parametrize("resumed", ["neither", "the first", "the second"])
 def test_training_twice_keeps_the_bank(make, monkeypatch, tmp_path, model, resumed):
     """The bank of the first call is this run's, and a checkpoint of it brings its bank back."""
-    Script(monkeypatch)
+    calls = []  # each writes other strategies, so that what an earlier one stored is not written again
+
+    def strategy(request, index):
+        return f"{('alpha', 'omega')[index % 2]} {'qrstuv'[len(calls)] * 5} {Script.word(request)}<|im_end|>"
+
+    Script(monkeypatch, strategy)
     monkeypatch.setattr(trl_sgpo.bank.embedding, "load_embedder", lambda name: hash_embedder)
     args = make(max_steps=2, save_strategy="steps", save_steps=1).args
     args.use_bank, args.bank_path = True, None
@@ -878,12 +883,15 @@ def test_training_twice_keeps_the_bank(make, monkeypatch, tmp_path, model, resum
         trainer = SGPOTrainer(model=model, reward_funcs=is_good, args=args, train_dataset=problems())
         trainer.train()
         trainer.strategy_bank.close()
+        calls.append("earlier")
     trainer = SGPOTrainer(model=model, reward_funcs=is_good, args=args, train_dataset=problems())
     trainer.train(resume_from_checkpoint=checkpoint if resumed == "the first" else None)
+    calls.append("first")
     first = {strategy.id: strategy.step for strategy in trainer.strategy_bank.strategies()}
     trainer.train(resume_from_checkpoint=checkpoint if resumed == "the second" else None)
     second = {strategy.id for strategy in trainer.strategy_bank.strategies()}
     trainer.strategy_bank.close()
+    assert second - first.keys()  # of the second call
     assert first and {key for key, step in first.items() if step == 1 or resumed != "the second"} <= second
     assert not list((tmp_path / "out").glob("strategy_bank.*"))
 

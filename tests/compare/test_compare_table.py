@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 from trl_sgpo.compare.config import Arm, Comparison
 from trl_sgpo.compare.table import APART, cell, interval, markdown, summary, write
@@ -106,6 +107,15 @@ def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> N
     paths = write(summed, tmp_path / "out" / "table")
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
     assert all(path.stat().st_size > 100 for path in paths)
+
+
+def test_each_run_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    scatter = Axes.scatter
+    monkeypatch.setattr(Axes, "scatter", lambda *args, **kwargs: drawn.append(args[1]) or scatter(*args, **kwargs))
+    results = {"sgpo": [_result(1, 0.91), _result(2, 0.7)], "k1": [_result(1, 0.5), _result(2, 0.33)]}
+    write(summary(_comparison(), results), tmp_path / "table")
+    assert [0.91, 0.7] in drawn and [0.5, 0.33] in drawn
 
 
 def test_every_figure_is_clipped_to_its_range() -> None:

@@ -236,7 +236,8 @@ def test_a_column_whose_name_is_taken_is_refused_at_loading(
     name: str, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRL_SGPO_LAUNCHED", "1")
-    Path("rows.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2", name: 3}) + "\n")
+    rows = [{"question": f"1 + {number}?", "answer": str(number + 1), name: number} for number in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"reward_funcs": ["answer_reward"], "output_dir": "out", "bf16": False}
     Path("r.yaml").write_text(json.dumps({"model_name_or_path": tiny, "dataset_name": "rows.jsonl"} | keys))
     assert main(["train", "--config", "r.yaml"]) == 2
