@@ -276,6 +276,37 @@ class TestWeights:
 
 
 class TestCredit:
+    @pytest.mark.parametrize("K", [1, 2])
+    def test_plain_rows_enter_no_strategys_outcome(self, tmp_path, K):
+        geometry = BlockGeometry(problems=K, own=2, plain=2)
+        problems = [Problem([{"role": "user", "content": f"{n} + 1?"}], "sums", str(n + 1)) for n in range(K)]
+        rows = [
+            Rollout("plain", ParsedStrategy(""), "", [], 0)
+            if strategy >= 2 * K
+            else Rollout("own" if strategy // 2 == problem else "borrowed", ParsedStrategy("Add."), "", [], 0)
+            for problem in range(K)
+            for strategy in range(geometry.executions)
+        ]
+        args = SGPOConfig(
+            str(tmp_path), num_generations=geometry.executions, num_plain_rollouts=2, transfer_block_size=K,
+            per_device_train_batch_size=geometry.rows, report_to="none", bf16=False,
+        )  # fmt: skip
+        assert args.geometry == geometry
+
+        def credit(plain):
+            rewards = torch.rand(geometry.rows, 1, generator=torch.Generator().manual_seed(0))
+            is_plain = torch.tensor([row.source == "plain" for row in rows])
+            rewards[is_plain, 0] = torch.tensor(plain * K)
+            batch = RolloutBatch.without_bank(problems, geometry)
+            found = assign_credit(rows, rewards, batch, args, torch.ones(1), spread=nanstd)
+            return found, found.execution[is_plain], found.execution[~is_plain]
+
+        (one, plain, guided), (other, equal, same) = credit([0.0, 1.0]), credit([1.0, 1.0])
+        assert one.strategy.equal(other.strategy) and guided.equal(same) and one.verified.equal(other.verified)
+        assert plain.view(K, 2).sum(dim=1).abs().max() < 1e-6 and plain.abs().min() > 0.5 and not equal.any()
+        lift = one.metrics["lift"] - other.metrics["lift"]
+        torch.testing.assert_close(lift, torch.full_like(lift, 0.5))
+
     @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
     @pytest.mark.parametrize("borrowed", [2, 4])  # strategy 2 on problem 0, strategy 0 on problem 1
     def test_without_transfer_borrowed_executions_do_not_count(self, tmp_path, scale_rewards, borrowed):

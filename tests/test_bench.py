@@ -104,6 +104,14 @@ def test_figures_of_a_step(figure: str) -> None:
         assert step_figures(worse(rows, key, 3.0, arm="grpo"))[figure] == pytest.approx(1 / 3)
 
 
+def test_the_cost_of_internalizing() -> None:
+    rows = step_rows()
+    rows += [row | {"arm": "untaught"} for row in rows if row["arm"] == "sgpo"]
+    assert step_figures(rows)["internalize_step_ratio"] == 1
+    assert step_figures(worse(rows, "seconds", 3.0, arm="sgpo"))["internalize_step_ratio"] == pytest.approx(3)
+    assert step_figures(worse(rows, "seconds", 3.0, arm="untaught"))["internalize_step_ratio"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("figure", GENERATION)
 def test_figures_of_generation(figure: str) -> None:
     arm, key, factor = GENERATION[figure]

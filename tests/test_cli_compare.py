@@ -16,7 +16,7 @@ from trl_sgpo.cli import compare as command
 from trl_sgpo.cli.main import main
 
 
-METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
+METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "sgpo", "joint", "internalize_wrong")
 
 
 def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
@@ -109,6 +109,8 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
             assert set(tokens.values()) == {0.0}
         elif name == "sft":
             assert tokens["generated"] == 0 and 600 <= tokens["trained"] <= 600 + 200
+        elif name == "rft":
+            assert 600 - most < tokens["generated"] <= 600
         else:
             assert 600 <= tokens["generated"] <= 600 + most
             assert (tokens["labels"] > 0) == (name in ("rlhf", "prm"))

@@ -135,7 +135,7 @@ class TestGeometry:
     @pytest.mark.parametrize(("K", "b"), [(0, 0), (-1, 0), (2, -1)])
     def test_negative(self, config, K, b):
         message = refusal(config, transfer_block_size=K, num_bank_rollouts=b)
-        assert message.endswith(f"got {K} and {b}.")
+        assert message.endswith(f"got {K}, {b} and 0.")
 
     def test_bank_rows_need_a_bank(self, config):
         kwargs = {"num_generations": 6, "num_bank_rollouts": 2}

@@ -207,6 +207,56 @@ def test_one_problem_a_block_is_grpo(make, monkeypatch, scale_rewards):
         assert advantages.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_plain_rows_alone_are_grpo(make, monkeypatch, scale_rewards):
+    """With m = `num_generations`, rows are the bare problems, and every token has exactly the advantage of TRL."""
+    grpo = capture(monkeypatch, "_generate_and_score_completions", GRPOTrainer)
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(num_plain_rollouts=4, scale_rewards=scale_rewards)
+    trainer.train()
+    assert len(sgpo) == 2
+    for (_, base), ((rows,), output) in zip(grpo, sgpo, strict=True):
+        advantages = output["advantages"]
+        assert advantages.abs().max() > 0.1
+        assert torch.equal(advantages, base["advantages"].unsqueeze(1).expand_as(advantages))
+        prompts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
+        ]
+        assert prompts == GRPOTrainer._tokenize_prompts(trainer, [row["prompt"] for row in rows])[0]
+        assert output["tool_mask"].bool().all()
+    assert not any("strategy" in name for name in trainer.state.log_history[0])
+
+
+def test_plain_rows_answer_the_bare_problem(make, monkeypatch):
+    """They are the last rows of each problem, train all of their tokens, and log what strategies add."""
+    script = Script(monkeypatch, execution=lambda context, index: f"{'good' if index % 2 else 'bad'}<|im_end|>")
+    sgpo = capture(monkeypatch, "_generate_and_score_completions")
+    trainer = make(
+        is_good, num_generations=7, num_plain_rollouts=3, per_device_train_batch_size=14, max_steps=1, use_bank=True
+    )
+    trainer.train()
+    ((rows,), output), *_ = sgpo
+    assert [row["rollout"].source for row in rows] == [
+        *["own"] * 2, *["borrowed"] * 2, *["plain"] * 3, *["borrowed"] * 2, *["own"] * 2, *["plain"] * 3
+    ]  # fmt: skip
+    plain = [index for index, row in enumerate(rows) if row["rollout"].source == "plain"]
+    for index in plain:
+        request = script.tokenizer.apply_chat_template(
+            rows[index]["prompt"], add_generation_prompt=True, tokenize=False
+        )
+        assert script.contexts[index] == request
+        length = len(rows[index]["rollout"].execution_ids)
+        assert output["completion_mask"][index].sum() == length and output["tool_mask"][index][:length].bool().all()
+    by_row = output["advantages"][:, 0].view(2, 7)[:, 4:]  # bad, good, bad and good, bad, good
+    torch.testing.assert_close(
+        by_row, torch.tensor([[-0.5773, 1.1545, -0.5773], [0.5773, -1.1545, 0.5773]]), rtol=1e-3, atol=0.0
+    )
+    logged = trainer.state.log_history[0]
+    assert logged["sgpo/plain_correctness"] == pytest.approx(0.5)
+    assert logged["sgpo/lift"] == pytest.approx(0.0, abs=1e-6)
+    assert logged["sgpo/plain_length"] < logged["sgpo/strategy_length"]
+
+
 def test_correctness_is_the_first_reward_function(make):
     """Further reward functions enter the reward, not the metrics of the verifier."""
 

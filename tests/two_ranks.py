@@ -87,12 +87,17 @@ def main(arguments: list[str]) -> None:
     generate, GRPOTrainer._generate_single_turn = GRPOTrainer._generate_single_turn, scripted
     if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_cpus()
+    method = os.environ.get("INTERNALIZE", "none")
+    plain = 0 if method == "none" else 2
     adam = "ADAM" in os.environ  # plain gradient descent has no state that a checkpoint could lose
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     args = SGPOConfig(
         str(directory / "run"),
-        per_device_train_batch_size=16 // ranks,
-        num_generations=4,
+        per_device_train_batch_size=4 * (4 + plain) // ranks,
+        num_generations=4 + plain,
+        num_plain_rollouts=plain,
+        internalize=method,
+        internalize_snapshot_steps=2,
         max_strategy_length=12,
         max_completion_length=12,
         max_steps=3,

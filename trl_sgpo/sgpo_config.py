@@ -11,9 +11,11 @@ from .checks.ranges import not_finite, range_problems
 from .checks.remote_code import remote_code_problems
 from .checks.secrets import WithoutSecrets
 from .checks.settings import setting_problems
-from .errors import ConfigError, SettingsError, refuse
+from .errors import SettingsError, refuse
+from .method.block_checks import check_block, check_generation_batch, check_local_batch
 from .method.prompts import EXECUTION_PROMPT, check_strategy_prompt, default_strategy_prompt
 from .method.sampling import check_generation_kwargs
+from .method.transfer import BlockGeometry
 
 
 class _GRPOConfig(WithoutSecrets, GRPOConfig):
@@ -27,8 +29,9 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
 
     Inherited parameters keep their meaning. `max_completion_length` limits the **execution** (the strategy has
     `max_strategy_length`), `mask_truncated_completions` masks each of both by its own end, `shuffle_dataset=False`
-    keeps the order within each class, and `num_generations` counts the executions of a problem, `n * K + b`: `n` with
-    its own strategies, `n * (K - 1)` borrowed from the other problems of its block, `b` from the bank.
+    keeps the order within each class, and `num_generations` counts the rows of a problem, `n * K + b + m`: `n` with
+    its own strategies, `n * (K - 1)` borrowed from the other problems of its block, `b` from the bank, `m` without
+    one.
 
     Parameters:
         > Parameters that control the transfer blocks
@@ -38,9 +41,15 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         num_bank_rollouts (`int`, *optional*, defaults to `0`):
             b, executions per problem of strategies drawn from the bank, which test candidates. While the bank
             holds fewer than b strategies for a class, the block's own are executed again.
+        num_plain_rollouts (`int`, *optional*, defaults to `0`):
+            m, rows per problem that answer without a strategy. They are a GRPO group of their own and enter no
+            strategy's outcome. With m = `num_generations` there are no strategies, and training is GRPO.
         per_device_train_batch_size (`int`, *optional*, defaults to `16`):
             Rows per device and forward pass. Times `gradient_accumulation_steps`, or `steps_per_generation`, they hold
             whole blocks of K * `num_generations` rows.
+        strategy_column (`str`, *optional*):
+            Column with a strategy for each problem, such as one that a stronger model wrote. The `num_bank_rollouts`
+            rows of the problem execute it. There is no bank then, and K is 1.
         class_column (`str`, *optional*):
             Dataset column with the problem class. If `None`, `"problem_class"` is used where the dataset has it, and
             clusters of prompt embeddings where it does not.
@@ -93,6 +102,20 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         execution_baseline (`str`, *optional*, defaults to `"problem"`):
             What an execution is compared with: `"problem"` (executions of the same problem, as in GRPO),
             `"strategy"` (executions of the same strategy) or `"two_way"` (what remains after both effects).
+        internalize (`str`, *optional*, defaults to `"none"`):
+            How plain answers learn from guided ones. `"distill"` adds the negative log-likelihood of the step's right
+            guided rollouts, written as plain answers that hold their strategy.
+            `"contrast"` changes the advantages of the tokens of plain rows by how much likelier a teacher finds them
+            with a strategy that solves other problems of the class than with strategies that do not. `"kl"` adds the
+            forward KL, at most 1 nat a token, from a teacher that is given their strategy to the model without it, on
+            the step's right executions, weighted by how far a problem's plain answers fall short of its guided ones.
+        internalize_weight (`float`, *optional*):
+            Weight of the loss of `"distill"` or `"kl"`, a mean over all rows, 0 for rows that teach nothing, or the
+            largest change of an advantage by `"contrast"`. If `None`, 0.1 for `"distill"`, 0.5 for the others.
+        internalize_contrasts (`int`, *optional*, defaults to `4`):
+            Wrong strategies at most that `"contrast"` compares with the right one.
+        internalize_snapshot_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps after which the teacher takes over the weights of the model.
         strategy_weight (`float`, *optional*, defaults to `1.0`):
             Factor on the advantages of strategy tokens. A strategy is trained in one row but executed in K, so values
             up to K keep short strategies from vanishing in a token mean.
@@ -106,6 +129,9 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
             here is continued.
         embedding_model (`str`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
             Name or path of the sentence-transformers model that embeds problems and strategies.
+        retrieve_when (`str`, *optional*, defaults to `"always"`):
+            `"plain_fails"` shows retrieved strategies in training only for problems of which at most half of the plain
+            rows, which are then generated first, are right.
         num_retrieved (`int`, *optional*, defaults to `1`):
             Strategies shown with each problem.
         bank_min_lift (`float`, *optional*, defaults to `0.0`):
@@ -148,6 +174,13 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     num_bank_rollouts: int = field(
         default=0,
         metadata={"help": "b, executions per problem of strategies that are drawn from the bank and not rewritten."},
+    )
+    num_plain_rollouts: int = field(
+        default=0, metadata={"help": "m, rows per problem that answer without a strategy."}
+    )
+    strategy_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with a strategy for each problem, which `num_bank_rollouts` rows execute."},
     )
     class_column: str | None = field(
         default=None,
@@ -223,6 +256,25 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
             "choices": ["problem", "strategy", "two_way"],
         },
     )
+    internalize: str = field(
+        default="none",
+        metadata={
+            "help": "How plain answers learn from guided ones: `none`, `distill` (right guided rollouts as plain "
+            "answers that hold their strategy), `contrast` (a teacher compares right and wrong strategies) or `kl` "
+            "(a teacher that is given the strategy shows the distribution of each token of right executions).",
+            "choices": ["none", "distill", "contrast", "kl"],
+        },
+    )
+    internalize_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of what plain answers learn. If `None`, 0.1 for `distill`, else 0.5."},
+    )
+    internalize_contrasts: int = field(
+        default=4, metadata={"help": "Wrong strategies at most that `contrast` compares with the right one."}
+    )
+    internalize_snapshot_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps after which the teacher takes over the weights."}
+    )
     strategy_weight: float = field(default=1.0, metadata={"help": "Factor on the advantages of strategy tokens."})
 
     # Parameters that control the strategy bank
@@ -237,6 +289,13 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     embedding_model: str = field(
         default=DEFAULT_EMBEDDING_MODEL,
         metadata={"help": "Name or path of the sentence-transformers model that embeds problems and strategies."},
+    )
+    retrieve_when: str = field(
+        default="always",
+        metadata={
+            "help": "Problems that retrieved strategies are shown with: `always`, or `plain_fails`.",
+            "choices": ["always", "plain_fails"],
+        },
     )
     num_retrieved: int = field(default=1, metadata={"help": "Strategies shown with each problem."})
     bank_min_lift: float = field(
@@ -272,7 +331,21 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     @property
     def own_strategies(self) -> int:
         """n, the number of strategies each problem writes."""
-        return (self.num_generations - self.num_bank_rollouts) // self.transfer_block_size
+        guided = self.num_generations - self.num_plain_rollouts
+        return (guided - self.num_bank_rollouts) // self.transfer_block_size
+
+    @property
+    def internalize_scale(self) -> float:
+        """`internalize_weight`, or its default."""
+        defaults = {"none": 0.0, "distill": 0.1, "contrast": 0.5, "kl": 0.5}
+        return defaults[self.internalize] if self.internalize_weight is None else self.internalize_weight
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """Shape of the transfer blocks in training."""
+        return BlockGeometry(
+            self.transfer_block_size, self.own_strategies, self.num_bank_rollouts, self.num_plain_rollouts
+        )
 
     def to_grpo(self, **changes: Any) -> GRPOConfig:
         """The settings that [`~trl.GRPOTrainer`] has too, with changes: the same training without SGPO."""
@@ -291,14 +364,18 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._use_new_names()
         batch_is_given = self.generation_batch_size is not None
-        for check in (self._check_choices, lambda: check_strategy_prompt(self.strategy_prompt), self._check_geometry):
+        for check in (
+            self._check_choices,
+            lambda: check_strategy_prompt(self.strategy_prompt),
+            lambda: check_block(self),
+        ):
             problems += _problems_of(check)
         if not problems and not batch_is_given:
-            problems += _problems_of(self._check_local_batch)
+            problems += _problems_of(lambda: check_local_batch(self))
         # TRL's own checks follow from the geometry: after a problem, only those of transformers
         problems += _problems_of((super(GRPOConfig, self) if problems else super()).__post_init__)
         if not problems and batch_is_given:
-            problems += _problems_of(self._check_generation_batch)
+            problems += _problems_of(lambda: check_generation_batch(self))
         problems += _problems_of(self._check_sampling)
         refuse("SGPOConfig", problems)
 
@@ -315,72 +392,25 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
             if self.__dict__.get(new) is None:
                 self.__dict__[new] = self.__dict__[old]
 
-    def _check_geometry(self):
-        K, G, b = self.transfer_block_size, self.num_generations, self.num_bank_rollouts
-        if K < 1 or b < 0:
-            raise ConfigError(
-                f"`transfer_block_size` must be at least 1 and `num_bank_rollouts` at least 0, got {K} and {b}."
-            )
-        own = G - b
-        fit = max(own - own % K, K, 2) + b
-        if own < K or own % K:
-            single = K > 1 and own >= 2 and self.execution_baseline == "problem"
-            raise ConfigError(
-                f"num_generations ({G}) must be n * transfer_block_size ({K}) + num_bank_rollouts ({b}) with n >= 1: "
-                f"set num_generations to {fit} or {fit + K}{', or transfer_block_size to 1' if single else ''}."
-                f"{self._batch_of(fit)}{self._batch_of(fit + K)}"
-            )
-        if own < 2:
-            raise ConfigError(
-                f"A block needs at least 2 strategies to compare, but num_generations ({G}) - num_bank_rollouts "
-                f"({b}) leaves {own}: set num_generations to {fit}.{self._batch_of(fit)}"
-            )
-        n, more = own // K, f"set num_generations to {2 * K + b}"
-        if K > 1 and n == 1 and self.transfer_weight == 0 and self.correctness_weight != 0:
-            raise ConfigError(
-                "`transfer_weight` is 0 and each problem writes one strategy, which can be compared with those of "
-                f"other problems only, and that rewards transfer: {more}, or set transfer_block_size to 1, or "
-                "transfer_weight above 0."
-            )
-        if K > 1 and G - n == 1 and self.correctness_weight == 0 and self.transfer_weight != 0:
-            raise ConfigError(
-                "`correctness_weight` is 0 and each problem executes one borrowed strategy, which can be compared "
-                f"with its own only, and that rewards correctness: {more}, or set correctness_weight above 0."
-            )
-        if K == 1 and self.execution_baseline != "problem":
-            raise ConfigError(
-                f"execution_baseline={self.execution_baseline!r} needs strategies executed on several problems: set "
-                "transfer_block_size to 2 or more, or execution_baseline to 'problem'."
-            )
-
-    def _batch_of(self, generations: int) -> str:
-        """What batches lack for another value of `num_generations`, so that one message names all changes."""
-        block, steps = self.transfer_block_size * generations, self.steps_per_generation
-        rows = self.per_device_train_batch_size * (steps or self.gradient_accumulation_steps)
-        text = ""
-        if self.generation_batch_size is None and rows % block:
-            name = "gradient_accumulation_steps" if steps is None else "steps_per_generation"
-            text += (
-                f" With {generations}, per_device_train_batch_size * {name} ({rows}) must be a multiple of {block}."
-            )
-        evaluated = self.num_generations_eval or generations
-        if self.eval_strategy != "no" and self.per_device_eval_batch_size % evaluated:
-            text += (
-                f" With {generations}, per_device_eval_batch_size ({self.per_device_eval_batch_size}) must be a "
-                f"multiple of {evaluated}."
-            )
-        return text
-
     def _check_choices(self):
         problems, b = [], self.num_bank_rollouts
-        if b > 0 and not self.use_bank:
+        if b > 0 and not self.use_bank and self.strategy_column is None:
             problems.append(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
+        if self.retrieve_when == "plain_fails" and self.num_plain_rollouts == 0:
+            problems.append("`retrieve_when: plain_fails` needs plain rows: set `num_plain_rollouts` above 0.")
+        if self.use_bank and self.num_plain_rollouts == self.num_generations:
+            problems.append(
+                "`num_plain_rollouts` is `num_generations`, which leaves no rows with strategies, but `use_bank` is "
+                "true: set it to false, or `num_plain_rollouts` lower."
+            )
         if self.bank_server is not None and not self.use_bank:
             problems.append("`bank_server` is set but `use_bank` is false: remove it, or set `use_bank` to true.")
         for name, choices in (
             ("small_classes", ("error", "merge")),
             ("strategy_format", ("text", "steps")),
             ("execution_baseline", ("problem", "strategy", "two_way")),
+            ("retrieve_when", ("always", "plain_fails")),
+            ("internalize", ("none", "distill", "contrast", "kl")),
         ):
             value = self.__dict__[name]
             if value not in choices:
@@ -404,36 +434,6 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
                 "multi_objective_aggregation to 'sum_then_normalize'."
             )
         refuse("SGPOConfig", problems)
-
-    def _check_local_batch(self):
-        """Checked before TRL does, whose message names no fix."""
-        rows = self.per_device_train_batch_size
-        per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-        name = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
-        if missing := self._missing_rows(rows * per_generation):
-            raise self._no_whole_blocks(
-                f"per_device_train_batch_size ({rows}) * {name} ({per_generation}) = {rows * per_generation}",
-                f"set per_device_train_batch_size or {name} so that it is {rows * per_generation + missing}",
-            )
-
-    def _check_generation_batch(self):
-        """Checked after TRL, which finds the number of devices."""
-        total, devices = self.generation_batch_size, self.world_size
-        if missing := self._missing_rows(total // devices):
-            raise self._no_whole_blocks(
-                f"generation_batch_size ({total}) / number of devices ({devices}) = {total // devices}",
-                f"set generation_batch_size to {total + missing * devices}",
-            )
-
-    def _missing_rows(self, local: int) -> int:
-        return -local % (self.transfer_block_size * self.num_generations)
-
-    def _no_whole_blocks(self, local: str, fix: str) -> ConfigError:
-        K, G = self.transfer_block_size, self.num_generations
-        return ConfigError(
-            f"One device generates {local} rows at a time, which must be a multiple of transfer_block_size ({K}) * "
-            f"num_generations ({G}) = {K * G}, so that a block stays on one device: {fix}."
-        )
 
 
 def _problems_of(check: Callable[[], Any]) -> list[str]:

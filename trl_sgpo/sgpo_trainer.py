@@ -1,8 +1,8 @@
 """
 `SGPOTrainer`: what differs from `GRPOTrainer`.
 
-A transfer block has K problems of one class. For each, n strategies are written; b more come from the bank. All
-G = K * n + b strategies (`num_generations`) are executed on each problem of the block.
+A transfer block has K problems of one class. For each, n strategies are written; b more come from the bank. All are
+executed on each problem, which m rows answer without one: G = n * K + b + m rows a problem (`num_generations`).
 
 1. Sampling: batches consist of whole transfer blocks (`_get_train_sampler`, `method/transfer.py`).
 2. Generation: strategies first, then executions (`_roll_out`, `method/rollout.py`, `method/conversation.py`).
@@ -45,21 +45,22 @@ from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
 from .inference.settings import TwoPhaseSettings
 from .inference.verifier import as_completions
+from .internalize.trainer import InternalizingTrainer
 from .method.advantages import token_advantages
 from .method.buffer import load_rollouts, save_rollouts
 from .method.credit import Credit, assign_credit
 from .method.measuring import measuring
 from .method.metrics import CREDIT_COLUMNS, phase_columns, phase_metrics
+from .method.plain_first import answered_first
 from .method.problem import as_problem
 from .method.requirements import check_arguments, check_model, check_resumable
 from .method.reward_functions import check_finite, checked
-from .method.rollout import Rollout, RolloutBatch, two_phase_rollout, without_experimental_warning
+from .method.rollout import Rollout, RolloutBatch, given, two_phase_rollout, without_experimental_warning
 from .method.transfer import BlockGeometry, TransferBlockSampler
 from .sgpo_config import SGPOConfig
-from .speed.trainer import SharedPromptGRPOTrainer
 
 
-class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
+class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, InternalizingTrainer):
     """
     Trainer for Strategy-Guided Policy Optimization (SGPO).
 
@@ -130,7 +131,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SGPOConfig(f"{name.split('/')[-1]}-SGPO")
         check_arguments(args, reward_funcs, train_dataset, eval_dataset, processing_class, quantization_config, kwargs)
-        self.geometry = BlockGeometry(args.transfer_block_size, args.own_strategies, args.num_bank_rollouts)
+        self.geometry = args.geometry
         self.bank_session = BankSession(strategy_bank, args)
         train_dataset = with_classes(train_dataset, args, self.strategy_bank)
         with without_experimental_warning():
@@ -167,8 +168,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
     # 1. Sampling
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        dataset = self.train_dataset if dataset is None else dataset
-        answers = self.args.answer_column
+        dataset, answers = self.train_dataset if dataset is None else dataset, self.args.answer_column
         rows_a_step = self.args.generation_batch_size * self.args.gradient_accumulation_steps
         sampler = TransferBlockSampler(
             dataset[CLASS_COLUMN],
@@ -187,6 +187,8 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._batch, self._credit = self._plan_rollouts(inputs), None
+        if self.args.retrieve_when == "plain_fails" and self.model.training:
+            self._batch = answered_first(self._batch, inputs, self, self.conversation, self.reward_executions)
         output = super()._generate_and_score_completions(inputs)
         if self._credit is not None:
             strategy, execution = self._credit.strategy, self._credit.execution
@@ -194,6 +196,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
             output["advantages"] = token_advantages(
                 strategy * self.args.strategy_weight, execution, lengths, output["completion_ids"].size(1)
             )
+            output = self.internalize(output, [row["rollout"] for row in inputs], self._credit, self._batch)
         return output
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -203,25 +206,23 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = [row["rollout"] for row in inputs]
-        rewards = self._reward_executions(inputs, prompts, rollouts)
+        rewards = self.reward_executions(inputs, prompts, rollouts)
         local = rewards.split(len(inputs))[self.accelerator.process_index]
         self._log_phases(rollouts, local[:, 0])
         if self.model.training:
             self._credit = self.credit_of(rollouts, local)
-            for name, values in self._credit.metrics.items():
-                self._log_mean(name, values)
+            for metric, values in self._credit.metrics.items():
+                self._log_mean(metric, values)
             for column, rows in self._credit.columns.items():
                 self._log_completion_extra(column, rows)
             if self.args.use_bank:
                 name, step = get_config_model_id(self.model.config) or "", self.state.global_step + 1
-                local_observation = self.bank_session.observe(self._batch, rollouts, self._credit, name, step)
-                for observation in gather_object([local_observation]):
+                observed = self.bank_session.observe(self._batch, rollouts, self._credit, name, step)
+                for observation in gather_object([observed]):
                     self.bank_session.note(observation)
         return rewards
 
-    def _reward_executions(
-        self, inputs: list[dict[str, Any]], prompts: list[Any], rollouts: list[Rollout]
-    ) -> torch.Tensor:
+    def reward_executions(self, inputs: list[Any], prompts: list[Any], rollouts: list[Rollout]) -> torch.Tensor:
         """Rewards of all ranks' executions, shape `(world size * B, number of reward functions)`."""
         executions = as_completions(prompts[0], [rollout.execution for rollout in rollouts])
         rewards = super()._calculate_rewards(inputs, prompts, executions, [row.execution_ids for row in rollouts])
@@ -270,11 +271,11 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
 
     def _plan_rollouts(self, inputs: list[dict[str, Any]]) -> RolloutBatch:
         """Problems of the local batch with the strategies retrieved for them, by rank 0 for all ranks."""
-        geometry = self.geometry if self.model.training else BlockGeometry(problems=1, own=1)
+        geometry = self.geometry if self.model.training else self.geometry.evaluated
         class_column = CLASS_COLUMN if self.model.training else self.args.class_column or "problem_class"
         problems = [as_problem(row, class_column, self.args.answer_column) for row in inputs[:: geometry.executions]]
         if not self.args.use_bank:
-            return RolloutBatch.without_bank(problems, geometry)
+            return RolloutBatch.without_bank(problems, geometry, given(inputs, self.args.strategy_column, geometry))
         everyone = gather_object(problems)
         plans: list[Any] = [None] * self.accelerator.num_processes
         if self.accelerator.is_main_process:
@@ -313,7 +314,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed)
                 rollouts = two_phase_rollout(batch, self, self.conversation)["rollout"]
-            rewards = self._reward_executions(repeated, [row["prompt"] for row in repeated], rollouts)
+            rewards = self.reward_executions(repeated, [row["prompt"] for row in repeated], rollouts)
         return rollouts, rewards[:, 0]
 
     # 7. Checkpoints
@@ -338,12 +339,11 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, SharedPromptGRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        check_resumable(self.model)
-        self._step, batches = load_rollouts(checkpoint, self.args, self.accelerator.device)
-        self._buffered_inputs = batches or self._buffered_inputs
-        self.bank_session.load(checkpoint)
+        if checkpoint is not None:
+            check_resumable(self.model)
+            self._step, batches = load_rollouts(checkpoint, self.args, self.accelerator.device)
+            self._buffered_inputs = batches or self._buffered_inputs
+            self.bank_session.load(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

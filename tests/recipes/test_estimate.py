@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import trl_sgpo.cli.train
 from trl_sgpo import SGPOTrainer, StrategyBank
 from trl_sgpo.cli.main import main
 from trl_sgpo.method.context_length import longest_requests
+from trl_sgpo.method.conversation import Conversation
+from trl_sgpo.method.rollout import Rollout
 from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.vram.advice import cheapest_change
 from trl_sgpo.vram.architectures import architectures, model_config
@@ -36,6 +39,22 @@ SIZES = {
 FULL = ["--dtype", "float32", "--bf16", "false", "--gradient_checkpointing", "false", "--optim", "adamw_torch_fused"]
 LORA = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_dropout", "0", "--dtype", "bfloat16"]
 QLORA = [*LORA, "--load_in_4bit", "true", "--use_bnb_nested_quant", "true", "--optim", "paged_adamw_8bit"]
+
+
+TEACHING = [
+    "--num_generations",
+    "6",
+    "--num_plain_rollouts",
+    "2",
+    "--per_device_train_batch_size",
+    "6",
+    "--internalize",
+]
+
+
+def guided_are_right(rollout: list[Rollout], **kwargs: Any) -> list[float]:
+    """All rows of which plain answers can learn are right."""
+    return [float(each.source != "plain") for each in rollout]
 
 
 def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
@@ -77,16 +96,22 @@ def trained_peak(trainer: SGPOTrainer) -> int:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "options"), [("llama", FULL), ("qwen3", LORA), ("qwen2", QLORA)], ids=["full", "lora", "qlora"]
+    ("architecture", "options"),
+    [("llama", FULL), ("qwen3", LORA), ("qwen2", QLORA)]
+    + [("llama", [*form, *TEACHING, method]) for form in (FULL, LORA) for method in ("distill", "contrast", "kl")],
 )
-def test_estimate_is_what_training_on_a_cpu_allocates(architecture: str, options: list[str], tmp_path: Path) -> None:
+def test_estimate_is_what_training_on_a_cpu_allocates(
+    architecture: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = Conversation.parse  # full length, and not cut off
+    monkeypatch.setattr(Conversation, "parse", lambda self, prompt, ids, truncated=False: parse(self, prompt, ids))
     model = save_tiny_model(tmp_path / "model", architecture, **SIZES)
     recipe = small_recipe(model, tmp_path, options)
     recipe.training.model_init_kwargs = model_init_kwargs(recipe) | {"revision": None}
     bank = StrategyBank(tmp_path / "bank", embedding_model=hash_embedder)
     trainer = SGPOTrainer(
         model,
-        evenness,
+        guided_are_right if "--internalize" in options else evenness,
         recipe.training,
         train_dataset=problems(),
         strategy_bank=bank,

@@ -36,13 +36,16 @@ ROWS = {  # as the datasets of the recipes have them
         for q, a in SUMS
     ],
     "problems.jsonl": [{"prompt": q, "solution": a} for q, a in SUMS],
+    "runs/paper-strategies/traces.jsonl": [
+        {"prompt": q, "strategy": f"Add. {a}", "execution": f"#### {a}", "problem_class": "sums"} for q, a in SUMS
+    ],
 }
 
 
 def data_of(recipe: Recipe) -> DatasetDict:
     rows = ROWS.get(recipe.script.dataset_name or "")
     if rows is not None:
-        return DatasetDict({"train": to_problems(Dataset.from_list(rows))})
+        return DatasetDict({"train": to_problems(Dataset.from_list(rows), recipe.columns)})
     if (recipe.script.dataset_name or "").startswith("reasoning_gym/"):
         recipe.script.dataset_name = re.sub(r"size=\d+", "size=8", recipe.script.dataset_name or "")
     return load_data(recipe)
@@ -89,11 +92,26 @@ def test_recipe_fits_its_card(path: Path) -> None:
     assert float(stated[1]) == pytest.approx(result["peak"] / GIB, abs=0.15)
 
 
+@pytest.mark.parametrize("path", BY_MEMORY, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_recipe_says_whether_plain_answers_can_be_taught(path: Path) -> None:
+    stated = re.search(r"`internalize` \(distill, contrast or kl\): at most ([\d.]+) GB", path.read_text())
+    assert stated is not None
+    if path.parts[-3] not in ("Phi-4-mini-instruct", "SmolLM2-135M-Instruct", "Qwen2.5-7B-Instruct"):
+        return  # the estimates of all take minutes
+    keys = ["--internalize", "kl", "--num_plain_rollouts", "2"]
+    recipe = read_recipe(["--config", str(path), *keys], "test")
+    result = estimate_recipe(recipe, str(path), recipe.script.vram_gb, "cuda")
+    assert result["fits"]
+    assert float(stated[1]) == pytest.approx(result["peak"] / GIB, abs=0.15)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_recipe_takes_a_step(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    overrides = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--save_strategy", "no"]
-    overrides += ["--num_generations", "4", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
+    overrides = ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--save_strategy", "no"]
+    if "strategy_column" not in yaml.safe_load(path.read_text()):
+        overrides += ["--num_generations", "4", "--per_device_train_batch_size", "8"]
+    overrides += ["--gradient_accumulation_steps", "1"]
     recipe = read_recipe(["--config", str(path), *overrides], "test")
     assert not recipe.launch
     recipe.training.max_strategy_length = recipe.training.max_completion_length = 4
@@ -113,5 +131,5 @@ def test_recipe_takes_a_step(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
         strategy_bank=bank,
     )
     trainer.train()
-    assert trainer.state.global_step == 1
-    assert "sgpo/transfer" in trainer.state.log_history[0]
+    assert trainer.state.global_step == 2
+    assert {"sgpo/transfer", "sgpo/lift"} & trainer.state.log_history[0].keys()

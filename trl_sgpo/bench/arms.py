@@ -38,6 +38,8 @@ from ..speed.trainer import SharedPromptGRPOTrainer
 ARMS = ("sgpo", "grpo")
 STEP_ARMS = ("sgpo", "shared_grpo", "grpo")
 """With GRPO by [`SharedPromptGRPOTrainer`], to separate the cost of the method from the gain by the fast paths."""
+UNTAUGHT = "untaught"
+"""SGPO without `internalize`, to separate the cost of what plain answers learn."""
 
 
 class _GRPOTrainer(ConversationGRPOTrainer):
@@ -61,7 +63,8 @@ def build_trainer(
 
     Args:
         arm (`str`):
-            `"sgpo"`, `"shared_grpo"` ([`SharedPromptGRPOTrainer`]) or `"grpo"` ([`~trl.GRPOTrainer`]).
+            `"sgpo"`, `"untaught"` (SGPO without `internalize`), `"shared_grpo"` ([`SharedPromptGRPOTrainer`]) or
+            `"grpo"` ([`~trl.GRPOTrainer`]).
         recipe ([`~trl_sgpo.recipe.Recipe`]):
             What all of them train.
         end_probability (`float`, *optional*, defaults to `0.0`):
@@ -96,12 +99,13 @@ def build_trainer(
     common: dict[str, Any] = {
         "model": name if model is None else model,
         "processing_class": load_tokenizer(name, padding_side="left", truncation_side="left"),
-        "reward_funcs": load_rewards(recipe.script),
+        "reward_funcs": load_rewards(recipe.script) if args.internalize == "none" else _every_second,
         "train_dataset": dataset,
         "quantization_config": get_quantization_config(recipe.model) if model is None else None,
         "peft_config": get_peft_config(recipe.model),
     }
-    if arm == "sgpo":
+    if arm in ("sgpo", UNTAUGHT):
+        shared |= {"internalize": "none"} if arm == UNTAUGHT else {}
         trainer: Any = SGPOTrainer(args=replace(args, **shared), strategy_bank=_filled_bank(args, dataset), **common)
     else:
         if equal_lengths:
@@ -110,9 +114,14 @@ def build_trainer(
         trainer = kind(args=args.to_grpo(**shared), **common)
     trainer.remove_callback(PrinterCallback)
     _end_at_random(trainer, end_probability)
-    if arm == "sgpo" and trainer.strategy_bank is not None:
+    if isinstance(trainer, SGPOTrainer) and trainer.strategy_bank is not None:
         trainer.add_callback(_NewStrategies(trainer))
     return trainer
+
+
+def _every_second(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Rows of random tokens are never right, and plain answers learn from right ones only."""
+    return [float(row % 2 == 0) for row in range(len(completions))]
 
 
 def _scratch_directory() -> str:
@@ -303,6 +312,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "num_generations": args.num_generations,
         "transfer_block_size": args.transfer_block_size,
         "num_bank_rollouts": args.num_bank_rollouts,
+        "num_plain_rollouts": args.num_plain_rollouts,
         "rows": args.per_device_train_batch_size * args.steps_per_generation,
         "max_strategy_length": args.max_strategy_length,
         "max_completion_length": args.max_completion_length,

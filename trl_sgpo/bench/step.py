@@ -2,7 +2,7 @@
 
 from ..checks.arguments import Parser
 from ..recipe import read_recipe
-from .arms import STEP_ARMS, report
+from .arms import STEP_ARMS, UNTAUGHT, report
 from .memory import peaks
 from .throughput import add_step_options, step_figures, step_settings, take_turns
 
@@ -12,7 +12,8 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="trl-sgpo bench step",
         description="Measure SGPO, and GRPO by SharedPromptGRPOTrainer, against TRL's GRPOTrainer on a recipe's model "
-        "and data, at equal num_generations and max_completion_length.",
+        "and data, at equal num_generations and max_completion_length. With `internalize`, also against SGPO without "
+        "it, and every second row counts as right.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
     parser.add_argument("--config", required=True, help="recipe")
@@ -22,8 +23,9 @@ def main(argv: list[str]) -> int:
     arguments = ["--config", options.config, *overrides]
     recipe = read_recipe(arguments, "trl-sgpo bench step")
 
-    rows = take_turns(recipe, options, STEP_ARMS)
-    figures = step_figures(rows) | peaks(arguments, equal_lengths=False, arms=STEP_ARMS)
+    arms = STEP_ARMS if recipe.training.internalize == "none" else (*STEP_ARMS, UNTAUGHT)
+    rows = take_turns(recipe, options, arms)
+    figures = step_figures(rows) | peaks(arguments, equal_lengths=False, arms=arms)
     report(
         "SGPO against GRPO, medians",
         figures | {"settings": step_settings(recipe, options), "rows": rows},

@@ -17,7 +17,7 @@ from ..recipe import Recipe, read_recipe
 from ..speed.generation import left_padded, limited
 from ..speed.lm_head import contiguous_head_input
 from ..speed.merging import base_of
-from .arms import ARMS, Call, build_trainer, counted_step, measured_step, report, settings, synchronize
+from .arms import ARMS, UNTAUGHT, Call, build_trainer, counted_step, measured_step, report, settings, synchronize
 
 
 def main(argv: list[str]) -> int:
@@ -174,6 +174,14 @@ def _median(rows: list[dict[str, Any]], arm: str, key: Callable[[dict[str, Any]]
     return statistics.median(key(row) for row in rows if row["arm"] == arm and row["step"] > 0)
 
 
+def _cost_of_internalizing(rows: list[dict[str, Any]]) -> float | None:
+    """Time of a step relative to one in which plain answers learn nothing from guided ones."""
+    if not any(row["arm"] == UNTAUGHT for row in rows):
+        return None
+    with_it, without = (_median(rows, arm, lambda row: row["seconds"]) for arm in ("sgpo", UNTAUGHT))
+    return with_it / without
+
+
 def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Ratios to TRL's trainer, and the parts of the time of an SGPO step."""
     flops = {row["arm"]: row["flops"] / row["generated_tokens"] for row in rows if row["step"] == 0}
@@ -194,6 +202,7 @@ def step_figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {
         **ratios("sgpo"),
         **{f"{arm}_{name}": value for arm in others for name, value in ratios(arm).items()},
+        **({"internalize_step_ratio": cost} if (cost := _cost_of_internalizing(rows)) is not None else {}),
         "bank_share": _median(rows, "sgpo", lambda row: row["seconds_of_bank"] / row["seconds"]),
         "share_outside_model": _median(rows, "sgpo", lambda row: row["seconds_outside_model"] / row["seconds"]),
         "sgpo_seconds_per_step": _median(rows, "sgpo", lambda row: row["seconds"]),

@@ -283,6 +283,11 @@ def _measure(
     for loaded in suites:
         protocol = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
         results[loaded.suite.name] = evaluate_suite(model, loaded, verifier, protocol, bank)
+        if arm.form == "two_phase":  # as a user asks it without strategies
+            model.settings, guided = plain, model.settings
+            in_plain = evaluate_suite(model, loaded, verifier, replace(protocol, form="plain"))
+            results[loaded.suite.name]["plain"] = {key: in_plain[key] for key in ("accuracy", "sampled")}
+            model.settings = guided
     # Equal limits for all arms: a plain answer may be as long as strategy and execution together
     model.settings = plain
     report = transfer_report(

@@ -15,9 +15,10 @@ from ..yaml_files import check_keys, read_mapping
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OTHER_DIRECTORIES = ("warmstart", "logs")
 _TRANSFER = ("suite", "classes", "problems", "executions", "pairs_per_cell")
-METHODS = ("base", "sft", "rlhf", "prm", "grpo", "sgpo", "joint")
+METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "sgpo", "joint", "internalize_wrong")
 _OF_METHOD: dict[str, dict[str, float | int | str]] = {
     "sft": {"sft_learning_rate": 1e-4},
+    "rft": {"sft_learning_rate": 1e-4},
     "rlhf": {"label_share": 0.2, "reward_learning_rate": 1e-4, "reward_epochs": 1.0},
     "prm": {
         "label_share": 0.2,
@@ -39,14 +40,15 @@ class Arm:
         name (`str`):
             Name in the table.
         method (`str`):
-            `"base"` (the warm start as it is), `"sft"`, `"rlhf"`, `"prm"`, `"grpo"`, `"sgpo"`, or `"joint"` (SGPO's
-            rollouts with one advantage a row).
+            `"base"` (the warm start as it is), `"sft"`, `"rft"` (supervised steps on its own right plain answers),
+            `"rlhf"`, `"prm"`, `"grpo"`, `"sgpo"`, `"joint"` (SGPO's rollouts with one advantage a row), or
+            `"internalize_wrong"` (SGPO whose plain answers learn from strategies of another class).
         overrides (`dict`):
             Keys of the recipe that this arm sets.
         settings (`dict`):
-            Settings of the method: `sft_learning_rate`; for reward models `label_share` (part of the budget spent on
-            labels), `reward_learning_rate`, `reward_epochs`; for step rewards `step_separator`, `step_rollouts` and
-            `step_aggregation` (`"min"` or `"mean"`).
+            Settings of the method: `sft_learning_rate` for SFT and RFT; for reward models `label_share` (part of the
+            budget spent on labels), `reward_learning_rate`, `reward_epochs`; for step rewards `step_separator`,
+            `step_rollouts` and `step_aggregation` (`"min"` or `"mean"`).
     """
 
     name: str
@@ -57,7 +59,7 @@ class Arm:
     @property
     def form(self) -> str:
         """How the trained model answers: `"two_phase"` or `"plain"`."""
-        return "two_phase" if self.method in ("sgpo", "joint") else "plain"
+        return "two_phase" if self.method in ("sgpo", "joint", "internalize_wrong") else "plain"
 
 
 @dataclass(frozen=True)

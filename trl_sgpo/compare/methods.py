@@ -1,12 +1,12 @@
 """
 Training methods of a comparison, one function each: from the same warm-started model and data to a trained model.
 
-SFT imitates worked solutions. RLHF, PRM and GRPO optimise plain answers with TRL's `GRPOTrainer`: against a reward
-model of preferences, against the verifier with a process reward, against the verifier. SGPO optimises strategies and
-executions.
+SFT imitates worked solutions, RFT the model's own right answers. RLHF, PRM and GRPO optimise plain answers with TRL's
+`GRPOTrainer`: against a reward model of preferences, against the verifier with a process reward, against the verifier.
+SGPO optimises strategies and executions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from trl import GRPOTrainer, get_peft_config, get_quantization_config
 from ..data.loading import load_rewards
 from ..data.warmstart import two_phase_examples, warmstart
 from ..data.worked import traces
+from ..errors import ConfigError
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation_trainer import ConversationGRPOTrainer
 from ..method.credit import Credit
-from ..method.rollout import Rollout
+from ..method.rollout import Rollout, RolloutBatch, written_strategies
 from ..recipe import Recipe, model_init_kwargs
 from ..sgpo_config import SGPOConfig
 from ..sgpo_trainer import SGPOTrainer
@@ -31,6 +32,7 @@ from ..speed.lm_head import project_labelled_tokens_only
 from .budget import TokenBudget
 from .config import Arm
 from .prm import ProcessReward, step_labels, train_process_reward_model
+from .rft import right_answers
 from .rlhf import preference_pairs, train_reward_model
 
 
@@ -149,6 +151,34 @@ def _sft(task: Task) -> TrainedArm:
     )
 
 
+def _rft(task: Task) -> TrainedArm:
+    """Trains on the model's own right plain answers, sampled until the budget is spent."""
+    training, script = task.recipe.training, task.recipe.script
+    policy = _sampler(task)
+    found = right_answers(
+        policy,
+        list(task.dataset.shuffle(seed=training.seed)),
+        load_rewards(script)[0],
+        task.budget,
+        Decoding(greedy=False, temperature=training.temperature, seed=training.seed),
+    )
+    model = warmstart(
+        task.model,
+        found,
+        training,
+        Path(training.output_dir, "model"),
+        learning_rate=task.arm.settings["sft_learning_rate"],
+        model_init_kwargs=model_init_kwargs(task.recipe),
+        batch_size=script.warmstart_batch_size,
+        plain_share=1.0,
+        full=not task.recipe.model.use_peft,
+    )
+    details = {"right_answers": len(found)}
+    return TrainedArm(
+        model, generated=policy.generated_tokens, labelled=0, trained=0, curve=[], log=[], details=details
+    )
+
+
 def _grpo(task: Task) -> TrainedArm:
     return _train_grpo(task, load_rewards(task.recipe.script), labelled=0, details={})
 
@@ -242,6 +272,34 @@ def _joint(task: Task) -> TrainedArm:
     return _train_sgpo(task, JointAdvantageTrainer)
 
 
+class WrongStrategyTrainer(SGPOTrainer):
+    """Control: plain answers learn from strategies of another class, in place of those that led to right answers."""
+
+    def internalize(
+        self, output: dict[str, Any], rollouts: Sequence[Rollout], credit: Credit, batch: RolloutBatch
+    ) -> dict[str, Any]:
+        if self.args.internalize == "kl":
+            raise ConfigError("The method `internalize_wrong` is for `internalize: distill` and `contrast`.")
+        return super().internalize(output, with_strategies_of_other_classes(rollouts, batch), credit, batch)
+
+
+def with_strategies_of_other_classes(rollouts: Sequence[Rollout], batch: RolloutBatch) -> list[Rollout]:
+    """Rows whose own strategies are ones that were written for another class of the batch."""
+    written = written_strategies(rollouts)
+    classes = [problem.problem_class for problem in batch.written_for()]
+    wrong = []
+    for place, name in enumerate(classes):
+        later = [(place + step) % len(classes) for step in range(1, len(classes))]
+        others = [written[other] for other in later if classes[other] != name and written[other].flaw is None]
+        wrong.append(others[0] if others else replace(written[place], flaw="of its own class"))
+    following = iter(wrong)
+    return [replace(row, strategy=next(following)) if row.source == "own" else row for row in rollouts]
+
+
+def _internalize_wrong(task: Task) -> TrainedArm:
+    return _train_sgpo(task, WrongStrategyTrainer)
+
+
 def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> TrainedArm:
     training = task.recipe.training
     training.model_init_kwargs = model_init_kwargs(task.recipe)
@@ -281,9 +339,11 @@ def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, A
 _METHODS: dict[str, Callable[[Task], TrainedArm]] = {
     "base": _base,
     "sft": _sft,
+    "rft": _rft,
     "rlhf": _rlhf,
     "prm": _prm,
     "grpo": _grpo,
     "sgpo": _sgpo,
     "joint": _joint,
+    "internalize_wrong": _internalize_wrong,
 }

@@ -25,6 +25,7 @@ from ..inference.pretrained import load_config, load_tokenizer, readable_weights
 from ..inference.settings import TwoPhaseSettings
 from ..method.context_length import check_trace_length
 from ..method.conversation import Conversation
+from ..method.prompts import plain_answer
 from ..recipe import Recipe, model_init_kwargs
 from ..run.directory import WARMSTART_DIRECTORY, holds_adapters
 from ..sgpo_config import SGPOConfig
@@ -102,13 +103,8 @@ def two_phase_examples(
 def plain_example(trace: Trace, conversation: Conversation) -> dict[str, Any]:
     """Writes a trace as one completion of its problem: strategy, empty line, execution."""
     request = conversation.plain_request(trace.prompt)
-    answer = conversation.reply(trace.prompt, plain_answer(trace))
+    answer = conversation.reply(trace.prompt, plain_answer(trace.strategy, trace.execution))
     return {"input_ids": request + answer, "labels": [-100] * len(request) + answer}
-
-
-def plain_answer(trace: Trace) -> str:
-    """Strategy and execution as one text."""
-    return f"{trace.strategy}\n\n{trace.execution}"
 
 
 def warmstart(

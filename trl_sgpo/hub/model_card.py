@@ -43,6 +43,7 @@ _SETTINGS = (
     "num_generations",
     "transfer_block_size",
     "num_bank_rollouts",
+    "num_plain_rollouts",
     "num_retrieved",
     "correctness_weight",
     "transfer_weight",

@@ -26,9 +26,11 @@ def center_by_problem(outcomes: torch.Tensor) -> torch.Tensor:
     return outcomes - torch.nanmean(outcomes, dim=1, keepdim=True)
 
 
-def _is_own(outcomes: torch.Tensor, own: int) -> torch.Tensor:
+def is_own(outcomes: torch.Tensor, own: int) -> torch.Tensor:
     """Whether a strategy was written for a problem, `(S, K)`. Strategies of the bank were written for none."""
     _, S, K = outcomes.shape
+    if own == 0:
+        return torch.zeros(S, K, dtype=torch.bool, device=outcomes.device)
     writer = torch.arange(S, device=outcomes.device).div(own, rounding_mode="floor")
     return writer.unsqueeze(1) == torch.arange(K, device=outcomes.device)
 
@@ -48,9 +50,9 @@ def own_and_siblings(outcomes: torch.Tensor, own: int) -> tuple[torch.Tensor, to
     """
     N, _, K = outcomes.shape
     written = outcomes[:, : own * K]
-    is_own = _is_own(written, own)
-    on_own = written[is_own.expand(N, -1, -1)].view(N, own * K)
-    on_siblings = torch.nanmean(written.masked_fill(is_own, torch.nan), dim=2)
+    mine = is_own(written, own)
+    on_own = written[mine.expand(N, -1, -1)].view(N, own * K)
+    on_siblings = torch.nanmean(written.masked_fill(mine, torch.nan), dim=2)
     return on_own, on_siblings
 
 
@@ -97,15 +99,15 @@ def strategy_credit(
     Returns:
         `torch.Tensor` of shape `(N, n * K)`. A missing outcome counts as the mean that it is compared with.
     """
-    is_own, borrowed = _is_own(outcomes, own), outcomes.shape[1] - own
+    mine, borrowed = is_own(outcomes, own), outcomes.shape[1] - own
     shared = min(correctness_weight, transfer_weight)
     correctness = shared if own > 1 else correctness_weight
     transfer = shared if borrowed > 1 else transfer_weight
     with_block = strategy_outcomes(center_by_problem(outcomes), own, correctness, transfer)
     apart = torch.where(
-        is_own,
-        center_by_problem(outcomes.masked_fill(~is_own, torch.nan)),
-        center_by_problem(outcomes.masked_fill(is_own, torch.nan)),
+        mine,
+        center_by_problem(outcomes.masked_fill(~mine, torch.nan)),
+        center_by_problem(outcomes.masked_fill(mine, torch.nan)),
     )
     return with_block + strategy_outcomes(apart, own, correctness_weight - correctness, transfer_weight - transfer)
 

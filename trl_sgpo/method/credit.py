@@ -31,8 +31,10 @@ class Credit:
             Values whose means are logged, NaN where there is none.
         columns (`dict[str, list]`):
             Columns of the completions table, one value a row.
-        verified (`torch.Tensor` of shape `(N, G, K)`):
-            Outcomes by the verifier: `[block, strategy, problem]`.
+        verified (`torch.Tensor` of shape `(N, S, K)`):
+            Outcomes of strategies by the verifier: `[block, strategy, problem]`.
+        plain (`torch.Tensor` of shape `(N, m, K)`):
+            Outcomes of plain rows by the verifier: `[block, row, problem]`.
         leaked (`torch.Tensor` of shape `(N, n * K)`):
             1 where a written strategy contains the answer of its problem.
     """
@@ -42,6 +44,7 @@ class Credit:
     metrics: dict[str, torch.Tensor]
     columns: dict[str, list[float]]
     verified: torch.Tensor
+    plain: torch.Tensor
     leaked: torch.Tensor
 
 
@@ -54,7 +57,8 @@ def assign_credit(
     spread: Spread,
 ) -> Credit:
     """
-    Compares the strategies of each block with each other, and the executions with their baseline.
+    Compares the strategies of each block with each other, the executions of strategies with their baseline, and the
+    plain rows of a problem with each other.
 
     Args:
         rollouts (`Sequence[Rollout]` of length B):
@@ -74,9 +78,10 @@ def assign_credit(
     n = geometry.own
     weighted = (rewards * reward_weights.to(device)).nansum(dim=1)
     weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
-    outcomes, verified = outcome_matrix(weighted, geometry), outcome_matrix(rewards[:, 0], geometry)
+    outcomes, plain_outcomes = geometry.by_form(outcome_matrix(weighted, geometry))
+    verified, plain = geometry.by_form(outcome_matrix(rewards[:, 0], geometry))
 
-    shape = (-1, geometry.written)
+    shape = (len(outcomes), geometry.written)
     pairs = list(zip(written_strategies(rollouts), batch.written_for(), strict=True))
     coherent = torch.tensor([coherence(s, p.text) for s, p in pairs], device=device).view(shape)
     leaked = torch.tensor([leak(s.text, p.text, p.answer) for s, p in pairs], device=device).view(shape)
@@ -87,16 +92,18 @@ def assign_credit(
     shaping = args.coherence_weight * coherent - args.leak_weight * leaked
     by_group = args.scale_rewards == "group"
     strategy = advantages.strategy_advantages(credit, scaled=by_group)
-    execution = advantages.execution_advantages(outcomes, args.execution_baseline, scaled=by_group)
+    guided = advantages.execution_advantages(outcomes, args.execution_baseline, scaled=by_group)
+    execution = torch.cat([guided, advantages.execution_advantages(plain_outcomes, scaled=by_group)], dim=1)
     if args.scale_rewards == "batch":
         strategy = strategy / (spread(earned) + 1e-4)
         execution = execution / (spread(weighted) + 1e-4)
-    signal = strategy.abs().amax(dim=1).maximum(execution.abs().amax(dim=(1, 2)))
+    signal = torch.cat([strategy, execution.flatten(1)], dim=1).abs().amax(dim=1)
     strategy = strategy + advantages.strategy_advantages(shaping, scaled=False)
 
     def by_row(values: torch.Tensor, bank_value: float) -> torch.Tensor:
         """Values of written strategies, shape `(N, n * K)`, for every row that executes them."""
-        return rows_of(pad(values, (0, geometry.bank), value=bank_value).unsqueeze(2).expand_as(execution))
+        others = geometry.bank + geometry.plain
+        return rows_of(pad(values, (0, others), value=bank_value).unsqueeze(2).expand_as(execution))
 
     on_own, on_siblings = advantages.own_and_siblings(verified, n)
     strategy_rows, execution_rows = by_row(strategy, 0.0), rows_of(execution)
@@ -113,5 +120,7 @@ def assign_credit(
         "leak": leaked,
         "strategy_reward": earned + shaping,
         "frac_blocks_no_signal": signal < 1e-2,
+        "plain_correctness": plain,
+        "lift": torch.nanmean(verified, dim=1) - torch.nanmean(plain, dim=1),
     }
-    return Credit(strategy_rows, execution_rows, metrics, columns, verified, leaked)
+    return Credit(strategy_rows, execution_rows, metrics, columns, verified, plain, leaked)

@@ -16,21 +16,26 @@ COLUMNS = ("source", "retrieved", "strategy", "execution", "correctness", *CREDI
 def phase_metrics(
     rollouts: Sequence[Rollout], max_completion_length: int, eos_token_ids: list[int]
 ) -> dict[str, float]:
-    """Lengths, truncation and form of strategies and executions, as means."""
+    """Lengths, truncation and form of strategies, executions and plain answers, as means."""
     own = [rollout for rollout in rollouts if rollout.source == "own"]
-    truncated = [
-        rollout.execution_ids[-1] not in eos_token_ids and len(rollout.execution_ids) >= max_completion_length
-        for rollout in rollouts
-    ]
+    guided = [rollout for rollout in rollouts if rollout.source != "plain"]
+    plain = [rollout for rollout in rollouts if rollout.source == "plain"]
+
+    def is_truncated(rollout: Rollout) -> bool:
+        ids = rollout.execution_ids
+        return ids[-1] not in eos_token_ids and len(ids) >= max_completion_length
+
     values: Mapping[str, Sequence[float]] = {
         "strategy_length": [rollout.strategy_length for rollout in own],
         "strategy_truncated": [rollout.strategy.flaw == "truncated" for rollout in own],
         "malformed": [rollout.strategy.flaw is not None for rollout in own],
-        "execution_length": [len(rollout.execution_ids) for rollout in rollouts],
-        "execution_truncated": truncated,
+        "execution_length": [len(rollout.execution_ids) for rollout in guided],
+        "execution_truncated": [is_truncated(rollout) for rollout in guided],
+        "plain_length": [len(rollout.execution_ids) for rollout in plain],
+        "plain_truncated": [is_truncated(rollout) for rollout in plain],
     }
-    means = {name: sum(each) / len(each) for name, each in values.items()}
-    return means | {"distinct_strategies": distinct([rollout.strategy.text for rollout in own])}
+    means = {name: sum(each) / len(each) for name, each in values.items() if each}
+    return means | ({"distinct_strategies": distinct([rollout.strategy.text for rollout in own])} if own else {})
 
 
 def phase_columns(rollouts: Sequence[Rollout], batch: RolloutBatch, verified: Sequence[float]) -> dict[str, list[Any]]:

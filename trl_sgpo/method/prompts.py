@@ -277,6 +277,11 @@ def strategy_prompt(prompt: Prompt, template: str, retrieved: Sequence[tuple[str
     return f"{as_text(messages)}\n\nStrategy:"
 
 
+def plain_answer(strategy: str, execution: str) -> str:
+    """Strategy and execution as one plain answer."""
+    return f"{strategy}\n\n{execution}" if strategy else execution
+
+
 def plain_bridge(execution_prompt: str) -> str:
     """The text between a strategy and its execution for prompts that are not conversations."""
     return f"\n\n{execution_prompt}\n\nExecution:"

@@ -75,6 +75,8 @@ def check_arguments(
     datasets = [train_dataset, *(dataset for dataset in evals if dataset is not None)]
     for dataset in datasets:
         _check_dataset(dataset)
+    if args.strategy_column is not None:
+        _check_strategies(train_dataset, args.strategy_column)
     if reward_funcs is None:
         raise ConfigError("SGPO needs at least one reward function: pass `reward_funcs`. The first is the verifier.")
     check_functions(reward_funcs)
@@ -83,6 +85,17 @@ def check_arguments(
         if answer_reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
             check_entries(dataset.features)
             check_solutions(dataset.features)
+
+
+def _check_strategies(dataset: Dataset, column: str) -> None:
+    if column not in dataset.column_names:
+        raise DataError(
+            f"`strategy_column` is {column!r}, and the columns are {', '.join(dataset.column_names)}: name the one "
+            "with the strategies."
+        )
+    empty = [row for row, text in enumerate(dataset[column]) if not isinstance(text, str) or not text.strip()]
+    if empty:
+        raise DataError(f"Row {empty[0]} of the column {column!r} holds no strategy: write one for each problem.")
 
 
 def check_model(trainer: GRPOTrainer) -> None:

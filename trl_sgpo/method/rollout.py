@@ -1,5 +1,5 @@
 """
-Two-phase generation: strategies first, then every strategy of a block on every problem of the block.
+Two-phase generation: strategies first, then every strategy of a block on every problem of the block, and plain rows.
 
 What this file relies on in TRL 1.16 (`tests/test_trl_contract.py`): the `rollout_func` hook.
 """
@@ -34,6 +34,22 @@ def without_experimental_warning() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """
+    A plain answer that was generated before the strategies.
+
+    Args:
+        ids (`list[int]`):
+            Its tokens.
+        logprobs (`list[float]` or `None`):
+            Their log-probabilities, where the backend returns them.
+    """
+
+    ids: list[int]
+    logprobs: list[float] | None
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """
     Problems and bank strategies of the rows that a rank generates at a time.
@@ -45,20 +61,33 @@ class RolloutBatch:
             Shape of the blocks.
         bank (`list[list[Strategy]]`):
             Strategies of the bank that each block executes, at most b.
+        answered (`list[Answer]`):
+            Plain answers that exist already, m for each problem, or none.
     """
 
     problems: list[Problem]
     geometry: BlockGeometry
     bank: list[list[Strategy]] = field(default_factory=list)
+    answered: list[Answer] = field(default_factory=list)
 
     @classmethod
-    def without_bank(cls, problems: list[Problem], geometry: BlockGeometry) -> "RolloutBatch":
-        """A batch that executes no strategy of a bank."""
-        return cls(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
+    def without_bank(
+        cls, problems: list[Problem], geometry: BlockGeometry, texts: Sequence[str] = ()
+    ) -> "RolloutBatch":
+        """A batch that executes no strategy of a bank, but those of `texts`, one a problem, if there are any."""
+        if not texts:
+            return cls(problems, geometry, [[] for _ in range(len(problems) // geometry.problems)])
+        strategies = [Strategy(text, problem.problem_class, ()) for text, problem in zip(texts, problems, strict=True)]
+        return cls(problems, geometry, [[strategy] * geometry.bank for strategy in strategies])
 
     def written_for(self) -> list[Problem]:
         """The problem of each written strategy, in the order in which strategies are written."""
         return [problem for problem in self.problems for _ in range(self.geometry.own)]
+
+
+def given(rows: Sequence[dict[str, Any]], column: str | None, geometry: BlockGeometry) -> list[str]:
+    """The strategies that a dataset gives the problems of its rows, none without such a column or rows for them."""
+    return [] if column is None or not geometry.bank else [row[column] for row in rows[:: geometry.executions]]
 
 
 @dataclass(frozen=True)
@@ -68,9 +97,10 @@ class Rollout:
 
     Args:
         source (`str`):
-            `"own"` (written for this problem), `"borrowed"` (for another problem of the block) or `"bank"`.
+            `"own"` (written for this problem), `"borrowed"` (for another problem of the block), `"bank"`, or
+            `"plain"` (the problem is answered without a strategy).
         strategy ([`~trl_sgpo.method.prompts.ParsedStrategy`]):
-            The strategy.
+            The strategy, empty in a plain row.
         execution (`str`):
             Text of the execution.
         execution_ids (`list[int]`):
@@ -91,13 +121,16 @@ class Rollout:
 
 @dataclass(frozen=True)
 class _Source:
-    """Strategy of a row. Own and borrowed ones have the tokens and log-probabilities of their generation."""
+    """Strategy of a row, if it has one. Own and borrowed ones have the tokens and log-probabilities of generation."""
 
     kind: str
     ids: list[int]
     parsed: ParsedStrategy
     logprobs: list[float] | None = None
     strategy_id: str | None = None
+
+
+_NO_STRATEGY = _Source("plain", [], ParsedStrategy(""))
 
 
 def written_strategies(rollouts: Sequence[Rollout]) -> list[ParsedStrategy]:
@@ -111,10 +144,10 @@ def two_phase_rollout(
     """
     Writes the strategies of a batch, executes them and returns one row each, as a TRL `rollout_func` does.
 
-    A row is the request, then strategy + turn + execution. `env_mask` leaves out the turn and, unless the strategy is
-    the problem's own, the strategy, so that no token is trained twice. With `mask_truncated_completions` it leaves out
-    a strategy that was cut off, and an execution that was. Borrowed strategies are not made a part of the
-    prompt, because own and borrowed rows would then need padding on both sides.
+    A row is the request, then strategy + turn + execution; a plain row is the problem, then its answer. `env_mask`
+    leaves out the turn and, unless the strategy is the problem's own, the strategy, so that no token is trained twice.
+    With `mask_truncated_completions` it leaves out a strategy that was cut off, and an execution that was. Borrowed
+    strategies are not made a part of the prompt, because own and borrowed rows would then need padding on both sides.
 
     Args:
         batch ([`RolloutBatch`]):
@@ -129,21 +162,26 @@ def two_phase_rollout(
     """
     args, geometry = trainer.args, batch.geometry
     turn = conversation.turn(batch.problems[0].prompt)
-    requests = [conversation.request(problem.prompt, problem.shown) for problem in batch.problems]
-    with trainer.fast_generation(requests, calls=2):
-        own = [request for request in requests for _ in range(geometry.own)]
-        generated, logprobs = trainer.generate(own, args.max_strategy_length, "strategies")
-        written = _read_strategies(batch, generated, logprobs, trainer.eos_token_ids, conversation)
+    guided, plain = _requests(batch, conversation)
+    with trainer.fast_generation([*guided, *plain], calls=2 if geometry.own else 1):
+        written = _write_strategies(batch, guided, trainer, conversation) if geometry.own else []
 
         plan = _plan(len(batch.problems), geometry)
         sources = [_source(batch, written, *entry, conversation) for entry in plan]
-        turns = [turn.after(source.ids) for source in sources]
-        contexts = [
-            requests[position] + source.ids + between
-            for (position, _), source, between in zip(plan, sources, turns, strict=True)
+        turns = [[] if source is _NO_STRATEGY else turn.after(source.ids) for source in sources]
+        requests = [
+            plain[position] if source is _NO_STRATEGY else guided[position]
+            for (position, _), source in zip(plan, sources, strict=True)
         ]
-        executions, logprobs = trainer.generate(contexts, args.max_completion_length, "executions")
+        contexts = [
+            request + source.ids + between for request, source, between in zip(requests, sources, turns, strict=True)
+        ]
+        waiting = [
+            context for context, source in zip(contexts, sources, strict=True) if not _is_answered(batch, source)
+        ]
+        executions, logprobs = trainer.generate(waiting, args.max_completion_length, "executions")
 
+    executions, logprobs = _in_order(batch, sources, executions, logprobs)
     executions = [ids or [turn.end] for ids in executions]
     texts = [conversation.text(ids) for ids in executions]
     rows = list(zip(sources, turns, executions, strict=True))
@@ -152,7 +190,7 @@ def two_phase_rollout(
         return not args.mask_truncated_completions or not _is_cut_off(ids, trainer.eos_token_ids)
 
     return {
-        "prompt_ids": [requests[position] for position, _ in plan],
+        "prompt_ids": requests,
         "completion_ids": [source.ids + between + execution for source, between, execution in rows],
         "logprobs": None
         if logprobs is None
@@ -177,20 +215,45 @@ def two_phase_rollout(
     }
 
 
+def _is_answered(batch: RolloutBatch, source: _Source) -> bool:
+    return source is _NO_STRATEGY and len(batch.answered) > 0
+
+
+def _in_order(
+    batch: RolloutBatch, sources: list[_Source], executions: list[list[int]], logprobs: list[list[float]] | None
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    """Executions and their log-probabilities with the answers that existed before, in the order of the rows."""
+    answers, generated = iter(batch.answered), iter(range(len(executions)))
+    rows = [
+        (answer.ids, answer.logprobs)
+        if _is_answered(batch, source) and (answer := next(answers))
+        else (executions[place := next(generated)], None if logprobs is None else logprobs[place])
+        for source in sources
+    ]
+    return [ids for ids, _ in rows], None if logprobs is None else [sampled or [] for _, sampled in rows]
+
+
 def _is_cut_off(ids: Sequence[int], eos_token_ids: list[int]) -> bool:
     return len(ids) > 0 and ids[-1] not in eos_token_ids
 
 
-def _read_strategies(
-    batch: RolloutBatch,
-    generated: list[list[int]],
-    logprobs: list[list[float]] | None,
-    eos_token_ids: list[int],
-    conversation: Conversation,
+def _requests(batch: RolloutBatch, conversation: Conversation) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens that ask for a strategy, and those of the bare problem, where rows need them."""
+    geometry, problems = batch.geometry, batch.problems
+    return (
+        [conversation.request(problem.prompt, problem.shown) for problem in problems] if geometry.strategies else [],
+        [conversation.plain_request(problem.prompt) for problem in problems] if geometry.plain else [],
+    )
+
+
+def _write_strategies(
+    batch: RolloutBatch, requests: list[list[int]], trainer: SharedPromptGRPOTrainer, conversation: Conversation
 ) -> list[_Source]:
+    own = [request for request in requests for _ in range(batch.geometry.own)]
+    generated, logprobs = trainer.generate(own, trainer.args.max_strategy_length, "strategies")
     written = []
     for index, ids in enumerate(generated):
-        truncated = _is_cut_off(ids, eos_token_ids)
+        truncated = _is_cut_off(ids, trainer.eos_token_ids)
         problem = batch.problems[index // batch.geometry.own]
         parsed = conversation.parse(problem.prompt, ids, truncated)
         written.append(_Source("own", ids, parsed, None if logprobs is None else logprobs[index]))
@@ -210,6 +273,8 @@ def _source(
 ) -> _Source:
     """Strategy of a row, given its problem and the number of the strategy in the block."""
     geometry = batch.geometry
+    if strategy >= geometry.strategies:
+        return _NO_STRATEGY
     block, local = divmod(position, geometry.problems)
     writer = geometry.writer(strategy)
     if writer is None:

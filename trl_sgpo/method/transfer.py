@@ -1,9 +1,10 @@
 """
-Transfer blocks: their problems and executions, their order in an epoch, and the outcome matrix.
+Transfer blocks: their problems and rows, their order in an epoch, and the outcome matrix.
 
 A block is K problems of one class. Each writes n strategies, numbered so that strategy `s` belongs to problem
-`s // n`; the strategies `n * K … G - 1` come from the bank. Row `s` of every problem executes strategy `s`, so the
-rows of a block, problem by problem, are its outcome matrix read column by column.
+`s // n`; the b strategies from `n * K` on come from the bank. Row `s` of every problem executes strategy `s`, and the
+m rows after them answer without a strategy, so the rows of a block, problem by problem, are its outcome matrix read
+column by column.
 """
 
 import random
@@ -28,11 +29,14 @@ class BlockGeometry:
             n, strategies each problem writes.
         bank (`int`, *optional*, defaults to `0`):
             b, strategies taken from the bank.
+        plain (`int`, *optional*, defaults to `0`):
+            m, rows of each problem that answer without a strategy.
     """
 
     problems: int
     own: int
     bank: int = 0
+    plain: int = 0
 
     @property
     def written(self) -> int:
@@ -40,23 +44,37 @@ class BlockGeometry:
         return self.own * self.problems
 
     @property
-    def executions(self) -> int:
-        """G = n * K + b, executions of each problem, which is also the number of strategies a block executes."""
+    def strategies(self) -> int:
+        """S = n * K + b, strategies that a block executes on each of its problems."""
         return self.written + self.bank
+
+    @property
+    def executions(self) -> int:
+        """G = S + m, rows of each problem."""
+        return self.strategies + self.plain
 
     @property
     def rows(self) -> int:
         """K * G, rows of a block."""
         return self.problems * self.executions
 
+    @property
+    def evaluated(self) -> "BlockGeometry":
+        """Shape of evaluation: a problem executes its own strategy, or answers plainly if none are trained."""
+        return BlockGeometry(problems=1, own=1) if self.own else BlockGeometry(problems=1, own=0, plain=1)
+
     def writer(self, strategy: int) -> int | None:
         """Returns which problem of the block wrote a strategy, `None` for one from the bank."""
         return strategy // self.own if strategy < self.written else None
 
+    def by_form(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Splits `(N, G, K)` into the rows that execute a strategy, `(N, S, K)`, and the plain ones, `(N, m, K)`."""
+        return matrix[:, : self.strategies], matrix[:, self.strategies :]
+
 
 def outcome_matrix(outcomes: torch.Tensor, geometry: BlockGeometry) -> torch.Tensor:
     """
-    Arranges the outcomes of rows by block, strategy and problem.
+    Arranges the outcomes of rows by block, strategy and problem. Plain rows come after the strategies.
 
     Args:
         outcomes (`torch.Tensor` of shape `(N * K * G,)`):

@@ -108,7 +108,8 @@ CHARTS: list[tuple[str, str, str, tuple[float, float] | None, list[tuple[str, st
 ]
 KEY_SETTINGS = [
     *("model_name_or_path", "model", "dataset_name", "datasets", "problems", "reward_funcs"),
-    *("transfer_block_size", "num_generations", "num_bank_rollouts", "max_strategy_length", "max_completion_length"),
+    *("transfer_block_size", "num_generations", "num_bank_rollouts", "num_plain_rollouts"),
+    *("max_strategy_length", "max_completion_length"),
     *("num_retrieved", "strategy_prompt", "execution_prompt", "warmstart_traces", "learning_rate", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "use_peft", "lora_r", "seed", "versions"),
 ]

@@ -11,8 +11,10 @@ from transformers import PreTrainedConfig
 from trl import get_peft_config
 
 from ..errors import ConfigError
+from ..internalize.divergence import PIECE, PIECE_BYTES
 from ..method.context_length import shown_strategies
 from ..recipe import Recipe
+from ..sgpo_config import SGPOConfig
 from ..speed.shared_prompts import within_window
 from .simulate import SimulatedModel, Weights
 
@@ -112,14 +114,18 @@ def assumed_lengths(recipe: Recipe) -> Lengths:
             The recipe. Without `max_problem_tokens`, its longest problem is taken to have 256 tokens.
     """
     args = recipe.training
-    shown = shown_strategies(args)
     problem = recipe.script.max_problem_tokens or PROBLEM_TOKENS
     return Lengths(
-        request=problem + _tokens(args.strategy_prompt) + _MARKS + shown * (args.max_strategy_length + _MARKS),
+        request=problem + _MARKS + _asking_tokens(args),
         strategy=args.max_strategy_length,
         turn=_tokens(args.execution_prompt) + _MARKS,
         execution=args.max_completion_length,
     )
+
+
+def _asking_tokens(args: SGPOConfig) -> int:
+    """Tokens that ask for a strategy, and those of the strategies that are shown."""
+    return _tokens(args.strategy_prompt) + shown_strategies(args) * (args.max_strategy_length + _MARKS)
 
 
 def _tokens(text: str) -> int:
@@ -223,6 +229,7 @@ class Estimator:
         training = architecture.of_layers(
             "training", problems, lengths.request, lengths.completion, scored, args.gradient_checkpointing
         )
+        taught = self._taught(architecture, recipe, lengths, apart)
         written, executed = self._generation(architecture, recipe, lengths, share)
 
         states = optimizer_bytes(str(args.optim), weights)
@@ -231,6 +238,7 @@ class Estimator:
             "weights": weights.base + reference,
             "quantization constants": weights.constants,
             "adapters": weights.adapters,
+            "teacher": weights.gradients if args.internalize in ("contrast", "kl") else 0,  # a copy of what is trained
         }
         kept = weights.mergeable if model.use_peft and args.merge_adapters else 0
         if self.device == "cpu":
@@ -241,6 +249,11 @@ class Estimator:
             "training": {"optimizer states": states, "gradients": weights.gradients, **_training_parts(training)},
             "optimizer step": {"optimizer states": states, "gradients": weights.gradients},
         }
+        if taught is not None:
+            parts = {"optimizer states": states, "gradients": weights.gradients, **_training_parts(taught)}
+            if args.internalize == "kl":
+                parts["tiles of logits"] = min(PIECE_BYTES, PIECE_BYTES // PIECE * rows * lengths.execution)
+            moments["plain answers"] = parts
         totals = {}
         for name, parts in moments.items():
             moving = sum(parts.values()) + resident["adapters"]
@@ -261,6 +274,25 @@ class Estimator:
             lengths=lengths,
             notes=_notes(recipe),
         )
+
+    def _taught(
+        self, architecture: _Architecture, recipe: Recipe, lengths: Lengths, apart: bool
+    ) -> dict[str, int] | None:
+        """The pass over plain answers that learn from guided ones, `None` without one."""
+        args = recipe.training
+        rows, group = args.per_device_train_batch_size, args.num_generations
+        problem = max(lengths.request - _asking_tokens(args), 1)
+        if args.internalize == "distill":
+            answer = lengths.strategy + lengths.execution
+            counts = tuple(min(args.own_strategies, count) for count in rows_of_problems(rows, group))
+        elif args.internalize == "kl":
+            answer, apart = lengths.execution, True
+            counts = tuple(min(group - args.num_plain_rollouts, count) for count in rows_of_problems(rows, group))
+        else:
+            return None
+        problems = (1,) * sum(counts) if apart else counts
+        checkpointing = args.gradient_checkpointing
+        return architecture.of_layers("training", problems, problem, answer, sum(counts) * answer, checkpointing)
 
     def _architecture(self, settings: dict[str, Any]) -> _Architecture:
         key = repr(settings)

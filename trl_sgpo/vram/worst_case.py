@@ -88,13 +88,16 @@ def _generate_at_full_length(
     strategies = args.max_strategy_length, shown_strategies(args)
     requests = longest_requests(prompts, problems, conversation, *strategies)
     turn = conversation.turn(prompts[0]).bridge
-    with trainer.fast_generation(requests, calls=2), _without_end_tokens(trainer):
-        own = [request for request in requests for _ in range(geometry.own)]
-        written = trainer.generate(own, args.max_strategy_length, "strategies at their longest")[0]
+    with trainer.fast_generation(requests, calls=2 if geometry.own else 1), _without_end_tokens(trainer):
         begun = [request for request in requests for _ in range(geometry.executions)]
-        contexts = [request + written[row % len(written)] + turn for row, request in enumerate(begun)]
+        begins: list[list[int]] = [[]]
+        if geometry.own:
+            own = [request for request in requests for _ in range(geometry.own)]
+            written = trainer.generate(own, args.max_strategy_length, "strategies at their longest")[0]
+            begins = [strategy + turn for strategy in written]
+        contexts = [request + begins[row % len(begins)] for row, request in enumerate(begun)]
         executed = trainer.generate(contexts, args.max_completion_length, "executions at their longest")[0]
-    return requests, written[0] + turn + executed[0]
+    return requests, begins[0] + executed[0]
 
 
 def _train_at_full_length(
