@@ -307,6 +307,33 @@ class TestCredit:
         lift = one.metrics["lift"] - other.metrics["lift"]
         torch.testing.assert_close(lift, torch.full_like(lift, 0.5))
 
+    def test_harm_is_what_plain_answers_solve_and_guided_ones_lose(self, tmp_path):
+        """Of problems that half of the plain rows solve, those that less than half of the guided rows do."""
+        geometry = BlockGeometry(problems=4, own=1, plain=2)
+        problems = [Problem([{"role": "user", "content": f"{n} + 1?"}], "sums", str(n + 1)) for n in range(4)]
+        rows = [
+            Rollout("plain", ParsedStrategy(""), "", [], 0)
+            if strategy >= 4
+            else Rollout("own" if strategy == problem else "borrowed", ParsedStrategy("Add."), "", [], 0)
+            for problem in range(4)
+            for strategy in range(6)
+        ]
+        args = SGPOConfig(
+            str(tmp_path), num_generations=6, num_plain_rollouts=2, transfer_block_size=4,
+            per_device_train_batch_size=24, report_to="none", bf16=False,
+        )  # fmt: skip
+        rewards = torch.tensor(
+            [
+                *[1.0, 0.0, 0.0, 0.0, 1.0, 0.0],  # lost
+                *[1.0, 1.0, 0.0, 0.0, 1.0, 1.0],  # kept
+                *[0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # plain does not solve it
+                *[torch.nan] * 4, *[1.0, 1.0],  # not known
+            ]
+        ).unsqueeze(1)  # fmt: skip
+        batch = RolloutBatch.without_bank(problems, geometry)
+        found = assign_credit(rows, rewards, batch, args, torch.ones(1), spread=nanstd)
+        assert found.metrics["harm"].flatten().tolist() == pytest.approx([1.0, 0.0, torch.nan, torch.nan], nan_ok=True)
+
     @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
     @pytest.mark.parametrize("borrowed", [2, 4])  # strategy 2 on problem 0, strategy 0 on problem 1
     def test_without_transfer_borrowed_executions_do_not_count(self, tmp_path, scale_rewards, borrowed):

@@ -130,6 +130,38 @@ class TestList:
             out = capsys.readouterr().out
             assert "lift such as +0.11 [-0.06, +0.24] is" in out and "95% confidence" in out
 
+    def test_lift_over_plain_answers(self, run, json_of, path):
+        """Unknown without plain rows; with them, trusted strategies are useful, and harmful ones are named."""
+        assert "unknown" in run("list", path)[1] and "useful" not in run("list", path)[1]
+        before = {each["id"]: each for each in json_of("list", path)}
+        assert (before[ROOT.id]["plain_problems"], before[ROOT.id]["useful"]) == (0, False)
+        assert (before[ROOT.id]["plain_lift_low"], before[ROOT.id]["plain_lift_high"]) == (-1, 1)
+        with StrategyBank(path, hashed_words) as bank:
+            bank.update(Outcome(ROOT.id, f"q{i}", 1, 1, 0.5, plain=0.25) for i in range(8))
+            bank.update(Outcome(CHILD.id, f"z{i}", 0, 1, 0.0, plain=1) for i in range(4))
+        found = {each["id"]: each for each in json_of("list", path, "--sort", "plain_lift")}
+        assert list(found) == [ROOT.id, FOREIGN.id, CHILD.id]
+        root, child = found[ROOT.id], found[CHILD.id]
+        assert (root["plain_problems"], root["plain_lift"], root["useful"]) == (8, 0.75, True)
+        assert 0 < root["plain_lift_low"] < 0.75 < root["plain_lift_high"] and not root["harmful"]
+        assert (child["plain_lift"], child["useful"], child["harmful"]) == (-1, False, True)
+        lines = run("list", path)[1].splitlines()
+        row = next(line for line in lines if ROOT.id[:8] in line)
+        assert "trusted, useful" in row and "+0.75 [+0." in row
+        row = next(line for line in lines if CHILD.id[:8] in line)
+        assert "candidate, harmful" in row and "-1.00 [-1.00, -0." in row
+        assert any(line.startswith("useful: ") for line in lines)
+        assert any(line.startswith("harmful: ") and "not shown" in line for line in lines)
+        out = run("show", path, ROOT.id)[1]
+        assert "trusted, useful" in out and "8, plain lift +0.75 [+0." in out
+        assert "trusted, useful" in run("search", path, ROOT.text)[1]
+        algebra, gcd = json_of("stats", path)["classes"]
+        assert algebra["useful"] == 1 and algebra["plain_lift"] == pytest.approx((6 - 4) / 12)
+        assert algebra["plain_lift_low"] < algebra["plain_lift"] < algebra["plain_lift_high"]
+        assert (gcd["useful"], gcd["plain_lift"]) == (0, None)
+        out = run("stats", path)[1]
+        assert "+0.17 [" in out and "unknown" in out
+
     def test_refusals(self, run, path):
         status, _, error = run("list", path, "--limit", "0")
         assert status == 2 and "--limit" in error

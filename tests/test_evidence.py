@@ -8,6 +8,9 @@ from trl_sgpo.bank import Outcome, Strategy
 from trl_sgpo.method.admission import outcomes, proposals
 
 
+NO_PLAIN = torch.zeros(1, 0, 2)
+
+
 def written(n):
     return [Strategy(f"strategy {i}", "a", (f"p{i // 2}",)) for i in range(n)]
 
@@ -33,7 +36,7 @@ def test_without_siblings_the_own_problem_decides():
 
 def test_outcomes_are_compared_with_other_strategies_on_the_same_problem():
     verified = torch.tensor([[[1.0, 0.0], [0.5, torch.nan], [0.0, 2.0]]])
-    found = outcomes([["s", "t", "s"]], [["x", "y"]], ["a"], verified)
+    found = outcomes([["s", "t", "s"]], [["x", "y"]], ["a"], verified, NO_PLAIN)
     assert found == [
         Outcome("s", "x", 1.0, 2, 0.5, "a"),
         Outcome("t", "x", 0.5, 1, 0.5, "a"),
@@ -42,14 +45,23 @@ def test_outcomes_are_compared_with_other_strategies_on_the_same_problem():
 
 
 def test_a_strategy_alone_is_compared_with_itself():
-    (found,) = outcomes([["s", "s"]], [["x"]], ["a"], torch.tensor([[[1.0], [0.0]]]))
+    (found,) = outcomes([["s", "s"]], [["x"]], ["a"], torch.tensor([[[1.0], [0.0]]]), NO_PLAIN)
     assert found == Outcome("s", "x", 1.0, 2, 0.5, "a")
+
+
+def test_outcomes_are_compared_with_plain_answers_to_the_same_problem():
+    """A plain answer that could not be verified does not count, and without others there is no comparison."""
+    verified = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]])
+    plain = torch.tensor([[[1.0, torch.nan], [0.0, 2.0]], [[torch.nan, 0.0], [torch.nan, 0.0]]])
+    found = outcomes([["s", "t"], ["u", "v"]], [["w", "x"], ["y", "z"]], ["a", "b"], verified, plain)
+    assert {(each.problem, each.plain) for each in found} == {("w", 0.5), ("x", 1.0), ("y", None), ("z", 0.0)}
+    assert len(found) == 8
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, float("nan")]), min_size=6, max_size=6), min_size=1, max_size=3))
 def test_every_verified_execution_counts_once(rows):
     verified = torch.tensor(rows).view(-1, 3, 2)
     ids = [["s", "t", "s"]] * len(rows)
-    found = outcomes(ids, [["x", "y"]] * len(rows), ["a"] * len(rows), verified)
+    found = outcomes(ids, [["x", "y"]] * len(rows), ["a"] * len(rows), verified, verified[:, :0])
     assert sum(outcome.trials for outcome in found) == int((~verified.isnan()).sum())
     assert sum(outcome.successes for outcome in found) == verified.nansum().item()

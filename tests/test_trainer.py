@@ -257,6 +257,34 @@ def test_plain_rows_answer_the_bare_problem(make, monkeypatch):
     assert logged["sgpo/plain_length"] < logged["sgpo/strategy_length"]
 
 
+def test_the_bank_compares_strategies_with_plain_answers(make, monkeypatch):
+    """Executions of "alpha" are right, and plain answers are wrong: on each sibling the lift over them is 1."""
+    Script(monkeypatch, execution=lambda context, index: f"{'good' if 'alpha' in context else 'bad'}<|im_end|>")
+    trainer = make(
+        is_good, num_generations=7, num_plain_rollouts=3, per_device_train_batch_size=14, max_steps=4, use_bank=True
+    )
+    trainer.train()
+    bank = trainer.strategy_bank
+    stored = [strategy for strategy in bank.strategies() if strategy.problems]
+    assert stored and all("alpha" in strategy.text for strategy in stored)
+    for strategy in stored:
+        assert strategy.plain_problems == strategy.problems and strategy.plain_lift == 1 > strategy.lift
+        for execution in bank.executions(strategy.id):
+            assert (execution.plain_trials, execution.plain_baseline) == (execution.trials, 0)
+    assert "sgpo/harm" not in trainer.state.log_history[0]  # plain answers solve nothing
+
+
+def test_harm_is_logged_where_plain_answers_solve(make, monkeypatch):
+    Script(monkeypatch, execution=lambda context, index: f"{'bad' if 'omega' in context else 'good'}<|im_end|>")
+    trainer = make(is_good, num_generations=7, num_plain_rollouts=3, per_device_train_batch_size=14, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["sgpo/harm"] == 0.0  # half of the guided ones solve it
+    Script(monkeypatch, execution=lambda context, index: f"{'bad' if 'for' in context else 'good'}<|im_end|>")
+    trainer = make(is_good, num_generations=7, num_plain_rollouts=3, per_device_train_batch_size=14, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["sgpo/harm"] == 1.0
+
+
 def test_correctness_is_the_first_reward_function(make):
     """Further reward functions enter the reward, not the metrics of the verifier."""
 

@@ -10,6 +10,7 @@ from bank_helpers import hashed_words, make
 
 from trl_sgpo import StrategyBank
 from trl_sgpo.bank import Outcome
+from trl_sgpo.bank.strategy import UNVERIFIED
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError
 
@@ -99,7 +100,7 @@ def test_a_table_that_was_renamed(table: str, bank: Path) -> None:
 
 
 TEXTS = ("text", "problem_class", "model", "run", "origin", "trust")
-COUNTS = ("step", "successes", "trials", "problems", "solved", "baseline", "shown")
+COUNTS = ("step", *(name for name in UNVERIFIED if name != "trust"))
 LISTS = ("source_problems", "parents")
 NO_COUNTS = ("x'ff00'", "'text'", "9e999", "9223372036854775807")
 NO_LISTS = ("x'5b5d'", "'{}'", "'5'", "'[5]'", "'[[]]'", "9e999", "replace(hex(zeroblob(3000)), '0', '[')")
@@ -131,7 +132,7 @@ def test_a_value_of_another_type(command: str, change_made: str, bank: Path, cap
     [
         "problem = x'ff'", "problem_class = x'ff'", "trials = x'ff'", "trials = 'text'", "trials = 0",
         "trials = 9e999", "successes = 'text'", "successes = 9e999", "successes = -1", "baseline = x'ff'",
-        "baseline = 9e999",
+        "baseline = 9e999", "plain_trials = 2", "plain_trials = -1", "plain_successes = 1", "plain_baseline = 'text'",
     ],
 )  # fmt: skip
 def test_an_execution_of_other_types(command: str, change_made: str, bank: Path, capsys: Any) -> None:

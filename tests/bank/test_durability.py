@@ -355,7 +355,7 @@ def test_a_snapshot_is_restored_exactly(bank, tmp_path):
     assert bank.add([make("later")])
     bank.snapshot(tmp_path / "checkpoint-1")
     manifest = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())
-    about = {"schema_version": 2, "count": 11, "embedding_model": "hashed_words", "dimension": 256}
+    about = {"schema_version": 3, "count": 11, "embedding_model": "hashed_words", "dimension": 256}
     assert manifest.pop("sha256") and manifest == about
     with StrategyBank(tmp_path / "other", hashed_words) as other:
         other.load_snapshot(tmp_path / "checkpoint-1")
@@ -435,7 +435,7 @@ def test_files_that_are_no_ledger(bank, tmp_path):
             StrategyBank(bank.path, hashed_words)
 
     for statement, message in [
-        ("UPDATE meta SET value = '3' WHERE key = 'schema_version'", "upgrade"),
+        ("UPDATE meta SET value = '4' WHERE key = 'schema_version'", "upgrade"),
         ("DROP TABLE meta", "is a strategy bank"),
     ]:
         ledger.write_bytes(intact)

@@ -214,7 +214,7 @@ def test_the_manifest_describes_the_export(source, tmp_path):
     assert manifest.pop("created").startswith("20")
     assert manifest == {
         "format": "trl-sgpo-strategies",
-        "format_version": 1,
+        "format_version": 2,
         "file": "strategies.jsonl",
         "sha256": hashlib.sha256(data).hexdigest(),
         "size": len(data),
@@ -440,7 +440,7 @@ def test_jsonl_that_is_refused(untouched, exported, change, message):
     ("changes", "message"),
     [
         ({"format": "zip"}, "its format is not"),
-        ({"format_version": 2}, "has format version 2.*upgrade trl-sgpo"),
+        ({"format_version": 3}, "has format version 3.*upgrade trl-sgpo"),
         ({"format_version": 0}, "format_version must be 1"),
         ({"format_version": "1"}, "format_version must be a whole number"),
         ({"file": "../export/strategies.jsonl"}, "file must be strategies.jsonl"),

@@ -1,4 +1,7 @@
-"""How often strategies of a known success rate are ever trusted or retired, when trust is computed at every commit."""
+"""
+How often strategies of a known success rate are ever trusted or retired, useful or harmful, when this is computed at
+every commit.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +79,42 @@ def ever(
     return np.maximum.accumulate(reached, axis=2).mean(axis=1)
 
 
+def ever_over_plain(
+    rate: float, plain: float, problems: int, strategies: int, spread: bool, rows: int = 2, seed: int = 0
+) -> np.ndarray:
+    """
+    Share of strategies that are called useful, and harmful, at least once until each number of problems.
+
+    Args:
+        rate, plain (`float`):
+            Success rates of the strategies and of plain answers.
+        problems (`int`):
+            Number of problems, after each of which from the fourth on the bounds are computed.
+        strategies (`int`):
+            Number of strategies.
+        spread (`bool`):
+            Whether problems differ in difficulty: their plain rates are drawn from a beta distribution of weight 1.
+        rows (`int`, *optional*, defaults to `2`):
+            Plain answers to each problem.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the outcomes.
+
+    Returns:
+        `np.ndarray` of shape `(2, problems)`: Shares, the useful ones first.
+    """
+    draw = np.random.default_rng(seed)
+    shape = (strategies, problems)
+    rates = draw.beta(plain, 1 - plain, shape) if spread else np.full(shape, plain)
+    solved = np.cumsum(draw.random(shape) < rates * rate / plain, axis=1)
+    compared = np.cumsum(draw.binomial(rows, rates) / rows, axis=1)
+    reached = np.zeros((2, *shape), dtype=bool)
+    for row in range(strategies):
+        for n in range(MIN_PROBLEMS - 1, problems):
+            low, high = policy.difference_bounds(float(solved[row, n]), float(compared[row, n]), n + 1)
+            reached[:, row, n] = low > 0, high < 0
+    return np.maximum.accumulate(reached, axis=2).mean(axis=1)
+
+
 def measure(strategies: int) -> dict[str, Any]:
     """
     Rates of error at the floor and of success above it, by rule.
@@ -87,7 +126,8 @@ def measure(strategies: int) -> dict[str, Any]:
     Returns:
         `dict`: For each rule, the shares of strategies at the floor that are ever trusted or retired within 128
         problems, by baseline, and those that are trusted within 16, 32 and 64 problems, by lift over a baseline of
-        0.5.
+        0.5. Also those of strategies equal to plain answers that are ever called useful or harmful within 64 problems,
+        and those called useful within 8, 16 and 32 problems, by lift over a plain rate of 0.3.
     """
     rules = {
         "one look": wilson_rule(policy.ONE_SIDED_95),
@@ -110,4 +150,24 @@ def measure(strategies: int) -> dict[str, Any]:
             for lift, shares in lifted.items()
             for n in (16, 32, 64)
         }
-    return figures
+    return figures | plain_figures(strategies)
+
+
+def plain_figures(strategies: int) -> dict[str, Any]:
+    """The part of [`measure`] on plain answers."""
+    equal = {
+        (b, spread): ever_over_plain(b, b, 64, strategies, spread) for b in (0.2, 0.5, 0.8) for spread in (True, False)
+    }
+    lifted = {lift: ever_over_plain(0.3 + lift, 0.3, 32, strategies, spread=False) for lift in (0.2, 0.3, 0.5)}
+    return {
+        "plain lift: no lift, ever": {
+            f"{what} at {b}, {'problems differ' if spread else 'problems alike'}": float(shares[row, -1])
+            for (b, spread), shares in equal.items()
+            for row, what in enumerate(("useful", "harmful"))
+        },
+        "plain lift: useful": {
+            f"lift {lift:+.1f}, {n} problems": float(shares[0, n - 1])
+            for lift, shares in lifted.items()
+            for n in (8, 16, 32)
+        },
+    }

@@ -362,6 +362,7 @@ class StrategyBank:
     ) -> list[list[Retrieved]]:
         """
         Strategies to show with problems: similar, useful, different from each other, and not written for the problem.
+        None of them does worse than plain answers by the executions on record.
 
         Args:
             problems (`list[str]` of length `m`):

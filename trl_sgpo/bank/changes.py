@@ -26,6 +26,22 @@ def expect_storable(strategies: Iterable[Strategy]) -> None:
             raise BankError("A strategy without text cannot be stored: drop it before it gets to the bank.")
 
 
+_Sums = tuple[int, float, float]
+
+
+def _moved(totals: _Sums, old: _Sums, new: _Sums) -> _Sums:
+    """
+    Number of problems, and sums over them of two means, when counts on one problem change: executions and two sums
+    over them. The sums are clipped because differences of floats are rounded.
+    """
+    problems = totals[0] + (new[0] > 0) - (old[0] > 0)
+    first, second = (
+        min(max(total + after / (new[0] or 1) - before / (old[0] or 1), 0.0), problems)
+        for total, before, after in zip(totals[1:], old[1:], new[1:], strict=True)
+    )
+    return problems, first, second
+
+
 def with_execution(
     strategy: Strategy, before: Execution | None, after: Execution | None, all_counts: bool = True
 ) -> Strategy:
@@ -34,7 +50,6 @@ def with_execution(
 
     Problems it was written for change only `trials` and `successes`, not the counts that lift and trust follow from.
     With `all_counts` false, `trials` and `successes` stay, and the other counts change whatever the problem is.
-    Sums are clipped because differences of floats are rounded.
     """
     old, new = before or _NO_EXECUTION, after or _NO_EXECUTION
     changes: dict[str, Any] = {}
@@ -43,12 +58,16 @@ def with_execution(
         successes = strategy.successes + new.successes - old.successes
         changes = {"trials": trials, "successes": min(max(successes, 0.0), trials)}
     if not all_counts or new.problem not in strategy.source_problems:
-        problems = strategy.problems + (new.trials > 0) - (old.trials > 0)
-        solved = strategy.solved + new.successes / (new.trials or 1) - old.successes / (old.trials or 1)
-        baseline = strategy.baseline + new.baseline / (new.trials or 1) - old.baseline / (old.trials or 1)
-        changes["problems"] = problems
-        changes["solved"] = min(max(solved, 0.0), problems)
-        changes["baseline"] = min(max(baseline, 0.0), problems)
+        changes["problems"], changes["solved"], changes["baseline"] = _moved(
+            (strategy.problems, strategy.solved, strategy.baseline),
+            (old.trials, old.successes, old.baseline),
+            (new.trials, new.successes, new.baseline),
+        )
+        changes["plain_problems"], changes["plain_solved"], changes["plain_baseline"] = _moved(
+            (strategy.plain_problems, strategy.plain_solved, strategy.plain_baseline),
+            (old.plain_trials, old.plain_successes, old.plain_baseline),
+            (new.plain_trials, new.plain_successes, new.plain_baseline),
+        )
     return strategy.updated(**changes)
 
 
@@ -138,13 +157,17 @@ class Changes:
             key = (outcome.strategy_id, outcome.problem)
             strategy = self._current(outcome.strategy_id)
             assert strategy is not None
-            before = self.executions.get(key) or stored.get(key)
+            before = self.executions.get(key) or stored.get(key) or _NO_EXECUTION
+            beside_plain = outcome.plain is not None
             after = Execution(
                 *key,
                 outcome.problem_class or strategy.problem_class,
-                outcome.trials + (before.trials if before else 0),
-                outcome.successes + (before.successes if before else 0),
-                outcome.trials * outcome.baseline + (before.baseline if before else 0),
+                outcome.trials + before.trials,
+                outcome.successes + before.successes,
+                outcome.trials * outcome.baseline + before.baseline,
+                outcome.trials * beside_plain + before.plain_trials,
+                outcome.successes * beside_plain + before.plain_successes,
+                outcome.trials * (outcome.plain or 0.0) + before.plain_baseline,
             )
             self.executions[key] = after
             if outcome.text:

@@ -92,8 +92,9 @@ class Contents:
         """
         Strategies for problems. The arguments are those of [`StrategyBank.retrieve`], for problems given by texts and
         by embeddings of shape `(m, d)`, and `None` for a scope of all classes. `executions_of` finds the executions of
-        a class, as [`Ledger.executions_with_texts`] does. With `explore` nothing is withheld, because outcomes are
-        verified there and evidence must be able to change.
+        a class, as [`Ledger.executions_with_texts`] does. With `explore` nothing is withheld near problems, because
+        outcomes are verified there and evidence must be able to change. Strategies that do worse than plain answers
+        are left out always, since bank rows execute them.
         """
         together: dict[str | None, list[int]] = defaultdict(list)
         for row, (scope, _) in enumerate(zip(scopes, hidden, strict=True)):
@@ -108,10 +109,10 @@ class Contents:
             all_near = self._nearest(embeddings[rows], parts, trust, width, search_index)
             for row, near in zip(rows, all_near, strict=True):
                 judge = partial(self._without_harm, texts[row], executions_of) if draw is None else _all_of
-                best = self._rank(*judge(self._not_written_for(hidden[row], near)), k, draw, shown)
+                best = self._rank(*judge(self._may_be_shown(hidden[row], near)), k, draw, shown)
                 if len(best) < k and eligible > width:
                     (near,) = nearest(embeddings[row : row + 1], parts, eligible)
-                    best = self._rank(*judge(self._not_written_for(hidden[row], near)), k, draw, shown)
+                    best = self._rank(*judge(self._may_be_shown(hidden[row], near)), k, draw, shown)
                 retrieved[row] = best
                 for hit in best:
                     shown[hit.strategy.id] += 1
@@ -153,8 +154,10 @@ class Contents:
                 nearest_hits[row] = hits
         return nearest_hits
 
-    def _not_written_for(self, problems: set[str], hits: Hits) -> Hits:
-        return [hit for hit in hits if problems.isdisjoint(self.strategies[hit[0]].source_problems)]
+    def _may_be_shown(self, problems: set[str], hits: Hits) -> Hits:
+        """Hits that were not written for some problems and that do not harm."""
+        found = [(hit, self.strategies[hit[0]]) for hit in hits]
+        return [hit for hit, s in found if problems.isdisjoint(s.source_problems) and not policy.harmful(s)]
 
     def _without_harm(self, text: str, executions_of: ExecutionsOf, hits: Hits) -> tuple[Hits, set[str]]:
         """Hits that are not withheld for a problem, and the ids of those that are unproven near it."""
@@ -176,7 +179,7 @@ class Contents:
         else:
             utilities = _drawn_utilities(strategies, draw)
         ranked = [
-            Retrieved(strategy, similarity, max(similarity, 0.0) * utility)
+            Retrieved(strategy, similarity, max(similarity, 0.0) * utility * policy.preference(strategy))
             for strategy, (_, similarity), utility in zip(strategies, hits, utilities, strict=True)
         ]
 
@@ -192,10 +195,13 @@ class Contents:
 
     def best(self, n: int) -> list[Strategy]:
         """The most useful strategies, as [`StrategyBank.best`] returns them."""
-        shown = [self.strategies[key] for key in self.live if self.strategies[key].trust != "quarantine"]
-        return sorted(
-            shown, key=lambda s: (s.trust != "trusted", -policy.utility(s.successes, s.trials), -s.trials, s.id)
-        )[:n]
+        live = [self.strategies[key] for key in self.live]
+        shown = [strategy for strategy in live if strategy.trust != "quarantine" and not policy.harmful(strategy)]
+
+        def order(s: Strategy) -> tuple[bool, float, int, str]:
+            return s.trust != "trusted", -policy.utility(s.successes, s.trials) * policy.preference(s), -s.trials, s.id
+
+        return sorted(shown, key=order)[:n]
 
     def sample(self, problem_class: str, k: int, seed: int, hidden: set[str]) -> list[Strategy]:
         """Strategies of a class to execute. The arguments are those of [`StrategyBank.sample`]."""

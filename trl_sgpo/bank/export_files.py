@@ -26,7 +26,7 @@ from .rows import count, expect_keys, from_json, from_jsonl, from_row, items, li
 from .strategy import Execution, Strategy
 
 
-FORMAT, FORMAT_VERSION = "trl-sgpo-strategies", 1
+FORMAT, FORMAT_VERSION = "trl-sgpo-strategies", 2  # version 1 has no counts beside plain answers
 MAX_FILE_BYTES = 256 * 2**20  # it is read into memory, and 100,000 strategies with eight executions each take 150
 MAX_MANIFEST_BYTES = 2**20
 MAX_ROWS = 200_000  # twice as many as a bank was measured with
@@ -214,8 +214,8 @@ def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
                 f"{where} has format version {version} and this version of trl-sgpo reads up to {FORMAT_VERSION}: "
                 "upgrade trl-sgpo."
             )
-        if version < FORMAT_VERSION:
-            raise ValueError(f"format_version must be {FORMAT_VERSION}")
+        if version < 1:
+            raise ValueError(f"format_version must be 1 to {FORMAT_VERSION}")
         expect_keys(manifest, _MANIFEST_KEYS, "the manifest")
         if manifest["file"] == PARQUET_FILE:
             raise BankError(
@@ -281,7 +281,7 @@ def read_export(directory: str | Path) -> tuple[list[Strategy], list[Execution],
     try:
         for number, row in enumerate(from_jsonl(data, manifest["count"]), 1):
             try:
-                strategy, its_executions = from_row(row)
+                strategy, its_executions = from_row(row, with_plain=manifest["format_version"] > 1)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
             if strategy.id in strategies:

@@ -6,6 +6,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,25 @@ import numpy as np
 from ..errors import BankError, BankStorageError
 from ..files import durable_replace, unfinished_file
 from .stored import FIELDS, to_embeddings, to_execution, to_fingerprint, to_strategy, to_text
-from .strategy import Execution, Strategy
+from .strategy import UNVERIFIED, Execution, Strategy
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_TABLES = """
+_PLAIN_COUNTS = " plain_problems INTEGER NOT NULL, plain_solved REAL NOT NULL, plain_baseline REAL NOT NULL,"
+_PLAIN_EXECUTIONS = " plain_trials INTEGER NOT NULL, plain_successes REAL NOT NULL, plain_baseline REAL NOT NULL,"
+_TABLES = f"""
 CREATE TABLE strategies (
     number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, text TEXT NOT NULL, problem_class TEXT NOT NULL,
     source_problems TEXT NOT NULL, parents TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL,
     step INTEGER NOT NULL, origin TEXT NOT NULL, trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL,
-    problems INTEGER NOT NULL, solved REAL NOT NULL, baseline REAL NOT NULL, shown INTEGER NOT NULL,
+    problems INTEGER NOT NULL, solved REAL NOT NULL, baseline REAL NOT NULL,{_PLAIN_COUNTS} shown INTEGER NOT NULL,
     checksum TEXT NOT NULL
 );
-CREATE TABLE embeddings (number INTEGER PRIMARY KEY, embedding BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS embeddings (number INTEGER PRIMARY KEY, embedding BLOB NOT NULL);
 CREATE TABLE executions (
     strategy_id TEXT NOT NULL, problem TEXT NOT NULL, problem_class TEXT NOT NULL, trials INTEGER NOT NULL,
-    successes REAL NOT NULL, baseline REAL NOT NULL, PRIMARY KEY (strategy_id, problem)
+    successes REAL NOT NULL, baseline REAL NOT NULL,{_PLAIN_EXECUTIONS} PRIMARY KEY (strategy_id, problem)
 ) WITHOUT ROWID;
 """
 # Banks of earlier versions have no table of texts: it is made when the first one is written
@@ -53,10 +56,12 @@ CREATE TABLE strategies (
     trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, lift REAL NOT NULL, embedding BLOB NOT NULL
 );
 """
+_TABLES_2 = _TABLES.replace(_PLAIN_COUNTS, "").replace(
+    _PLAIN_EXECUTIONS, ""
+)  # version 2 compared with no plain answers
 _MIGRATE_1 = f"""
-BEGIN;
 ALTER TABLE strategies RENAME TO version_1;
-{_TABLES}
+{_TABLES_2}
 INSERT INTO strategies
     SELECT rowid, id, text, problem_class, source_problems, parents, model, run, step, origin, trust, successes,
         trials, trials > 0, (trials > 0) * max(lift, 0), (trials > 0) * max(-lift, 0), 0, ''
@@ -66,6 +71,19 @@ INSERT INTO executions
     SELECT id, '', problem_class, 1, max(lift, 0), max(-lift, 0) FROM version_1 WHERE trials > 0;
 DROP TABLE version_1;
 """
+_MIGRATE_2 = f"""
+ALTER TABLE strategies RENAME TO strategies_2;
+ALTER TABLE executions RENAME TO executions_2;
+{_TABLES}
+INSERT INTO strategies
+    SELECT number, id, text, problem_class, source_problems, parents, model, run, step, origin, trust, successes,
+        trials, problems, solved, baseline, 0, 0, 0, shown, checksum
+    FROM strategies_2 ORDER BY number;
+INSERT INTO executions
+    SELECT strategy_id, problem, problem_class, trials, successes, baseline, 0, 0, 0 FROM executions_2;
+DROP TABLE strategies_2;
+DROP TABLE executions_2;
+"""
 
 
 def _spelling(statement: str) -> str:
@@ -73,9 +91,9 @@ def _spelling(statement: str) -> str:
     return re.sub(r'[\s"]|IF NOT EXISTS', "", statement)
 
 
-_KNOWN = {_spelling(statement) for statement in f"{_TABLES}{_TEXTS}{_META}{_TABLES_1}".split(";")}
+_KNOWN = {_spelling(statement) for statement in f"{_TABLES}{_TEXTS}{_META}{_TABLES_1}{_TABLES_2}".split(";")}
 _MAX_VALUE, _MAX_STATEMENT = 2**28, 2**16  # bytes
-_CHANGING = ("source_problems", "trust", "successes", "trials", "problems", "solved", "baseline", "shown")
+_CHANGING = ("source_problems", *UNVERIFIED)
 _SELECT = f"SELECT {', '.join(FIELDS)} FROM strategies"
 _INSERT = f"INSERT INTO strategies VALUES (NULL, {', '.join('?' * (len(FIELDS) + 2))})"
 _UPDATE = f"UPDATE strategies SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE id = ?"
@@ -99,6 +117,9 @@ class Ledger:
     Args:
         path (`str` or `Path`):
             The file. It is created if it does not exist.
+
+    Attributes:
+        migrated (`bool`): Whether an earlier version wrote the file.
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the file is damaged, is no ledger, or was written by a newer version.
@@ -132,8 +153,9 @@ class Ledger:
                 "upgrade trl-sgpo, restore a checkpoint's copy (`trl-sgpo train --resume_from_checkpoint true`), or "
                 "remove the directory to start an empty bank."
             )
-        if version == 1:
-            self._migrate()
+        self.migrated = version in (1, 2)
+        if self.migrated:
+            self._migrate(version)
 
     def _expect_known_tables(self) -> None:
         """Constraints, views, triggers, computed columns and indices of expressions compute, and may never end."""
@@ -142,17 +164,19 @@ class Ledger:
             if _spelling(str(statement)) not in _KNOWN and (kind, statement) != ("index", None):
                 raise sqlite3.DatabaseError(f"its {kind} {name} has a form which no bank has")
 
-    def _migrate(self) -> None:
-        """Brings a ledger of the first version to this one, in one transaction."""
-        with self._readable_errors():
-            self._connection.executescript(_MIGRATE_1)
-            for strategy in self.all():
-                self._connection.execute(
-                    "UPDATE strategies SET checksum = ? WHERE id = ?", (strategy.checksum, strategy.id)
-                )
+    def _migrate(self, version: int) -> None:
+        """Brings a ledger of an earlier version to this one, in one transaction."""
+        with self._readable_errors(), self._connection:
+            self._connection.executescript(f"BEGIN; {_MIGRATE_1 if version == 1 else ''} {_MIGRATE_2}")
+            if version == 1:
+                for strategy in self.all():
+                    self._connection.execute(
+                        "UPDATE strategies SET checksum = ? WHERE id = ?", (strategy.checksum, strategy.id)
+                    )
+                self._new_state()
             self._set_meta("schema_version", str(SCHEMA_VERSION))
-            self._new_state()
-            self._connection.commit()
+        with self._readable_errors():
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # for the checksum of a snapshot's file
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
@@ -253,7 +277,7 @@ class Ledger:
             self._write_embeddings({s.id: embedding for s, embedding in inserts})
             self._connection.executemany(_UPDATE, [(*_row(_changing_values(s)), s.id) for s in updates])
             self._connection.executemany(
-                "INSERT OR REPLACE INTO executions VALUES (?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO executions VALUES ({', '.join('?' * len(fields(Execution)))})",
                 [tuple(vars(execution).values()) for execution in executions],
             )
 

@@ -74,6 +74,74 @@ def lift_bounds(strategy: Strategy) -> tuple[float, float]:
     return low - baseline, high - baseline
 
 
+def difference_bounds(successes: float, others: float, trials: float, z: float = ONE_SIDED_95) -> tuple[float, float]:
+    """
+    Bounds of the difference of two rates, from their score intervals (Newcombe, 1998).
+
+    Neither rate is taken as known. Both samples are taken as independent: where they succeed on the same problems, the
+    bounds are wider than they need to be.
+
+    Args:
+        successes, others (`float`):
+            Sums of outcomes in [0, 1] of either sample.
+        trials (`float`):
+            Number of outcomes of each.
+        z (`float`, *optional*, defaults to `1.645`):
+            Quantile of the normal distribution. The default makes each bound hold with 95% confidence.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper bound, (-1, 1) without trials.
+    """
+    if trials == 0:
+        return -1.0, 1.0
+    rate, other = successes / trials, others / trials
+    (low, high), (other_low, other_high) = wilson(successes, trials, z), wilson(others, trials, z)
+    return (
+        rate - other - math.hypot(rate - low, other_high - other),
+        rate - other + math.hypot(high - rate, other - other_low),
+    )
+
+
+def plain_lift_bounds(strategy: Strategy) -> tuple[float, float]:
+    """
+    Bounds of a strategy's lift over plain answers, each with 95% confidence, where a problem counts once however often
+    it was tried, and its plain answers count once however many there were.
+
+    Args:
+        strategy ([`Strategy`]):
+            The strategy.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper bound, (-1, 1) before it was executed beside plain answers on another
+        problem than its own.
+    """
+    return difference_bounds(strategy.plain_solved, strategy.plain_baseline, strategy.plain_problems)
+
+
+def useful(strategy: Strategy) -> bool:
+    """Whether a strategy is trusted and the lower bound of its lift over plain answers is above 0."""
+    return strategy.trust == "trusted" and plain_lift_bounds(strategy)[0] > 0
+
+
+def harmful(strategy: Strategy) -> bool:
+    """Whether the upper bound of a strategy's lift over plain answers is below 0. It is then not shown."""
+    return plain_lift_bounds(strategy)[1] < 0
+
+
+def preference(strategy: Strategy) -> float:
+    """
+    Weight of a strategy among others that are as similar to a problem and succeed as often: 1, plus the lower bound of
+    its lift over plain answers where this is above 0.
+
+    A success rate does not tell a strategy that helps from one that met easy problems, and the lift does. The lower
+    bound is the part of it that the executions prove, so that only proven lift changes the rank.
+
+    Returns:
+        `float`: A weight in [1, 2).
+    """
+    return 1 + max(plain_lift_bounds(strategy)[0], 0.0)
+
+
 def log_mixture_ratio(successes: float, trials: float, rate: float) -> float:
     """
     Logarithm of the likelihood of outcomes under rates drawn uniformly, relative to their likelihood under one rate

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -33,10 +33,22 @@ FIELDS = (
     "problems",
     "solved",
     "baseline",
+    "plain_problems",
+    "plain_solved",
+    "plain_baseline",
     "shown",
     "executions",
 )
-EXECUTION_FIELDS = ("problem", "problem_class", "trials", "successes", "baseline")
+EXECUTION_FIELDS = (
+    "problem",
+    "problem_class",
+    "trials",
+    "successes",
+    "baseline",
+    "plain_trials",
+    "plain_successes",
+    "plain_baseline",
+)
 
 _STRATEGY_ID = re.compile(r"[0-9a-f]{16}")
 _PROBLEM_ID = re.compile(r"[\w.:/-]{0,64}", re.ASCII)  # `problem_id` gives 16 digits, but a bank may use other names
@@ -69,13 +81,15 @@ def to_row(strategy: Strategy, executions: Iterable[Execution]) -> dict[str, Any
     }
 
 
-def from_row(row: Any) -> tuple[Strategy, list[Execution]]:
+def from_row(row: Any, with_plain: bool = True) -> tuple[Strategy, list[Execution]]:
     """
     The strategy of a row and its executions.
 
     Args:
         row (`Any`):
             A value that was read as a row.
+        with_plain (`bool`, *optional*, defaults to `True`):
+            Whether it has counts beside plain answers. Rows of the first format version have none.
 
     Returns:
         `tuple[Strategy, list[Execution]]`: Strategy and executions, with trust state and counts as they are there.
@@ -83,7 +97,7 @@ def from_row(row: Any) -> tuple[Strategy, list[Execution]]:
     Raises:
         `ValueError`: If anything in it is not as `to_row` writes it. The message is a clause without a full stop.
     """
-    expect_keys(row, FIELDS, "the row")
+    row = _completed(row, FIELDS, with_plain, "the row")
     try:
         strategy = Strategy(
             text=_text(row["text"]),
@@ -100,19 +114,29 @@ def from_row(row: Any) -> tuple[Strategy, list[Execution]]:
             problems=count(row["problems"], "problems"),
             solved=_total(row["solved"], "solved"),
             baseline=_total(row["baseline"], "baseline"),
+            plain_problems=count(row["plain_problems"], "plain_problems"),
+            plain_solved=_total(row["plain_solved"], "plain_solved"),
+            plain_baseline=_total(row["plain_baseline"], "plain_baseline"),
             shown=count(row["shown"], "shown"),
         )
     except BankError as error:
         raise ValueError(str(error).rstrip(".")) from error
     if row["id"] != strategy.id:
         raise ValueError("its id is not that of its text and class")
-    executions = items(row["executions"], "executions", lambda each: _execution(strategy.id, each))
+    executions = items(row["executions"], "executions", lambda each: _execution(strategy.id, each, with_plain))
     _expect_consistent(strategy, executions)
     return strategy, executions
 
 
-def _execution(strategy_id: str, row: Any) -> Execution:
-    expect_keys(row, EXECUTION_FIELDS, "an execution")
+def _completed(row: Any, names: Sequence[str], with_plain: bool, what: str) -> dict[str, Any]:
+    """A row with exactly these keys, or, with counts of 0, all of them but those of plain answers."""
+    absent = [] if with_plain else [name for name in names if name.startswith("plain_")]
+    expect_keys(row, set(names) - {*absent}, what)
+    return row | dict.fromkeys(absent, 0)
+
+
+def _execution(strategy_id: str, row: Any, with_plain: bool) -> Execution:
+    row = _completed(row, EXECUTION_FIELDS, with_plain, "an execution")
     execution = Execution(
         strategy_id,
         problem=_problem(row["problem"]),
@@ -120,10 +144,24 @@ def _execution(strategy_id: str, row: Any) -> Execution:
         trials=count(row["trials"], "trials of an execution"),
         successes=_total(row["successes"], "successes of an execution"),
         baseline=_total(row["baseline"], "baseline of an execution"),
+        plain_trials=count(row["plain_trials"], "plain_trials of an execution"),
+        plain_successes=_total(row["plain_successes"], "plain_successes of an execution"),
+        plain_baseline=_total(row["plain_baseline"], "plain_baseline of an execution"),
     )
-    if not max(execution.successes, execution.baseline, 1) <= execution.trials:
-        raise ValueError("an execution has more successes than trials, or no trial")
+    expect_possible(execution)
     return execution
+
+
+def expect_possible(execution: Execution) -> None:
+    """Raises a `ValueError` if the counts of an execution contradict each other."""
+    if not (0 < execution.trials <= MAX_COUNT and 0 <= execution.plain_trials <= execution.trials):
+        raise ValueError("an execution has no trial, more than 2**53, or fewer than beside plain answers")
+    for trials, sums in (
+        (execution.trials, (execution.successes, execution.baseline)),
+        (execution.plain_trials, (execution.plain_successes, execution.plain_baseline)),
+    ):
+        if not all(0 <= each <= trials for each in sums):
+            raise ValueError("an execution has more successes than trials, or fewer than none")
 
 
 def _expect_consistent(strategy: Strategy, executions: list[Execution]) -> None:
@@ -131,12 +169,16 @@ def _expect_consistent(strategy: Strategy, executions: list[Execution]) -> None:
         raise ValueError("two of its executions are on the same problem")
     written_for = set(strategy.source_problems)
     others = [execution for execution in executions if execution.problem not in written_for]
+    beside_plain = [execution for execution in others if execution.plain_trials]
     for known, claimed in (
         (strategy.trials, sum(each.trials for each in executions)),
         (strategy.successes, sum(each.successes for each in executions)),
         (strategy.problems, len(others)),
         (strategy.solved, sum(each.successes / each.trials for each in others)),
         (strategy.baseline, sum(each.baseline / each.trials for each in others)),
+        (strategy.plain_problems, len(beside_plain)),
+        (strategy.plain_solved, sum(each.plain_successes / each.plain_trials for each in beside_plain)),
+        (strategy.plain_baseline, sum(each.plain_baseline / each.plain_trials for each in beside_plain)),
     ):
         if claimed > known + 1e-6 * (1 + known):  # sums of floats are rounded
             raise ValueError("its executions add up to more than its counts")

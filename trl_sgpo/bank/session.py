@@ -192,7 +192,7 @@ class BankSession:
             ),
             [
                 replace(outcome, text=texts[outcome.problem])
-                for outcome in outcomes(executed, problems, classes, credit.verified)
+                for outcome in outcomes(executed, problems, classes, credit.verified, credit.plain)
             ],
             [shown.id for problem in batch.problems for shown in problem.retrieved],
         )

@@ -27,7 +27,7 @@ from .bank import StrategyBank
 from .chroma_server import TOKEN, ChromaServer, Row, ServerError, ServerRefused, batches
 from .export_files import published
 from .rows import FIELDS, expect_keys, from_json, from_row, to_row
-from .strategy import Strategy
+from .strategy import UNVERIFIED, Strategy
 
 
 logger = logging.getLogger(__name__)
@@ -38,16 +38,7 @@ MAX_RECEIVED = 1_000  # strategies a sync, because each has to be embedded
 
 _KEY = re.compile(r"([0-9a-f]{16}):([0-9a-f]{16}):[0-9a-f]{16}")
 _COLLECTION = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
-_NO_COUNTS = {
-    "trust": "quarantine",
-    "successes": 0,
-    "trials": 0,
-    "problems": 0,
-    "solved": 0,
-    "baseline": 0,
-    "shown": 0,
-}
-_METADATA = sorted(set(FIELDS) - {"id", "text", "executions", *_NO_COUNTS})
+_METADATA = sorted(set(FIELDS) - {"id", "text", "executions", *UNVERIFIED})
 _LISTS = ("source_problems", "parents")  # as JSON, because Chroma's metadata has no lists
 
 
@@ -87,7 +78,7 @@ def _identity(directory: Path) -> str:
 
 def _row(strategy: Strategy) -> tuple[dict[str, Any], str]:
     """The row of an export that is sent of a strategy, and a digest of it."""
-    row = to_row(strategy, ()) | _NO_COUNTS
+    row = to_row(strategy, ()) | UNVERIFIED
     row["model"] = published(strategy.model)
     row["source_problems"] = sorted(row["source_problems"])
     return row, hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
@@ -96,7 +87,7 @@ def _row(strategy: Strategy) -> tuple[dict[str, Any], str]:
 def _from_server(key: str, document: Any, metadata: Any) -> Strategy:
     """The strategy of a row that an untrusted server sent, or a `ValueError`."""
     expect_keys(metadata, _METADATA, "the metadata")
-    row = {**metadata, **_NO_COUNTS, "id": key[:16], "text": document, "executions": []}
+    row = {**metadata, **UNVERIFIED, "id": key[:16], "text": document, "executions": []}
     for name in _LISTS:
         if type(metadata[name]) is not str:
             raise ValueError(f"{name} must be a text")

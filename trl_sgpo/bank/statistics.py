@@ -43,18 +43,28 @@ def transfer(pairs: Iterable[tuple[Strategy, Execution]], by: Callable[[Strategy
 
 
 def class_figures(name: str, members: Sequence[Strategy]) -> dict[str, Any]:
-    """Counts and means over the strategies of a class."""
+    """
+    Counts and means over the strategies of a class, and their lift over plain answers, in which a problem counts once
+    for each strategy.
+    """
     counts = Counter(strategy.trust for strategy in members)
     live = [strategy for strategy in members if strategy.trust != "retired"]
     utilities = [policy.utility(strategy.successes, strategy.trials) for strategy in live]
     tried = [strategy.lift for strategy in live if strategy.problems]
+    beside_plain = sum(strategy.plain_problems for strategy in live)
+    solved, baseline = sum(s.plain_solved for s in live), sum(s.plain_baseline for s in live)
+    plain_low, plain_high = policy.difference_bounds(solved, baseline, beside_plain)
     shown = sum(strategy.shown for strategy in members)
     top = max(members, key=lambda strategy: strategy.shown)
     return {
         "problem_class": name,
         **{state: counts[state] for state in TRUST_STATES},
+        "useful": sum(map(policy.useful, live)),
         "mean_utility": fmean(utilities) if utilities else None,
         "mean_lift": fmean(tried) if tried else None,
+        "plain_lift": (solved - baseline) / beside_plain if beside_plain else None,
+        "plain_lift_low": plain_low,
+        "plain_lift_high": plain_high,
         "shown": shown,
         "most_shown": top.id if shown else None,
         "most_shown_share": top.shown / shown if shown else None,

@@ -16,7 +16,7 @@ from .files import INDEX, LEDGER, SNAPSHOT_MANIFEST, file_identity
 from .index import BankIndex
 from .ledger import SCHEMA_VERSION, Ledger
 from .lock import BankLock
-from .manifest import copy_verified, write_manifest
+from .manifest import copy_verified, is_snapshot, snapshot_damage, write_manifest
 
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,13 @@ class Store:
             raise
 
     def _open(self) -> None:
+        intact_snapshot = is_snapshot(self.path) and not snapshot_damage(self.path)
         self._open_ledger()
         self.dimension = None
         self._load_contents()
+        if intact_snapshot and self.ledger.migrated:
+            model, _ = self.ledger.embedder or ("", None)
+            self._write_manifest(self.path, model)
 
     def _open_ledger(self) -> None:
         self.ledger = Ledger(self.path / LEDGER)
@@ -195,6 +199,9 @@ class Store:
             )
         directory.mkdir(parents=True, exist_ok=True)
         self.ledger.snapshot(directory / LEDGER)
+        self._write_manifest(directory, embedding_model)
+
+    def _write_manifest(self, directory: Path, embedding_model: str) -> None:
         write_manifest(
             directory,
             schema_version=SCHEMA_VERSION,

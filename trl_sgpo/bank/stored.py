@@ -8,7 +8,7 @@ import numpy as np
 
 from ..checks.json_text import parse_json
 from ..errors import BankError
-from .rows import MAX_COUNT
+from .rows import MAX_COUNT, expect_possible
 from .strategy import Execution, Strategy
 
 
@@ -35,7 +35,7 @@ def to_strategy(row: tuple[Any, ...]) -> Strategy:
     values = dict(zip(FIELDS, row, strict=True))
     for name in LISTS:
         values[name] = () if values[name] == "[]" else _texts(values[name], name)
-    if max(values["step"], values["trials"], values["problems"], values["shown"]) > MAX_COUNT or values["shown"] < 0:
+    if max(value for value in row if type(value) is int) > MAX_COUNT or values["shown"] < 0:
         raise ValueError("a count is larger than 2**53, or negative")
     try:
         return Strategy(**values)
@@ -54,10 +54,7 @@ def to_execution(row: tuple[Any, ...]) -> Execution:
     """The execution of a row, or a `ValueError`."""
     _expect(row, _EXECUTION, _NAMES_OF_EXECUTIONS)
     execution = Execution(*row)
-    if not 0 < execution.trials <= MAX_COUNT:
-        raise ValueError("an execution has no trial, or more than 2**53")
-    if not (0 <= execution.successes <= execution.trials and 0 <= execution.baseline <= execution.trials):
-        raise ValueError("an execution has more successes than trials, or fewer than none")
+    expect_possible(execution)
     return execution
 
 

@@ -12,6 +12,18 @@ from ..errors import BankError
 
 DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # of strategies and problems
 TRUST_STATES = ("candidate", "trusted", "retired", "quarantine")
+UNVERIFIED: dict[str, Any] = {  # trust state and counts of a strategy that was not executed in a bank
+    "trust": "quarantine",
+    "successes": 0,
+    "trials": 0,
+    "problems": 0,
+    "solved": 0,
+    "baseline": 0,
+    "plain_problems": 0,
+    "plain_solved": 0,
+    "plain_baseline": 0,
+    "shown": 0,
+}
 
 
 _encode = json.JSONEncoder(sort_keys=True).encode
@@ -82,6 +94,12 @@ class Strategy:
             Sum over these problems of its mean outcome on them.
         baseline (`float`, *optional*, defaults to `0`):
             Sum over these problems of the mean outcome that other strategies had on them at the same time.
+        plain_problems (`int`, *optional*, defaults to `0`):
+            Number of these problems on which it was executed beside plain answers, which follow no strategy.
+        plain_solved (`float`, *optional*, defaults to `0`):
+            Sum over the `plain_problems` of the mean outcome of these executions.
+        plain_baseline (`float`, *optional*, defaults to `0`):
+            Sum over the `plain_problems` of the mean outcome of the plain answers.
         shown (`int`, *optional*, defaults to `0`):
             How often it was shown with a problem in training.
 
@@ -103,6 +121,9 @@ class Strategy:
     problems: int = 0
     solved: float = 0
     baseline: float = 0
+    plain_problems: int = 0
+    plain_solved: float = 0
+    plain_baseline: float = 0
     shown: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +131,7 @@ class Strategy:
             raise BankError(f"trust must be one of {', '.join(TRUST_STATES)}, got {self.trust!r}.")
         _check_counts(self.successes, self.trials, 0)
         _check_counts(self.solved, self.problems, self.baseline)
+        _check_counts(self.plain_solved, self.plain_problems, self.plain_baseline)
 
     @cached_property
     def id(self) -> str:
@@ -121,6 +143,11 @@ class Strategy:
         """Mean outcome on problems it was not written for, minus that of other strategies on the same problems."""
         return (self.solved - self.baseline) / self.problems if self.problems else 0.0
 
+    @property
+    def plain_lift(self) -> float:
+        """Mean outcome on problems it was not written for, minus that of plain answers to the same problems."""
+        return (self.plain_solved - self.plain_baseline) / self.plain_problems if self.plain_problems else 0.0
+
     def updated(self, **changes: Any) -> Self:
         """A copy with other source problems, trust state or counts, which are not checked again."""
         copy = object.__new__(type(self))
@@ -129,17 +156,7 @@ class Strategy:
 
     def quarantined(self, origin: str) -> Self:
         """A copy in quarantine, without counts and with another origin, as imports store it."""
-        return replace(
-            self,
-            origin=origin,
-            trust="quarantine",
-            successes=0,
-            trials=0,
-            problems=0,
-            solved=0,
-            baseline=0,
-            shown=0,
-        )
+        return replace(self, origin=origin, **UNVERIFIED)
 
     @cached_property
     def checksum(self) -> str:
@@ -168,6 +185,8 @@ class Outcome:
             Class of the problem. If empty, that of the strategy.
         text (`str`, *optional*, defaults to `""`):
             Text of the problem. Without it, the outcome is no evidence of harm near the problem.
+        plain (`float`, *optional*):
+            Mean outcome, in [0, 1], of plain answers to the problem at the same time. If `None`, there were none.
 
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the counts contradict each other.
@@ -180,10 +199,11 @@ class Outcome:
     baseline: float = 0.0
     problem_class: str = ""
     text: str = ""
+    plain: float | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self.successes, self.trials, 0)
-        _check_counts(self.baseline, 1, 0)
+        _check_counts(self.baseline, 1, self.plain or 0)
 
 
 @dataclass(frozen=True)
@@ -204,6 +224,12 @@ class Execution:
             Sum of their outcomes.
         baseline (`float`):
             Sum, an execution each, of the mean outcome of other strategies on the problem.
+        plain_trials (`int`, *optional*, defaults to `0`):
+            Number of the executions that were beside plain answers to the problem.
+        plain_successes (`float`, *optional*, defaults to `0`):
+            Sum of the outcomes of these executions.
+        plain_baseline (`float`, *optional*, defaults to `0`):
+            Sum, one of these executions each, of the mean outcome of the plain answers.
     """
 
     strategy_id: str
@@ -212,6 +238,9 @@ class Execution:
     trials: int
     successes: float
     baseline: float
+    plain_trials: int = 0
+    plain_successes: float = 0.0
+    plain_baseline: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -225,7 +254,8 @@ class Retrieved:
         similarity (`float`):
             Cosine similarity of its text and the problem's, in [-1, 1].
         score (`float`):
-            Similarity × utility, by which the strategies of a problem are ranked, in [0, 1].
+            Similarity × utility × [`~trl_sgpo.bank.policy.preference`], by which the strategies of a problem are
+            ranked, in [0, 2).
     """
 
     strategy: Strategy

@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
 _LIFT = (
     "A lift such as +0.11 [-0.06, +0.24] is the success rate of a strategy minus that of other strategies on the same "
     "problems, with its lower and upper bound, each with 95% confidence. A lower bound below 0 leaves open that the "
-    "strategy helps less than others."
+    "strategy helps less than others. A plain lift is the same over plain answers, which follow no strategy; it is "
+    "known where training has plain rows. A trusted strategy is useful if the lower bound of its plain lift is above "
+    "0, and one whose upper bound is below 0 is harmful and not shown."
 )
 
 

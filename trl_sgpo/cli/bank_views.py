@@ -40,6 +40,7 @@ _REASONS = {
 SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "utility": lambda strategy: policy.utility(strategy.successes, strategy.trials),
     "lift": lambda strategy: strategy.lift,
+    "plain_lift": lambda strategy: strategy.plain_lift,
     "shown": lambda strategy: strategy.shown,
     "step": lambda strategy: strategy.step,
 }
@@ -53,8 +54,19 @@ def _lift(strategy: Strategy) -> str:
     return _with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
 
 
+def _plain_lift(strategy: Strategy) -> str:
+    bounds = policy.plain_lift_bounds(strategy)
+    return _with_bounds(strategy.plain_lift, *bounds) if strategy.plain_problems else "unknown"
+
+
+def _state(strategy: Strategy) -> str:
+    """Trust state, and whether the strategy is useful or harmful."""
+    return f"{strategy.trust}{', useful' * policy.useful(strategy)}{', harmful' * policy.harmful(strategy)}"
+
+
 def _record(strategy: Strategy) -> dict[str, Any]:
     low, high = policy.lift_bounds(strategy)
+    plain_low, plain_high = policy.plain_lift_bounds(strategy)
     return {
         "id": strategy.id,
         **asdict(strategy),
@@ -62,6 +74,11 @@ def _record(strategy: Strategy) -> dict[str, Any]:
         "lift": strategy.lift,
         "lift_low": low,
         "lift_high": high,
+        "plain_lift": strategy.plain_lift,
+        "plain_lift_low": plain_low,
+        "plain_lift_high": plain_high,
+        "useful": policy.useful(strategy),
+        "harmful": policy.harmful(strategy),
         "checksum": strategy.checksum,
     }
 
@@ -124,15 +141,16 @@ def list_strategies(options: argparse.Namespace) -> int:
         return 0
     short = _short_ids(everything)
     print_table(
-        ["id", "class", "trust", "won", "problems", "lift [bounds]", "shown", "text"],
+        ["id", "class", "trust", "won", "problems", "lift [bounds]", "plain lift [bounds]", "shown", "text"],
         [
             [
                 short[strategy.id],
                 strategy.problem_class,
-                strategy.trust,
+                _state(strategy),
                 rate(strategy),
                 str(strategy.problems),
                 _lift(strategy),
+                _plain_lift(strategy),
                 str(strategy.shown),
                 strategy.text,
             ]
@@ -142,6 +160,10 @@ def list_strategies(options: argparse.Namespace) -> int:
     print(f"{len(shown)} of {len(everything)} strategies")
     if any(strategy.trust == "trusted" for strategy in shown):
         print("trusted: not inferior to other strategies on the same problems, by the tolerance of the run")
+    if any(policy.useful(strategy) for strategy in shown):
+        print("useful: better than plain answers to the same problems, which follow no strategy")
+    if any(policy.harmful(strategy) for strategy in shown):
+        print("harmful: worse than plain answers to the same problems, and not shown")
     return 0
 
 
@@ -188,13 +210,14 @@ def show(options: argparse.Namespace) -> int:
             "id": strategy.id,
             "class": strategy.problem_class,
             "text": strategy.text,
-            "trust": strategy.trust,
+            "trust": _state(strategy),
             "written by": strategy.model or "unknown",
             "in run": f"{strategy.run or 'unknown'}, at step {strategy.step}",
             "origin": strategy.origin,
             "written for": ", ".join(strategy.source_problems) or "no problem on record",
             "executions": f"{rate(strategy)} won, utility {SORT_KEYS['utility'](strategy):.2f}",
             "other problems": f"{strategy.problems}, lift {_lift(strategy)}",
+            "beside plain answers": f"{strategy.plain_problems}, plain lift {_plain_lift(strategy)}",
             "shown": f"{strategy.shown} times",
             "checksum": strategy.checksum,
         }
@@ -227,16 +250,18 @@ def search(options: argparse.Namespace) -> int:
         [
             short[hit.strategy.id],
             hit.strategy.problem_class,
-            hit.strategy.trust,
+            _state(hit.strategy),
             f"{hit.score:.2f}",
             f"{hit.similarity:.2f}",
             rate(hit.strategy),
             _lift(hit.strategy),
+            _plain_lift(hit.strategy),
             hit.strategy.text,
         ]
         for hit in found
     ]
-    print_table(["id", "class", "trust", "score", "similarity", "won", "lift [bounds]", "text"], rows)
+    lifts = ["lift [bounds]", "plain lift [bounds]"]
+    print_table(["id", "class", "trust", "score", "similarity", "won", *lifts, "text"], rows)
     if not found:
         print("Nothing found. Try another --class, or strategies that are not trusted yet: --trust candidate")
     return 0
@@ -285,13 +310,17 @@ def stats(options: argparse.Namespace) -> int:
         return "" if value is None else format(value, form)
 
     print_table(
-        ["class", *TRUST_STATES, "utility", "lift", "shown", "most shown"],
+        ["class", *TRUST_STATES, "useful", "utility", "lift", "plain lift [bounds]", "shown", "most shown"],
         [
             [
                 each["problem_class"],
                 *[str(each[state]) for state in TRUST_STATES],
+                str(each["useful"]),
                 optional(each["mean_utility"], ".2f"),
                 optional(each["mean_lift"], "+.2f"),
+                "unknown"
+                if each["plain_lift"] is None
+                else _with_bounds(each["plain_lift"], each["plain_lift_low"], each["plain_lift_high"]),
                 str(each["shown"]),
                 optional(each["most_shown_share"], ".0%"),
             ]

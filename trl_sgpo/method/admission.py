@@ -1,5 +1,7 @@
 """Admission to the bank: the strategies of transfer blocks to store, and the outcomes of all executions."""
 
+import math
+
 import torch
 
 from ..bank.policy import admissible
@@ -57,10 +59,15 @@ def proposals(
 
 
 def outcomes(
-    strategies: list[list[str]], problems: list[list[str]], classes: list[str], verified: torch.Tensor
+    strategies: list[list[str]],
+    problems: list[list[str]],
+    classes: list[str],
+    verified: torch.Tensor,
+    plain: torch.Tensor,
 ) -> list[Outcome]:
     """
-    How each strategy did on each problem of its block, compared with the other strategies on the same problem.
+    How each strategy did on each problem of its block, compared with the other strategies, and with plain answers, on
+    the same problem.
 
     Args:
         strategies (`list[list[str]]`):
@@ -71,18 +78,24 @@ def outcomes(
             Class of each block.
         verified (`torch.Tensor` of shape `(N, S, K)`):
             Outcomes by the verifier, NaN where it does not apply.
+        plain (`torch.Tensor` of shape `(N, m, K)`):
+            Those of plain answers.
 
     Returns:
         `list[Outcome]`: One for each strategy id and problem. A strategy that is the only one executed on a problem is
         compared with itself.
     """
     found = []
+    plain_means = plain.clamp(0, 1).nanmean(dim=1).tolist()
     for block, ids in enumerate(strategies):
         for position, problem in enumerate(problems[block]):
+            mean = plain_means[block][position]
+            unguided = None if math.isnan(mean) else mean
             column = verified[block, :, position].clamp(0, 1).tolist()
             rows = [(key, outcome) for key, outcome in zip(ids, column, strict=True) if outcome == outcome]
             for key in dict.fromkeys(key for key, _ in rows):
                 mine = [outcome for other, outcome in rows if other == key]
                 others = [outcome for other, outcome in rows if other != key] or mine
-                found.append(Outcome(key, problem, sum(mine), len(mine), sum(others) / len(others), classes[block]))
+                baseline = sum(others) / len(others)
+                found.append(Outcome(key, problem, sum(mine), len(mine), baseline, classes[block], plain=unguided))
     return found

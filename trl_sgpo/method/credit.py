@@ -105,6 +105,8 @@ def assign_credit(
         others = geometry.bank + geometry.plain
         return rows_of(pad(values, (0, others), value=bank_value).unsqueeze(2).expand_as(execution))
 
+    guided_means, plain_means = torch.nanmean(verified, dim=1), torch.nanmean(plain, dim=1)
+    lost = torch.where((plain_means >= 0.5) & ~guided_means.isnan(), (guided_means < 0.5).float(), torch.nan)
     on_own, on_siblings = advantages.own_and_siblings(verified, n)
     strategy_rows, execution_rows = by_row(strategy, 0.0), rows_of(execution)
     columns = {
@@ -121,6 +123,7 @@ def assign_credit(
         "strategy_reward": earned + shaping,
         "frac_blocks_no_signal": signal < 1e-2,
         "plain_correctness": plain,
-        "lift": torch.nanmean(verified, dim=1) - torch.nanmean(plain, dim=1),
+        "lift": guided_means - plain_means,
+        "harm": lost,
     }
     return Credit(strategy_rows, execution_rows, metrics, columns, verified, plain, leaked)
