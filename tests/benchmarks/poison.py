@@ -385,7 +385,7 @@ def train(
                 proposals([written], verified, OWN, leaked, sound, min_lift=0.0),
                 [
                     replace(outcome, text=texts[outcome.problem])
-                    for outcome in outcomes([[s.id for s in column]], [list(texts)], [kind], verified)
+                    for outcome in outcomes([[s.id for s in column]], [list(texts)], [kind], verified, verified[:, :0])
                 ],
                 {hit.strategy.id: 1 for found in shown for hit in found},
             )
