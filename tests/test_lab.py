@@ -14,7 +14,7 @@ from trl_sgpo.compare.lab.model import lab_tokenizer, lab_traces
 from trl_sgpo.data.warmstart import two_phase_examples
 from trl_sgpo.data.worked import traces
 from trl_sgpo.errors import ModelError
-from trl_sgpo.inference.weights import local_weights, require_model
+from trl_sgpo.inference.weights import lab_seed, local_weights, require_model
 from trl_sgpo.sgpo_config import SGPOConfig
 from trl_sgpo.vram.architectures import architectures
 
@@ -66,7 +66,7 @@ def test_commands_build_the_model_once_and_the_lookup_of_weights_does_not(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     built: list[Path] = []
 
-    def build(directory: Path) -> None:
+    def build(directory: Path, seed: int) -> None:
         directory.mkdir(parents=True)
         built.append(directory)
 
@@ -79,6 +79,8 @@ def test_commands_build_the_model_once_and_the_lookup_of_weights_does_not(
     assert lab.fetch_model("trl-sgpo/lab") == lab.fetch_model("trl-sgpo/lab") == str(built[0])
     assert require_model("trl-sgpo/lab") == local_weights("trl-sgpo/lab") == str(built[0])
     assert len(built) == 1
+    assert lab.fetch_model("trl-sgpo/lab-7") == str(built[1]) == f"{built[0]}-7"  # from another seed
+    assert [lab_seed(name) for name in ("trl-sgpo/lab", "trl-sgpo/lab-7", "trl-sgpo/lab-07")] == [0, 7, None]
     with pytest.raises(ModelError, match=r"no folder ./no/such/directory"):
         lab.fetch_model("./no/such/directory")
 
@@ -92,7 +94,7 @@ def test_a_directory_of_that_name_is_used_and_nothing_is_built(monkeypatch: pyte
 def test_an_estimate_needs_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The table of configurations has that of the laboratory's model, which is not trained for an estimate."""
     monkeypatch.setattr(lab, "build_lab_model", None)
-    known = architectures()[lab.LAB_MODEL]
+    known = architectures()["trl-sgpo/lab"]
     config = lab.lab_config(lab.lab_tokenizer()).to_dict()
     assert {name: config[name] for name in known} == known
     assert main(["estimate", "--config", RECIPE]) == 0
@@ -120,7 +122,7 @@ RECIPE = str(Path(__file__).parents[1] / "recipes" / "lab" / "sgpo.yaml")
 def test_every_command_that_takes_a_model_builds_it(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build(directory: Path) -> None:
+    def build(directory: Path, seed: int) -> None:
         raise ModelError(f"it is built in {directory.name}")
 
     monkeypatch.setattr(lab, "build_lab_model", build)

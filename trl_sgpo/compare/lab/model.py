@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.worked import Trace
-from ...inference.weights import LAB_MODEL, lab_directory, require_model
+from ...inference.weights import lab_directory, lab_seed, require_model
 from ...method.prompts import RETRIEVED_HEADER
 from .list_functions import (
     LENGTH,
@@ -38,9 +38,10 @@ _ASKED = ("strategy?", "apply", ">")
 
 
 def prepare_model(name: str) -> None:
-    """Trains the laboratory's model if `name` is `trl-sgpo/lab`, no directory, and it does not exist yet."""
-    if name == LAB_MODEL and not os.path.isdir(name) and not lab_directory().is_dir():
-        build_lab_model(lab_directory())
+    """Trains a laboratory's model if `name` is that of one, such as `trl-sgpo/lab`, and it does not exist yet."""
+    seed = lab_seed(name)
+    if seed is not None and not os.path.isdir(name) and not lab_directory(seed).is_dir():
+        build_lab_model(lab_directory(seed), seed)
 
 
 def fetch_model(name: str) -> str:
@@ -142,8 +143,8 @@ def lab_config(tokenizer: Any) -> Any:
     )
 
 
-def build_lab_model(directory: Path) -> None:
-    """Trains the laboratory's model and saves it. The directory appears only when it is complete."""
+def build_lab_model(directory: Path, seed: int = 0) -> None:
+    """Trains a laboratory's model and saves it. The directory appears only when it is complete."""
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -157,19 +158,19 @@ def build_lab_model(directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         untrained = Path(temporary, "untrained")
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
         model.generation_config = GenerationConfig(**_special_ids(tokenizer))
         model.save_pretrained(untrained)
         tokenizer.save_pretrained(untrained)
         warmstart(
             str(untrained),
-            lab_traces(EXAMPLES, seed=0),
+            lab_traces(EXAMPLES, seed=seed),
             SGPOConfig(
                 temporary,
                 strategy_prompt="{problem} {strategies} strategy?",
                 execution_prompt="apply",
-                seed=0,
+                seed=seed,
                 adam_beta2=0.98,
                 disable_tqdm=os.environ.get("CI") is not None,
                 gradient_checkpointing=False,
