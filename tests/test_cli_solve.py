@@ -20,11 +20,12 @@ import pytest
 import word_problems
 from models import hash_embedder
 from test_cli_bootstrap import GOOD, ChatServer
-from test_pipeline import PROBLEM, SETTINGS, fill_bank, save_model
+from test_pipeline import ASKED, PROBLEM, SETTINGS, fill_bank, save_model
 
 from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.bank import Strategy
 from trl_sgpo.cli.main import main
+from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.server import TOKEN_VARIABLE
 
 
@@ -111,6 +112,17 @@ class TestOneProblem:
         assert solve("--model", run, PROBLEM, "--no_bank", "--n", "4", "--seed", "7") == 0
         assert capsys.readouterr().out.endswith("Answer\n5  (2 of 4 attempts)\nOthers: 6 (1), no answer (1)\n")
 
+    def test_plain_answers_the_bare_problem(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+        found = solved(capsys, "--model", run, "--plain", PROBLEM)
+        model = TwoPhaseModel.from_pretrained(run)
+        assert found["execution"] == model.answer([ASKED], limit=28)[0] != model.answer([ASKED])[0]
+        assert found["strategy"] == "" and found["retrieved"] == [] and found["flaw"] is None
+        assert solve("--model", run, "--plain", PROBLEM) == 0
+        told = capsys.readouterr()
+        headings = ["Strategy", "Execution", "Plain answer", "From the bank", "Answer"]
+        assert [line for line in told.out.splitlines() if line in headings] == ["Plain answer", "Answer"]
+        assert "Bank" not in told.err and "plain answer was cut off, at 28 tokens" in told.err
+
     def test_problem_on_standard_input(
         self, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -165,6 +177,22 @@ class TestFile:
             assert solve(*arguments, "--output", str(stopped), *other) == 2
             assert "--overwrite" in capsys.readouterr().err
         assert stopped.read_bytes() == whole.read_bytes()
+
+
+    def test_plain_answers_go_on_and_are_no_others(
+        self, run: str, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["--model", run, "--input", str(sums), "--output", str(tmp_path / "out.jsonl"), "--batch_size", "4"]
+        assert solve(*arguments, "--plain") == 0
+        whole = (tmp_path / "out.jsonl").read_bytes()
+        entries = [json.loads(line) for line in whole.splitlines()]
+        assert len(entries) == 7 and {(entry["strategy"], len(entry["retrieved"])) for entry in entries} == {("", 0)}
+        one = solved(capsys, "--model", run, "--plain", "What is 0 + 1?")
+        assert one["execution"] == entries[0]["execution"]
+        (tmp_path / "out.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+        assert solve(*arguments, "--plain") == 0 and (tmp_path / "out.jsonl").read_bytes() == whole
+        assert solve(*arguments, "--no_bank") == 2
+        assert "made otherwise (plain)" in capsys.readouterr().err
 
 
 class TestTerminal:
@@ -237,6 +265,17 @@ class TestServer:
     ) -> None:
         assert solve("--server", server.url, "--model", "m", "--strategy", GOOD, "What is 20 + 3?") == 0
         assert capsys.readouterr().out.endswith("20 + 3 = 23\n#### 23\nAnswer\n23\n")
+        assert server.requests[-1]["stream"] is True
+
+    def test_plain_answers(self, server: ChatServer, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+        server.say = lambda body: "It is #### 5"  # type: ignore[method-assign]
+        found = solved(capsys, "--server", server.url, "--model", "m", "--run", run, "--plain", PROBLEM)
+        assert found["answer"] == "5" and found["strategy"] == "" and len(server.requests) == 1
+        (request,) = server.requests
+        assert request["messages"] == ASKED and request["max_tokens"] == 28
+        assert solve("--server", server.url, "--model", "m", "--plain", PROBLEM) == 0
+        told = capsys.readouterr()
+        assert told.out.endswith("Plain answer\nIt is #### 5\nAnswer\n5\n") and "bank" not in told.err
         assert server.requests[-1]["stream"] is True
 
     def test_one_line_that_names_the_fix(
@@ -321,6 +360,11 @@ class TestMessages:
             (["--model", "MODEL", PROBLEM, "--n", "2", "--temperature", "0"], "all the same"),
             (["--model", "MODEL", PROBLEM, "--top_p", "0"], "`--top_p`"),
             (["--model", "MODEL", PROBLEM, "--bank", "x", "--no_bank"], "`--bank`"),
+            (["--model", "MODEL", PROBLEM, "--plain", "--strategy", "Add."], "which `--strategy` would use"),
+            (
+                ["--model", "MODEL", PROBLEM, "--plain", "--bank", "x", "--class", "a", "--num_retrieved", "1"],
+                "`--plain` answers without strategies, which `--bank`, `--num_retrieved`, `--class` would use: leave",
+            ),
             (["--model", "MODEL", PROBLEM, "--bank", "nowhere"], "holds no strategy bank (there is no such folder)"),
             (["--model", "MODEL", PROBLEM, "--bank", "runs/none"], "There is no folder runs/none, and an export"),
             (["--model", "MODEL", PROBLEM, "--run", "nowhere"], "`--run`"),

@@ -149,6 +149,28 @@ class TestPipeline:
             with pytest.raises(ConfigError, match="all the same"):
                 pipeline(PROBLEM, samples=2, decoding=Decoding())
 
+    def test_plain_answers_are_as_long_as_both_phases(self, run: str) -> None:
+        with SGPOPipeline.from_pretrained(run) as pipeline:
+            heard: list[tuple[str, str]] = []
+            solution = pipeline(PROBLEM, plain=True, watch=lambda *said: heard.append(said))
+            assert solution.execution == pipeline.model.answer([ASKED], limit=28)[0]
+            assert solution.strategy == "" and not solution.retrieved and pipeline(PROBLEM).retrieved
+            assert heard[0] == ("plain answer", "") and "".join(text for _, text in heard) == solution.execution
+            sampled = pipeline(PROBLEM, plain=True, samples=3)
+            assert len({attempt.execution for attempt in sampled.attempts}) == 3
+            with pytest.raises(ConfigError, match="leave out the strategy"):
+                pipeline(PROBLEM, strategy="Add.", plain=True)
+
+    def test_plain_answers_need_no_room_for_the_request_of_a_strategy(self, tmp_path: Path) -> None:
+        SETTINGS.save(tmp_path)
+        model = TwoPhaseModel.from_pretrained(save_tiny_model(tmp_path, "gpt2", n_positions=128))
+        pipeline = SGPOPipeline(model)
+        pipeline.check_room([PROBLEM], plain=True)
+        with pytest.raises(ConfigError, match="and the model has 128 positions"):
+            pipeline.check_room([PROBLEM])
+        with pytest.raises(ConfigError, match="28 of `max_completion_length`"):
+            pipeline.check_room([PROBLEM * 12], plain=True)
+
     def test_adapter_and_what_it_merges_to(self, adapter: str, run: str, tmp_path: Path) -> None:
         merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run), adapter).merge_and_unload()
         merged.save_pretrained(tmp_path)

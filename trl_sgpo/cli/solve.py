@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..method.problem import Problem
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+OF_STRATEGIES = ("strategy", "bank", "embedding_model", "num_retrieved", "problem_class")
 
 CHAT_HELP = """\
 Write a problem to solve it. Problems are independent: earlier ones are not remembered.
@@ -51,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="trl-sgpo solve",
         allow_abbrev=False,
         description="Solve problems with a trained model: show it trusted strategies of its bank, let it write a "
-        "strategy, then execute it. With PROBLEM one problem, with --input a file of them, otherwise those that you "
-        "write in the terminal.",
+        "strategy, then execute it, or with --plain answer at once. With PROBLEM one problem, with --input a file of "
+        "them, otherwise those that you write in the terminal.",
     )
     parser.add_argument("problem", nargs="?", metavar="PROBLEM", help="what is to be solved")
     parser.add_argument(
@@ -110,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bank.add_argument("--num_retrieved", type=int, metavar="N", help="strategies of the bank shown (as trained)")
     bank.add_argument("--strategy", metavar="TEXT", help="execute this strategy; none is retrieved")
+    bank.add_argument(
+        "--plain", action="store_true", help="answer the bare problem, without a strategy and without a bank, at up to "
+        "the length of both phases",
+    )  # fmt: skip
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--n", type=int, default=1, metavar="N", help="attempts, each with its own strategy, and a vote on their "
@@ -166,6 +171,10 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("`--n` attempts at `--temperature 0` are all the same: leave one of them out.")
     if options.strategy is not None and not options.strategy.strip():
         raise ConfigError("`--strategy` is empty: write one, or leave it out and let the model write it.")
+    strategies = [name for name in OF_STRATEGIES if vars(options)[name] is not None]
+    if options.plain and strategies:
+        names = ", ".join(f"`--{name.removeprefix('problem_')}`" for name in strategies)
+        raise ConfigError(f"`--plain` answers without strategies, which {names} would use: leave one of them out.")
     if options.bank is not None and (options.no_bank or options.strategy is not None):
         raise ConfigError("`--bank` shows strategies; `--no_bank` and `--strategy` show none: leave one of them out.")
     if options.trust_bank and options.bank is None:
@@ -207,7 +216,9 @@ def _solve(options: argparse.Namespace) -> int:
     with open_pipeline(options) as pipeline:
         if options.json:
             prepared = pipeline.prepare([problem.strip()], [options.problem_class])
-            (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options))
+            (solution,) = pipeline.solve(
+                prepared, options.strategy, options.n, _decoding(options), plain=options.plain
+            )
             print(json.dumps(solution.to_dict(), indent=2))
         else:
             _solve_aloud(pipeline, problem.strip(), options)
@@ -220,13 +231,14 @@ def _solve_aloud(pipeline: "SGPOPipeline", problem: str, options: argparse.Names
     if prepared[0].retrieved:
         _print_shown(prepared[0])
     watch = _printer() if options.n == 1 else None
-    (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options), watch)
+    (solution,) = pipeline.solve(prepared, options.strategy, options.n, _decoding(options), watch, options.plain)
     if watch is None:
-        _heading("Strategy")
-        _write(solution.strategy)
-        _heading("Execution")
+        if not options.plain:
+            _heading("Strategy")
+            _write(solution.strategy)
+        _heading("Plain answer" if options.plain else "Execution")
         _write(solution.execution.strip())
-    _print_answer(solution, pipeline)
+    _print_answer(solution, pipeline, options.plain)
 
 
 def _print_shown(problem: "Problem") -> None:
@@ -251,7 +263,7 @@ def _printer() -> Callable[[str, str], None]:
     return watch
 
 
-def _print_answer(solution: "Solution", pipeline: "SGPOPipeline") -> None:
+def _print_answer(solution: "Solution", pipeline: "SGPOPipeline", plain: bool) -> None:
     attempts, settings = len(solution.attempts), pipeline.model.settings
     _heading("Answer")
     agree = f"  ({solution.votes[0][1]} of {attempts} attempts)" if attempts > 1 and solution.answer else ""
@@ -269,9 +281,11 @@ def _print_answer(solution: "Solution", pipeline: "SGPOPipeline") -> None:
         limit = settings.max_strategy_length
         print(f"The strategy was cut off at {limit} tokens: see `--max_strategy_length`.", file=sys.stderr)
     if solution.answer is None:
+        text = "plain answer" if plain else "execution"
+        limit = settings.max_plain_length if plain else settings.max_completion_length
         print(
-            'An answer is what follows ####, stands in \\boxed{} or follows "answer is". If the execution was cut '
-            f"off, at {settings.max_completion_length} tokens, raise `--max_completion_length`.",
+            f'An answer is what follows ####, stands in \\boxed{{}} or follows "answer is". If the {text} was cut '
+            f"off, at {limit} tokens, raise `--max_completion_length`.",
             file=sys.stderr,
         )
 
@@ -362,6 +376,7 @@ def _solve_file(options: argparse.Namespace) -> int:
             "dtype": [options.dtype, options.load_in_4bit],
             "settings": asdict(model.settings),
             "strategy": options.strategy,
+            "plain": options.plain,
             "class": options.problem_class,
             "decoding": [options.n, options.temperature, options.top_p, options.seed, options.batch_size],
         }
@@ -376,6 +391,7 @@ def _solve_file(options: argparse.Namespace) -> int:
             _decoding(options),
             options.batch_size,
             options.overwrite,
+            options.plain,
         )
     print(f"{len(prompts)} problems in {output}; {answered} of {solved} solved now have an answer.")
     return 0

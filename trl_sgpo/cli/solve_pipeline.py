@@ -26,7 +26,7 @@ def open_pipeline(options: argparse.Namespace) -> "SGPOPipeline":
     from ..inference.pipeline import SGPOPipeline
     from ..inference.server import TOKEN_VARIABLE
 
-    bank = None if options.no_bank or options.strategy is not None else options.bank or "auto"
+    bank = options.bank or "auto" if _shows_strategies(options) else None
     try:
         if options.server is not None:
             pipeline = SGPOPipeline.from_server(
@@ -65,6 +65,10 @@ def open_pipeline(options: argparse.Namespace) -> "SGPOPipeline":
     pipeline.model.settings = replace(pipeline.model.settings, **given)
     _tell_bank(pipeline, options)
     return pipeline
+
+
+def _shows_strategies(options: argparse.Namespace) -> bool:
+    return not (options.no_bank or options.plain or options.strategy is not None)
 
 
 def _copy_to_use(options: argparse.Namespace) -> str:
@@ -112,7 +116,7 @@ def _for_classes(strategies: "Sequence[Strategy]") -> str:
 def _tell_bank(pipeline: "SGPOPipeline", options: argparse.Namespace) -> None:
     if pipeline.pulled is not None:
         print(f"Pulled {pipeline.pulled}.", file=sys.stderr)
-    if options.no_bank or options.strategy is not None:
+    if not _shows_strategies(options):
         return
     if pipeline.bank is None:
         where = options.run or options.model

@@ -181,6 +181,7 @@ class TwoPhaseModel:
         prompts: Sequence[Prompt],
         shown: int = 0,
         phases: Sequence[str] = (STRATEGY, EXECUTION),
+        plain: bool = False,
     ) -> None:
         """
         Checks before long work that the model has positions for all that prompts can lead to, see
@@ -193,12 +194,17 @@ class TwoPhaseModel:
                 Strategies of a bank that are shown with a problem.
             phases (`Sequence[str]`, *optional*):
                 Limits of what is generated, in order.
+            plain (`bool`, *optional*, defaults to `False`):
+                Whether problems are answered without a strategy, at up to the length of both phases.
 
         Raises:
             [`ConfigError`]: It has not. The message names the settings to lower.
         """
+        settings = self.settings
+        if plain:
+            settings, phases = replace(settings, max_completion_length=settings.max_plain_length), [EXECUTION]
         virtual = self.model.active_peft_config.num_virtual_tokens if is_prompt_learning(self.model) else 0
-        check_context_length(self.model.config, self.conversation, prompts, self.settings, shown, virtual, phases)
+        check_context_length(self.model.config, self.conversation, prompts, settings, shown, virtual, phases)
 
     def write_strategies(
         self,
@@ -283,7 +289,12 @@ class TwoPhaseModel:
         return self._complete(contexts, decoding, progress, stream)
 
     def answer(
-        self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+        stream: Stream | None = None,
+        limit: int | None = None,
     ) -> list[str]:
         """
         Answers prompts as they are, without a strategy.
@@ -295,12 +306,16 @@ class TwoPhaseModel:
                 How to decode, greedily by default.
             progress (`str`, *optional*):
                 Name of a progress bar. None is shown by default.
+            stream (`Callable[[str], None]`, *optional*):
+                Called with pieces of the text while it is generated. For one problem only.
+            limit (`int`, *optional*):
+                Maximum number of tokens of an answer. If `None`, that of an execution.
 
         Returns:
             `list[str]`: Completions.
         """
         contexts = list(map(self.conversation.plain_request, prompts))
-        return [text for text, _ in self._complete(contexts, decoding, progress)]
+        return [text for text, _ in self._complete(contexts, decoding, progress, stream, limit)]
 
     def continue_from(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], decoding: Decoding | None = None
@@ -330,8 +345,9 @@ class TwoPhaseModel:
         decoding: Decoding | None,
         progress: str | None,
         stream: Stream | None = None,
+        limit: int | None = None,
     ) -> list[tuple[str, bool]]:
-        limit = self.settings.max_completion_length
+        limit = self.settings.max_completion_length if limit is None else limit
         generated = self._generate(contexts, limit, decoding or Decoding(), progress, stream)
         return [(self._decode(ids), end is None) for ids, end in generated]
 

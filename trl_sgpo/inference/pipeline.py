@@ -239,7 +239,7 @@ class SGPOPipeline:
             prepared.append(problem)
         return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
 
-    def check_room(self, problems: Sequence[Prompt], strategy: str | None = None) -> None:
+    def check_room(self, problems: Sequence[Prompt], strategy: str | None = None, plain: bool = False) -> None:
         """
         Checks all problems before the first is solved. The arguments are those of [`SGPOPipeline.prepare`] and
         [`SGPOPipeline.solve`].
@@ -250,8 +250,8 @@ class SGPOPipeline:
         """
         prompts = [problem.prompt for problem in self.prepare(problems, retrieve=False)]
         if isinstance(self.model, TwoPhaseModel):
-            shown = 0 if self.bank is None or strategy is not None else self.model.settings.num_retrieved
-            self.model.check_room(prompts, shown, [STRATEGY, EXECUTION] if strategy is None else [EXECUTION])
+            shown = 0 if self.bank is None or strategy is not None or plain else self.model.settings.num_retrieved
+            self.model.check_room(prompts, shown, [STRATEGY, EXECUTION] if strategy is None else [EXECUTION], plain)
 
     def solve(
         self,
@@ -260,6 +260,7 @@ class SGPOPipeline:
         samples: int = 1,
         decoding: Decoding | None = None,
         watch: Watch | None = None,
+        plain: bool = False,
     ) -> list[Solution]:
         """
         Solves prepared problems.
@@ -274,29 +275,40 @@ class SGPOPipeline:
             decoding ([`~trl_sgpo.inference.model.Decoding`], *optional*):
                 How to decode. If `None`, greedily for one attempt and sampled for more.
             watch (`Callable[[str, str], None]`, *optional*):
-                Called with `"strategy"` or `"execution"` and a piece of text while it is generated, and with an empty
-                one where the phase begins. For one attempt at one problem only.
+                Called with `"strategy"`, `"execution"` or `"plain answer"` and a piece of text while it is generated,
+                and with an empty one where the phase begins. For one attempt at one problem only.
+            plain (`bool`, *optional*, defaults to `False`):
+                Whether to answer the bare problems, without a strategy. An answer may be as long as a strategy and an
+                execution together, and the strategies of the solutions are empty.
 
         Returns:
             `list[Solution]`: In the order of the problems.
 
         Raises:
-            [`ConfigError`]: Several attempts that would all be the same, or a strategy without text.
+            [`ConfigError`]: Several attempts that would all be the same, a strategy without text, or one for a plain
+                answer.
         """
         decoding = decoding or Decoding(greedy=samples == 1)
         if samples > 1 and decoding.greedy:
             raise ConfigError("Greedy attempts are all the same: sample them (`--temperature` above 0), or make one.")
+        if strategy is not None and plain:
+            raise ConfigError("A plain answer executes no strategy: leave out the strategy, or `plain`.")
         if strategy is not None and not strategy.strip():
             raise ConfigError("The strategy is empty: write one, or leave it out and let the model write it.")
         if found := misplaced(strategy, halves_only=True):
             raise ConfigError(f"The strategy holds {found}: remove the character.")
         rows = [problem for problem in problems for _ in range(samples)]
-        if strategy is not None:
-            written = [ParsedStrategy(strategy.strip())] * len(rows)
-        else:
-            written = self.model.write_strategies(rows, decoding, stream=_phase(watch, "strategy"))
         executing = replace(decoding, seed=derived_seed(decoding.seed, "execution"))
-        executions = self.model.execute(rows, written, executing, stream=_phase(watch, "execution"))
+        if plain:
+            written, prompts = [ParsedStrategy("")] * len(rows), [row.prompt for row in rows]
+            stream, limit = _phase(watch, "plain answer"), self.model.settings.max_plain_length
+            executions = self.model.answer(prompts, executing, stream=stream, limit=limit)
+        else:
+            if strategy is not None:
+                written = [ParsedStrategy(strategy.strip())] * len(rows)
+            else:
+                written = self.model.write_strategies(rows, decoding, stream=_phase(watch, "strategy"))
+            executions = self.model.execute(rows, written, executing, stream=_phase(watch, "execution"))
         attempts = [
             Attempt(each.text, execution, final_answer(execution), each.flaw)
             for each, execution in zip(written, executions, strict=True)
@@ -313,13 +325,14 @@ class SGPOPipeline:
         samples: int = 1,
         decoding: Decoding | None = None,
         watch: Watch | None = None,
+        plain: bool = False,
     ) -> Solution:
         """
         Prepares and solves one problem. The arguments are those of [`SGPOPipeline.prepare`] and
-        [`SGPOPipeline.solve`]. With a `strategy`, none is retrieved from the bank.
+        [`SGPOPipeline.solve`]. With a `strategy`, or `plain`, none is retrieved from the bank.
         """
-        prepared = self.prepare([problem], [problem_class], retrieve=strategy is None)
-        return self.solve(prepared, strategy, samples, decoding, watch)[0]
+        prepared = self.prepare([problem], [problem_class], retrieve=strategy is None and not plain)
+        return self.solve(prepared, strategy, samples, decoding, watch, plain)[0]
 
     def close(self) -> None:
         """Close the bank, if it was opened here."""

@@ -190,11 +190,17 @@ class ServerModel:
         return [each.text for each in completed]
 
     def answer(
-        self, prompts: Sequence[Prompt], decoding: Decoding | None = None, progress: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding | None = None,
+        progress: str | None = None,
+        stream: Stream | None = None,
+        limit: int | None = None,
     ) -> list[str]:
         """Answers prompts as they are, without a strategy."""
         requests = [self._prompt(prompt) for prompt in prompts]
-        completed = self._complete(requests, self.settings.max_completion_length, decoding, progress)
+        limit = self.settings.max_completion_length if limit is None else limit
+        completed = self._complete(requests, limit, decoding, progress, stream)
         return [each.text for each in completed]
 
     def _request(self, problem: Problem) -> Prompt:

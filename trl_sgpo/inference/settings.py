@@ -94,6 +94,11 @@ class TwoPhaseSettings:
             object.__setattr__(self, "strategy_prompt", default_strategy_prompt(self.strategy_format))
         check_strategy_prompt(self.strategy_prompt)
 
+    @property
+    def max_plain_length(self) -> int:
+        """Tokens of a plain answer that is compared with a strategy and its execution: as many as both."""
+        return self.max_strategy_length + self.max_completion_length
+
     @classmethod
     def from_config(cls, config: "SGPOConfig", prompt: Prompt | None = None) -> "TwoPhaseSettings":
         """Takes the settings of a training configuration, and system message and kind of one of its prompts."""

@@ -19,9 +19,9 @@ class Attempt:
 
     Args:
         strategy (`str`):
-            The strategy.
+            The strategy, empty in a plain answer.
         execution (`str`):
-            Its execution on the problem.
+            Its execution on the problem, or the plain answer.
         answer (`str` or `None`):
             Final answer in the execution, see [`~trl_sgpo.data.final_answers.final_answer`].
         flaw (`str`, *optional*):

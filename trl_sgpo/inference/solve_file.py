@@ -39,6 +39,7 @@ def solve_file(
     decoding: Decoding,
     batch_size: int,
     overwrite: bool,
+    plain: bool = False,
 ) -> tuple[int, int]:
     """
     Solves problems and appends a line for each to a file, which is synced to disk after each batch.
@@ -60,6 +61,8 @@ def solve_file(
             Problems a batch.
         overwrite (`bool`):
             Whether to drop the answers in the file.
+        plain (`bool`, *optional*, defaults to `False`):
+            As in [`SGPOPipeline.solve`].
 
     Returns:
         `tuple[int, int]`: How many problems have an answer now, of how many that this call solved.
@@ -68,7 +71,7 @@ def solve_file(
         [`ConfigError`]: The file has other content than answers to these problems, or the model has no positions for
             one of them.
     """
-    pipeline.check_room(prompts, strategy)
+    pipeline.check_room(prompts, strategy, plain)
     problems = [problem_text(prompt) for prompt in prompts]
     done, length = (0, 0) if overwrite else _finished(output, made_by, problems, batch_size)
     answered = 0
@@ -80,8 +83,8 @@ def solve_file(
         for start in range(done, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             chosen = replace(decoding, seed=derived_seed(decoding.seed, "file", start))
-            prepared = pipeline.prepare(prompts[part], classes[part])
-            for index, solution in enumerate(pipeline.solve(prepared, strategy, samples, chosen), start):
+            prepared = pipeline.prepare(prompts[part], classes[part], retrieve=not plain)
+            for index, solution in enumerate(pipeline.solve(prepared, strategy, samples, chosen, plain=plain), start):
                 file.write(json.dumps({"index": index, **solution.to_dict(), "made_by": made_by}) + "\n")
                 answered += solution.answer is not None
             file.flush()
