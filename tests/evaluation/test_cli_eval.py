@@ -84,6 +84,33 @@ def test_what_an_evaluation_leaves(arguments, tmp_path, capsys):
     assert main(again) == 0 and (tmp_path / "again" / "results.json").read_bytes() == first
 
 
+def test_plain_answers_are_measured_beside_two_phases(arguments, tmp_path, capsys, monkeypatch):
+    arguments, out = [*arguments[: arguments.index("--transfer")], "--no_plots"], tmp_path / "out"
+    assert main([*arguments, "--no_plain"]) == 0
+    before = json.loads((out / "results.json").read_text())["suites"]
+    chunks = (out / "rows.jsonl").read_bytes()
+    assert all("plain" not in suite and suite["own"]["accuracy"] == suite["accuracy"] for suite in before.values())
+    with monkeypatch.context() as patch:
+        patch.setattr(TwoPhaseModel, "write_strategies", None)  # what was finished without plain answers counts
+        assert main(arguments) == 0
+    assert (out / "rows.jsonl").read_bytes().startswith(chunks)
+    suites = json.loads((out / "results.json").read_text())["suites"]
+    for name, suite in suites.items():
+        plain = suite.pop("plain")
+        assert suite == before[name] and plain["accuracy"]["problems"] == suite["problems"]
+        assert plain["sampled"]["samples"] == 2 and plain["generated_tokens"] > 0
+    told = capsys.readouterr().out
+    assert "Plain answers, own strategies, bank" in told and "gsm8k, sampled" in told
+    assert "| accuracy | plain | own strategy | bank |" in (out / "results.md").read_text()
+    # as the form alone, with as many tokens
+    length = ["--form", "plain", "--max_completion_length", "12", "--output_dir", str(tmp_path / "plain")]
+    assert main([*arguments, *length]) == 0
+    alone = json.loads((tmp_path / "plain" / "results.json").read_text())["suites"]["gsm8k"]
+    assert plain.keys() < alone.keys() and "plain" not in alone
+    plain = json.loads((out / "results.json").read_text())["suites"]["gsm8k"]["plain"]
+    assert plain == {key: alone[key] for key in plain}
+
+
 def test_suite_that_names_its_columns(tiny, tmp_path):
     word_problems.write(tmp_path / "svamp.jsonl", word_problems.svamp(6))
     suite = {"name": "words", "path": str(tmp_path / "svamp.jsonl"), "prompt_template": "{body} {question}"}
@@ -275,12 +302,17 @@ def test_banks(tmp_path, arguments, capsys, monkeypatch):
     arguments = [*arguments, "--model", model, "--no_plots", "--overwrite"]
     assert main(arguments) == 0
     assert "strategy_bank is not used: pass `--bank auto`" in capsys.readouterr().out
+    without = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["ood"]
     assert main([*arguments, "--bank", "auto"]) == 0
     chunks = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    shown = {row["class"]: row["shown"] for chunk in chunks for row in chunk.get("results", [])}
+    main_pass = [chunk for chunk in chunks if chunk["key"].startswith("suite/")]
+    shown = {row["class"]: row["shown"] for chunk in main_pass for row in chunk["results"]}
     assert len(shown["kind-0"]) == 1 and shown["kind-1"] == []
     first = (tmp_path / "out" / "results.json").read_bytes()
     assert "own_with_bank" in json.loads(first)["transfer"]["ood"]["conditions"]
+    suite = json.loads(first)["suites"]["ood"]
+    assert suite["bank"]["accuracy"] == suite["accuracy"]
+    assert suite["own"] == without["own"] and suite["plain"] == without["plain"] and "bank" not in without
     assert main([*arguments, "--bank", str(tmp_path / "snapshot")]) == 0
     assert (tmp_path / "out" / "results.json").read_bytes() == first
     assert {path.name: path.read_bytes() for path in (tmp_path / "snapshot").iterdir()} == snapshot
@@ -325,6 +357,8 @@ def test_unknown_keys_and_missing_choices(tmp_path, tiny):
         main(["--model", tiny])
     with pytest.raises(ConfigError, match="--model"):
         main(["--suites", "gsm8k"])
+    with pytest.raises(ConfigError, match="leave out `--no_plain`"):
+        main(["--model", tiny, "--suites", "gsm8k", "--form", "plain", "--no_plain"])
     with pytest.raises(ConfigError, match="leave out `--bank`"):
         main(["--model", tiny, "--suites", "gsm8k", "--form", "plain", "--bank", "auto"])
 

@@ -15,7 +15,14 @@ from trl_sgpo.bank import StrategyBank, problem_id
 from trl_sgpo.data.tasks import answer_reward, same_answer
 from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.evaluation.chunks import ChunkLog
-from trl_sgpo.evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
+from trl_sgpo.evaluation.runner import (
+    Protocol,
+    evaluate_suite,
+    evaluate_ways,
+    suite_texts,
+    summarise_kinds,
+    ways_texts,
+)
 from trl_sgpo.evaluation.statistics import (
     class_mean_estimate,
     derived_seed,
@@ -25,6 +32,7 @@ from trl_sgpo.evaluation.statistics import (
     wilson_interval,
 )
 from trl_sgpo.evaluation.suites import LoadedSuite, Suite
+from trl_sgpo.evaluation.tables import tables, ways_table
 from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 
@@ -99,6 +107,7 @@ class Solver:
         self.generated_tokens = 0
         self.seeds = []
         self.shown = []
+        self.limits = []
 
     def write_strategies(self, given_problems, decoding):
         from trl_sgpo.method.prompts import parse_strategy
@@ -114,7 +123,8 @@ class Solver:
             for i, problem in enumerate(given_problems)
         ]
 
-    def answer(self, prompts, decoding):
+    def answer(self, prompts, decoding, limit):
+        self.limits.append(limit)
         self.generated_tokens += 5 * len(prompts)
         return ["no idea" for _ in prompts]
 
@@ -140,6 +150,41 @@ def test_a_plain_evaluation_writes_no_strategy():
     solver = Solver()
     result = evaluate_suite(solver, loaded(), answer_reward, Protocol(form="plain"))
     assert result["accuracy"]["value"] == 0.0 and not solver.seeds and result["generated_tokens"] == 35
+    assert solver.limits == [None]
+
+
+def test_a_two_phase_model_is_measured_in_three_ways(tmp_path):
+    protocol, solver = Protocol(samples=2, chunk_size=4), Solver()
+    keys = []
+
+    def run(key, texts, compute):
+        keys.append((key, texts))
+        return compute()
+
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        bank.add([make("others", "kind-1", trust="trusted")])
+        found = evaluate_ways(solver, loaded(), answer_reward, protocol, bank, run)
+        shown = [texts for texts in solver.shown if texts]
+        without = evaluate_ways(Solver(), loaded(), answer_reward, protocol, plain=False)
+        assert len(shown) == 3 * 3  # of one class and one pass
+        with_bank = evaluate_suite(Solver(), loaded(), answer_reward, protocol, bank)
+    assert {key: found[key] for key in with_bank} == with_bank
+    assert found["bank"]["accuracy"] == found["own"]["accuracy"] == without["accuracy"] == without["own"]["accuracy"]
+    assert found["own"]["sampled"] == without["sampled"]  # the same draws
+    assert found["plain"]["accuracy"]["value"] == 0.0 and found["plain"]["sampled"]["accuracy"]["value"] == 0.0
+    assert (found["plain"]["generated_tokens"], found["own"]["generated_tokens"]) == (7 * 3 * 5, 7 * 3 * 10)
+    assert set(solver.limits) == {128 + 256} and not {"plain", "bank"} & without.keys()
+    assert [key for key, _ in keys] == [f"{part}/sums/{i}" for part in ("suite", "own", "plain") for i in (0, 4)]
+    assert sum(texts for _, texts in keys) == ways_texts(7, protocol, bank=True, plain=True) == 7 * 3 * 5
+    assert ways_texts(7, protocol, bank=False, plain=False) == suite_texts(7, protocol)
+    (table,) = [
+        table for table in tables({"suites": {"sums": found}, "kinds": {}, "transfer": {}}) if "own" in table.title
+    ]
+    assert table.columns == ["accuracy", "plain", "own strategy", "bank"]
+    assert [row[0] for row in table.rows] == ["sums, greedy", "sums, sampled"]
+    assert table.rows[0][1:] == ["0.000 [0.000, 0.354]", *["1.000 [0.646, 1.000]"] * 2]
+    assert ways_table({"sums": without}).rows[0][1:] == ["–", "1.000 [0.646, 1.000]", "–"]
+    assert ways_table({"sums": with_bank}) is None  # an evaluation of an earlier version
 
 
 def test_what_the_verifier_cannot_tell_is_counted_apart():

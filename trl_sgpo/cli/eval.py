@@ -77,7 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="N problems a suite, always the same ones (all)")
     parser.add_argument(
-        "--form", choices=("two_phase", "plain"), default="two_phase", help="strategy first, or answer at once"
+        "--form",
+        choices=("two_phase", "plain"),
+        default="two_phase",
+        help="strategy first (two texts an attempt), and plain answers beside it; or plain answers only (one text)",
+    )
+    parser.add_argument(
+        "--no_plain",
+        action="store_true",
+        help="measure no plain answers beside two_phase, which are one more text an attempt, at up to the length of "
+        "the other two",
     )
     parser.add_argument(
         "--samples", type=int, default=0, metavar="N", help="sampled attempts a problem, beside the greedy one (0)"
@@ -91,7 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         "--verifier", default="answer_reward", help="reward function, by name or dotted path (answer_reward)"
     )
     parser.add_argument(
-        "--bank", metavar="DIR", help="bank whose trusted strategies are shown; auto: the one beside the model"
+        "--bank",
+        metavar="DIR",
+        help="bank whose trusted strategies are shown; auto: the one beside the model. Own strategies without it are "
+        "measured too: two more texts an attempt",
     )
     parser.add_argument("--embedding_model", metavar="MODEL", help="of the bank (the one that it was made with)")
     transfer = parser.add_argument_group("transfer")
@@ -162,6 +174,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         )
     if options.bank is not None and options.form == "plain" and options.transfer is None:
         raise ConfigError("Plain answers see no strategies: leave out `--bank`, or use `--form two_phase`.")
+    if options.no_plain and options.form == "plain":
+        raise ConfigError("`--form plain` measures plain answers only: leave out `--no_plain`, or `--form`.")
     return options
 
 
@@ -241,7 +255,14 @@ def evaluate(options: argparse.Namespace) -> int:
     from ..evaluation.chunks import ChunkLog
     from ..evaluation.digest import depends_on, digest
     from ..evaluation.hub_results import write_hub_results
-    from ..evaluation.runner import Protocol, evaluate_suite, suite_texts, summarise_kinds
+    from ..evaluation.runner import (
+        Protocol,
+        evaluate_suite,
+        evaluate_ways,
+        suite_texts,
+        summarise_kinds,
+        ways_texts,
+    )
     from ..evaluation.tables import tables, write_results
     from ..evaluation.transfer_plan import plan_transfer
     from ..evaluation.transfer_score import measure_plan
@@ -289,14 +310,21 @@ def evaluate(options: argparse.Namespace) -> int:
                 "transfer": {name: digest(asdict(plan)) for name, plan in plans.items()},
             }
         )
-        texts = sum(suite_texts(len(each.rows), protocol) for each in loaded)
-        texts += sum(plan.texts for plan in plans.values())
+        guided, plain = options.form == "two_phase", not options.no_plain
+        shown = bank if guided else None
+        texts = sum(plan.texts for plan in plans.values())
+        for each in loaded:
+            size = len(each.rows)
+            texts += ways_texts(size, protocol, shown is not None, plain) if guided else suite_texts(size, protocol)
         log = stack.enter_context(ChunkLog(output, settings, texts, options.overwrite))
-        shown = bank if options.form == "two_phase" else None
         results: dict[str, Any] = {"settings": settings, "suites": {}, "transfer": {}}
         for each in loaded:
             name = each.suite.name
-            results["suites"][name] = evaluate_suite(model, each, verifier, protocol, shown, log.run)
+            results["suites"][name] = (
+                evaluate_ways(model, each, verifier, protocol, shown, log.run, plain)
+                if guided
+                else evaluate_suite(model, each, verifier, protocol, run=log.run)
+            )
             if name in plans:
                 report = measure_plan(
                     model,
@@ -312,7 +340,7 @@ def evaluate(options: argparse.Namespace) -> int:
                 )
                 results["transfer"][name] = report.to_dict()
     results["kinds"] = summarise_kinds(results["suites"])
-    setup = f"{'strategy, then execution' if options.form == 'two_phase' else 'plain answer'}, greedy, zero-shot"
+    setup = f"{'strategy, then execution' if guided else 'plain answer'}, greedy, zero-shot"
     setup += ", with a strategy bank" if shown is not None else ""
     written = write_results(output, results, not options.no_plots)
     written += write_hub_results(output, Path(options.model).name, suites, results["suites"], setup)

@@ -52,6 +52,8 @@ class Protocol:
             Seed of all random draws.
         chunk_size (`int`, *optional*, defaults to `32`):
             Problems a chunk.
+        plain_length (`int`, *optional*):
+            Maximum number of tokens of a plain answer. If `None`, that of an execution.
     """
 
     form: str = "two_phase"
@@ -60,6 +62,7 @@ class Protocol:
     top_p: float = 1.0
     seed: int = 42
     chunk_size: int = 32
+    plain_length: int | None = None
 
 
 def evaluate_suite(
@@ -69,6 +72,7 @@ def evaluate_suite(
     protocol: Protocol,
     bank: "StrategyBank | None" = None,
     run: RunChunk = run_now,
+    part: str = "suite",
 ) -> dict[str, Any]:
     """
     Evaluates a model on a suite.
@@ -86,21 +90,74 @@ def evaluate_suite(
             Bank whose trusted strategies are shown with the problems. It is not changed.
         run (`Callable`, *optional*):
             Runs a chunk, see [`~trl_sgpo.evaluation.chunks.ChunkLog`].
+        part (`str`, *optional*, defaults to `"suite"`):
+            Begins the names of the chunks. Random draws do not depend on it.
 
     Returns:
         `dict`: The suite's results, as in `results.json`.
     """
     suite, chunks = loaded.suite, []
     for start in range(0, len(loaded.rows), protocol.chunk_size):
-        key, part = f"suite/{suite.name}/{start}", loaded.rows[start : start + protocol.chunk_size]
-        compute = partial(_attempt, model, suite.class_column, part, verifier, protocol, bank, key)
-        chunks.append(run(key, suite_texts(len(part), protocol), compute))
+        place, rows = f"{suite.name}/{start}", loaded.rows[start : start + protocol.chunk_size]
+        compute = partial(_attempt, model, suite.class_column, rows, verifier, protocol, bank, f"suite/{place}")
+        chunks.append(run(f"{part}/{place}", suite_texts(len(rows), protocol), compute))
     return summarise(loaded, chunks, protocol)
 
 
 def suite_texts(problems: int, protocol: Protocol) -> int:
     """Texts generated for a number of problems."""
     return problems * (1 + protocol.samples) * (2 if protocol.form == "two_phase" else 1)
+
+
+def evaluate_ways(
+    model: TwoPhaseModel,
+    loaded: LoadedSuite,
+    verifier: Verifier,
+    protocol: Protocol,
+    bank: "StrategyBank | None" = None,
+    run: RunChunk = run_now,
+    plain: bool = True,
+) -> dict[str, Any]:
+    """
+    Evaluates a two-phase model on a suite in up to three ways: with a bank, with its own strategies only, and by plain
+    answers.
+
+    The arguments are those of [`evaluate_suite`].
+
+    Args:
+        plain (`bool`, *optional*, defaults to `True`):
+            Whether to measure plain answers.
+
+    Returns:
+        `dict`: The suite's results with the bank, if there is one, and under `plain`, `own` and `bank`, where it was
+        measured, accuracy, sampled figures and tokens of each way.
+    """
+    found = evaluate_suite(model, loaded, verifier, protocol, bank, run)
+    ways = {"own" if bank is None else "bank": found}
+    if bank is not None:
+        ways["own"] = evaluate_suite(model, loaded, verifier, protocol, None, run, "own")
+    if plain:
+        ways["plain"] = evaluate_plain(model, loaded, verifier, protocol, run)
+    return found | {name: way_figures(result) for name, result in ways.items()}
+
+
+def evaluate_plain(
+    model: TwoPhaseModel, loaded: LoadedSuite, verifier: Verifier, protocol: Protocol, run: RunChunk = run_now
+) -> dict[str, Any]:
+    """As [`evaluate_suite`], of plain answers of a two-phase model, at up to the length of both phases."""
+    protocol = replace(protocol, form="plain", plain_length=model.settings.max_plain_length)
+    return evaluate_suite(model, loaded, verifier, protocol, None, run, "plain")
+
+
+def way_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a suite's results in one way beside those in another."""
+    return {key: result[key] for key in ("accuracy", "sampled", "generated_tokens")}
+
+
+def ways_texts(problems: int, protocol: Protocol, bank: bool, plain: bool) -> int:
+    """Texts that [`evaluate_ways`] generates for a number of problems."""
+    texts = suite_texts(problems, protocol) * (2 if bank else 1)
+    return texts + (suite_texts(problems, replace(protocol, form="plain")) if plain else 0)
 
 
 def _attempt(
@@ -134,7 +191,8 @@ def _attempt(
         executing = replace(decoding, seed=derived_seed(protocol.seed, key, sample, "execution"))
         if protocol.form == "plain":
             written = None
-            texts = model.answer([problem.prompt for problem in problems], executing)
+            prompts = [problem.prompt for problem in problems]
+            texts = model.answer(prompts, executing, limit=protocol.plain_length)
         else:
             written = model.write_strategies(problems, decoding)
             texts = model.execute(problems, written, executing)

@@ -23,6 +23,9 @@ CONDITION_NAMES = {
 }
 
 
+WAYS = {"plain": "plain", "own": "own strategy", "bank": "bank"}
+"""Ways in which a two-phase model answers, as results name them, and their names in tables."""
+
 _MARKUP = re.compile(r"[\\`*<>&|]|!(?=\[)|(?<=\])[(:\[]")
 
 
@@ -70,6 +73,8 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
             for name, each in sampled.items()
         ]
         result.append(ResultTable(f"{n} sampled attempts", ["suite", "accuracy", f"pass@{n}", "majority"], attempts))
+    if (ways := ways_table(suites)) is not None:
+        result.append(ways)
     if results["kinds"]:
         kinds = [[kind, _cell(figures)] for kind, figures in results["kinds"].items()]
         result.append(ResultTable("Kinds of suites", ["kind", "accuracy"], kinds))
@@ -91,6 +96,19 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
             title += f" ({len(transfer['left_out_classes'])} too small, or beyond --transfer_classes)"
         result.append(ResultTable(title, ["", "mean over classes"], [*conditions, *differences, *ratio]))
     return result
+
+
+def ways_table(suites: dict[str, dict[str, Any]]) -> ResultTable | None:
+    """Plain answers, own strategies and the bank side by side, `None` where a single form was evaluated."""
+    rows = []
+    for name, suite in suites.items():
+        measured = {way: suite[way] for way in WAYS if way in suite}
+        sampled = {way: each["sampled"] for way, each in measured.items() if each["sampled"] is not None}
+        for decoding, found in (("greedy", measured), ("sampled", sampled)):
+            if found:
+                cells = [_cell(found[way]["accuracy"] if way in found else None) for way in WAYS]
+                rows.append([f"{name}, {decoding}", *cells])
+    return ResultTable("Plain answers, own strategies, bank", ["accuracy", *WAYS.values()], rows) if rows else None
 
 
 def _cell(figures: dict[str, Any] | None, signed: bool = False) -> str:
