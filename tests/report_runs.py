@@ -1,6 +1,7 @@
 """Runs to report on, written to disk as training writes them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def write_run(
     bank: bool = True,
     completions: bool = True,
     evaluation: bool = True,
+    metrics: dict[str, Callable[[int], float]] | None = None,
     **settings: Any,
 ) -> Path:
     """
@@ -73,6 +75,7 @@ def write_run(
             "sgpo/coherence": 0.8,
             "sgpo/bank_size": float(step),
             "sgpo/frac_blocks_no_signal": 0.25,
+            **{name: values(step) for name, values in (metrics or {}).items()},
         }
         for step in range(1, steps + 1)
     ]

@@ -305,12 +305,15 @@ class TestRuns:
         report = json.loads((output / "report.json").read_text())
         assert report["before"]["greedy"]["problems"] == report["after"]["sampled"]["problems"] == 4
         assert "strategy transfer score" in done.stdout
+        plain = [report[when][how]["plain"] for when in ("before", "after") for how in ("sampled", "greedy")]
+        assert all(0 <= rate <= 1 for rate in plain) and "accuracy of plain answers, sampled" in done.stdout
         settings = json.loads((output / "settings.json").read_text())
         assert settings["dataset_name"].startswith("reasoning_gym/")
         assert settings["reward_funcs"] == ["models.evenness", "answer_reward"]
         assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 1
         assert main(["report", str(output)]) == 0
         page = (output / "report.html").read_text()
+        assert "accuracy of plain answers, greedy" in page
         assert "Correctness and transfer" in page and "own strategy" in page and "use_bank: false" in page
 
     @pytest.mark.parametrize(

@@ -178,11 +178,11 @@ class TestFile:
             assert "--overwrite" in capsys.readouterr().err
         assert stopped.read_bytes() == whole.read_bytes()
 
-
     def test_plain_answers_go_on_and_are_no_others(
         self, run: str, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = ["--model", run, "--input", str(sums), "--output", str(tmp_path / "out.jsonl"), "--batch_size", "4"]
+        arguments = ["--model", run, "--input", str(sums), "--output", str(tmp_path / "out.jsonl")]
+        arguments += ["--batch_size", "4"]
         assert solve(*arguments, "--plain") == 0
         whole = (tmp_path / "out.jsonl").read_bytes()
         entries = [json.loads(line) for line in whole.splitlines()]

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -160,6 +161,33 @@ class TestContent:
         assert len([a for a in page.of("details") if a.get("data-trust")]) == 12
         assert len(page.of("figure")) == 8 + 1
 
+    def test_plain_answers_where_they_were_logged_and_measured(self, tmp_path, pages):
+        logged = {"sgpo/plain_correctness": lambda step: step / 20, "sgpo/lift": lambda step: 0.5 - step / 10}
+        logged |= {"sgpo/internalize_loss": lambda step: 1 / step}
+        run = write_run(tmp_path / "run", metrics=logged)
+        report = json.loads((run / "report.json").read_text())
+        report["after"]["greedy"] |= {"plain": 0.75, "own": 0.25}
+        (run / "report.json").write_text(json.dumps(report))
+        results = json.loads((run / "eval" / "results.json").read_text())
+        figures = {"value": 0.625, "low": 0.375, "high": 0.875, "problems": 8}
+        results["suites"]["sums"] |= {
+            name: {"accuracy": figures, "sampled": None, "generated_tokens": 9} for name in ("plain", "own")
+        }
+        (run / "eval" / "results.json").write_text(json.dumps(results))
+        page = Page(render(read_run(run)))
+        ids = {attributes["id"] for attributes in page.of("figure") if "id" in attributes}
+        assert {"chart-plain", "chart-internalize"} < ids and "not in this report" not in page.text().casefold()
+        for words in (
+            "accuracy of plain answers, greedy – 0.75 [",
+            "accuracy with own strategy, greedy 0.50 [0.34, 0.66] 0.25 [",
+            "accuracy with the bank in view, greedy – 0.50 [0.34, 0.66]",
+            "accuracy plain own strategy bank sums, greedy 0.625 [0.375, 0.875] 0.625 [0.375, 0.875] –",
+        ):
+            assert words in page.text(), words
+        without = pages[0]
+        assert not {"chart-plain", "chart-internalize"} & {each.get("id") for each in without.of("figure")}
+        assert "accuracy of plain answers" not in without.text()
+
     def test_lineage_goes_back_to_the_first(self, finished):
         run = read_run(finished)
         youngest = strategies()[3]
@@ -212,7 +240,7 @@ class TestMissing:
         shutil.rmtree(run / "eval")
         found = read_run(run)
         text = Page(render(found)).text()
-        assert "transfer, sampled 0.40" in text and "No transfer measured" not in text
+        assert "strategy transfer score, sampled 0.40" in text and "No transfer measured" not in text
         assert "to compare" in found.missing["transfer"] and "--transfer" in found.missing["transfer"]
         (run / "report.json").unlink()
         assert "No transfer measured" in read_run(run).missing["transfer"]

@@ -96,6 +96,7 @@ def test_names_in_pictures(name, tmp_path):
 
 STATE = {"log_history": [{"step": 1, "reward": 0.5}], "global_step": 1, "max_steps": 1}
 SCORE = {"accuracy": 0.5, "transfer": 0.5, "problems": 4}
+SUITE = {"kind": "harder", "problems": 1, "accuracy": None, "sampled": None, "generated_tokens": 1, "classes": {}}
 MALFORMED: dict[str, tuple[str, Any, str]] = {
     "no list": ("trainer_state.json", {"log_history": 5}, "The metrics cannot be read"),
     "no step": ("trainer_state.json", STATE | {"log_history": [{"step": [1]}]}, "The metrics cannot be read"),
@@ -111,6 +112,16 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
         "report.json",
         dict.fromkeys(("before", "after"), dict.fromkeys(("sampled", "greedy"), SCORE | {"accuracy": 7})),
         "report.json is damaged",
+    ),
+    "plain rate": (
+        "report.json",
+        dict.fromkeys(("before", "after"), dict.fromkeys(("sampled", "greedy"), SCORE | {"plain": "many"})),
+        "report.json is damaged",
+    ),
+    "way": (
+        "eval/results.json",
+        {"suites": {"a": SUITE | {"plain": 5}}, "transfer": {}, "kinds": {}},
+        "eval/results.json is damaged",
     ),
     "suites": ("eval/results.json", {"suites": 5, "transfer": {}, "kinds": {}}, "eval/results.json is damaged"),
     "transfer": ("eval/results.json", {"suites": {}, "transfer": 5, "kinds": {}}, "eval/results.json is damaged"),

@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     bank.add_argument("--num_retrieved", type=int, metavar="N", help="strategies of the bank shown (as trained)")
     bank.add_argument("--strategy", metavar="TEXT", help="execute this strategy; none is retrieved")
     bank.add_argument(
-        "--plain", action="store_true", help="answer the bare problem, without a strategy and without a bank, at up to "
-        "the length of both phases",
+        "--plain", action="store_true", help="answer the bare problem, without a strategy and a bank, at up to the "
+        "length of both phases",
     )  # fmt: skip
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(

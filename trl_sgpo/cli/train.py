@@ -36,7 +36,7 @@ from ..data.loading import load_data, load_rewards, reward_problems, without_lon
 from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, SGPOError
 from ..evaluation.block_transfer import TransferScore, measure_transfer
-from ..evaluation.statistics import wilson_interval
+from ..evaluation.tables import before_and_after
 from ..files import write_file
 from ..hub.push import claim
 from ..inference.pretrained import load_config, load_tokenizer
@@ -272,7 +272,7 @@ def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkp
 
 
 def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
-    """Prints accuracy and transfer before and after training, the best strategies, and commands to run next."""
+    """Prints figures before and after training, the best strategies, and commands to run next."""
     from rich.table import Table
 
     from ..checks.console import console
@@ -281,14 +281,8 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
     table = Table(title=f"{after['greedy'].problems} unseen problems, with 95% intervals")
     for name in ("", "before", "after"):
         table.add_column(name)
-    for decoding in ("sampled", "greedy"):
-        scores = (before[decoding], after[decoding])
-        table.add_row(
-            f"accuracy with own strategy, {decoding}", *(_with_interval(s.accuracy, s.problems) for s in scores)
-        )
-        table.add_row(
-            f"strategy transfer score, {decoding}", *(_with_interval(s.transfer, s.problems) for s in scores)
-        )
+    for row in before_and_after({"before": _to_json(before), "after": _to_json(after)}).rows:
+        table.add_row(*row)
     terminal.print(table)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
     if len(correct) >= 4:
@@ -314,10 +308,3 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _with_interval(rate: float, problems: int) -> str:
-    if problems == 0:
-        return "not measured"
-    low, high = wilson_interval(rate, problems)
-    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"

@@ -1,6 +1,8 @@
 """Accuracy and transfer of a trainer's model on blocks of unseen problems."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,29 +12,36 @@ from ..method.transfer import BlockGeometry, block_order, outcome_matrix
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..sgpo_config import SGPOConfig
     from ..sgpo_trainer import SGPOTrainer
 
 
 @dataclass(frozen=True)
 class TransferScore:
     """
-    Accuracy and transfer of a model's strategies.
+    Accuracy and transfer of a model's strategies, and accuracy of its plain answers.
 
     Args:
         accuracy (`float`):
-            Mean outcome of strategies executed on the problem they were written for.
+            Mean outcome of strategies executed on the problem they were written for, with the bank's in view.
         transfer (`float`):
             Strategy transfer score: mean outcome of strategies executed on the other problems of their block.
         problems (`int`):
             Problems measured.
         transfers (`int`):
             Executions behind `transfer`.
+        plain (`float`, *optional*):
+            Mean outcome of plain answers to the problems, at up to the length of both phases.
+        own (`float`, *optional*):
+            As `accuracy`, with no strategies of the bank in view. `None` if there were none to show.
     """
 
     accuracy: float
     transfer: float
     problems: int
     transfers: int
+    plain: float | None = None
+    own: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +92,7 @@ def measure_transfer(
     trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int, greedy: bool = True
 ) -> TransferScore:
     """
-    Writes one strategy a problem and executes it on every problem of its block.
+    Writes one strategy a problem and executes it on every problem of its block, and answers the problems plainly.
 
     Args:
         trainer ([`SGPOTrainer`]):
@@ -99,20 +108,50 @@ def measure_transfer(
         [`TransferScore`]
     """
     K = max(2, trainer.geometry.problems)
-    geometry = BlockGeometry(problems=K, own=1)
+    geometry, args, bank = BlockGeometry(problems=K, own=1), trainer.args, trainer.strategy_bank
+    shown = bank is not None and args.num_retrieved > 0 and any(one.trust == "trusted" for one in bank.strategies())
     column = trainer.args.class_column or "problem_class"
     chosen = select_blocks(dataset, column, K, num_problems, trainer.args.seed)
     at_once = max(K, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // K // K * K)
     on_own, on_siblings = [], []
+    plain: list[float] = []
+    alone: list[float] = []
     for start in range(0, len(chosen), at_once):
         rows = [dataset[index] for index in chosen[start : start + at_once]]
-        _, outcomes = trainer.execute_blocks(rows, geometry, greedy)
-        for matrix in outcome_matrix(outcomes, geometry).nan_to_num(0.0).clamp(0, 1).tolist():
+        for matrix in _outcomes(trainer, rows, geometry, greedy):
             on_own += [matrix[i][i] for i in range(K)]
             on_siblings += [matrix[s][x] for s in range(K) for x in range(K) if s != x]
+        with _changed(args, max_completion_length=args.max_strategy_length + args.max_completion_length):
+            plain += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=0, plain=1), greedy))
+        with _changed(args, num_retrieved=0):
+            alone += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=1), greedy)) if shown else []
     return TransferScore(
         accuracy=sum(on_own) / max(len(on_own), 1),
         transfer=sum(on_siblings) / max(len(on_siblings), 1),
         problems=len(on_own),
         transfers=len(on_siblings),
+        plain=sum(plain) / max(len(plain), 1),
+        own=sum(alone) / len(alone) if alone else None,
     )
+
+
+def _outcomes(
+    trainer: "SGPOTrainer", rows: list[dict[str, Any]], geometry: BlockGeometry, greedy: bool
+) -> list[list[list[float]]]:
+    _, outcomes = trainer.execute_blocks(rows, geometry, greedy)
+    return outcome_matrix(outcomes, geometry).nan_to_num(0.0).clamp(0, 1).tolist()
+
+
+def _of_each(matrices: list[list[list[float]]]) -> list[float]:
+    """Outcomes of blocks of one problem and one row."""
+    return [matrix[0][0] for matrix in matrices]
+
+
+@contextmanager
+def _changed(args: "SGPOConfig", **values: Any) -> Iterator[None]:
+    before = {name: vars(args)[name] for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)

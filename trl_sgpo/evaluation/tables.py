@@ -10,6 +10,7 @@ from ..checks.terminal import printable
 from ..files import write_file
 from .chunks import RESULTS_FILE
 from .plots import draw_bars, draw_matrix
+from .statistics import wilson_interval
 
 
 CONDITION_NAMES = {
@@ -23,6 +24,7 @@ CONDITION_NAMES = {
 }
 
 
+PLAIN = "accuracy of plain answers"
 WAYS = {"plain": "plain", "own": "own strategy", "bank": "bank"}
 """Ways in which a two-phase model answers, as results name them, and their names in tables."""
 
@@ -109,6 +111,48 @@ def ways_table(suites: dict[str, dict[str, Any]]) -> ResultTable | None:
                 cells = [_cell(found[way]["accuracy"] if way in found else None) for way in WAYS]
                 rows.append([f"{name}, {decoding}", *cells])
     return ResultTable("Plain answers, own strategies, bank", ["accuracy", *WAYS.values()], rows) if rows else None
+
+
+def before_and_after(report: dict[str, Any]) -> ResultTable:
+    """
+    What a run measured before and after training.
+
+    Args:
+        report (`dict`):
+            Content of `report.json`: by `"before"` and `"after"` and by decoding, a `TransferScore`. Those of earlier
+            versions have no plain answers.
+
+    Returns:
+        `ResultTable`
+    """
+    rows = []
+    for decoding in ("sampled", "greedy"):
+        scores = [report[when][decoding] for when in ("before", "after")]
+        for name, rates in (
+            (PLAIN, [score.get("plain") for score in scores]),
+            ("accuracy with own strategy", [_own(score) for score in scores]),
+            ("accuracy with the bank in view", [_with_bank(score) for score in scores]),
+            ("strategy transfer score", [score["transfer"] for score in scores]),
+        ):
+            if rates != [None, None]:
+                cells = [_rate(rate, score["problems"]) for rate, score in zip(rates, scores, strict=True)]
+                rows.append([f"{name}, {decoding}", *cells])
+    return ResultTable("Before and after training, on unseen problems", ["", "before", "after"], rows)
+
+
+def _own(score: dict[str, Any]) -> float:
+    return score["accuracy"] if score.get("own") is None else score["own"]
+
+
+def _with_bank(score: dict[str, Any]) -> float | None:
+    return None if score.get("own") is None else score["accuracy"]
+
+
+def _rate(rate: float | None, problems: int) -> str:
+    if rate is None or problems == 0:
+        return "–"
+    low, high = wilson_interval(rate, problems)
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _cell(figures: dict[str, Any] | None, signed: bool = False) -> str:

@@ -7,6 +7,7 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.repositories import own_file
 from ..evaluation.chunks import RESULTS_FILE
+from ..evaluation.tables import PLAIN, WAYS, before_and_after
 from ..report.run_files import REPORT_FILE
 from ..yaml_files import read_mapping
 
@@ -24,10 +25,11 @@ def measured(directory: Path, data: str) -> list[dict[str, Any]]:
         {"type": key, "name": f"{name}, {decoding}, {score[count]} executions", "value": round(score[key], 4)}
         for decoding, score in after.items()
         for key, name, count in (
+            ("plain", PLAIN, "problems"),
             ("accuracy", "accuracy with the own strategy", "problems"),
             ("transfer", "strategy transfer score", "transfers"),
         )
-        if score[count] > 0
+        if score[count] > 0 and score.get(key) is not None
     ]
     dataset = {"name": f"unseen problems of {data}", "type": data}
     return [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}] if metrics else []
@@ -48,14 +50,12 @@ def results(directory: Path, evaluation: Path | None) -> str:
     return "## Results\n\n" + ("\n\n".join(table for table in tables if table) or "Nothing was measured.")
 
 
-def _interval(rate: float, low: float, high: float) -> str:
-    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
+def _accuracy(figures: dict[str, Any] | None) -> str:
+    return "–" if figures is None else f"{figures['value']:.2f} [{figures['low']:.2f}, {figures['high']:.2f}]"
 
 
 @expect_readable(REPORT_FILE)
 def _before_and_after(directory: Path) -> str:
-    from ..evaluation.statistics import wilson_interval
-
     report = _report(directory)
     if not report:
         return ""
@@ -66,19 +66,15 @@ def _before_and_after(directory: Path) -> str:
         "| | before | after |",
         "|---|---|---|",
     ]
-    for name, key in (("accuracy with the own strategy", "accuracy"), ("strategy transfer score", "transfer")):
-        for decoding, after in report["after"].items():
-            cells = [
-                _interval(score[key], *wilson_interval(score[key], score["problems"])) if score["problems"] else "–"
-                for score in (report["before"][decoding], after)
-            ]
-            lines.append(f"| {name}, {decoding} | {cells[0]} | {cells[1]} |")
-    lines += [
-        "",
+    rows = before_and_after(report).rows
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    note = (
         "“Before” is before the reinforcement learning, after the supervised warm start if there was one. The "
-        "transfer score is the mean outcome of strategies executed on other problems of their class.",
-    ]
-    return "\n".join(lines)
+        "transfer score is the mean outcome of strategies executed on other problems of their class."
+    )
+    if rows[0][0].startswith(PLAIN):
+        note += " Plain answers are those to the bare problem."
+    return "\n".join([*lines, "", note])
 
 
 @expect_readable(RESULTS_FILE)
@@ -86,15 +82,23 @@ def _suites(evaluation: Path | None) -> str:
     if evaluation is None:
         return ""
     suites = read_json(own_file(evaluation, RESULTS_FILE))["suites"]
+    in_ways = any(way in suite for suite in suites.values() for way in WAYS)
+    columns = WAYS if in_ways else {"": "accuracy"}
     lines = [
         "By `trl-sgpo eval`, greedy, with 95% intervals:",
         "",
-        "| suite | kind | problems | accuracy |",
-        "|---|---|---|---|",
+        f"| suite | kind | problems | {' | '.join(columns.values())} |",
+        f"|---|---|---{'|---' * len(columns)}|",
     ]
     for name, suite in suites.items():
-        figures = suite["accuracy"]
-        rate = "–" if figures is None else _interval(figures["value"], figures["low"], figures["high"])
+        measured = [suite.get(way) if in_ways else suite for way in columns]
+        rates = " | ".join(_accuracy(None if each is None else each["accuracy"]) for each in measured)
         kind = suite["kind"].replace("_", " ")
-        lines.append(f"| {name} | {kind} | {suite['problems']} of {suite['available']} | {rate} |")
+        lines.append(f"| {name} | {kind} | {suite['problems']} of {suite['available']} | {rates} |")
+    if in_ways:
+        lines += [
+            "",
+            "Plain answers are those to the bare problem. An own strategy is written without strategies of the bank "
+            "in view, and executed.",
+        ]
     return "\n".join(lines)

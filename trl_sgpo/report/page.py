@@ -25,8 +25,7 @@ from ..bank import Strategy, policy
 from ..bank.statistics import transfer
 from ..bank.strategy import TRUST_STATES
 from ..checks.terminal import printable
-from ..evaluation.statistics import wilson_interval
-from ..evaluation.tables import ResultTable, tables
+from ..evaluation.tables import before_and_after, tables
 from ..files import write_file
 from .charts import Chart, Points, bank_map, class_colours, line_chart, number
 from .records import RolledProblem, Run
@@ -64,11 +63,31 @@ CHARTS: list[tuple[str, str, str, tuple[float, float] | None, list[tuple[str, st
         ],
     ),
     (
+        "plain",
+        "Plain answers",
+        "How often the verifier accepts answers to the bare problem, and lift: how much more often it accepts "
+        "executions of strategies on the same problems. Lift is 0 where plain answers are as good as guided ones.",
+        None,
+        [("sgpo/plain_correctness", "plain answers", 0), ("sgpo/lift", "lift", 1)],
+    ),
+    (
+        "internalize",
+        "What plain answers learn from guided ones",
+        "The loss of internalize: distill or kl; with contrast, how much likelier a teacher finds the tokens of plain "
+        "answers with a right strategy than with wrong ones.",
+        None,
+        [("sgpo/internalize_loss", "loss", 0), ("sgpo/contrast", "contrast", 1)],
+    ),
+    (
         "length",
         "Length",
-        "Tokens of both phases, on average.",
+        "Tokens of both phases and of plain answers, on average.",
         None,
-        [("sgpo/execution_length", "execution", 0), ("sgpo/strategy_length", "strategy", 1)],
+        [
+            ("sgpo/execution_length", "execution", 0),
+            ("sgpo/strategy_length", "strategy", 1),
+            ("sgpo/plain_length", "plain answer", 2),
+        ],
     ),
     (
         "truncated",
@@ -169,7 +188,7 @@ def render(run: Run, other: Run | None = None) -> str:
         names=_names(run, other),
         facts=_facts(run),
         charts=_charts(run, other),
-        before_after=_before_after(run),
+        before_after=before_and_after(run.measured) if run.measured else None,
         evaluations={name: tables(results) for name, results in run.evaluations.items()},
         matrices=_matrices(run),
         bank=bank,
@@ -264,24 +283,6 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
         note = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
         facts.append(("Strategies in the bank", str(live), note or "none"))
     return facts
-
-
-def _before_after(run: Run) -> ResultTable | None:
-    if not run.measured:
-        return None
-    rows = []
-    for decoding in ("sampled", "greedy"):
-        for rate in ("accuracy", "transfer"):
-            scores = [run.measured[when][decoding] for when in ("before", "after")]
-            rows.append([f"{rate}, {decoding}", *(_with_interval(score[rate], score["problems"]) for score in scores)])
-    return ResultTable("Before and after training, on unseen problems", ["", "before", "after"], rows)
-
-
-def _with_interval(rate: float, problems: int) -> str:
-    if problems == 0:
-        return "not measured"
-    low, high = wilson_interval(rate, problems)
-    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _matrices(run: Run) -> list[Matrix]:

@@ -35,10 +35,11 @@ def is_state(content: Any) -> bool:
 
 
 def is_measured(content: Any) -> bool:
-    """Whether a value is that of `report.json`: accuracy and transfer before and after training."""
+    """Whether a value is that of `report.json`: figures before and after training."""
     try:
         scores = [content[when][decoding] for when in ("before", "after") for decoding in ("sampled", "greedy")]
         rates = [score[name] for score in scores for name in ("accuracy", "transfer")]
+        rates += [score[name] for score in scores for name in ("plain", "own") if score.get(name) is not None]
         return all(_is_number(rate) and 0 <= rate <= 1 for rate in rates if rate == rate) and all(
             is_count(score["problems"]) for score in scores
         )
