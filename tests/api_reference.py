@@ -28,7 +28,7 @@ from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.data.warmstart import warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.evaluation.transfer_score import TransferReport, transfer_report
-from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.hub.snippet import plain_snippet, transformers_snippet
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.inference.solution import Attempt, Solution
@@ -51,6 +51,7 @@ PUBLIC: dict[str, list[Any]] = {
     ],
     "Solving": [
         SGPOPipeline, Solution, Attempt, Problem, Decoding, TwoPhaseModel, TwoPhaseSettings, transformers_snippet,
+        plain_snippet,
     ],
     "Evaluation": [transfer_report, TransferReport],
     "Errors": [

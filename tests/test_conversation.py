@@ -25,7 +25,7 @@ from trl_sgpo.errors import ConfigError
 from trl_sgpo.evaluation.runner import Protocol, _attempt
 from trl_sgpo.evaluation.transfer_score import _execute, _write, _written
 from trl_sgpo.export.parity import _PROBES, probes
-from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.hub.snippet import plain_snippet, transformers_snippet
 from trl_sgpo.inference.chat_completions import Completion
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.server import ServerModel
@@ -264,6 +264,10 @@ class TestSameTokens:
         assert model.seen == [request, request + reply + turn]
         assert (names["strategy"], names["execution"]) == (strategy, EXECUTION)
         assert reply[-1] in model.stops and tok.eos_token_id in model.stops
+        asked = settings_of(case).conversation(tok).plain_request(case.prompt(PROBLEM))
+        model.answers, model.seen, model.stops = iter([plain_ids(tok, EXECUTION)]), [], []
+        exec(compile(plain_snippet("m", settings_of(case), PROBLEM, case.template is not None), "snippet", "exec"), {})
+        assert model.seen == [asked] and {reply[-1], tok.eos_token_id} <= set(model.stops)
 
 
 class ScriptedModel:
@@ -275,7 +279,8 @@ class ScriptedModel:
     def __init__(self, answers: list[list[int]]):
         self.answers, self.seen, self.stops = iter(answers), [], []
 
-    def generate(self, ids: torch.Tensor, eos_token_id: Any = None, **kwargs: Any) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, eos_token_id: Any = None, **kwargs: Any) -> torch.Tensor:
+        ids = input_ids
         self.seen.append(ids[0].tolist())
         self.stops = eos_token_id
         return torch.cat([ids, torch.tensor([next(self.answers)])], dim=1)

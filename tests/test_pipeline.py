@@ -15,7 +15,7 @@ from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.bank import Strategy, problem_id
 from trl_sgpo.data.tasks import same_answer
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
-from trl_sgpo.hub.snippet import transformers_snippet
+from trl_sgpo.hub.snippet import plain_snippet, transformers_snippet
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.retrieval import with_retrieved
 from trl_sgpo.inference.settings import TwoPhaseSettings
@@ -246,7 +246,23 @@ class TestSnippet:
         assert pairs and names["solve"](PROBLEM, pairs) == (shown.strategy, shown.execution)
         assert shown.strategy != alone.strategy
 
-    def test_adapter(self, adapter: str) -> None:
+    @pytest.mark.parametrize("system", [None, "Be short."])
+    @pytest.mark.parametrize("chat", [True, False])
+    def test_plain_one_answers_as_the_pipeline_does(
+        self, chat: bool, system: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        directory = save_model(tmp_path, chat)
+        settings = TwoPhaseSettings(max_strategy_length=12, max_completion_length=16, system_prompt=system)
+        settings.save(tmp_path)
+        run_snippet(plain_snippet(directory, settings, PROBLEM, chat))
+        told = capsys.readouterr().out
+        assert told == SGPOPipeline.from_pretrained(directory)(PROBLEM, plain=True).execution + "\n"
+
+    def test_adapter(self, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
         names = run_snippet(transformers_snippet(adapter, SETTINGS, PROBLEM))
         solution = SGPOPipeline.from_pretrained(adapter)(PROBLEM)
         assert names["solve"](PROBLEM) == (solution.strategy, solution.execution)
+        capsys.readouterr()
+        run_snippet(plain_snippet(adapter, SETTINGS, PROBLEM))
+        plain = SGPOPipeline.from_pretrained(adapter)(PROBLEM, plain=True)
+        assert capsys.readouterr().out == plain.execution + "\n"

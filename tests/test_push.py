@@ -449,7 +449,7 @@ class TestCard:
         assert manifest["license"] == "other"
         text = found.text
         for words in (
-            "| accuracy with the own strategy, greedy | 0.25 [0.14, 0.40] | 0.50 [0.35, 0.65] |",
+            "| accuracy with own strategy, greedy | 0.25 [0.14, 0.40] | 0.50 [0.35, 0.65] |",
             "| strategy transfer score, greedy | 0.12 [0.05, 0.26] | 0.25 [0.14, 0.40] |",
             "| gsm8k | in distribution | 9 of 10 | 0.50 [0.40, 0.60] |",
             f'trl-sgpo solve --model {REPO} "',
@@ -464,17 +464,62 @@ class TestCard:
         ):
             assert words in text, words
         assert "None" not in text and "licence:" not in found.content
+        assert "lain answer" not in text
 
-    def test_example_without_this_package_runs(self, hub: HubServer, run: Path, capsys: Any) -> None:
+    def test_three_figures_where_they_were_measured(self, hub: HubServer, run: Path, tmp_path: Path) -> None:
+        report = {
+            when: {how: score | {"plain": 0.4, "own": own} for how, score in scores.items()}
+            for (when, scores), own in zip(REPORT.items(), (None, 0.45), strict=True)
+        }
+        (run / "report.json").write_text(json.dumps(report))
+        figures = [{"value": rate, "low": rate - 0.1, "high": rate + 0.1, "problems": 9} for rate in (0.3, 0.5, 0.6)]
+        suite = {"kind": "harder", "problems": 9, "available": 9, "accuracy": figures[2]}
+        ways = {name: {"accuracy": each} for name, each in zip(("plain", "own", "bank"), figures, strict=True)}
+        suites = {"all": suite | ways, "two": suite | {"own": {"accuracy": None}, "plain": ways["plain"]}}
+        (tmp_path / "eval").mkdir()
+        (tmp_path / "eval" / "results.json").write_text(json.dumps({"suites": suites}))
+        assert push(run, REPO, "--eval", tmp_path / "eval") == 0
+        for words in (
+            "| accuracy of plain answers, sampled | 0.40 [0.26, 0.55] | 0.40 [0.26, 0.55] |",
+            "| accuracy with own strategy, sampled | 0.25 [0.14, 0.40] | 0.45 [0.31, 0.60] |",
+            "| accuracy with the bank in view, sampled | – | 0.50 [0.35, 0.65] |",
+            "| suite | kind | problems | plain | own strategy | bank |\n|---|---|---|---|---|---|\n",
+            "| all | harder | 9 of 9 | 0.30 [0.20, 0.40] | 0.50 [0.40, 0.60] | 0.60 [0.50, 0.70] |",
+            "| two | harder | 9 of 9 | 0.30 [0.20, 0.40] | – | – |",
+        ):
+            assert words in card(hub).text, words
+        (entry,) = card(hub).data.to_dict()["model-index"][0]["results"]
+        assert {"accuracy of plain answers, greedy, 40 executions"} < {each["name"] for each in entry["metrics"]}
+
+    @pytest.mark.parametrize("internalize", [None, "none", "distill"])
+    def test_examples_without_this_package_run(
+        self, hub: HubServer, run: Path, capsys: Any, internalize: str | None
+    ) -> None:
+        """That of plain answers comes first, where they were trained."""
+        if internalize is not None:
+            (run / "training.json").write_text(json.dumps({"settings": {"internalize": internalize}}))
         assert push(run, REPO) == 0
-        blocks = re.findall(r"```python\n(.*?)```", card(hub).text, re.DOTALL)
-        (code,) = [block for block in blocks if "AutoModelForCausalLM" in block]
-        capsys.readouterr()
-        exec(code.replace('device_map="auto"', 'device_map="cpu"'), {})
-        told = capsys.readouterr().out
+        blocks = re.findall(r"```(?:python|bash)\n(.*?)```", card(hub).text, re.DOTALL)
+        codes = [block for block in blocks if "AutoModelForCausalLM" in block]
+        said = []
+        for code in codes:
+            capsys.readouterr()
+            exec(code.replace('device_map="auto"', 'device_map="cpu"'), {})
+            said.append(capsys.readouterr().out)
         with SGPOPipeline.from_pretrained(REPO, bank=None) as pipeline:
-            solution = pipeline("Find the Least Common Multiple (LCM) of these numbers: 4, 6")
-        assert solution.execution in told
+            problem = "Find the Least Common Multiple (LCM) of these numbers: 4, 6"
+            assert pipeline(problem).execution in said[-1]
+            if internalize == "distill":
+                assert said[0] == pipeline(problem, plain=True).execution + "\n" and blocks[0] == codes[0]
+        assert len(codes) == (2 if internalize == "distill" else 1)
+        assert ("without being asked for a strategy" in card(hub).text) == (internalize == "distill")
+
+    @pytest.mark.parametrize("internalize", ["kl", "contrast"])
+    def test_which_method_was_used(self, hub: HubServer, run: Path, internalize: str) -> None:
+        (run / "training.json").write_text(json.dumps({"settings": {"internalize": internalize}}))
+        assert push(run, REPO) == 0
+        assert ("Its KL term was used here" in card(hub).text) == (internalize == "kl")
+        assert ("It was **not** used here" in card(hub).text) == (internalize != "kl")
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ _SETTINGS = (
     "transfer_block_size",
     "num_bank_rollouts",
     "num_plain_rollouts",
+    "internalize",
     "num_retrieved",
     "correctness_weight",
     "transfer_weight",
@@ -192,11 +193,11 @@ def make_card(
         _about(directory, facts, adapter),
         *facts.badges,
         results(directory, evaluation),
-        _use(directory, repo_id, adapter),
+        _use(directory, repo_id, facts, adapter),
         _bank(directory, repo_id),
         _training(facts),
         _LIMITS,
-        _WHICH,
+        _which(facts),
         _CITATION.replace("VERSION", __version__),
     ]
     metadata = _metadata(directory, repo_id, facts, license, adapter, evaluation)
@@ -249,18 +250,31 @@ def _about(directory: Path, facts: TrainingFacts, adapter: bool) -> str:
 
 
 @expect_readable("tokenizer_config.json")
-def _use(directory: Path, repo_id: str, adapter: bool) -> str:
+def _use(directory: Path, repo_id: str, facts: TrainingFacts, adapter: bool) -> str:
     from ..inference.settings import TwoPhaseSettings
-    from .snippet import transformers_snippet
+    from .snippet import plain_snippet, transformers_snippet
 
     tokenizer = directory / "tokenizer_config.json"
     in_config = tokenizer.is_file() and "chat_template" in read_json(tokenizer)
     chat = (directory / "chat_template.jinja").is_file() or in_config
-    code = transformers_snippet(repo_id, TwoPhaseSettings.load(directory), chat=chat).strip()
+    settings = TwoPhaseSettings.load(directory)
+    code = transformers_snippet(repo_id, settings, chat=chat).strip()
     needs = "transformers, accelerate and peft" if adapter else "transformers and accelerate"
+    plain = ""
+    if facts.settings.get("internalize", "none") != "none":
+        plain = f"""\
+It was trained to answer well without being asked for a strategy, so {needs} are enough:
+
+```python
+{plain_snippet(repo_id, settings, chat=chat).strip()}
+```
+
+With strategies, it writes one first.
+
+"""
     return f"""## Use
 
-With `trl-sgpo`, which pulls the strategy bank, if there is one, at the same commit as the model:
+{plain}With `trl-sgpo`, which pulls the strategy bank, if there is one, at the same commit as the model:
 
 ```bash
 pip install trl-sgpo
@@ -323,6 +337,11 @@ compared with other executions, as in GRPO. `{METRICS_FILE}` has what was logged
 {table}"""
 
 
+def _which(facts: TrainingFacts) -> str:
+    is_used = facts.settings.get("internalize") == "kl"
+    return f"{_WHICH} {'Its KL term was used here (`internalize: kl`).' if is_used else 'It was **not** used here.'}"
+
+
 _LIMITS = """\
 ## Limits and risks
 
@@ -344,8 +363,7 @@ Two methods have this name.
   other problems of their class and for coherence, and are kept in a bank.
 - "Beyond Trajectory Imitation: Strategy-Guided Policy Optimization for LLM Reasoning"
   ([arXiv 2606.24064](https://arxiv.org/abs/2606.24064)): strategies come from a stronger model, and a token-level KL
-  term pulls the unguided policy towards the guided one. It has no strategy bank and no transfer reward. It was **not**
-  used here."""
+  term pulls the unguided policy towards the guided one. It has no strategy bank and no transfer reward."""
 
 _CITATION = """\
 ## Citation

@@ -4,21 +4,43 @@ from ..inference.settings import TwoPhaseSettings
 from ..method.prompts import REASONING_END, RETRIEVED_HEADER, plain_bridge
 
 
-_HEAD = '''\
-import torch
+_PROBLEM = "Find the Least Common Multiple (LCM) of these numbers: 4, 6"
+
+_LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {name!r}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
+"""
 
+_STOPS = """\
+stops = model.generation_config.eos_token_id
+stops = [stops] if isinstance(stops, int) else list(stops or [])
+stops += tokenizer.convert_tokens_to_ids([tokenizer.eos_token, {turn_end}])
+"""
+
+_PLAIN_CHAT = """
+messages = [{system}{{"role": "user", "content": {problem!r}}}]
+options = {{"add_generation_prompt": True{template_kwargs}}}
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True, **options)
+"""
+
+_PLAIN_TEXT = """
+inputs = tokenizer({system}{problem!r}, return_tensors="pt")
+"""
+
+_ANSWER = """
+inputs = inputs.to(model.device)
+output = model.generate(**inputs, max_new_tokens={limit}, do_sample=False, eos_token_id=stops)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+_HEAD = '''
 ASK = {ask!r}
 EXECUTE = {execute!r}
 SHOWN = {header!r}
 TURN_END = {turn_end}
-stops = model.generation_config.eos_token_id
-stops = [stops] if isinstance(stops, int) else list(stops or [])
-stops += tokenizer.convert_tokens_to_ids([tokenizer.eos_token, TURN_END])
 
 
 def control_tokens():
@@ -96,12 +118,53 @@ print(strategy, execution.strip(), sep="\\n\\n")
 """
 
 
-def transformers_snippet(
-    name: str,
-    settings: TwoPhaseSettings,
-    problem: str = "Find the Least Common Multiple (LCM) of these numbers: 4, 6",
-    chat: bool = True,
-) -> str:
+def plain_snippet(name: str, settings: TwoPhaseSettings, problem: str = _PROBLEM, chat: bool = True) -> str:
+    """
+    Code that answers the bare problem greedily, as `trl-sgpo solve --plain` does, with `transformers` and, for an
+    adapter, `peft`.
+
+    Args:
+        name (`str`):
+            Hub id or directory of the model or adapter.
+        settings ([`~trl_sgpo.inference.settings.TwoPhaseSettings`]):
+            Prompts and limits of the run.
+        problem (`str`, *optional*):
+            Problem in the example.
+        chat (`bool`, *optional*, defaults to `True`):
+            Whether the tokenizer has a chat template.
+
+    Returns:
+        `str`: Python code, which prints the answer.
+    """
+    chat = chat and not settings.plain_text
+    return (_LOAD + _STOPS + (_PLAIN_CHAT if chat else _PLAIN_TEXT) + _ANSWER.lstrip()).format(
+        name=name,
+        turn_end=_turn_end(settings),
+        system=_system(settings, chat),
+        problem=problem,
+        template_kwargs=_template_kwargs(settings),
+        limit=settings.max_plain_length,
+    )
+
+
+def _turn_end(settings: TwoPhaseSettings) -> str:
+    return "tokenizer.eos_token" if settings.turn_end is None else repr(settings.turn_end)
+
+
+def _system(settings: TwoPhaseSettings, chat: bool) -> str:
+    """Code that puts the system message before a problem."""
+    if settings.system_prompt is None:
+        return ""
+    if chat:
+        return f'{{"role": "system", "content": {settings.system_prompt!r}}}, '
+    return f'{settings.system_prompt!r} + "\\n\\n" + '
+
+
+def _template_kwargs(settings: TwoPhaseSettings) -> str:
+    return "".join(f", {name!r}: {value!r}" for name, value in (settings.chat_template_kwargs or {}).items())
+
+
+def transformers_snippet(name: str, settings: TwoPhaseSettings, problem: str = _PROBLEM, chat: bool = True) -> str:
     """
     Code that solves a problem as [`SGPOPipeline`] does greedily, with `transformers` and, for an adapter, `peft`.
 
@@ -119,27 +182,21 @@ def transformers_snippet(
         `str`: Python code. It defines `solve(problem, shown)`, where `shown` may hold strategies of the bank as pairs
         of class and text, and ends with a call that prints strategy and execution.
     """
-    system = settings.system_prompt
     chat = chat and not settings.plain_text
-    if chat:
-        before = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
-    else:
-        before = "" if system is None else f'{system!r} + "\\n\\n" + '
     ask, quoted = settings.strategy_prompt, 'SHOWN + "".join(lines) + "\\n"'
     if "{strategies}" not in ask:  # they come after the problem then
         ask, quoted = ask.replace("{problem}", "{problem}{strategies}"), '"\\n\\n" + SHOWN + "".join(lines).rstrip()'
-    kwargs = settings.chat_template_kwargs or {}
-    return (_HEAD + (_CHAT if chat else _TEXT) + _TAIL).format(
+    return ("import torch\n" + _LOAD + _STOPS + _HEAD + (_CHAT if chat else _TEXT) + _TAIL).format(
         name=name,
         ask=ask,
         execute=settings.execution_prompt if chat else plain_bridge(settings.execution_prompt),
         header=RETRIEVED_HEADER,
         quoted=quoted,
-        system=before,
+        system=_system(settings, chat),
         strategy_limit=settings.max_strategy_length,
         execution_limit=settings.max_completion_length,
         problem=problem,
-        turn_end="tokenizer.eos_token" if settings.turn_end is None else repr(settings.turn_end),
-        template_kwargs="".join(f", {name!r}: {value!r}" for name, value in kwargs.items()),
+        turn_end=_turn_end(settings),
+        template_kwargs=_template_kwargs(settings),
         shown_strategy=f"text(strategy).split({REASONING_END!r})[-1].strip()",
     )
