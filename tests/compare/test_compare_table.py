@@ -100,6 +100,28 @@ def test_learning_curves_are_compared_where_arms_have_them() -> None:
     assert "| k1 | 0.40 " in text and "| k1 | +0.40 |" in text and "| base |" not in text.split("##")[0]
 
 
+def test_plain_answers_stand_beside_guided_ones() -> None:
+    results = {"sgpo": [_result(1, 0.9), _result(2, 0.8)], "k1": [_result(1, 0.5), _result(2, 0.4)]}
+    without = markdown(summary(_comparison(), results))
+    assert "plain" not in without
+    for runs, rates in zip(results.values(), ((0.7, 0.68), (0.5, None)), strict=True):
+        for result, rate in zip(runs, rates, strict=True):
+            if rate is not None:
+                value = {"value": rate}
+                result["suites"]["seen"]["plain"] = {"accuracy": value, "sampled": {"accuracy": value}}
+    summed = summary(_comparison(), results)
+    assert summed["arms"]["sgpo"]["seen plain accuracy"]["values"] == [0.7, 0.68]
+    assert 0 <= summed["arms"]["sgpo"]["seen plain accuracy"]["low"] < 0.69
+    assert "seen plain accuracy" not in summed["arms"]["k1"]  # of one seed only: the other is of an earlier version
+    lines = markdown(summed).splitlines()
+    assert "| arm | seeds | seen accuracy | seen plain accuracy | transfer score |" in "\n".join(lines)
+    assert any(line.startswith("| sgpo | 2 | 0.85 [0.21, 1.00] | 0.69 [0.56, 0.82] | 0.85 ") for line in lines)
+    assert any(line.startswith("| k1 | 2 | 0.45 [0.00, 1.00] | – | 0.45 ") for line in lines)
+    results["k1"][1]["suites"]["seen"]["plain"] = results["sgpo"][1]["suites"]["seen"]["plain"]
+    difference = summary(_comparison(), results)["differences"]["k1"]["seen plain accuracy"]
+    assert difference["values"] == [0.7 - 0.5, 0.0]
+
+
 def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> None:
     summed = summary(_comparison(), {"sgpo": [_result(1, 0.5)], "k1": []})
     assert list(summed["arms"]) == ["sgpo"]

@@ -20,7 +20,7 @@ from ..data.loading import load_data, load_rewards
 from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, DataError
 from ..evaluation.digest import Record, changes, depends_on, digest, digest_of_files
-from ..evaluation.runner import Protocol, evaluate_suite
+from ..evaluation.runner import Protocol, evaluate_plain, evaluate_suite, way_figures
 from ..evaluation.suites import LoadedSuite, load_suites
 from ..evaluation.transfer_plan import plan_transfer
 from ..evaluation.transfer_score import transfer_report
@@ -282,12 +282,10 @@ def _measure(
     results = {}
     for loaded in suites:
         protocol = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
-        results[loaded.suite.name] = evaluate_suite(model, loaded, verifier, protocol, bank)
-        if arm.form == "two_phase":  # as a user asks it without strategies
-            model.settings, guided = plain, model.settings
-            in_plain = evaluate_suite(model, loaded, verifier, replace(protocol, form="plain"))
-            results[loaded.suite.name]["plain"] = {key: in_plain[key] for key in ("accuracy", "sampled")}
-            model.settings = guided
+        found = evaluate_suite(model, loaded, verifier, protocol, bank)
+        two_phase = arm.form == "two_phase"
+        answers = evaluate_plain(model, loaded, verifier, protocol) if two_phase else found
+        results[loaded.suite.name] = found | {"plain": way_figures(answers)}
     # Equal limits for all arms: a plain answer may be as long as strategy and execution together
     model.settings = plain
     report = transfer_report(

@@ -85,6 +85,9 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
     for name, suite in result["suites"].items():
         figures[f"{name} accuracy"] = suite["sampled"]["accuracy"]["value"]
         figures[f"{name} accuracy, greedy"] = suite["accuracy"]["value"]
+        if "plain" in suite:
+            figures[f"{name} plain accuracy"] = suite["plain"]["sampled"]["accuracy"]["value"]
+            figures[f"{name} plain accuracy, greedy"] = suite["plain"]["accuracy"]["value"]
     transfer = result["transfer"]
     conditions, differences = transfer["conditions"], transfer["differences"]
     figures["transfer score"] = conditions["transfer"]["value"]
@@ -119,7 +122,11 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
     """
     rows = {name: [figures_of(result) for result in runs] for name, runs in results.items() if runs}
     arms = {
-        name: {figure: interval([row[figure] for row in values], *_range(figure)).to_dict() for figure in values[0]}
+        name: {
+            figure: interval([row[figure] for row in values], *_range(figure)).to_dict()
+            for figure in values[0]
+            if all(figure in row for row in values)
+        }
         for name, values in rows.items()
     }
     differences: dict[str, Any] = {}
@@ -130,7 +137,7 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
             differences[name] = {
                 figure: _difference(figure, [ours[figure] - theirs[figure] for ours, theirs in paired]).to_dict()
                 for figure in paired[0][1]
-                if figure in paired[0][0] and not figure.startswith(_COSTS)
+                if all(figure in row for pair in paired for row in pair) and not figure.startswith(_COSTS)
             }
     return {
         "settings": redacted(
@@ -167,7 +174,10 @@ def _difference(figure: str, values: list[float]) -> Interval:
 def markdown(summed: dict[str, Any]) -> str:
     """The tables of a summary."""
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
-    columns = [f"{name} accuracy" for name in suites] + ["transfer score", "lift", "own - other", "own - none"]
+    known = {figure for arm in summed["arms"].values() for figure in arm}  # earlier versions have no plain answers
+    accuracies = [f"{name} {kind}" for name in suites for kind in ("accuracy", "plain accuracy")]
+    accuracies = [name for name in accuracies if name in known]
+    columns = [*accuracies, "transfer score", "lift", "own - other", "own - none"]
     seeds = summed["settings"]["seeds"]
     lines = [
         f"# Comparison: {summed['settings']['recipe']}",
@@ -175,12 +185,13 @@ def markdown(summed: dict[str, Any]) -> str:
         f"{summed['settings']['budget']:,} tokens an arm and seed, seeds {', '.join(map(str, seeds))}. Means over "
         "seeds with 95% intervals (Student's t) in brackets, or the range of seeds that end apart in parentheses. A "
         "mean alone is of one seed, or of seeds that all end alike. Accuracies are of sampled answers, each arm in "
-        "the form it was trained in.",
+        "the form it was trained in"
+        + (", and plain ones of its answers to the bare problem." if len(accuracies) > len(suites) else "."),
         "",
         *_table(
             ["arm", "seeds", *columns],
             [
-                [name, str(len(f[columns[0]]["values"])), *(cell(f[c]) for c in columns)]
+                [name, str(len(f[columns[0]]["values"])), *(_cell_of(f, c) for c in columns)]
                 for name, f in summed["arms"].items()
             ],
         ),
@@ -189,15 +200,15 @@ def markdown(summed: dict[str, Any]) -> str:
         "",
         *_table(
             ["arm", *columns],
-            [[name, *(cell(f[c], signed=True) for c in columns)] for name, f in summed["differences"].items()],
+            [[name, *(_cell_of(f, c, signed=True) for c in columns)] for name, f in summed["differences"].items()],
         ),
         "",
         "## Adherence: the same problems with the own strategy and others, and greedy accuracies",
         "",
     ]
     more = ["own strategy", "transfer score", "other class's strategy", "empty strategy", "no strategy"]
-    more += [f"{name} accuracy, greedy" for name in suites]
-    lines += _table(["arm", *more], [[name, *(cell(f[c]) for c in more)] for name, f in summed["arms"].items()])
+    more += [f"{name}, greedy" for name in accuracies]
+    lines += _table(["arm", *more], [[name, *(_cell_of(f, c) for c in more)] for name, f in summed["arms"].items()])
     points = sorted({name for f in summed["arms"].values() for name in f if name.startswith("curve ")})
     if points:
         suite = summed["settings"]["transfer"]["suite"]
@@ -220,6 +231,10 @@ def markdown(summed: dict[str, Any]) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(map(in_markdown, row))} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def _cell_of(figures: dict[str, Any], name: str, signed: bool = False) -> str:
+    return cell(figures[name], signed) if name in figures else "–"
 
 
 def _ends(figure: dict[str, Any]) -> tuple[float, float]:
