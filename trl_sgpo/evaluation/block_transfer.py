@@ -149,9 +149,11 @@ def _of_each(matrices: list[list[list[float]]]) -> list[float]:
 
 @contextmanager
 def _changed(args: "SGPOConfig", **values: Any) -> Iterator[None]:
-    before = {name: vars(args)[name] for name in values}
-    vars(args).update(values)
+    before = dict(vars(args))
+    for name, value in values.items():
+        setattr(args, name, value)
     try:
         yield
     finally:
-        vars(args).update(before)
+        for name in values:
+            setattr(args, name, before[name])

@@ -84,7 +84,8 @@ def solve_file(
             part = slice(start, start + batch_size)
             chosen = replace(decoding, seed=derived_seed(decoding.seed, "file", start))
             prepared = pipeline.prepare(prompts[part], classes[part], retrieve=not plain)
-            for index, solution in enumerate(pipeline.solve(prepared, strategy, samples, chosen, plain=plain), start):
+            solutions = pipeline.solve(prepared, strategy, samples, chosen, None, plain)
+            for index, solution in enumerate(solutions, start):
                 file.write(json.dumps({"index": index, **solution.to_dict(), "made_by": made_by}) + "\n")
                 answered += solution.answer is not None
             file.flush()
