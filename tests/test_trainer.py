@@ -120,6 +120,7 @@ class Script:
         self.execution = execution or self.default_execution
         self.requests: list[str] = []
         self.contexts: list[str] = []
+        self.plain: list[str] = []
         monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", self)
 
     def __get__(self, trainer, owner=None):
@@ -140,8 +141,9 @@ class Script:
 
     def generate(self, prompt_ids):
         texts = self.tokenizer.batch_decode(prompt_ids)
-        first_phase = "Now apply this strategy" not in texts[0]
-        (self.requests if first_phase else self.contexts).extend(texts)
+        is_plain = "Do not solve it yet" not in texts[0]
+        first_phase = not is_plain and "Now apply this strategy" not in texts[0]
+        (self.plain if is_plain else self.requests if first_phase else self.contexts).extend(texts)
         answer = self.strategy if first_phase else self.execution
         answers = [answer(text, index) for index, text in enumerate(texts)]
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers], None
@@ -240,11 +242,11 @@ def test_plain_rows_answer_the_bare_problem(make, monkeypatch):
         *["own"] * 2, *["borrowed"] * 2, *["plain"] * 3, *["borrowed"] * 2, *["own"] * 2, *["plain"] * 3
     ]  # fmt: skip
     plain = [index for index, row in enumerate(rows) if row["rollout"].source == "plain"]
-    for index in plain:
+    for index, context in zip(plain, script.plain, strict=True):
         request = script.tokenizer.apply_chat_template(
             rows[index]["prompt"], add_generation_prompt=True, tokenize=False
         )
-        assert script.contexts[index] == request
+        assert context == request
         length = len(rows[index]["rollout"].execution_ids)
         assert output["completion_mask"][index].sum() == length and output["tool_mask"][index][:length].bool().all()
     by_row = output["advantages"][:, 0].view(2, 7)[:, 4:]  # bad, good, bad and good, bad, good

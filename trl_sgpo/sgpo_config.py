@@ -331,8 +331,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     @property
     def own_strategies(self) -> int:
         """n, the number of strategies each problem writes."""
-        guided = self.num_generations - self.num_plain_rollouts
-        return (guided - self.num_bank_rollouts) // self.transfer_block_size
+        return (self.num_generations - self.num_plain_rollouts - self.num_bank_rollouts) // self.transfer_block_size
 
     @property
     def internalize_scale(self) -> float:
@@ -341,11 +340,15 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         return defaults[self.internalize] if self.internalize_weight is None else self.internalize_weight
 
     @property
+    def max_plain_length(self) -> int:
+        """Tokens of a plain answer, which holds what strategy and execution hold."""
+        return self.max_strategy_length + self.max_completion_length
+
+    @property
     def geometry(self) -> BlockGeometry:
         """Shape of the transfer blocks in training."""
-        return BlockGeometry(
-            self.transfer_block_size, self.own_strategies, self.num_bank_rollouts, self.num_plain_rollouts
-        )
+        K, b, m = self.transfer_block_size, self.num_bank_rollouts, self.num_plain_rollouts
+        return BlockGeometry(K, self.own_strategies, b, m)
 
     def to_grpo(self, **changes: Any) -> GRPOConfig:
         """The settings that [`~trl.GRPOTrainer`] has too, with changes: the same training without SGPO."""

@@ -245,7 +245,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, InternalizingTrainer):
         return assign_credit(rollouts, rewards, self._batch, self.args, weights, spread=lambda x: nanstd(gather(x)))
 
     def _log_phases(self, rollouts: list[Rollout], verified: torch.Tensor) -> None:
-        for name, value in phase_metrics(rollouts, self.args.max_completion_length, self.eos_token_ids).items():
+        for name, value in phase_metrics(rollouts, self.args, self.eos_token_ids).items():
             self._log_metric(f"sgpo/{name}", value)
         if self.strategy_bank is not None:
             self._log_metric("sgpo/bank_size", float(len(self.strategy_bank)))

@@ -113,7 +113,7 @@ def train_arm(task: Task) -> TrainedArm:
 def plain_settings(config: SGPOConfig) -> TwoPhaseSettings:
     """Settings under which a plain answer may be as long as strategy and execution together."""
     settings = TwoPhaseSettings.from_config(config)
-    return replace(settings, max_completion_length=config.max_strategy_length + config.max_completion_length)
+    return replace(settings, max_completion_length=config.max_plain_length)
 
 
 def _base(task: Task) -> TrainedArm:
@@ -242,7 +242,7 @@ def _sampler(task: Task) -> TwoPhaseModel:
 def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str, Any]) -> TrainedArm:
     training = task.recipe.training
     config = training.to_grpo(
-        max_completion_length=training.max_strategy_length + training.max_completion_length,
+        max_completion_length=training.max_plain_length,
         model_init_kwargs=model_init_kwargs(task.recipe),
     )
     trainer = ConversationGRPOTrainer(

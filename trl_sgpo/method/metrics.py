@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..sgpo_config import SGPOConfig
 from .rewards import distinct
 from .rollout import Rollout, RolloutBatch
 
@@ -13,17 +14,16 @@ COLUMNS = ("source", "retrieved", "strategy", "execution", "correctness", *CREDI
 """Columns that SGPO adds to TRL's completions table."""
 
 
-def phase_metrics(
-    rollouts: Sequence[Rollout], max_completion_length: int, eos_token_ids: list[int]
-) -> dict[str, float]:
+def phase_metrics(rollouts: Sequence[Rollout], args: SGPOConfig, eos_token_ids: list[int]) -> dict[str, float]:
     """Lengths, truncation and form of strategies, executions and plain answers, as means."""
     own = [rollout for rollout in rollouts if rollout.source == "own"]
     guided = [rollout for rollout in rollouts if rollout.source != "plain"]
     plain = [rollout for rollout in rollouts if rollout.source == "plain"]
 
     def is_truncated(rollout: Rollout) -> bool:
-        ids = rollout.execution_ids
-        return ids[-1] not in eos_token_ids and len(ids) >= max_completion_length
+        ids, is_plain = rollout.execution_ids, rollout.source == "plain"
+        limit = args.max_plain_length if is_plain else args.max_completion_length
+        return ids[-1] not in eos_token_ids and len(ids) >= limit
 
     values: Mapping[str, Sequence[float]] = {
         "strategy_length": [rollout.strategy_length for rollout in own],

@@ -9,7 +9,7 @@ import torch
 from ..speed.trainer import SharedPromptGRPOTrainer
 from .conversation import Conversation
 from .prompts import ParsedStrategy
-from .rollout import Answer, Rollout, RolloutBatch
+from .rollout import Rollout, RolloutBatch, answer_plainly
 
 
 Reward = Callable[[list[dict[str, Any]], list[Any], list[Rollout]], torch.Tensor]
@@ -43,11 +43,12 @@ def answered_first(
     """
     geometry, problems = batch.geometry, batch.problems
     requests = [conversation.plain_request(problem.prompt) for problem in problems]
-    asked = [request for request in requests for _ in range(geometry.plain)]
     with trainer.fast_generation(requests):
-        generated, logprobs = trainer.generate(asked, trainer.args.max_completion_length, "plain answers")
-    generated = [ids or [conversation.turn(problems[0].prompt).end] for ids in generated]
-    rollouts = [Rollout("plain", ParsedStrategy(""), conversation.text(ids), ids, 0) for ids in generated]
+        answers = answer_plainly(requests, geometry, trainer)
+    end = [conversation.turn(problems[0].prompt).end]
+    rollouts = [
+        Rollout("plain", ParsedStrategy(""), conversation.text(answer.ids), answer.ids or end, 0) for answer in answers
+    ]
     rows = [row for row in inputs[:: geometry.executions] for _ in range(geometry.plain)]
     rewards = reward(
         [row | {"rollout": rollout} for row, rollout in zip(rows, rollouts, strict=True)],
@@ -62,5 +63,5 @@ def answered_first(
             replace(problem, retrieved=(), similarities=()) if is_solved else problem
             for problem, is_solved in zip(problems, solved, strict=True)
         ],
-        answered=[Answer(ids, None if logprobs is None else logprobs[place]) for place, ids in enumerate(generated)],
+        answered=answers,
     )

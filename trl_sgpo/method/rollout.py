@@ -36,7 +36,7 @@ def without_experimental_warning() -> Iterator[None]:
 @dataclass(frozen=True)
 class Answer:
     """
-    A plain answer that was generated before the strategies.
+    What was generated after a context.
 
     Args:
         ids (`list[int]`):
@@ -163,8 +163,12 @@ def two_phase_rollout(
     args, geometry = trainer.args, batch.geometry
     turn = conversation.turn(batch.problems[0].prompt)
     guided, plain = _requests(batch, conversation)
-    with trainer.fast_generation([*guided, *plain], calls=2 if geometry.own else 1):
+    answers = batch.answered
+    calls = [geometry.own > 0, geometry.strategies > 0, geometry.plain > 0 and not answers]
+    with trainer.fast_generation([*guided, *plain], calls=sum(calls)):
         written = _write_strategies(batch, guided, trainer, conversation) if geometry.own else []
+        if calls[2]:
+            answers = answer_plainly(plain, geometry, trainer)
 
         plan = _plan(len(batch.problems), geometry)
         sources = [_source(batch, written, *entry, conversation) for entry in plan]
@@ -176,12 +180,14 @@ def two_phase_rollout(
         contexts = [
             request + source.ids + between for request, source, between in zip(requests, sources, turns, strict=True)
         ]
-        waiting = [
-            context for context, source in zip(contexts, sources, strict=True) if not _is_answered(batch, source)
-        ]
-        executions, logprobs = trainer.generate(waiting, args.max_completion_length, "executions")
+        waiting = [each for each, source in zip(contexts, sources, strict=True) if source is not _NO_STRATEGY]
+        executed: list[Answer] = []
+        if waiting:
+            executed = _answers(trainer.generate(waiting, args.max_completion_length, "executions"))
 
-    executions, logprobs = _in_order(batch, sources, executions, logprobs)
+    following = {True: iter(answers), False: iter(executed)}
+    outputs = [next(following[source is _NO_STRATEGY]) for source in sources]
+    executions, logprobs = [output.ids for output in outputs], [output.logprobs for output in outputs]
     executions = [ids or [turn.end] for ids in executions]
     texts = [conversation.text(ids) for ids in executions]
     rows = list(zip(sources, turns, executions, strict=True))
@@ -193,7 +199,7 @@ def two_phase_rollout(
         "prompt_ids": requests,
         "completion_ids": [source.ids + between + execution for source, between, execution in rows],
         "logprobs": None
-        if logprobs is None
+        if None in logprobs
         else [_row_logprobs(*row, sampled) for row, sampled in zip(rows, logprobs, strict=True)],
         "env_mask": [
             [int(source.kind == "own" and trained(source.ids))] * len(source.ids)
@@ -215,22 +221,30 @@ def two_phase_rollout(
     }
 
 
-def _is_answered(batch: RolloutBatch, source: _Source) -> bool:
-    return source is _NO_STRATEGY and len(batch.answered) > 0
+def answer_plainly(
+    requests: Sequence[list[int]], geometry: BlockGeometry, trainer: SharedPromptGRPOTrainer
+) -> list[Answer]:
+    """
+    Generates the plain rows of problems, which may be as long as strategy and execution together.
+
+    Args:
+        requests (`Sequence[list[int]]`):
+            Tokens of the bare problems.
+        geometry ([`~trl_sgpo.method.transfer.BlockGeometry`]):
+            Shape of the blocks.
+        trainer ([`~trl_sgpo.speed.trainer.SharedPromptGRPOTrainer`]):
+            Trainer that generates.
+
+    Returns:
+        `list[Answer]`: m for each problem.
+    """
+    asked = [request for request in requests for _ in range(geometry.plain)]
+    return _answers(trainer.generate(asked, trainer.args.max_plain_length, "plain answers"))
 
 
-def _in_order(
-    batch: RolloutBatch, sources: list[_Source], executions: list[list[int]], logprobs: list[list[float]] | None
-) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Executions and their log-probabilities with the answers that existed before, in the order of the rows."""
-    answers, generated = iter(batch.answered), iter(range(len(executions)))
-    rows = [
-        (answer.ids, answer.logprobs)
-        if _is_answered(batch, source) and (answer := next(answers))
-        else (executions[place := next(generated)], None if logprobs is None else logprobs[place])
-        for source in sources
-    ]
-    return [ids for ids, _ in rows], None if logprobs is None else [sampled or [] for _, sampled in rows]
+def _answers(generated: tuple[list[list[int]], list[list[float]] | None]) -> list[Answer]:
+    ids, logprobs = generated
+    return [Answer(row, None if logprobs is None else logprobs[place]) for place, row in enumerate(ids)]
 
 
 def _is_cut_off(ids: Sequence[int], eos_token_ids: list[int]) -> bool:
