@@ -1,15 +1,20 @@
 """`TwoPhaseModel` reads and writes what `SGPOTrainer` does, and repeats itself."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from models import evenness, hash_embedder, problems, save_tiny_model, tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StrategyBank
 from trl_sgpo.errors import ConfigError, ModelError
 from trl_sgpo.inference.chat_completions import Completion
+from trl_sgpo.inference.loading import adapter_base
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.inference.server import ServerModel
 from trl_sgpo.inference.settings import TwoPhaseSettings
@@ -18,7 +23,7 @@ from trl_sgpo.method.problem import as_problem
 from trl_sgpo.method.transfer import BlockGeometry
 
 
-def _trainer(tmp_path: Path, chat: bool) -> SGPOTrainer:
+def _trainer(tmp_path: Path, chat: bool, **settings: Any) -> SGPOTrainer:
     args = SGPOConfig(
         str(tmp_path / "run"),
         per_device_train_batch_size=16,
@@ -30,6 +35,7 @@ def _trainer(tmp_path: Path, chat: bool) -> SGPOTrainer:
         save_strategy="no",
         disable_tqdm=True,
         bf16=False,
+        **settings,
     )
     return SGPOTrainer(
         save_tiny_model(tmp_path / "model", chat=chat),
@@ -52,6 +58,40 @@ def test_greedy_texts_and_outcomes_are_the_trainers(tmp_path: Path, chat: bool) 
     executions = model.execute(asked, written)
     assert executions == [rollout.execution for rollout in rollouts]
     assert len(verify(evenness, rows, executions)) == len(outcomes)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_texts_have_the_repetition_penalty_of_training(tmp_path: Path, penalty: float) -> None:
+    """And not that of the base, as Qwen2.5-Instruct has one."""
+    trainer = _trainer(tmp_path, True, repetition_penalty=penalty)
+    trainer.model.generation_config.repetition_penalty = 1.3
+    trainer.save_model()
+    rows = list(trainer.train_dataset)[:4]
+    rollouts, _ = trainer.execute_blocks(rows, BlockGeometry(problems=1, own=1))
+    model = TwoPhaseModel.from_pretrained(trainer.args.output_dir)
+    written = model.write_strategies([as_problem(row, "problem_class") for row in rows])
+    assert [strategy.text for strategy in written] == [rollout.strategy.text for rollout in rollouts]
+
+
+def test_an_adapter_is_put_on_the_base_that_it_names(tmp_path: Path) -> None:
+    """And not on another run in a folder of the same name; a warm-started base moves with its run."""
+    base = save_tiny_model(tmp_path / "bases" / "tiny")
+    adapter = tmp_path / "runs" / "lora"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(adapter)
+    save_tiny_model(tmp_path / "runs" / "tiny")
+    assert adapter_base(adapter) == base
+    for name in ("org/tiny", str(tmp_path / "gone" / "tiny")):
+        edit(adapter / "adapter_config.json", base_model_name_or_path=name)
+        assert adapter_base(adapter) == name
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone" / "warmstart"))
+    assert adapter_base(adapter) == str(tmp_path / "gone" / "warmstart")
+    save_tiny_model(adapter / "warmstart")
+    assert adapter_base(adapter) == str(adapter / "warmstart")
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def test_a_run_saves_its_settings_and_the_model_is_loaded_with_them(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from models import evenness, problems, save_tiny_model
 from peft import LoraConfig
 from test_runs import config
+from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOTrainer
 from trl_sgpo.errors import ConfigError
@@ -68,8 +69,28 @@ def test_an_adapter_of_the_same_layers_goes_on(model, tmp_path, caplog):
     assert "was trained on" not in caplog.text
 
 
-def test_another_base_of_an_adapter_is_named(model, tmp_path, caplog):
+def test_an_adapter_does_not_go_on_on_another_base(model, tmp_path):
     resumed(model, tmp_path / "run", ADAPTER, None)
+    same = save_tiny_model(tmp_path / "same")
+    resumed(same, tmp_path / "run", ADAPTER, True, max_steps=2)
     other = save_tiny_model(tmp_path / "other")
-    resumed(other, tmp_path / "run", ADAPTER, True, max_steps=2)
-    assert f"was trained on {model}, and goes on with {other}." in caplog.text
+    changed = AutoModelForCausalLM.from_pretrained(other)
+    changed.get_input_embeddings().weight.data += 0.1
+    changed.save_pretrained(other)
+    with pytest.raises(ConfigError, match=r"whose weights are not those of .*other: name that base"):
+        resumed(other, tmp_path / "run", ADAPTER, True, max_steps=3)
+
+
+def test_an_adapter_does_not_go_on_in_another_precision(model, tmp_path):
+    resumed(model, tmp_path, ADAPTER, None)
+    with pytest.raises(ConfigError, match=r"in another precision \(float32, now bfloat16\): set `dtype`"):
+        resumed(model, tmp_path, ADAPTER, True, max_steps=2, model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_the_best_model_is_that_of_the_highest_reward(tmp_path):
+    for keys in ({"load_best_model_at_end": True}, {"save_strategy": "best"}):
+        args = config(
+            tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, **({"save_strategy": "steps"} | keys)
+        )
+        assert (args.metric_for_best_model, args.greater_is_better) == ("eval_reward", True)
+    assert config(tmp_path).metric_for_best_model is None

@@ -377,6 +377,25 @@ class TestWarmStart:
         warmstart(str(base), one, config(tmp_path), out)
         assert (out / "model.safetensors").stat().st_mtime_ns == made
 
+    def test_a_warm_start_with_other_settings_is_made_again(self, model: str, tmp_path: Path) -> None:
+        one = [Trace(row["prompt"], "Add them.", "#### 1", "kind-0") for row in problems(2).to_list()]
+        out, made = tmp_path / "warmstart", set()
+        for keys, kwargs in (
+            ({}, {}), ({"adam_beta2": 0.9}, {}), ({"num_retrieved": 0}, {}), ({}, {"dtype": "float32"}), ({}, {})
+        ):  # fmt: skip
+            warmstart(model, one, config(tmp_path, **keys), out, model_init_kwargs=kwargs)
+            made.add((out / "model.safetensors").stat().st_mtime_ns)
+        assert len(made) == 5
+
+    def test_what_rounding_loses_of_a_warm_start_is_named(
+        self, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        one = [Trace(row["prompt"], "Add them.", "#### 1", "kind-0") for row in problems(8).to_list()]
+        for dtype in ("float32", "bfloat16"):
+            warmstart(model, one, config(tmp_path), tmp_path / dtype, 1e-5, model_init_kwargs={"dtype": dtype})
+        (line,) = [line for line in caplog.messages if "of what the warm start has changed" in line]
+        assert line.startswith("Rounding to bfloat16 distorts") and "warmstart_learning_rate" in line
+
     def test_an_earlier_adapter_keeps_its_base(self, model: str, tmp_path: Path, data: Path) -> None:
         out = tmp_path / "run"
         for name in ("first", "second"):

@@ -367,12 +367,11 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._use_new_names()
         batch_is_given = self.generation_batch_size is not None
-        for check in (
-            self._check_choices,
-            lambda: check_strategy_prompt(self.strategy_prompt),
-            lambda: check_block(self),
-        ):
+        checks = self._check_choices, lambda: check_strategy_prompt(self.strategy_prompt), lambda: check_block(self)
+        for check in checks:
             problems += _problems_of(check)
+        if self.load_best_model_at_end or self.save_strategy == "best":  # transformers takes the loss, which is near 0
+            self.metric_for_best_model = self.metric_for_best_model or "eval_reward"
         if not problems and not batch_is_given:
             problems += _problems_of(lambda: check_local_batch(self))
         # TRL's own checks follow from the geometry: after a problem, only those of transformers

@@ -1,19 +1,23 @@
 """The controls of a comparison: strategies of other classes, and rejection sampling."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import problems, save_tiny_model
 
-from trl_sgpo.compare.methods import with_strategies_of_other_classes
+from trl_sgpo.compare.config import Arm
+from trl_sgpo.compare.methods import Task, train_arm, with_strategies_of_other_classes
 from trl_sgpo.compare.rft import right_answers
 from trl_sgpo.errors import ConfigError
-from trl_sgpo.inference.model import Decoding
+from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.method.problem import Problem
 from trl_sgpo.method.prompts import ParsedStrategy
 from trl_sgpo.method.rollout import Rollout, RolloutBatch
 from trl_sgpo.method.transfer import BlockGeometry
+from trl_sgpo.recipe import read_recipe
 
 
 GEOMETRY = BlockGeometry(problems=2, own=2, plain=1)
@@ -78,3 +82,15 @@ def test_greedy_answers_are_refused() -> None:
     sampler: Any = Sampler()
     with pytest.raises(ConfigError, match="greedy=False"):
         right_answers(sampler, [], len, 100, Decoding(greedy=True))
+
+
+def test_an_adapter_of_grpo_is_measured_on_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "tiny")
+    keys = ["--load_in_4bit", "true", "--use_peft", "true", "--lora_target_modules", "q_proj", "--dtype", "float32"]
+    keys += ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_steps", "1", "--report_to", "none"]
+    keys += ["--max_strategy_length", "4", "--max_completion_length", "4", "--bf16", "false", "--use_bank", "false"]
+    keys += ["--save_strategy", "no", "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"]
+    recipe = read_recipe(["--model_name_or_path", model, "--reward_funcs", "answer_reward", *keys], "test")
+    task = Task(Arm("grpo", "grpo", {}, {}), recipe, model, problems(), 10_000, [], lambda trainer: 0.0)
+    trained = TwoPhaseModel.from_pretrained(train_arm(task).model)
+    assert trained.model.config.quantization_config.load_in_4bit

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
@@ -20,6 +21,7 @@ from ..data.loading import load_rewards
 from ..data.warmstart import two_phase_examples, warmstart
 from ..data.worked import traces
 from ..errors import ConfigError
+from ..inference.loading import how_trained
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..method.conversation_trainer import ConversationGRPOTrainer
@@ -253,7 +255,11 @@ def _train_grpo(task: Task, rewards: list[Any], labelled: int, details: dict[str
         quantization_config=get_quantization_config(task.recipe.model),
         peft_config=get_peft_config(task.recipe.model),
     )
-    return _train(task, trainer, labelled, details)
+    trained = _train(task, trainer, labelled, details)
+    if isinstance(trainer.model, PeftModel):  # whose weights fit a base that is quantized as in training only
+        settings = replace(plain_settings(training), trained_on=how_trained(trainer.model))
+        settings.of_model(trainer.processing_class).save(trained.model)
+    return trained
 
 
 def _sgpo(task: Task) -> TrainedArm:

@@ -6,6 +6,7 @@ The warm start: supervised fine-tuning on two-phase traces, in the tokens that a
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -13,27 +14,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import ConfigError, DataError, ModelError
 from ..evaluation.digest import digest, model_record
 from ..files import unfinished_directory
 from ..inference.checked import checked
+from ..inference.model_files import WARMSTART_DIRECTORY
 from ..inference.pretrained import load_config, load_tokenizer, readable_weights
 from ..inference.settings import TwoPhaseSettings
 from ..method.context_length import check_trace_length
 from ..method.conversation import Conversation
 from ..method.prompts import plain_answer
 from ..recipe import Recipe, model_init_kwargs
-from ..run.directory import WARMSTART_DIRECTORY, holds_adapters
+from ..run.directory import holds_adapters
 from ..sgpo_config import SGPOConfig
 from ..speed.lm_head import project_labelled_tokens_only
+from ..speed.merging import adapter_effect, fixed_log_probs, merge_is_exact
 from . import worked
 from .trace_files import read_traces
 from .worked import Trace
 
+
+logger = logging.getLogger(__name__)
 
 _MADE_OF = "warmstart.sha256"
 
@@ -167,6 +174,10 @@ def warmstart(
         settings.append(config.chat_template_kwargs)
     if two_phase.turn_end != tokenizer.eos_token:
         settings.append(two_phase.turn_end)
+    dtype = str(model_init_kwargs.get("dtype", "bfloat16")).removeprefix("torch.")
+    others = {"adam_beta2": config.adam_beta2, "num_retrieved": config.num_retrieved, "dtype": dtype}
+    usual = {"adam_beta2": 0.999, "num_retrieved": 1, "dtype": "bfloat16"}
+    settings += [[name, value] for name, value in others.items() if value != usual[name]]
     made_of = hashlib.sha256(json.dumps([settings, [asdict(trace) for trace in traces]]).encode()).hexdigest()
     model_digest = digest(model_record(model))
     if _is_made_of(output_dir, made_of, model_digest):
@@ -213,7 +224,7 @@ def warmstart(
     with project_labelled_tokens_only(trainer.accelerator.device):
         trainer.train()
     tuned = trainer.accelerator.unwrap_model(trainer.model)
-    merged = tuned if full else tuned.merge_and_unload()
+    merged = tuned if full else _merged(tuned)
     if trainer.accelerator.is_main_process:
         with unfinished_directory(output_dir) as unfinished:
             merged.save_pretrained(unfinished)
@@ -224,6 +235,23 @@ def warmstart(
             os.replace(unfinished, output_dir)
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)
+
+
+@torch.no_grad()
+def _merged(tuned: PeftModel) -> PreTrainedModel:
+    """The model with its adapter merged, and a line in the log if rounding loses more than a tenth of its effect."""
+    tuned.eval()
+    apart = fixed_log_probs(tuned)
+    effect = adapter_effect(tuned, apart, lambda: fixed_log_probs(tuned))
+    merged = tuned.merge_and_unload()
+    difference = (fixed_log_probs(merged) - apart).abs().mean().item()
+    if not merge_is_exact(difference, effect, exact=False):
+        kind = str(merged.dtype).removeprefix("torch.")
+        logger.warning(
+            f"Rounding to {kind} distorts {min(1.0, difference / effect if effect else 1.0):.0%} of what the warm "
+            "start has changed: raise `warmstart_learning_rate` or `warmstart_traces`, or set `dtype: float32`."
+        )
+    return merged
 
 
 def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:

@@ -32,7 +32,8 @@ inputs = tokenizer({system}{problem!r}, return_tensors="pt")
 
 _ANSWER = """
 inputs = inputs.to(model.device)
-output = model.generate(**inputs, max_new_tokens={limit}, do_sample=False, eos_token_id=stops)
+settings = {{"do_sample": False, "repetition_penalty": {penalty}, "eos_token_id": stops}}
+output = model.generate(**inputs, max_new_tokens={limit}, **settings)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
@@ -60,9 +61,8 @@ def plain(text):
 def say(ids, limit):
     ids = ids.to(model.device)
     mask = ids.new_ones(ids.shape)
-    output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, eos_token_id=stops
-    )
+    settings = {{"do_sample": False, "repetition_penalty": {penalty}, "eos_token_id": stops}}
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=limit, **settings)
     return output[:, ids.shape[1] :].cpu()
 
 
@@ -144,6 +144,7 @@ def plain_snippet(name: str, settings: TwoPhaseSettings, problem: str = _PROBLEM
         problem=problem,
         template_kwargs=_template_kwargs(settings),
         limit=settings.max_plain_length,
+        penalty=settings.repetition_penalty,
     )
 
 
@@ -195,6 +196,7 @@ def transformers_snippet(name: str, settings: TwoPhaseSettings, problem: str = _
         system=_system(settings, chat),
         strategy_limit=settings.max_strategy_length,
         execution_limit=settings.max_completion_length,
+        penalty=settings.repetition_penalty,
         problem=problem,
         turn_end=_turn_end(settings),
         template_kwargs=_template_kwargs(settings),

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from ..checks.json_text import read_json
 from ..errors import ModelError
 from ..speed.quantization import keep_4bit_layout
-from .model_files import ADAPTER_FILE, CONFIG
+from .model_files import ADAPTER_FILE, CONFIG, WARMSTART_DIRECTORY
 from .pretrained import load_model
 from .weights import check_one_form, require_model
 
@@ -35,8 +35,8 @@ def adapter_base(directory: str | Path) -> str | None:
             Directory of a model or an adapter.
 
     Returns:
-        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. If the run's folder has a directory
-        of the recorded name, as the warm-started model of a run that was moved, that one.
+        `str` or `None`: A directory, a Hub id, or `None` if this is no adapter. Of a warm-started model, the one in
+        the run's own folder, which may have been moved.
 
     Raises:
         [`ModelError`]: The directory holds an adapter and a whole model, or the adapter's config cannot be read.
@@ -49,11 +49,12 @@ def adapter_base(directory: str | Path) -> str | None:
         raise ModelError(f"{Path(directory, ADAPTER_FILE)} cannot be read: save the adapter again.") from error
     if not isinstance(base, str):
         raise ModelError(f"{Path(directory, ADAPTER_FILE)} names no base model: set `base_model_name_or_path` in it.")
-    for run in (Path(directory), Path(directory).resolve().parent):
-        beside = run / Path(base).name
-        if (beside / CONFIG).is_file() and not (Path(base).is_dir() and beside.samefile(base)):
-            return str(beside)
-    return str(base)
+    if Path(base).name == WARMSTART_DIRECTORY:  # other folders beside it, of the base's name, may be of other runs
+        for run in (Path(directory), Path(directory).resolve().parent):
+            beside = run / WARMSTART_DIRECTORY
+            if (beside / CONFIG).is_file() and not (Path(base).is_dir() and beside.samefile(base)):
+                return str(beside)
+    return base
 
 
 def how_trained(model: PreTrainedModel) -> dict[str, Any]:

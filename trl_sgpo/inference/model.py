@@ -64,15 +64,12 @@ class _Streamer(TextStreamer):
 
 
 def _own_generation(config: GenerationConfig, name: str) -> GenerationConfig:
-    """What counts of a model's own settings of generation: its tokens, and its penalty of repetition."""
+    """What counts of a model's own settings of generation: its tokens. The others are those of training."""
     tokens = {key: vars(config).get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for key, value in tokens.items():
         if not all(type(token) is int and token >= 0 for token in _as_list(value)):
             raise ModelError(f"The generation config of {name} has `{key}: {value!r}`: it must be a token.")
-    penalty = config.repetition_penalty
-    if penalty is not None and not (isinstance(penalty, int | float) and penalty > 0):
-        raise ModelError(f"The generation config of {name} has `repetition_penalty: {penalty!r}`: use a positive one.")
-    return GenerationConfig(**tokens, repetition_penalty=penalty)
+    return GenerationConfig(**tokens)
 
 
 def _check_lengths(settings: TwoPhaseSettings, config: Any, name: str) -> None:
@@ -373,6 +370,7 @@ class TwoPhaseModel:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=ends,
             bos_token_id=own.bos_token_id,
+            repetition_penalty=self.settings.repetition_penalty,
             **({} if decoding.greedy else sampling),
         )
         check_generated_length(self.model.config, max(map(len, prompts), default=0), limit)

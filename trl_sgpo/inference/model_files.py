@@ -22,3 +22,5 @@ TOKENIZER = (
     CHAT_TEMPLATE,
 )
 MODEL_FILES = (*WEIGHTS, *CONFIGS, *TOKENIZER, SETTINGS_FILE)
+WARMSTART_DIRECTORY = "warmstart"
+"""Folder of a run with the model that its warm start made."""

@@ -1,6 +1,7 @@
 """`sgpo.json`: prompts, limits and conversation format of a model's two phases."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,6 +60,8 @@ class TwoPhaseSettings:
             Maximum number of tokens of an execution, or of an answer without strategy.
         num_retrieved (`int`, *optional*, defaults to `1`):
             Strategies of a bank shown with each problem.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Penalty of repetition in training, with which texts are generated whatever the base's own settings say.
         embedding_model (`str`, *optional*):
             Embedding model of that bank.
         system_prompt (`str`, *optional*):
@@ -81,6 +84,7 @@ class TwoPhaseSettings:
     max_strategy_length: int = 128
     max_completion_length: int = 256
     num_retrieved: int = 1
+    repetition_penalty: float = 1.0
     embedding_model: str = DEFAULT_EMBEDDING_MODEL
     system_prompt: str | None = None
     trained_on: dict[str, Any] | None = None
@@ -105,7 +109,8 @@ class TwoPhaseSettings:
         of_the_model = ("system_prompt", "trained_on", "turn_end", "plain_text", "opens_reasoning")
         names = [item.name for item in fields(cls) if item.name not in of_the_model]
         return cls(
-            **{name: config.__dict__[name] for name in names},
+            **{name: config.__dict__[name] for name in names if name != "repetition_penalty"},
+            repetition_penalty=float(config.repetition_penalty),
             system_prompt=None if prompt is None else system_prompt_of(prompt),
             plain_text=isinstance(prompt, str),
         )
@@ -163,6 +168,8 @@ def _check(written: Any) -> None:
             raise ValueError(f"`{name}` has a value of the type {type(value).__name__}")
         if type(value) is int and not 0 <= value <= RANGES[name].high:
             raise ValueError(f"`{name}` must be between 0 and {RANGES[name].high:,}")
+    if not 0 < written.get("repetition_penalty", 1.0) < math.inf:
+        raise ValueError("`repetition_penalty` must be above 0")
     if written.get("strategy_format", "text") not in ("text", "steps"):
         raise ValueError("`strategy_format` must be text or steps")
     trained_on = written.get("trained_on") or {}

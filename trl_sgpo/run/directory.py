@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..files import unfinished_directory, write_file
 from ..hub.model_card import CARD, FACTS_FILE, METRICS_FILE
-from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, WEIGHTS
+from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, WARMSTART_DIRECTORY, WEIGHTS
 from ..report.run_files import (
     BEFORE_FILE,
     COMPLETIONS_DIRECTORY,
@@ -34,7 +34,6 @@ from ..report.run_files import (
 )
 
 
-WARMSTART_DIRECTORY = "warmstart"
 _CHECKPOINTS = "checkpoint-*"
 # A folder without any of these, and without checkpoints, holds no run: what it has is the user's
 _EVIDENCE = (*WEIGHTS, "pytorch_model*.bin", "adapter_model.bin", "training_args.bin", BANK_DIRECTORY, STATE_FILE)

@@ -1,7 +1,9 @@
 """Whether a checkpoint is of the model that would go on from it: a whole one, or an adapter with the same settings."""
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -9,8 +11,10 @@ from transformers import PreTrainedModel
 
 from ..checks.json_text import read_json
 from ..errors import ConfigError
-from ..inference.loading import is_adapter
+from ..evaluation.digest import model_record
+from ..inference.loading import adapter_base, how_trained, is_adapter
 from ..inference.model_files import ADAPTER_FILE, ADAPTER_WEIGHTS
+from ..inference.settings import TwoPhaseSettings
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
 
     Raises:
         [`ConfigError`]: It holds a whole model and an adapter is trained, or the reverse, or an adapter with other
-            settings.
+            settings, or an adapter of another base, or of one in another precision.
     """
     if checkpoint is None or not Path(checkpoint).is_dir():
         return
@@ -66,9 +70,32 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
             f"The adapter in {checkpoint} is of other layers ({len(others)} weights differ, such as {others[0]}): set "
             f"`lora_target_modules` and `lora_modules_to_save` as before, {_OR_ANEW}"
         )
-    before, base = str(saved.get("base_model_name_or_path")), str(now["base_model_name_or_path"])
-    if Path(before).name != Path(base).name:
-        logger.warning(f"The adapter in {checkpoint} was trained on {before}, and goes on with {base}.")
+    _check_same_base(model, checkpoint, str(now["base_model_name_or_path"]))
+
+
+def _check_same_base(model: PeftModel, checkpoint: str, base: str) -> None:
+    """An adapter fits the weights that it was trained on, as they were rounded or quantized."""
+    trained_on, now = TwoPhaseSettings.load(checkpoint).trained_on, how_trained(model)
+    if trained_on is not None and trained_on != json.loads(json.dumps(now, default=str)):
+        raise ConfigError(
+            f"The adapter in {checkpoint} was trained on a base in another precision ({_short(trained_on)}, now "
+            f"{_short(now)}): set `dtype` and `load_in_4bit` or `load_in_8bit` as before, {_OR_ANEW}"
+        )
+    before = adapter_base(checkpoint) or ""
+    if not (Path(before).is_dir() and Path(base).is_dir()):
+        if Path(before).name != Path(base).name:
+            logger.warning(f"The adapter in {checkpoint} was trained on {before}, and goes on with {base}.")
+    elif not Path(before).samefile(base) and model_record(before)["weights"] != model_record(base)["weights"]:
+        raise ConfigError(
+            f"The adapter in {checkpoint} was trained on {before}, whose weights are not those of {base}: name that "
+            f"base or use the warm start of that run, {_OR_ANEW}"
+        )
+
+
+def _short(trained_on: dict[str, Any]) -> str:
+    bits = trained_on.get("quantization_config") or {}
+    kinds = [name for name in ("load_in_4bit", "load_in_8bit") if bits.get(name)]
+    return ", ".join([str(trained_on.get("dtype")), *kinds])
 
 
 def check_same_optimizer(checkpoint: str, before: set[str], after: set[str]) -> None:
