@@ -121,8 +121,7 @@ def measure_transfer(
         for matrix in _outcomes(trainer, rows, geometry, greedy):
             on_own += [matrix[i][i] for i in range(K)]
             on_siblings += [matrix[s][x] for s in range(K) for x in range(K) if s != x]
-        with _changed(args, max_completion_length=args.max_strategy_length + args.max_completion_length):
-            plain += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=0, plain=1), greedy))
+        plain += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=0, plain=1), greedy))
         with _changed(args, num_retrieved=0):
             alone += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=1), greedy)) if shown else []
     return TransferScore(
