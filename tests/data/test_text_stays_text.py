@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -168,6 +169,30 @@ def test_numbers_of_32_bits_are_the_decimals_that_they_were_made_of() -> None:
     rows = load_problems("rows.parquet")
     assert rows["solution"][:] == ["0.1", "12", None, "1e-07"]
     assert rows["level"][:] == [0.1, 12.0, None, 1e-7]
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(pa.float32(), 2**27), (pa.float16(), 2**14)])
+def test_short_numbers_and_whole_ones(kind: pa.DataType, whole: int) -> None:
+    """The shortest decimal that gives 2^27 is 134217730."""
+    answers = pa.array(np.array([0.1, 3.3, whole], kind.to_pandas_dtype()))
+    pq.write_table(pa.table({"question": list("abc"), "answer": answers}), "rows.parquet")
+    assert load_problems("rows.parquet")["solution"][:] == ["0.1", "3.3", str(whole)]
+
+
+SHORT_LISTS = [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 2), pa.list_view, pa.large_list_view]
+
+
+@pytest.mark.parametrize("number", [pa.float32(), pa.float16()])
+@pytest.mark.parametrize("kind", SHORT_LISTS)
+def test_short_numbers_in_lists_of_all_kinds(kind: Any, number: pa.DataType) -> None:
+    first, second, third = np.array([0.1, 2, 3.3], number.to_pandas_dtype())
+    lists = pa.array([[first, None], None, [second, third]], kind(number))
+    within = pa.StructArray.from_arrays([lists], ["a"])
+    columns = {"question": list("abc"), "answer": list("123"), "marks": lists, "level": within}
+    pq.write_table(pa.table(columns), "rows.parquet")
+    rows = load_problems("rows.parquet")
+    assert rows["marks"][:] == [[0.1, None], None, [2.0, 3.3]]
+    assert rows["level"][:] == [{"a": [0.1, None]}, {"a": None}, {"a": [2.0, 3.3]}]
 
 
 @pytest.mark.parametrize("kind", [pa.list_, pa.large_list])

@@ -68,13 +68,15 @@ def text_lines(path: str | Path, encoding: str | None = None) -> Iterator[tuple[
         yield from _lines(file)
 
 
-def json_rows(path: str | Path, encoding: str | None = None) -> Iterator[dict[str, Any]]:
+def json_rows(path: str | Path, encoding: str | None = None, field: str | None = None) -> Iterator[dict[str, Any]]:
     """
     Reads the rows of JSON lines, of an array of objects, or of objects after each other.
 
     Args:
         path (`str` or `Path`), encoding (`str`, *optional*):
             As in [`text_lines`].
+        field (`str`, *optional*):
+            Key of the array, where the file is an object that holds it.
 
     Returns:
         `Iterator[dict]`: Rows, whose numbers are [`Number`].
@@ -85,7 +87,13 @@ def json_rows(path: str | Path, encoding: str | None = None) -> Iterator[dict[st
     for number, value in _json_values(path, encoding):
         if not isinstance(value, dict):
             raise ValueError(f"JSON parse error in line {number}: {value!r:.40} is no object with columns")
-        yield value
+        if field is None:
+            yield value
+            continue
+        rows = value.get(field)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"the object in line {number} has no list of objects as {field!r:.40}")
+        yield from rows
 
 
 def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ",") -> Iterator[dict[str, Any]]:

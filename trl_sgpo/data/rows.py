@@ -1,9 +1,9 @@
-"""Rows of JSON, CSV and Parquet files, converted to Arrow once. A text stays the text that it is."""
+"""Rows of JSON, CSV, Parquet and Arrow files, converted to Arrow once. A text stays the text that it is."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -78,13 +78,17 @@ class RowFiles:
         name (`str`):
             Their name in messages.
         form (`str`):
-            `"json"`, `"csv"` or `"parquet"`.
+            `"json"`, `"csv"`, `"parquet"`, or `"arrow"` for files that the datasets library wrote.
         paths (`Sequence[str]`):
             The files.
         encoding (`str`, *optional*):
             Encoding of JSON and CSV files. If `None`, UTF-8, or UTF-16 and UTF-32 where the start of a file tells it.
         separator (`str`, *optional*, defaults to `","`):
             What stands between the cells of a CSV file.
+        field (`str`, *optional*):
+            Key of the rows in a JSON file that is an object.
+        columns (`Sequence[str]`, *optional*):
+            The columns of Parquet files to read. If `None`, all.
     """
 
     name: str
@@ -92,6 +96,8 @@ class RowFiles:
     paths: Sequence[str]
     encoding: str | None = None
     separator: str = ","
+    field: str | None = None
+    columns: Sequence[str] | None = None
 
 
 def read_files(files: RowFiles) -> str:
@@ -112,9 +118,12 @@ def read_files(files: RowFiles) -> str:
         stats = [Path(path).stat() for path in files.paths]
     except OSError as error:
         raise DataError(f"{files.name} cannot be read: {error.strerror}.") from error
+    if not stats:
+        raise DataError(f"{files.name} holds no file: name a source with problems.")
     state = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
     paths = [str(Path(path).resolve()) for path in files.paths]
-    made_of = [__version__, files.form, files.encoding, files.separator, paths, state]
+    settings = [files.form, files.encoding, files.separator, files.field, files.columns]
+    made_of = [__version__, *settings, paths, state]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
     rows, written = _cached(name)
     if not rows.is_file():
@@ -124,7 +133,7 @@ def read_files(files: RowFiles) -> str:
                 if rows.is_file():
                     return name
                 most = most_bytes(sum(stat.st_size for stat in stats))
-                if files.form == "parquet":
+                if files.form in ("parquet", "arrow"):
                     _write(files, most, rows, *_tables(files))
                 else:
                     _convert(files, most, rows, written)
@@ -195,7 +204,7 @@ def _rows(files: RowFiles) -> Iterator[dict[str, Any]]:
     for path in files.paths:
         try:
             if files.form == "json":
-                yield from json_rows(path, files.encoding)
+                yield from json_rows(path, files.encoding, files.field)
             else:
                 yield from csv_rows(path, files.encoding, files.separator)
         except (OSError, ValueError, LookupError) as error:
@@ -203,28 +212,36 @@ def _rows(files: RowFiles) -> Iterator[dict[str, Any]]:
 
 
 def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
-    """The schema of Parquet files, with one type of text, and their batches."""
+    """The schema of Parquet or Arrow files, with one type of text, and their batches."""
     import pyarrow as pa
     from datasets import Features
     from pyarrow import parquet
 
     try:
-        opened = [parquet.ParquetFile(path) for path in files.paths]
-        stored = opened[0].schema_arrow
+        if files.form == "arrow":
+            opened = [pa.ipc.open_stream(pa.memory_map(path)) for path in files.paths]
+            stored = opened[0].schema
+        else:
+            opened = [parquet.ParquetFile(path) for path in files.paths]
+            stored = opened[0].schema_arrow
         _check_number(files, len(stored))
-        _check_number(files, opened[0].metadata.num_columns, MAX_LEAVES)
-        readable = [field for field in stored if not _has_map(field.type)]
-        if left_out := [f"`{field.name}`" for field in stored if _has_map(field.type)]:
+        if files.form == "parquet":
+            _check_number(files, opened[0].metadata.num_columns, MAX_LEAVES)
+        chosen = [field for field in stored if files.columns is None or field.name in files.columns]
+        readable = [field for field in chosen if not _has(field.type, pa.types.is_map)]
+        if left_out := [f"`{field.name}`" for field in chosen if field not in readable]:
             logger.warning(f"{files.name}: {', '.join(left_out)} hold mappings, which are not read.")
         plain = pa.schema([(field.name, _plain_type(field.type)) for field in readable])
         schema = with_times_as_text(Features.from_arrow_schema(plain)).arrow_schema
+    except DataError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(files, files.paths[0], error) from error
 
     def batches() -> "Iterator[list[pa.Array]]":
         for path, file in zip(files.paths, opened, strict=True):
             try:
-                for batch in file.iter_batches(_BATCH, columns=schema.names):
+                for batch in file if files.form == "arrow" else file.iter_batches(_BATCH, columns=schema.names):
                     columns = [_in_decimal(batch.column(name)) for name in schema.names]
                     table = pa.Table.from_arrays(columns, schema.names).cast(schema)
                     table.validate(full=True)  # texts that are not UTF-8
@@ -242,42 +259,67 @@ def _plain_type(kind: "pa.DataType") -> "pa.DataType":
     is_type = pa.types
     if is_type.is_large_string(kind) or is_type.is_string_view(kind):
         return pa.string()
-    if is_type.is_float32(kind):
+    if _is_short(kind):
         return pa.float64()
     if is_type.is_dictionary(kind):
         return _plain_type(kind.value_type)
-    if is_type.is_list(kind) or is_type.is_large_list(kind):
+    if _is_list(kind):
         return pa.list_(_plain_type(kind.value_type))
     if is_type.is_struct(kind):
         return pa.struct([(field.name, _plain_type(field.type)) for field in kind])
     return kind
 
 
-def _has_map(kind: "pa.DataType") -> bool:
-    """Whether a type is that of mappings, as Spark and Trino write them, or has one within it."""
-    import pyarrow as pa
+def _is_list(kind: "pa.DataType") -> bool:
+    from pyarrow import types
 
-    return pa.types.is_map(kind) or any(_has_map(kind.field(place).type) for place in range(kind.num_fields))
+    kinds = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+def _is_short(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return types.is_float32(kind) or types.is_float16(kind)
+
+
+def _has(kind: "pa.DataType", is_kind: "Callable[[pa.DataType], bool]") -> bool:
+    """Whether a type is of a kind, such as the mappings that Spark and Trino write, or has one within it."""
+    return is_kind(kind) or any(_has(kind.field(place).type, is_kind) for place in range(kind.num_fields))
 
 
 def _in_decimal(column: "pa.Array") -> "pa.Array":
-    """A column of 32-bit numbers as the decimal numbers that they were made of: 0.1, not 0.10000000149011612."""
-    kind = _with_text_for_32_bits(column.type)
-    return column if kind == column.type else column.cast(kind)
-
-
-def _with_text_for_32_bits(kind: "pa.DataType") -> "pa.DataType":
+    """
+    A column of 32-bit or 16-bit numbers as the decimal numbers that they were made of: 0.1, not 0.10000000149011612.
+    """
+    import numpy as np
     import pyarrow as pa
+    from pyarrow import compute
 
-    if pa.types.is_float32(kind):
-        return pa.string()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        item = _with_text_for_32_bits(kind.value_type)
-        return kind if item == kind.value_type else pa.list_(item)
+    kind = column.type
+    if not _has(kind, _is_short):
+        return column
+    if _is_list(kind):
+        lists = column.cast(pa.list_(kind.value_type))
+        ends = np.cumsum([0, *compute.list_value_length(lists).fill_null(0).to_pylist()])
+        values = _in_decimal(lists.flatten())
+        return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values, mask=lists.is_null())
     if pa.types.is_struct(kind):
-        parts = [(field.name, _with_text_for_32_bits(field.type)) for field in kind]
-        return kind if parts == [(field.name, field.type) for field in kind] else pa.struct(parts)
-    return kind
+        parts = [_in_decimal(part) for part in column.flatten()]
+        return pa.StructArray.from_arrays(parts, [field.name for field in kind], mask=column.is_null())
+    if pa.types.is_float16(kind):  # Arrow writes all digits of them
+        texts = pa.array([None if value is None else str(np.float16(value)) for value in column.to_pylist()])
+    else:
+        texts = column.cast(pa.string())
+    stored = column.cast(pa.float64())
+    is_whole = compute.and_(compute.equal(stored, compute.floor(stored)), compute.less(compute.abs(stored), 2.0**53))
+    return compute.if_else(is_whole, stored, texts.cast(pa.float64()))
 
 
 def _write(files: RowFiles, most: int, target: Path, schema: "pa.Schema", batches: "Iterable[list[pa.Array]]") -> None:
