@@ -49,7 +49,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
     "train.jsonl.bz2": bz2.compress,
     "train.jsonl.xz": lzma.compress,
     "train.zip": zipped,
-    "train.tar.gz": tarred,
+    "train.jsonl.tar.gz": tarred,
 }
 
 
@@ -71,26 +71,73 @@ def dataset(directory: Path, name: str, content: bytes) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if "tar" not in name])
+@pytest.mark.parametrize("name", PACKED)
 def test_a_usual_file_is_read(name: str, tmp_path: Path, left: Callable[[], int]) -> None:
     folder = dataset(tmp_path, name, PACKED[name](ROWS * 100))
     for _ in range(2):
         assert load_problems(folder)[99]["solution"] == "3"
 
 
-@pytest.mark.parametrize("name", [*PACKED, "header.tar.gz", "train.txt.gz"])
+def test_a_packed_file_that_changes_is_read_again(tmp_path: Path, left: Callable[[], int]) -> None:
+    folder = dataset(tmp_path, "train.jsonl.gz", gzip.compress(ROWS))
+    assert load_problems(folder)["solution"][:] == ["3"]
+    (tmp_path / "dataset" / "train.jsonl.gz").write_bytes(gzip.compress(ROWS * 2))
+    assert load_problems(folder)["solution"][:] == ["3", "3"]
+
+
+def archive(members: dict[str, bytes | tuple[bytes, str]]) -> bytes:
+    """A tar file. A member of a type has the path that it leads to."""
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as opened:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                member.type, member.linkname = content
+                opened.addfile(member)
+            else:
+                member.size = len(content)
+                opened.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def test_usual_members_are_read_in_order(tmp_path: Path, left: Callable[[], int]) -> None:
+    rows = {name: f'{{"question": "1 + 2", "answer": "{name[-7]}"}}'.encode() for name in ("b/2.jsonl", "a/1.jsonl")}
+    hidden = {"__MACOSX/._1.jsonl": b"\0", ".DS_Store": b"\0"}
+    folder = dataset(tmp_path, "train.jsonl.tar", archive(rows | hidden))
+    assert load_problems(folder)["solution"][:] == ["1", "2"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_a_link_in_an_archive_reads_no_file_of_the_user(kind: bytes, tmp_path: Path, left: Callable[[], int]) -> None:
+    """`here/here/../..` is the archive's own directory by name, and two levels above it on the disk."""
+    (tmp_path / "secret.csv").write_text("question,answer\nhunter2,3\n")
+    target = f"{'here/' * 15}{'../' * 15}{tmp_path.relative_to('/')}/secret.csv"
+    members: dict[str, bytes | tuple[bytes, str]] = {"here": (tarfile.SYMTYPE, "."), "train.csv": (kind, target)}
+    folder = dataset(tmp_path, "train.csv.tar", archive(members | {"usual.csv": b"question,answer\n1 + 2,3\n"}))
+    assert load_problems(folder)["question"][:] == ["1 + 2"]
+    with pytest.raises(DataError, match="holds no file"):
+        (tmp_path / "dataset" / "train.csv.tar").write_bytes(archive(members))
+        load_problems(folder)
+
+
+def test_a_member_stays_packed(tmp_path: Path, left: Callable[[], int]) -> None:
+    folder = dataset(tmp_path, "train.jsonl.tar", archive({"train.jsonl.gz": gzip.compress(ROWS)}))
+    with pytest.raises(DataError, match=r"cannot be read: .*utf-8"):
+        load_problems(folder)
+
+
+@pytest.mark.parametrize("name", [*PACKED, "header.jsonl.tar.gz"])
 def test_a_file_that_fills_the_disk(
     name: str, tmp_path: Path, left: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compressed, "ALLOWANCE", 2**20)
-    pack = {"header.tar.gz": with_a_header, "train.txt.gz": gzip.compress, **PACKED}[name]
+    pack = PACKED.get(name, with_a_header)
     folder = dataset(tmp_path, name, pack(ROWS + b" " * 2**25))
     with pytest.raises(DataError, match="200 times as large"):
         load_problems(folder)
     assert left() == 0
 
 
-@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.jsonl.xz", "train.jsonl.bz2", "train.tar.gz"])
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.jsonl.xz", "train.jsonl.bz2", "train.jsonl.tar.gz"])
 def test_a_damaged_file_leaves_nothing(name: str, tmp_path: Path, left: Callable[[], int]) -> None:
     folder = dataset(tmp_path, name, PACKED[name](ROWS * 1000)[:-12])
     with pytest.raises(DataError, match="cannot be unpacked"):

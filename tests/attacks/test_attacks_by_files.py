@@ -353,13 +353,3 @@ def test_a_date_is_the_text_that_it_is_written_as(tmp_path: Path) -> None:
 
     parquet.write_table(pa.table({"question": ["When?"], "answer": [date(2024, 2, 29)]}), tmp_path / "rows.parquet")
     assert load_problems(str(tmp_path / "rows.parquet"))[0]["solution"] == "2024-02-29"
-
-
-def test_a_time_in_a_file_that_the_datasets_library_reads(tmp_path: Path) -> None:
-    times = pa.array([2**53, 0], pa.timestamp("us"))
-    nested = pa.StructArray.from_arrays([pa.array([[2**53], []], pa.list_(pa.duration("s")))], ["at"])
-    table = pa.table({"question": ["1 + 2", "2 + 2"], "answer": ["3", "4"], "x": times, "y": nested})
-    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
-    rows = load_problems(str(tmp_path)).to_list()
-    assert [row["solution"] for row in rows] == ["3", "4"] and rows[1]["x"].startswith("1970-01-01")

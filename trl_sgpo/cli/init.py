@@ -239,15 +239,7 @@ def _load(text: str, config: str | None) -> tuple[str, "Rows"]:
         raise DataError(f"`--data {text}`: {text} is a directory, name a file in it.")
     if "/" not in text.partition("?")[0] and problem_file(text) is None:
         path = f"reasoning_gym/{text}"
-    try:
-        rows = load_rows(path, "train", config)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(
-            f"{path} cannot be loaded ({str(error).splitlines()[0]}): it needs a split `train` and, where it has "
-            "several configurations, one of them as `--data_config`."
-        ) from error
+    rows = load_rows(path, "train", config)
     if len(rows.dataset) < BLOCK_SIZE:
         raise DataError(f"{path} has {len(rows.dataset)} problems: at least {BLOCK_SIZE} are needed, better hundreds.")
     return path, rows

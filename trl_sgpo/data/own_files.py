@@ -1,16 +1,12 @@
-"""Files of a dataset's folder or repository: neither its card nor its rows name those of the user."""
+"""Files of a dataset's folder or repository: its card names none of the user's."""
 
 import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checks.repositories import is_within
 from ..errors import DataError
-
-
-if TYPE_CHECKING:
-    from datasets import Features
 
 
 def check_own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> None:
@@ -34,26 +30,3 @@ def check_own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> None:
                 f"{path} names the file {file}, which is not part of it. Its card or a link in it says so: correct "
                 "them, or name the file yourself as `data_files` of a mixture."
             )
-
-
-def columns_of_files(features: "Features") -> list[str]:
-    """
-    The columns that hold pictures, sounds or other files. To read a row opens them, wherever its path or address
-    leads, in decoders that are not made for hostile files.
-
-    Args:
-        features ([`~datasets.Features`]):
-            Types of the columns.
-    """
-    from datasets import ClassLabel, Features, LargeList, List, Value
-
-    def is_plain(feature: Any) -> bool:
-        if isinstance(feature, Features | dict):
-            return all(is_plain(part) for part in feature.values())
-        if isinstance(feature, list):
-            return all(is_plain(part) for part in feature)
-        if isinstance(feature, List | LargeList):
-            return is_plain(feature.feature)
-        return isinstance(feature, Value | ClassLabel)
-
-    return [name for name, feature in features.items() if not is_plain(feature)]

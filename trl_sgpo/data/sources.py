@@ -4,8 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,10 @@ from filelock import FileLock
 from ..checks.paths import FILE_ENDINGS, problem_file
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
-from .column_types import with_times_as_text
 from .columns import as_answer, is_missing
-from .compressed import check_unpacked
+from .compressed import unpacked
 from .generated import GYM, LISTS, materialise
-from .own_files import check_own_files, columns_of_files
+from .own_files import check_own_files
 from .rows import RowFiles, Rows, cache, cached_rows, is_cached, read_files
 
 
@@ -27,8 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Fields of a builder's configuration that name its files, or that are read here
-_FIELDS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "encoding"}
+# Settings of a card that name its files, or change nothing here, where texts stay texts and empty cells are missing
+_FIELDS = {"name", "version", "data_dir", "data_files", "description", "features"}
+_FIELDS |= {"batch_size", "block_size", "chunksize", "engine", "memory_map", "use_threads", "verbose"}
+_FIELDS |= {"float_precision", "keep_default_na", "na_filter", "on_mixed_types", "parse_agent_traces"}
 
 
 def load_rows(
@@ -115,81 +115,98 @@ def _read(files: RowFiles) -> Rows:
 
 
 def _load_repository(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
-    from datasets import load_dataset_builder
-
     given = json.dumps([path, base, name, data_dir, data_files], sort_keys=True, default=str)
     record = cache() / f"{hashlib.sha256(given.encode()).hexdigest()[:24]}.read"
     try:
-        builder = load_dataset_builder(path, name=name, data_dir=data_dir, data_files=data_files)
-        reached = builder.name != "cache"
-        if data_files is None:
-            check_own_files(path, builder.config.data_files or {})
-        files = _files_of(builder, path, base)
+        builder = _builder(path, name, data_dir, data_files)
+        reached = builder.name != "cache"  # where the library has it that cannot be reached
+        if reached or not _was_read(record):
+            if reached and data_files is None:
+                check_own_files(path, builder.config.data_files or {})
+            read = read_files(_files_of(builder, path, base) if reached else _kept_files(builder, path, base))
+            if reached and builder.repo_id is not None:
+                with FileLock(record.with_suffix(".lock")), unfinished_file(record) as unfinished:
+                    unfinished.write_text(read)
+                    durable_replace(unfinished, record)
+            return cached_rows(read)
     except ConnectionError as error:
         if not _was_read(record):
             raise _unreachable(path, error) from error
-        reached = False
     except OSError as error:
         raise _unreachable(path, error) from error
-    if not reached and _was_read(record):
-        logger.warning(f"{path} cannot be reached: the rows are those that were read before.")
-        return cached_rows(record.read_text())
-    if files is None:
-        return _load_other(path, base, name, data_dir, data_files)
-    read = read_files(files)
-    if builder.repo_id is not None:
-        with FileLock(record.with_suffix(".lock")), unfinished_file(record) as unfinished:
-            unfinished.write_text(read)
-            durable_replace(unfinished, record)
-    return cached_rows(read)
+    logger.warning(f"{path} cannot be reached: the rows are those that were read before.")
+    return cached_rows(record.read_text())
 
 
 def _was_read(record: Path) -> bool:
     return record.is_file() and is_cached(record.read_text())
 
 
-def _files_of(builder: "DatasetBuilder", path: str, base: str) -> RowFiles | None:
-    """Downloads the files of a split. Returns `None` for formats and settings that only the datasets library reads."""
-    from datasets import DownloadConfig, DownloadManager
-
-    settings, defaults = vars(builder.config), vars(type(builder.config)())
-    if len(separator := settings.get("sep", RowFiles.separator)) != 1:  # a pattern, which may match for ever
-        raise DataError(f"The card of {path} sets `sep` to {separator!r:.40}: set it to one character.")
-    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-    others = {key for key, value in settings.items() if key not in _FIELDS and value != defaults[key]}
-    own = builder.name in ("json", "csv", "parquet") and not others
-    if own and base not in splits:
-        raise DataError(f"{path} has no split `{base}`: use one of {', '.join(splits)}.")
-    download = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
-    manager = DownloadManager(builder.dataset_name, download_config=download)
-    packed = manager.download(splits[base] if own else list(chain.from_iterable(splits.values())))
-    for file in packed:
-        check_unpacked(file, cache())
-    if not own:
-        return None
-    paths = list(manager.iter_files(manager.extract(packed)))
-    encoding = settings.get("encoding")
-    return RowFiles(path, builder.name, paths, None if encoding == "utf-8" else encoding, separator)
-
-
-def _load_other(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _builder(path: str, name: str | None, data_dir: str | None, data_files: Any) -> "DatasetBuilder":
+    """The files and settings of a dataset. Of the files, at most the names in ZIP archives are read."""
+    from datasets import load_dataset_builder
+    from yaml import YAMLError
 
     try:
-        rows = load_dataset(path, name=name, data_dir=data_dir, data_files=data_files, split=base)
-    except OSError as error:
-        raise _unreachable(path, error) from error
-    except DatasetGenerationError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise DataError(f"{path} cannot be read: {reason}. Correct the file, and save texts in UTF-8.") from error
-    files = columns_of_files(rows.features)
-    if files:
-        names = ", ".join(f"`{name}`" for name in files)
-        logger.warning(f"{path}: {names} hold pictures, sounds or other files, which are not read.")
-    rows = rows.remove_columns(files)
-    features = with_times_as_text(rows.features)
-    return Rows(rows if features == rows.features else rows.cast(features))
+        return load_dataset_builder(path, name=name, data_dir=data_dir, data_files=data_files)
+    except (YAMLError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{path} cannot be loaded ({reason}): correct its card, and name a configuration where it has several."
+        ) from error
+
+
+def _files_of(builder: "DatasetBuilder", path: str, base: str) -> RowFiles:
+    """Downloads and unpacks the files of a split."""
+    from datasets import DownloadConfig, DownloadManager
+
+    if builder.name not in ("json", "csv", "parquet"):
+        raise DataError(
+            f"The format of {path} is `{builder.name}`, and JSON, CSV and Parquet are read: if you trust it, load it "
+            "with the datasets library, save it with `Dataset.to_parquet`, and name that file."
+        )
+    read = _settings(builder, path)
+    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    download = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    packed = DownloadManager(builder.dataset_name, download_config=download).download(_split(splits, path, base))
+    paths = [file for each in packed for file in unpacked(each, cache())]
+    return RowFiles(path, builder.name, paths, **read)
+
+
+def _settings(builder: "DatasetBuilder", path: str) -> dict[str, Any]:
+    """The settings of a card that [`RowFiles`] has too."""
+    settings, defaults = vars(builder.config), vars(type(builder.config)())
+    changed = {key: value for key, value in settings.items() if key not in _FIELDS and value != defaults[key]}
+    separator = changed.pop("sep", RowFiles.separator)
+    if not isinstance(separator, str) or len(separator) != 1:  # a pattern, which may match for ever
+        raise DataError(f"The card of {path} sets `sep` to {separator!r:.40}: set it to one character.")
+    changed.pop("delimiter", None)  # which the library has made `sep`
+    texts = {key: changed.pop(key) for key in ("encoding", "field") if isinstance(changed.get(key), str)}
+    if texts.get("encoding") == "utf-8":
+        del texts["encoding"]  # which may have a byte order mark
+    columns = changed.get("columns")
+    if isinstance(columns, list) and all(isinstance(column, str) for column in columns):
+        del changed["columns"]
+        texts["columns"] = columns
+    if changed:
+        others = ", ".join(f"`{key}`" for key in sorted(changed))
+        raise DataError(
+            f"The card of {path} sets {others}, which is not read here: save its rows as JSON lines, CSV or Parquet "
+            "that needs no settings, and name that file."
+        )
+    return texts | {"separator": separator}
+
+
+def _kept_files(builder: "DatasetBuilder", path: str, base: str) -> RowFiles:
+    """Files in the cache of the datasets library, where the user had it load them."""
+    _split(builder.info.splits or {}, path, base)
+    return RowFiles(path, "arrow", [file["filename"] for file in builder.as_dataset(split=base).cache_files])
+
+
+def _split(splits: Mapping[str, Any], path: str, base: str) -> Any:
+    if base not in splits:
+        raise DataError(f"{path} has no split `{base}`: use one of {', '.join(splits)}.")
+    return splits[base]
 
 
 def _unreachable(path: str, error: OSError) -> DataError:
