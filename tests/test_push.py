@@ -23,6 +23,7 @@ from trl_sgpo import SGPOConfig, SGPOPipeline, SGPOTrainer, StrategyBank
 from trl_sgpo.bank.exchange import push_bank
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError, ModelError
+from trl_sgpo.evaluation.digest import model_record
 from trl_sgpo.hub.model_card import TrainingFacts
 from trl_sgpo.hub.snippet import transformers_snippet
 
@@ -465,6 +466,30 @@ class TestCard:
             assert words in text, words
         assert "None" not in text and "licence:" not in found.content
         assert "lain answer" not in text
+
+    def test_an_evaluation_of_other_weights_is_refused(
+        self, hub: HubServer, run: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        evaluation = tmp_path / "eval"
+        evaluation.mkdir()
+        figures = {"value": 0.5, "low": 0.4, "high": 0.6, "problems": 9}
+        suite = {"kind": "in_distribution", "problems": 9, "available": 10, "accuracy": figures}
+        results = {"suites": {"gsm8k": suite}, "settings": model_record(str(run))}
+        (evaluation / "results.json").write_text(json.dumps(results))
+        assert push(run, REPO, "--eval", evaluation, "--dry_run", tmp_path / "first") == 0
+        weights = AutoModelForCausalLM.from_pretrained(run)
+        weights.lm_head.weight.data += 1
+        weights.save_pretrained(run)
+        capsys.readouterr()
+        assert push(run, REPO, "--eval", evaluation, "--dry_run", tmp_path / "second") == 2
+        assert f"`--eval {evaluation}` is of other weights than those in {run}" in capsys.readouterr().err
+        assert not (tmp_path / "second").exists()
+
+    def test_the_weights_of_an_adapter_are_its_own(self, hub: HubServer, adapter_run: Path, tmp_path: Path) -> None:
+        (tmp_path / "eval").mkdir()
+        results = {"suites": {}, "settings": model_record(str(adapter_run))}
+        (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
+        assert push(adapter_run, REPO, "--eval", tmp_path / "eval", "--dry_run", tmp_path / "out") == 0
 
     def test_three_figures_where_they_were_measured(self, hub: HubServer, run: Path, tmp_path: Path) -> None:
         report = {

@@ -19,11 +19,12 @@ import pytest
 from bank_helpers import hashed_words
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import HOSTILE, strategies, write_run
+from report_runs import HOSTILE, results, strategies, write_run
 
 from trl_sgpo.bank import Strategy, StrategyBank
 from trl_sgpo.cli.eval import read_options
 from trl_sgpo.cli.main import main
+from trl_sgpo.evaluation.digest import weights_digest
 from trl_sgpo.report.charts import averaged, bank_map, line_chart, project, ticks
 from trl_sgpo.report.page import render
 from trl_sgpo.report.records import BankRecord, read_run
@@ -348,6 +349,26 @@ class TestCommand:
         checkpoint = write_run(tmp_path / "second", steps=4, bank=False) / "checkpoint-4"
         assert main(["report", str(checkpoint), "--output", str(output)]) == 0
         assert "learning_rate" in output.read_text()
+
+    def test_evaluations_of_one_name_are_both_shown(self, tmp_path):
+        run = write_run(tmp_path / "run")
+        write_run(tmp_path / "other")
+        named = [str(tmp_path / "other" / "eval"), str(tmp_path / "other" / ".." / "other" / "eval")]
+        assert main(["report", str(run), *(f"--eval={path}" for path in named)]) == 0
+        text = Page((run / "report.html").read_text()).text()
+        assert f"Evaluation {run / 'eval'}" in text and f"Evaluation {named[1]}" in text
+        assert list(read_run(run, named).evaluations) == [str(run / "eval"), named[1]]
+
+    def test_an_evaluation_of_other_weights_says_so(self, tmp_path):
+        run = write_run(tmp_path / "run")
+        (run / "model.safetensors").write_bytes(b"new")
+        path = run / "eval" / "results.json"
+        of_now = {"weights": weights_digest(run)}
+        for settings, name in ((of_now, "eval"), ({"weights": "0"}, "eval (of other weights than the run's)")):
+            path.write_text(json.dumps(results("") | {"settings": settings}))
+            assert list(read_run(run).evaluations) == [name]
+        (run / "model.safetensors").unlink()  # of a checkpoint, while training goes on
+        assert list(read_run(run).evaluations) == ["eval"]
 
     def test_help_loads_no_heavy_module(self):
         code = (

@@ -124,7 +124,7 @@ class TestRecord:
         before = depends_on("adapter")
         edit_weights(place)
         edit_generation_config(place)
-        assert changes(before, depends_on("adapter")) == "generation_config, weights"
+        assert changes(before, depends_on("adapter")) == "base_generation_config, base_weights"
 
     def test_the_version_of_the_package_and_its_sources(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         before = depends_on()

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checks.arguments import Parser
+from ..checks.damaged import expect_readable
+from ..checks.json_text import read_json
 from ..checks.paths import check_directory
 from ..errors import ConfigError, ModelError
 from ..evaluation.chunks import RESULTS_FILE
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> int:
     if evaluation is not None and not (evaluation / RESULTS_FILE).is_file():
         raise ConfigError(f"`--eval {evaluation}` holds no results.json: name the output folder of `trl-sgpo eval`.")
 
+    from ..evaluation.digest import of_other_weights
     from ..hub.model_card import HUB_NAME, TrainingFacts
     from ..hub.publication import stage
     from ..hub.push import bank_of, claim, push_folder, staging
@@ -49,6 +52,14 @@ def main(argv: list[str]) -> int:
 
     if not HUB_NAME.fullmatch(options.repo_id):
         raise ConfigError(f"{options.repo_id} is no name of a model on the Hub: name it as user/name.")
+    if evaluation is not None:
+        with expect_readable(evaluation / RESULTS_FILE):
+            others = of_other_weights(read_json(evaluation / RESULTS_FILE), run)
+        if others:
+            raise ConfigError(
+                f"`--eval {evaluation}` is of other weights than those in {run}: evaluate these with `trl-sgpo eval "
+                f"--model {run}` and another `--output_dir`."
+            )
     base = adapter_base(run)
     if base is not None and Path(base).is_dir():
         print(f"The adapter is merged into {base}, which its {ADAPTER_FILE} names, and published with its weights.")

@@ -124,7 +124,7 @@ def model_record(name: str, revision: str | None = None) -> Record:
 
     Args:
         name (`str`):
-            A directory or Hub id. Of an adapter, the base counts too.
+            A directory or Hub id. The digests of an adapter's base begin with `base_`.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
 
@@ -135,18 +135,32 @@ def model_record(name: str, revision: str | None = None) -> Record:
 
     directory = _directory(name, revision)
     base = adapter_base(directory)
-    above = {} if base is None else model_record(base)
+    above = {} if base is None else {f"base_{key}": value for key, value in model_record(base).items()}
     tokenizer = [path for path in _files(directory, TOKENIZER) if path.name not in (CHAT_TEMPLATE, TOKENIZER_CONFIG)]
     settings, template = _tokenizer_config(directory)
     record = {
-        "weights": digest_of_files(_files(directory, (*WEIGHTS, ADAPTER_FILE))),
+        "weights": weights_digest(directory),
         "config": digest_of_files(_files(directory, (CONFIG,))),
         "generation_config": digest_of_files(_files(directory, (GENERATION_CONFIG,))),
     }
-    if above:  # the model is that of the base
-        record = {key: digest([record[key], above[key]]) for key in record}
     record |= {"tokenizer": digest([digest_of_files(tokenizer), settings]), "chat_template": digest(template)}
-    return {key: value[:16] for key, value in record.items()}
+    return above | {key: value[:16] for key, value in record.items()}
+
+
+def weights_digest(directory: Path) -> str:
+    """Digest of the weights in a folder, of an adapter without those of its base."""
+    return digest_of_files(_files(directory, (*WEIGHTS, ADAPTER_FILE)))[:16]
+
+
+def measured_weights(results: Record) -> str | None:
+    """Digest of the weights that the content of `results.json` is of, `None` if an earlier version wrote it."""
+    return results.get("settings", {}).get("weights")
+
+
+def of_other_weights(results: Record, directory: Path) -> bool:
+    """Whether the content of `results.json` is, as far as it says, of other weights than those in a folder."""
+    measured = measured_weights(results)
+    return measured is not None and bool(_files(directory, WEIGHTS)) and measured != weights_digest(directory)
 
 
 def _directory(name: str, revision: str | None) -> Path:
@@ -159,7 +173,7 @@ def _directory(name: str, revision: str | None) -> Path:
 
 
 def _files(directory: Path, patterns: Iterable[str]) -> list[Path]:
-    return [path for pattern in patterns for path in directory.glob(pattern)]
+    return [path for pattern in patterns for path in directory.glob(pattern) if path.is_file()]
 
 
 def _tokenizer_config(directory: Path) -> tuple[Record, Any]:

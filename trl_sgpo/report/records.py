@@ -1,7 +1,7 @@
 """Reads the records of a run for its report. Missing records are listed in `Run.missing`."""
 
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from ..checks.repositories import is_within
 from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
+from ..evaluation.digest import of_other_weights
 from ..method.prompts import problem_text
 from .run_files import EARLIER_DIRECTORY, REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
 from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
@@ -92,7 +93,7 @@ class Run:
         measured (`dict`):
             `report.json`: accuracy and transfer before and after training.
         evaluations (`dict[str, dict]`):
-            Name → `results.json` of `trl-sgpo eval`.
+            Name → `results.json` of `trl-sgpo eval`. The name says if it is of other weights than the run's.
         bank ([`BankRecord`] or `None`):
             The strategy bank.
         problems (`list[RolledProblem]`):
@@ -205,12 +206,17 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
             raise ConfigError(f"{directory} holds no evaluation: name the `--output_dir` of `trl-sgpo eval`.")
     results = sorted(run.path.glob(f"**/{RESULTS_FILE}"))
     inside = [path.parent for path in results if EARLIER_DIRECTORY not in path.relative_to(run.path).parts]
-    for folder in dict.fromkeys([*inside, *map(Path, named)]):
+    folders = list({folder.resolve(): folder for folder in (*inside, *map(Path, named))}.values())
+    names = Counter(folder.resolve().name for folder in folders)
+    for folder in folders:
         found = _read_json(folder / RESULTS_FILE)
         if found is None:
             continue
         if is_evaluation(found):
-            run.evaluations[folder.name] = found
+            name = folder.resolve().name
+            name = str(folder) if names[name] > 1 else name
+            others = " (of other weights than the run's)" if of_other_weights(found, run.path) else ""
+            run.evaluations[name + others] = found
         elif {"suites", "transfer"} <= found.keys():
             file = folder.relative_to(run.path) / RESULTS_FILE
             run.missing[f"evaluation {folder}"] = f"An evaluation cannot be read: {file} is damaged."

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ..evaluation.digest import measured_weights
 from ..evaluation.tables import tables
 
 
@@ -51,6 +52,7 @@ def is_evaluation(content: Any) -> bool:
     """Whether a value is that of `results.json`, which can be shown as tables and matrices."""
     try:
         tables(content)
+        measured_weights(content)
         for transfer in content["transfer"].values():
             size = len(transfer["classes"])
             cells = [cell for row in transfer["matrix"] for cell in row if cell is not None]
