@@ -316,6 +316,48 @@ class TestRuns:
         assert "accuracy of plain answers, greedy" in page
         assert "Correctness and transfer" in page and "own strategy" in page and "use_bank: false" in page
 
+    def test_figures_before_training_are_of_the_same_problems(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["train", "--config", str(recipe), "--output_dir", str(tmp_path / "mine"), "--report_problems", "4"]
+        resumed = [*command, "--resume_from_checkpoint", "true"]
+        path = tmp_path / "mine" / "report.json"
+        assert main([*command, "--max_steps", "1"]) == 0
+        first = json.loads(path.read_text())
+        printed = capsys.readouterr().out
+        (longer,) = re.findall(r"train longer +trl-sgpo (.*)", printed)
+        assert "--output_dir runs/qwen" in printed and str(tmp_path / "mine") in longer
+        assert main(shlex.split(longer)) == 0
+        report = json.loads(path.read_text())
+        assert report["before"] == first["before"]
+        assert main([*resumed, "--max_steps", "3", "--max_completion_length", "6"]) == 0
+        printed = capsys.readouterr().out
+        assert json.loads(path.read_text()).keys() == {"after"}
+        assert "There are no figures before training" in printed and "max_completion_length was 8, is 6" in printed
+        assert main(["report", str(tmp_path / "mine")]) == 0
+        page = (tmp_path / "mine" / "report.html").read_text()
+        assert "After training, on unseen problems" in page and "is damaged" not in page
+
+    def test_problems_that_are_trained_on_are_not_unseen(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [
+            {"prompt": f"Problem {index}", "problem_class": f"kind {index % 2}", "solution": "1"}
+            for index in range(12)
+        ]
+        for name, part in (("train", rows[:8]), ("test", rows[4:])):
+            path = tmp_path / "data" / f"{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+        command = ["train", "--config", str(recipe), "--max_steps", "1", "--report_problems", "8"]
+        command += ["--dataset_name", str(tmp_path / "data")]
+        assert main(command) == 0
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["after"]["greedy"]["problems"] == 4
+        assert "4 of 8 problems of the split `test` are trained on and left out" in capsys.readouterr().out
+        assert main([*command, "--dataset_test_split", "train"]) == 2
+        assert "All problems of the split `train` are trained on: name another" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         "launch",
         [

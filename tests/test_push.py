@@ -491,6 +491,18 @@ class TestCard:
         (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
         assert push(adapter_run, REPO, "--eval", tmp_path / "eval", "--dry_run", tmp_path / "out") == 0
 
+    def test_figures_after_training_only_and_problems_left_out(
+        self, hub: HubServer, run: Path, tmp_path: Path
+    ) -> None:
+        after = {how: score | {"unverified": 3} for how, score in REPORT["after"].items()}
+        (run / "report.json").write_text(json.dumps({"after": after}))
+        assert push(run, REPO, "--dry_run", tmp_path / "out") == 0
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert (
+            "On 40 problems that were not trained on (3 more are left out: the verifier does not judge them)" in text
+        )
+        assert "| after |\n|---|---|\n" in text and "“Before”" not in text
+
     def test_three_figures_where_they_were_measured(self, hub: HubServer, run: Path, tmp_path: Path) -> None:
         report = {
             when: {how: score | {"plain": 0.4, "own": own} for how, score in scores.items()}

@@ -56,6 +56,18 @@ def test_three_figures_of_a_trainer(trainer: SGPOTrainer) -> None:
     assert (trainer.args.max_completion_length, trainer.args.num_retrieved) == (8, 1)
 
 
+def test_problems_that_the_verifier_does_not_judge_are_left_out(trainer: SGPOTrainer) -> None:
+    def half(completions: list[Any], solution: list[str], **_: Any) -> list[float | None]:
+        return [1.0 if int(answer) % 4 == 0 else None for answer in solution]
+
+    rows = problems(8, 1)
+    judged = sum(int(answer) % 4 == 0 for answer in rows["solution"])
+    trainer.reward_funcs = [half]
+    found = measure_transfer(trainer, rows, 8)
+    assert 0 < judged < 8 and (found.problems, found.unverified) == (judged, 8 - judged)
+    assert (found.accuracy, found.transfer, found.plain) == (1, 1, 1)
+
+
 def score(**values: Any) -> dict[str, Any]:
     return TransferScore(**{"accuracy": 0.5, "transfer": 0.25, "problems": 4, "transfers": 4} | values).to_dict()
 

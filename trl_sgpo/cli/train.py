@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..bank.embedding import load_embedder
 from ..bank.files import BANK_DIRECTORY
+from ..bank.strategy import problem_id
 from ..checks.command import INTERRUPTED
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
@@ -34,8 +36,9 @@ from ..compare.lab.model import fetch_model
 from ..data.classes import with_classes
 from ..data.loading import load_data, load_rewards, reward_problems, without_long_problems
 from ..data.warmstart import warmstart_model
-from ..errors import ConfigError, SGPOError
-from ..evaluation.block_transfer import TransferScore, measure_transfer
+from ..errors import ConfigError, DataError, SGPOError
+from ..evaluation.block_transfer import TransferScore, chosen_problems, measure_transfer
+from ..evaluation.digest import changes, depends_on, digest
 from ..evaluation.tables import before_and_after
 from ..files import write_file
 from ..hub.push import claim
@@ -77,14 +80,20 @@ def _what_is_kept(argv: list[str], output_dir: str) -> str:
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
         return f"{output_dir} holds no checkpoint yet (`save_steps`): the same command starts anew."
+    command = _command(["train"], argv, resume_from_checkpoint="true")
+    return f"{checkpoint} is kept. To go on from there: {command}"
+
+
+def _command(name: list[str], argv: list[str], **changed: str | None) -> str:
+    """A command with options as they were given, but for some that are set, or left out where the value is `None`."""
     groups: list[list[str]] = [[]]
     for argument in argv:  # an option and its values
         groups += [[]] if argument.startswith("--") else []
         groups[-1].append(argument)
-    kept = [group for group in groups if not group or _key(group[0]) != "resume_from_checkpoint"]
+    kept = [group for group in groups if not group or _key(group[0]) not in changed]
     shown = [[group[0].partition("=")[0], HIDDEN] if group and is_secret(_key(group[0])) else group for group in kept]
-    command = ["trl-sgpo", "train", *chain.from_iterable(shown), "--resume_from_checkpoint", "true"]
-    return f"{checkpoint} is kept. To go on from there: {shlex.join(command)}"
+    options = [[f"--{key}", value] for key, value in changed.items() if value is not None]
+    return shlex.join(["trl-sgpo", *name, *chain.from_iterable([*shown, *options])])
 
 
 def _key(option: str) -> str:
@@ -168,7 +177,9 @@ def train(recipe: Recipe) -> SGPOTrainer:
     check_columns_read(rewards, train_dataset.column_names)
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_system_role(tokenizer, train_dataset[0]["prompt"], training.chat_template_kwargs)
-    also = data[script.dataset_test_split] if training.eval_strategy != "no" or script.report_problems > 0 else None
+    also = None
+    if training.eval_strategy != "no" or script.report_problems > 0:
+        also = _unseen(data[script.dataset_test_split], train_dataset, script.dataset_test_split)
     prompts = [*train_dataset["prompt"], *([] if also is None else also["prompt"])]
     conversation = TwoPhaseSettings.from_config(training).conversation(tokenizer)
     check_context_length(config, conversation, prompts, training, shown_strategies(training))
@@ -185,7 +196,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         reward_funcs=rewards,
         args=training,
         train_dataset=train_dataset,
-        eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        eval_dataset=also if training.eval_strategy != "no" else None,
         quantization_config=quantization_config,
         peft_config=peft_config,
     )
@@ -198,18 +209,20 @@ def train(recipe: Recipe) -> SGPOTrainer:
         settings={**trainer.facts.settings, "warmstart_traces": script.warmstart_traces},
     )
     reports = script.report_problems > 0 and trainer.accelerator.num_processes == 1 and not training.use_vllm
-    unseen = data[script.dataset_test_split] if reports else None
-    before = _measure_before(trainer, unseen, script.report_problems, checkpoint) if reports else None
+    before = None
+    if reports:
+        of = _measured_on(trainer, also, script.report_problems, rewards)
+        before = _measure_before(trainer, also, script.report_problems, of, checkpoint)
     if trainer.accelerator.is_main_process:
         Path(training.output_dir, REPORT_FILE).unlink(missing_ok=True)  # of the run that is resumed
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training.output_dir, _internal_call=True)  # pushed below, with the report
     trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
-    if before is not None:
-        after = _measure(trainer, unseen, script.report_problems)
-        scores = {"before": _to_json(before), "after": _to_json(after)}
+    if reports:
+        scores = {} if before is None else {"before": before}
+        scores["after"] = _measure(trainer, also, script.report_problems)
         write_file(Path(training.output_dir, REPORT_FILE), json.dumps(scores, indent=2))
-        print_results(trainer, before, after, recipe)
+        print_results(trainer, scores, recipe)
     trainer.create_model_card()
     failure: SGPOError | None = None
     if training.push_to_hub:
@@ -246,42 +259,78 @@ def _advise_on_bfloat16(recipe: Recipe) -> None:
         )
 
 
-Scores = dict[str, TransferScore]
+def _unseen(problems: Dataset, trained: Dataset, split: str) -> Dataset:
+    """The problems of a split that are not among those that are trained on."""
+    known = set(map(problem_id, trained["prompt"]))
+    kept = [index for index, prompt in enumerate(problems["prompt"]) if problem_id(prompt) not in known]
+    if not kept:
+        raise DataError(
+            f"All problems of the split `{split}` are trained on: name another `dataset_test_split`, or set "
+            "`report_problems: 0` and `eval_strategy: no`."
+        )
+    if len(kept) < len(problems):
+        print(
+            f"{len(problems) - len(kept)} of {len(problems)} problems of the split `{split}` are trained on and left "
+            "out of measurements."
+        )
+    return problems.select(kept)
 
 
-def _to_json(scores: Scores) -> dict[str, Any]:
-    return {decoding: score.to_dict() for decoding, score in scores.items()}
+Scores = dict[str, dict[str, Any]]
+"""By decoding, the values of a [`TransferScore`]."""
 
 
 def _measure(trainer: SGPOTrainer, unseen: Dataset, problems: int) -> Scores:
     return {
-        "sampled": measure_transfer(trainer, unseen, problems, greedy=False),
-        "greedy": measure_transfer(trainer, unseen, problems),
+        "sampled": measure_transfer(trainer, unseen, problems, greedy=False).to_dict(),
+        "greedy": measure_transfer(trainer, unseen, problems).to_dict(),
     }
 
 
-def _measure_before(trainer: SGPOTrainer, unseen: Dataset, problems: int, checkpoint: str | None) -> Scores:
+def _measured_on(trainer: SGPOTrainer, unseen: Dataset, problems: int, rewards: list[Any]) -> dict[str, Any]:
+    """What figures before and after training must have in common."""
+    chosen = unseen.select(chosen_problems(trainer, unseen, problems))
+    return {
+        **asdict(TwoPhaseSettings.from_config(trainer.args)),
+        "problems": digest([list(map(problem_id, chosen["prompt"])), trainer.geometry.problems])[:16],
+        "verifier": depends_on(rewards=rewards[:1])["verifier_source"],
+        **{name: vars(trainer.args)[name] for name in ("seed", "temperature", "top_p", "top_k", "min_p")},
+    }
+
+
+def _measure_before(
+    trainer: SGPOTrainer, unseen: Dataset, problems: int, of: dict[str, Any], checkpoint: str | None
+) -> Scores | None:
+    """Figures before training, `None` if a resumed run has none that can be compared with those after it."""
     path = Path(trainer.args.output_dir) / BEFORE_FILE
-    if checkpoint is not None and path.is_file():
-        with expect_readable(path):
-            return {decoding: TransferScore(**score) for decoding, score in read_json(path).items()}
-    print(f"Measuring on up to {problems} unseen problems before training …")
-    scores = _measure(trainer, unseen, problems)
-    write_file(path, json.dumps(_to_json(scores)))
-    return scores
+    if checkpoint is None:
+        print(f"Measuring on up to {problems} unseen problems before training …")
+        scores = _measure(trainer, unseen, problems)
+        write_file(path, json.dumps({"of": of, "scores": scores}))
+        return scores
+    with expect_readable(path):
+        stored = read_json(path) if path.is_file() else {}
+        found = changes(stored.get("of", {}), of) if stored else "nothing was measured before training"
+        if found is None:
+            return {decoding: TransferScore(**score).to_dict() for decoding, score in stored["scores"].items()}
+    print(f"There are no figures before training, as those after it would be measured otherwise: {found}.")
+    return None
 
 
-def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: Recipe) -> None:
+def print_results(trainer: SGPOTrainer, scores: dict[str, Scores], recipe: Recipe) -> None:
     """Prints figures before and after training, the best strategies, and commands to run next."""
     from rich.table import Table
 
     from ..checks.console import console
 
     terminal = console()
-    table = Table(title=f"{after['greedy'].problems} unseen problems, with 95% intervals")
-    for name in ("", "before", "after"):
+    measured = scores["after"]["greedy"]
+    left_out = f", {measured['unverified']} more that the verifier does not judge" if measured["unverified"] else ""
+    table = Table(title=f"{measured['problems']} unseen problems{left_out}, with 95% intervals")
+    found = before_and_after(scores)
+    for name in found.columns:
         table.add_column(name)
-    for row in before_and_after({"before": _to_json(before), "after": _to_json(after)}).rows:
+    for row in found.rows:
         table.add_row(*row)
     terminal.print(table)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
@@ -296,15 +345,17 @@ def print_results(trainer: SGPOTrainer, before: Scores, after: Scores, recipe: R
         for strategy in bank.best(3):
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
             terminal.print(f"  • {printable(strategy.text)} ({tally})", highlight=False)
-    output_dir, path = recipe.training.output_dir, recipe.path
+    output_dir = recipe.training.output_dir
+    own = partial(_command, argv=recipe.own)
+    steps = str(2 * trainer.state.global_step)
+    other = {"model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "output_dir": "runs/qwen"}
+    longer = own(["train"], max_steps=steps, resume_from_checkpoint="true")
     terminal.print(
         f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"
         f"  read what it learnt   trl-sgpo bank list {output_dir}\n"
-        f"  train longer          trl-sgpo train --config {path} --max_steps {2 * trainer.state.global_step} "
-        "--resume_from_checkpoint true\n"
-        f"  another model         trl-sgpo train --config {path} --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct "
-        "--output_dir runs/qwen\n"
-        f"  what SGPO costs here  trl-sgpo bench step --config {path}",
+        f"  train longer          {longer}\n"
+        f"  another model         {own(['train'], **other, resume_from_checkpoint=None)}\n"
+        f"  what SGPO costs here  {own(['bench', 'step'], resume_from_checkpoint=None)}",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,5 +1,6 @@
 """Accuracy and transfer of a trainer's model on blocks of unseen problems."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +28,15 @@ class TransferScore:
         transfer (`float`):
             Strategy transfer score: mean outcome of strategies executed on the other problems of their block.
         problems (`int`):
-            Problems measured.
+            Problems measured, all of which the verifier judged.
         transfers (`int`):
             Executions behind `transfer`.
         plain (`float`, *optional*):
             Mean outcome of plain answers to the problems, at up to the length of both phases.
         own (`float`, *optional*):
             As `accuracy`, with no strategies of the bank in view. `None` if there were none to show.
+        unverified (`int`, *optional*, defaults to `0`):
+            Problems left out, because the verifier did not judge all of their outcomes.
     """
 
     accuracy: float
@@ -42,6 +45,7 @@ class TransferScore:
     transfers: int
     plain: float | None = None
     own: float | None = None
+    unverified: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +92,16 @@ def select_blocks(dataset: "Dataset", class_column: str, size: int, limit: int, 
     return chosen
 
 
+def chosen_problems(trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int) -> list[int]:
+    """Indices of the problems that [`measure_transfer`] measures, in block order."""
+    column = trainer.args.class_column or "problem_class"
+    return select_blocks(dataset, column, _block_size(trainer), num_problems, trainer.args.seed)
+
+
+def _block_size(trainer: "SGPOTrainer") -> int:
+    return max(2, trainer.geometry.problems)
+
+
 def measure_transfer(
     trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int, greedy: bool = True
 ) -> TransferScore:
@@ -107,23 +121,31 @@ def measure_transfer(
     Returns:
         [`TransferScore`]
     """
-    K = max(2, trainer.geometry.problems)
+    K = _block_size(trainer)
     geometry, args, bank = BlockGeometry(problems=K, own=1), trainer.args, trainer.strategy_bank
     shown = bank is not None and args.num_retrieved > 0 and any(one.trust == "trusted" for one in bank.strategies())
-    column = trainer.args.class_column or "problem_class"
-    chosen = select_blocks(dataset, column, K, num_problems, trainer.args.seed)
+    chosen = chosen_problems(trainer, dataset, num_problems)
     at_once = max(K, trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // K // K * K)
-    on_own, on_siblings = [], []
+    on_own: list[float] = []
+    on_siblings: list[float] = []
     plain: list[float] = []
     alone: list[float] = []
     for start in range(0, len(chosen), at_once):
         rows = [dataset[index] for index in chosen[start : start + at_once]]
-        for matrix in _outcomes(trainer, rows, geometry, greedy):
-            on_own += [matrix[i][i] for i in range(K)]
-            on_siblings += [matrix[s][x] for s in range(K) for x in range(K) if s != x]
-        plain += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=0, plain=1), greedy))
+        # One row a problem, with the outcomes of all strategies of its block on it
+        guided = [
+            outcomes for matrix in _outcomes(trainer, rows, geometry, greedy) for outcomes in zip(*matrix, strict=True)
+        ]
+        bare = _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=0, plain=1), greedy))
         with _changed(args, num_retrieved=0):
-            alone += _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=1), greedy)) if shown else []
+            own = _of_each(_outcomes(trainer, rows, BlockGeometry(problems=1, own=1), greedy)) if shown else []
+        for x, outcomes in enumerate(guided):
+            if any(map(math.isnan, (*outcomes, bare[x], *own[x : x + 1]))):
+                continue
+            on_own.append(outcomes[x % K])
+            on_siblings += [outcome for s, outcome in enumerate(outcomes) if s != x % K]
+            plain.append(bare[x])
+            alone += own[x : x + 1]
     return TransferScore(
         accuracy=sum(on_own) / max(len(on_own), 1),
         transfer=sum(on_siblings) / max(len(on_siblings), 1),
@@ -131,6 +153,7 @@ def measure_transfer(
         transfers=len(on_siblings),
         plain=sum(plain) / max(len(plain), 1),
         own=sum(alone) / len(alone) if alone else None,
+        unverified=len(chosen) - len(on_own),
     )
 
 
@@ -138,7 +161,7 @@ def _outcomes(
     trainer: "SGPOTrainer", rows: list[dict[str, Any]], geometry: BlockGeometry, greedy: bool
 ) -> list[list[list[float]]]:
     _, outcomes = trainer.execute_blocks(rows, geometry, greedy)
-    return outcome_matrix(outcomes, geometry).nan_to_num(0.0).clamp(0, 1).tolist()
+    return outcome_matrix(outcomes, geometry).clamp(0, 1).tolist()
 
 
 def _of_each(matrices: list[list[list[float]]]) -> list[float]:

@@ -115,29 +115,30 @@ def ways_table(suites: dict[str, dict[str, Any]]) -> ResultTable | None:
 
 def before_and_after(report: dict[str, Any]) -> ResultTable:
     """
-    What a run measured before and after training.
+    What a run measured before and after training, or after it only.
 
     Args:
         report (`dict`):
-            Content of `report.json`: by `"before"` and `"after"` and by decoding, a `TransferScore`. Those of earlier
-            versions have no plain answers.
+            Content of `report.json`: by `"before"`, if it is known, and `"after"`, and by decoding, a `TransferScore`.
+            Those of earlier versions have no plain answers.
 
     Returns:
         `ResultTable`
     """
     rows = []
+    known = ["before", "after"] if "before" in report else ["after"]
     for decoding in ("sampled", "greedy"):
-        scores = [report[when][decoding] for when in ("before", "after")]
+        scores = [report[when][decoding] for when in known]
         for name, rates in (
             (PLAIN, [score.get("plain") for score in scores]),
             ("accuracy with own strategy", [_own(score) for score in scores]),
             ("accuracy with the bank in view", [_with_bank(score) for score in scores]),
             ("strategy transfer score", [score["transfer"] for score in scores]),
         ):
-            if rates != [None, None]:
+            if any(rate is not None for rate in rates):
                 cells = [_rate(rate, score["problems"]) for rate, score in zip(rates, scores, strict=True)]
                 rows.append([f"{name}, {decoding}", *cells])
-    return ResultTable("Before and after training, on unseen problems", ["", "before", "after"], rows)
+    return ResultTable(f"{' and '.join(known).capitalize()} training, on unseen problems", ["", *known], rows)
 
 
 def _own(score: dict[str, Any]) -> float:

@@ -59,19 +59,22 @@ def _before_and_after(directory: Path) -> str:
     report = _report(directory)
     if not report:
         return ""
-    problems = next(iter(report["after"].values()))["problems"]
+    table, after = before_and_after(report), report["after"]["greedy"]
+    rows = table.rows
+    left_out = f" ({after.get('unverified')} more are left out: the verifier does not judge them)"
     lines = [
-        f"On {problems} problems that were not trained on, with 95% intervals:",
+        f"On {after['problems']} problems that were not trained on{left_out if after.get('unverified') else ''}, with "
+        "95% intervals:",
         "",
-        "| | before | after |",
-        "|---|---|---|",
+        f"| {' | '.join(table.columns)} |",
+        "|---" * len(table.columns) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]
-    rows = before_and_after(report).rows
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    note = (
-        "“Before” is before the reinforcement learning, after the supervised warm start if there was one. The "
-        "transfer score is the mean outcome of strategies executed on other problems of their class."
-    )
+    note = "The transfer score is the mean outcome of strategies executed on other problems of their class."
+    if "before" in report:
+        note = (
+            "“Before” is before the reinforcement learning, after the supervised warm start if there was one. " + note
+        )
     if rows[0][0].startswith(PLAIN):
         note += " Plain answers are those to the bare problem."
     return "\n".join([*lines, "", note])

@@ -36,13 +36,14 @@ def is_state(content: Any) -> bool:
 
 
 def is_measured(content: Any) -> bool:
-    """Whether a value is that of `report.json`: figures before and after training."""
+    """Whether a value is that of `report.json`: figures after training, and before it."""
     try:
-        scores = [content[when][decoding] for when in ("before", "after") for decoding in ("sampled", "greedy")]
+        known = ("before", "after") if "before" in content else ("after",)
+        scores = [content[when][decoding] for when in known for decoding in ("sampled", "greedy")]
         rates = [score[name] for score in scores for name in ("accuracy", "transfer")]
         rates += [score[name] for score in scores for name in ("plain", "own") if score.get(name) is not None]
         return all(_is_number(rate) and 0 <= rate <= 1 for rate in rates if rate == rate) and all(
-            is_count(score["problems"]) for score in scores
+            is_count(score["problems"]) and is_count(score.get("unverified", 0)) for score in scores
         )
     except DAMAGED:
         return False
