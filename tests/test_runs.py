@@ -179,6 +179,21 @@ class TestResume:
         assert resume_point(config(out, resume_from_checkpoint="true")) == str(out / "checkpoint-2")
         assert sorted(path.name for path in earlier(out).iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
+    def test_rollouts_and_evaluations_after_the_resumed_step_are_set_aside(self, model: str, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        keys = {"save_strategy": "steps", "save_steps": 1, "log_completions": True, "num_completions_to_print": 0}
+        train(model, out, max_steps=4, **keys).save_state()
+        for name, evaluated in (("all", out), ("two", out / "checkpoint-2"), ("three", out / "checkpoint-3")):
+            (out / name).mkdir()
+            (out / name / "results.json").write_text(json.dumps({"settings": {"model": str(evaluated)}}))
+        train(model, out, resume=str(out / "checkpoint-2"), max_steps=3, **keys)
+        logged = [f"completions_{step:05d}.parquet" for step in (1, 2, 3, 4)]
+        assert sorted(path.name for path in (out / "completions").iterdir()) == logged[:3]
+        assert sorted(path.name for path in (earlier(out) / "completions").iterdir()) == logged[2:]
+        assert (out / "two").is_dir() and not (out / "all").exists() and not (out / "three").exists()
+        assert {path.parent.name for path in earlier(out).glob("*/results.json")} == {"all", "three"}
+        assert {problem.step for problem in read_run(out).problems} == {1, 2, 3}
+
     @pytest.mark.parametrize("consistent", [True, False])
     def test_checkpoints_without_ids(self, model: str, tmp_path: Path, consistent: bool) -> None:
         """Of versions without ids: those of one run have logs that go on in each other."""

@@ -19,6 +19,7 @@ from trl_sgpo.bank import StrategyBank
 from trl_sgpo.bank.strategy import problem_id
 from trl_sgpo.cli.eval import main
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
+from trl_sgpo.hub.card_results import results as card_section
 from trl_sgpo.inference.model import TwoPhaseModel
 
 
@@ -157,6 +158,24 @@ def test_a_part_of_a_benchmark_is_no_result_for_the_hub(arguments, tmp_path, cap
     assert main([*arguments, "--limit", "5", "--no_plots", "--transfer_problems", "1"]) == 0
     assert not (tmp_path / "out" / "hub" / ".eval_results").exists()
     assert "gsm8k: no file for the Hub, 5 of 6 problems measured" in capsys.readouterr().out
+
+
+def half(completions, solution, **_):
+    return [1.0 if int(str(answer).split()[-1]) % 2 else None for answer in solution]
+
+
+def test_a_benchmark_that_is_half_verified_is_no_whole_one(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("models.half", half, raising=False)
+    command = [*arguments, "--form", "plain", "--no_plots", "--verifier", "models.half"]
+    assert main(command) == 0
+    suite = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["gsm8k"]
+    count = suite["problems"] - suite["unverified"]
+    assert 0 < count < suite["problems"] == suite["available"] == 6
+    assert not (tmp_path / "out" / "hub" / ".eval_results" / "gsm8k.yaml").exists()
+    assert f"gsm8k: no file for the Hub, {count} of 6 problems measured" in capsys.readouterr().out
+    shown = f"| {count} ({suite['unverified']} unverified) |"
+    assert shown in (tmp_path / "out" / "results.md").read_text()
+    assert f"{shown[:-2]} of 6 |" in card_section(tmp_path, tmp_path / "out")
 
 
 def test_killed_evaluation_resumes_to_the_same_results(arguments, tmp_path):

@@ -263,7 +263,7 @@ def evaluate(options: argparse.Namespace) -> int:
         summarise_kinds,
         ways_texts,
     )
-    from ..evaluation.tables import tables, write_results
+    from ..evaluation.tables import judged, tables, write_results
     from ..evaluation.transfer_plan import plan_transfer
     from ..evaluation.transfer_score import measure_plan
     from ..method.context_length import EXECUTION, STRATEGY
@@ -346,8 +346,9 @@ def evaluate(options: argparse.Namespace) -> int:
     written += write_hub_results(output, Path(options.model).name, suites, results["suites"], setup)
     _print_tables(tables(results))
     for each in loaded:
-        if each.suite.hub_id is not None and len(each.rows) < each.available:
-            print(f"{each.suite.name}: no file for the Hub, {len(each.rows)} of {each.available} problems measured")
+        measured_problems = judged(results["suites"][each.suite.name])
+        if each.suite.hub_id is not None and measured_problems < each.available:
+            print(f"{each.suite.name}: no file for the Hub, {measured_problems} of {each.available} problems measured")
     unknown = [suite.name for suite in suites if suite.kind == UNKNOWN]
     if unknown:
         print(

@@ -10,6 +10,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..files import write_file
 from .suites import Suite
+from .tables import judged
 
 
 HUB_DIRECTORY = "hub"
@@ -19,7 +20,7 @@ def write_hub_results(
     directory: Path, model_name: str, suites: Sequence[Suite], results: dict[str, dict[str, Any]], setup: str
 ) -> list[Path]:
     """
-    Writes `hub/.eval_results/*.yaml` for whole suites that are datasets on the Hub, and `hub/model_index.yaml`, which
+    Writes `hub/.eval_results/*.yaml` for suites of which all problems were judged and that are datasets on the Hub, and `hub/model_index.yaml`, which
     is the `model-index` of a model card, for all suites.
 
     Args:
@@ -41,7 +42,7 @@ def write_hub_results(
     written = []
     for suite in measured:
         result = results[suite.name]
-        if suite.hub_id is None or result["problems"] < result["available"]:
+        if suite.hub_id is None or judged(result) < result["available"]:
             continue
         value = round(100 * result["accuracy"]["value"], 2)
         entry = EvalResultEntry(dataset_id=suite.hub_id, task_id=suite.task_id, value=value, notes=setup)

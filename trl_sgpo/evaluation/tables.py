@@ -63,7 +63,7 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
     """
     suites: dict[str, dict[str, Any]] = results["suites"]
     rows = [
-        [name, suite["kind"], str(suite["problems"]), _cell(suite["accuracy"]), str(suite["generated_tokens"])]
+        [name, suite["kind"], judged_of(suite), _cell(suite["accuracy"]), str(suite["generated_tokens"])]
         for name, suite in suites.items()
     ]
     result = [ResultTable("Suites", ["suite", "kind", "problems", "accuracy", "tokens"], rows)]
@@ -98,6 +98,17 @@ def tables(results: dict[str, Any]) -> list[ResultTable]:
             title += f" ({len(transfer['left_out_classes'])} too small, or beyond --transfer_classes)"
         result.append(ResultTable(title, ["", "mean over classes"], [*conditions, *differences, *ratio]))
     return result
+
+
+def judged(suite: dict[str, Any]) -> int:
+    """Number of a suite's problems that the verifier judged, of which its figures are."""
+    return suite["problems"] - suite.get("unverified", 0)
+
+
+def judged_of(suite: dict[str, Any]) -> str:
+    """That number, with that of the problems that the verifier did not judge."""
+    unverified = suite.get("unverified", 0)
+    return f"{judged(suite)} ({unverified} unverified)" if unverified else str(judged(suite))
 
 
 def ways_table(suites: dict[str, dict[str, Any]]) -> ResultTable | None:

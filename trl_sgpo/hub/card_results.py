@@ -7,7 +7,7 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.repositories import own_file
 from ..evaluation.chunks import RESULTS_FILE
-from ..evaluation.tables import PLAIN, WAYS, before_and_after
+from ..evaluation.tables import PLAIN, WAYS, before_and_after, judged_of
 from ..report.run_files import REPORT_FILE
 from ..yaml_files import read_mapping
 
@@ -97,7 +97,7 @@ def _suites(evaluation: Path | None) -> str:
         measured = [suite.get(way) if in_ways else suite for way in columns]
         rates = " | ".join(_accuracy(None if each is None else each["accuracy"]) for each in measured)
         kind = suite["kind"].replace("_", " ")
-        lines.append(f"| {name} | {kind} | {suite['problems']} of {suite['available']} | {rates} |")
+        lines.append(f"| {name} | {kind} | {judged_of(suite)} of {suite['available']} | {rates} |")
     if in_ways:
         lines += [
             "",

@@ -91,7 +91,8 @@ def begin_run(
         output_dir (`str` or `Path`):
             The folder.
         checkpoint (`str`, *optional*):
-            Checkpoint that the run resumes from. Later ones of the same run in the folder are set aside.
+            Checkpoint that the run resumes from. Later ones of the same run in the folder are set aside, with logged
+            rollouts and evaluations after its step.
         kept (`Collection[str]`, *optional*):
             Names of what stays, because the run uses it, such as its bank.
         inputs (`Iterable[str]`, *optional*):
@@ -219,21 +220,36 @@ def _matches(directory: Path, patterns: Iterable[str]) -> list[str]:
     return sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
 
 
-def _evaluations(directory: Path) -> list[str]:
-    """Folders of `trl-sgpo eval` with results of the model in this folder, or of a checkpoint in it."""
-    found = []
+def _evaluations(directory: Path) -> dict[str, Path]:
+    """Folders of `trl-sgpo eval` with results of the model in this folder, or of a checkpoint in it, and which."""
+    found = {}
     for path in sorted(directory.glob(f"*/{RESULTS_FILE}")):
         model = Path(str((read_object(path) or {}).get("settings", {}).get("model", os.devnull))).resolve()
         if directory.resolve() in (model, model.parent):
-            found.append(path.parent.name)
+            found[path.parent.name] = model
     return found
 
 
 def _later(directory: Path, checkpoint: Path) -> list[str]:
-    """Complete checkpoints after one that is resumed: they are of a training that it does not continue."""
-    step = (read_object(checkpoint / STATE_FILE) or {}).get("global_step", 0)
-    after = [path for path in _checkpoints(directory) if is_complete(path)]
-    return [path.name for path in after if int(path.name.rsplit("-", 1)[1]) > step]
+    """
+    Complete checkpoints, logged rollouts and evaluations after a checkpoint that is resumed: they are of a training
+    that it does not continue.
+    """
+    step = _step(checkpoint)
+    after = [path for path in _checkpoints(directory) if is_complete(path) and _number(path, "-") > step]
+    logged = sorted(directory.glob(f"{COMPLETIONS_DIRECTORY}/completions_*.parquet"))
+    after += [path for path in logged if path.stem.rsplit("_", 1)[1].isdecimal() and _number(path, "_") > step]
+    evaluations = [name for name, model in _evaluations(directory).items() if _step(model) > step]
+    return [*(str(path.relative_to(directory)) for path in after), *evaluations]
+
+
+def _step(directory: Path) -> int:
+    """Step of the weights in an output folder or a checkpoint."""
+    return int((read_object(directory / STATE_FILE) or {}).get("global_step", 0))
+
+
+def _number(path: Path, before: str) -> int:
+    return int(path.stem.rsplit(before, 1)[1])
 
 
 def _written(directory: Path, names: list[str]) -> float:
@@ -259,9 +275,10 @@ def _set_aside(directory: Path, names: list[str], run: str) -> Path:
         return target
     target.mkdir(parents=True, exist_ok=True)
     try:
-        if holds_adapters(directory):
+        if any(name == ADAPTER_FILE or (directory / name / ADAPTER_FILE).is_file() for name in names):
             _keep_base(directory / WARMSTART_DIRECTORY, target / WARMSTART_DIRECTORY)
         for name in names:
+            (target / name).parent.mkdir(exist_ok=True)
             os.rename(directory / name, target / name)
     except OSError as error:
         raise ConfigError(
