@@ -85,7 +85,7 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     position = parts.index("--config")
     if position + 1 == len(parts):
         raise ConfigError("`--config` needs the path of a recipe: `trl-sgpo init` writes one.")
-    return parts[position + 1], parts[:position] + parts[position + 2 :]
+    return os.path.expanduser(parts[position + 1]), parts[:position] + parts[position + 2 :]
 
 
 def read_mapping(path: str) -> dict[str, Any]:

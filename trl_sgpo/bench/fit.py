@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, SGPOError
 from ..recipe import Recipe, model_init_kwargs, read_recipe
@@ -32,14 +32,14 @@ def main(argv: list[str]) -> int:
         "has, whatever this one has.",
         epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, nargs="+", help="recipes")
+    parser.add_argument("--config", type=path_option, required=True, nargs="+", help="recipes")
     parser.add_argument("--vram", type=float, help="memory in GB to stay within; defaults to the recipe's `vram_gb`")
     parser.add_argument("--tokenizer", help="tokenizer to use instead of the models' own: a directory or Hub id")
     parser.add_argument(
         "--steps", type=int, default=1, help="timed steps of each trainer, after a first one; 0 measures memory only"
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="trainers")
-    parser.add_argument("--output", help="write the figures to this JSON file")
+    parser.add_argument("--output", type=path_option, help="write the figures to this JSON file")
     options, overrides = parser.parse_known_args(argv)
     if options.steps < 0 or (options.vram is not None and options.vram <= 0):
         raise ConfigError("`--steps` must be at least 0 and `--vram` above 0.")

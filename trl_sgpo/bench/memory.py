@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..errors import ConfigError
 from ..recipe import read_recipe
 from .arms import ARMS, build_trainer, report, settings
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
         "generated to its full length. Each trainer has a process of its own.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, help="recipe")
-    parser.add_argument("--output", help="write the figures to this JSON file")
+    parser.add_argument("--config", type=path_option, required=True, help="recipe")
+    parser.add_argument("--output", type=path_option, help="write the figures to this JSON file")
     options, overrides = parser.parse_known_args(argv)
     arguments = ["--config", options.config, *overrides]
     recipe = read_recipe(arguments, "trl-sgpo bench memory")

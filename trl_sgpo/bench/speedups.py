@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.console import console
 from ..recipe import read_recipe
 from .arms import build_trainer, counted_step, measured_step, write
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
         "Dropping finished rows saves time only if rows end early: set `--end_probability`.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, help="recipe")
-    parser.add_argument("--output", help="write the figures and the raw rows to this JSON file")
+    parser.add_argument("--config", type=path_option, required=True, help="recipe")
+    parser.add_argument("--output", type=path_option, help="write the figures and the raw rows to this JSON file")
     add_step_options(parser)
     options, overrides = parser.parse_known_args(argv)
     check_step_options(options)

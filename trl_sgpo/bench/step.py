@@ -1,6 +1,6 @@
 """`trl-sgpo bench step`: time and memory of a step of SGPO and of shared-prompt GRPO, against TRL's GRPOTrainer."""
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..recipe import read_recipe
 from .arms import STEP_ARMS, UNTAUGHT, report
 from .memory import peaks
@@ -16,8 +16,8 @@ def main(argv: list[str]) -> int:
         "it, and every second row counts as right.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, help="recipe")
-    parser.add_argument("--output", help="write the figures and the raw rows to this JSON file")
+    parser.add_argument("--config", type=path_option, required=True, help="recipe")
+    parser.add_argument("--output", type=path_option, help="write the figures and the raw rows to this JSON file")
     add_step_options(parser)
     options, overrides = parser.parse_known_args(argv)
     arguments = ["--config", options.config, *overrides]

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 from trl.models import unwrap_model_for_generation
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..errors import ConfigError
 from ..recipe import Recipe, read_recipe
 from ..speed.generation import left_padded, limited
@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
         "memory's bandwidth allows. All take turns in one process.",
         epilog="Further arguments override the recipe, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, help="recipe")
-    parser.add_argument("--output", help="write the figures and the raw rows to this JSON file")
+    parser.add_argument("--config", type=path_option, required=True, help="recipe")
+    parser.add_argument("--output", type=path_option, help="write the figures and the raw rows to this JSON file")
     add_step_options(parser)
     options, overrides = parser.parse_known_args(argv)
     recipe = read_recipe(["--config", options.config, *overrides], "trl-sgpo bench throughput")

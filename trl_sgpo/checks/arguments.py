@@ -1,6 +1,7 @@
 """The parser of command lines: one way to write options, and errors that are raised."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -30,6 +31,11 @@ class Parser(argparse.ArgumentParser):
         wrong = re.findall(r"--\w+", message) if message.startswith("unrecognized") else []
         close = [match for option in wrong for match in get_close_matches(option, known, n=2)]
         return f" Did you mean {', '.join(f'`{option}`' for option in close)}?" if close else ""
+
+
+def path_option(text: str) -> str:
+    """Type of options that name a file or folder: `~` is the home directory, also where no shell has replaced it."""
+    return os.path.expanduser(text)
 
 
 def _with_underscores(arguments: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from ..bank.hub import pull_bank
 from ..bank.manifest import is_snapshot
 from ..bank.snapshot import bank_directory, embed_with, open_read_only
 from ..bank.strategy import TRUST_STATES, ImportReport
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.terminal import printable
 from ..errors import BankError
 from .bank_views import (
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog = _LIFT if name in ("list", "show", "search", "stats") else None
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
         added.set_defaults(run=run)
-        added.add_argument("bank", metavar="BANK", help="directory of a bank, a checkpoint or an output folder")
+        added.add_argument(
+            "bank", type=path_option, metavar="BANK", help="directory of a bank, a checkpoint or an output folder"
+        )
         added.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
         return added
 
@@ -105,15 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("ids", metavar="ID", nargs="+", help="ids, or enough of their first digits")
 
     added = command("export", export, "write strategies to a directory that another bank can import")
-    added.add_argument("directory", metavar="DIRECTORY", help="new directory, or one with an earlier export")
+    added.add_argument(
+        "directory", type=path_option, metavar="DIRECTORY", help="new directory, or one with an earlier export"
+    )
     _add_license(added)
 
     added = command("import", import_strategies, "add the strategies of an export, in quarantine")
-    added.add_argument("directory", metavar="DIRECTORY", help="what an export wrote")
+    added.add_argument("directory", type=path_option, metavar="DIRECTORY", help="what an export wrote")
     _add_import(added)
 
     added = command("merge", merge, "add the strategies of another bank of yours, with their trust and counts")
-    added.add_argument("other", metavar="OTHER", help="the other bank, which is not changed")
+    added.add_argument("other", type=path_option, metavar="OTHER", help="the other bank, which is not changed")
     _add_embedding_model(added)
 
     added = command("push", push, "publish strategies as a dataset on the Hugging Face Hub")
@@ -131,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_embedding_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embedding_model",
+        type=path_option,
         metavar="MODEL",
         help="embeds the bank again if it is another one than the bank was made with (that one)",
     )

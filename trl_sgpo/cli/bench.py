@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_file
 from ..errors import ConfigError
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in SUBJECTS:
         raise ConfigError(f"There is no benchmark of {argv[0]!r}: choose one of {', '.join(SUBJECTS)}.")
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output")
+    parser.add_argument("--output", type=path_option)
     output = parser.parse_known_args(argv[1:])[0].output
     if output is not None:
         check_file("--output", output)  # before hours of measurements

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bank.files import BANK_DIRECTORY
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_directory
 from ..errors import ConfigError, DataError
 
@@ -63,8 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         f"Then: trl-sgpo warmstart --config RECIPE --traces OUTPUT_DIR/{TRACES}",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="names problems, verifier, model, prompts")
-    parser.add_argument("--output_dir", required=True, help=f"for {RECORD}, {TRACES} and {BANK_DIRECTORY}/")
+    parser.add_argument(
+        "--config", type=path_option, required=True, metavar="RECIPE", help="names problems, verifier, model, prompts"
+    )
+    parser.add_argument(
+        "--output_dir", type=path_option, required=True, help=f"for {RECORD}, {TRACES} and {BANK_DIRECTORY}/"
+    )
     parser.add_argument(
         "--source",
         choices=SOURCES,
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what writes and executes: the recipe's model, a stronger local one, a server; or worked solutions in "
         "the data, which are the executions and need no lift (model)",
     )
-    parser.add_argument("--teacher", metavar="NAME", help="directory or Hub id of a stronger model")
+    parser.add_argument("--teacher", type=path_option, metavar="NAME", help="directory or Hub id of a stronger model")
     parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server, like http://127.0.0.1:8000/v1")
     parser.add_argument("--server_model", metavar="NAME", help="the model's name on that server")
     parser.add_argument(
@@ -101,7 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=600.0, help="time limit of a request to the server in seconds (600)"
     )
     parser.add_argument(
-        "--bank", metavar="DIR", help=f"bank to add the strategies to, as candidates (OUTPUT_DIR/{BANK_DIRECTORY})"
+        "--bank",
+        type=path_option,
+        metavar="DIR",
+        help=f"bank to add the strategies to, as candidates (OUTPUT_DIR/{BANK_DIRECTORY})",
     )
     return parser
 

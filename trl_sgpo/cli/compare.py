@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_directory, check_file
 from ..errors import ConfigError
 from ..files import private_file
@@ -79,13 +79,15 @@ def _parser() -> argparse.ArgumentParser:
         "Finished runs are kept; the same command resumes.",
         epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, help="comparison, such as recipes/lab/compare.yaml")
+    parser.add_argument(
+        "--config", type=path_option, required=True, help="comparison, such as recipes/lab/compare.yaml"
+    )
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
     parser.add_argument("--budget", type=int, help="tokens each arm may generate, instead of the file's")
     parser.add_argument("--processes", type=int, help="runs at a time, instead of the file's")
-    parser.add_argument("--output_dir", help="where runs are kept, instead of the file's")
-    parser.add_argument("--results", help="path without suffix for the table, instead of the file's")
+    parser.add_argument("--output_dir", type=path_option, help="where runs are kept, instead of the file's")
+    parser.add_argument("--results", type=path_option, help="path without suffix for the table, instead of the file's")
     parser.add_argument("--table_only", action="store_true", help="run nothing, only write the table of finished runs")
     return parser
 

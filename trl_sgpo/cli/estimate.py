@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.console import console
 from ..checks.paths import check_file
 from ..errors import ConfigError
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "are downloaded and no GPU is needed.",
         epilog="Further arguments override the recipes, as in `trl-sgpo train`.",
     )
-    parser.add_argument("--config", required=True, nargs="+", help="recipes")
+    parser.add_argument("--config", type=path_option, required=True, nargs="+", help="recipes")
     parser.add_argument("--vram", type=float, help="memory of the card in GB; defaults to the recipe's `vram_gb`")
     parser.add_argument(
         "--device",
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         default="cuda",
         help="device to train on; for a CPU, only tensors are counted",
     )
-    parser.add_argument("--output", help="write the estimates to this JSON file")
+    parser.add_argument("--output", type=path_option, help="write the estimates to this JSON file")
     return parser
 
 

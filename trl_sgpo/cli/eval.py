@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_directory
 from ..checks.secrets import redacted
 from ..errors import ConfigError, DataError
@@ -54,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         "on problems they were not written for. Finished chunks are kept in the output directory: the same command "
         "resumes.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with these options; the command line wins")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="directory or Hub id of a model or adapter")
+    parser.add_argument(
+        "--config", type=path_option, metavar="FILE", help="YAML file with these options; the command line wins"
+    )
+    parser.add_argument(
+        "--model", type=path_option, metavar="DIR_OR_ID", help="directory or Hub id of a model or adapter"
+    )
     parser.add_argument(
         "--suites",
         nargs="+",
@@ -70,10 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         help="text of the problem with names of columns, such as '{Body} {Question}'",
     )
     parser.add_argument("--answer_column", metavar="NAME", help="column with the answer, for suites given by a path")
-    parser.add_argument("--output_dir", default="runs/eval", metavar="DIR", help="where results go (runs/eval)")
+    parser.add_argument(
+        "--output_dir", type=path_option, default="runs/eval", metavar="DIR", help="where results go (runs/eval)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete the evaluation in the output directory")
     parser.add_argument(
-        "--data_dir", metavar="DIR", help="read gsm8k, gsm_plus and math500 from DIR/NAME/test.jsonl, not the Hub"
+        "--data_dir",
+        type=path_option,
+        metavar="DIR",
+        help="read gsm8k, gsm_plus and math500 from DIR/NAME/test.jsonl, not the Hub",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="N problems a suite, always the same ones (all)")
     parser.add_argument(
@@ -101,11 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--bank",
+        type=path_option,
         metavar="DIR",
         help="bank whose trusted strategies are shown; auto: the one beside the model. Own strategies without it are "
         "measured too: two more texts an attempt",
     )
-    parser.add_argument("--embedding_model", metavar="MODEL", help="of the bank (the one that it was made with)")
+    parser.add_argument(
+        "--embedding_model", type=path_option, metavar="MODEL", help="of the bank (the one that it was made with)"
+    )
     transfer = parser.add_argument_group("transfer")
     transfer.add_argument(
         "--transfer", nargs="*", metavar="NAME", help="measure strategy transfer on these suites (all suites)"

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_directory
 
 
@@ -28,8 +28,12 @@ def _parser() -> argparse.ArgumentParser:
         "compared with those of the model as it was trained, adapter apart and 4-bit weights included: an export that "
         "differs is refused. Tokenizer, prompts (sgpo.json) and strategies of the run's bank go with it.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="directory or Hub id of a trained model")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="directory to write; it must not exist")
+    parser.add_argument(
+        "--model", type=path_option, required=True, metavar="DIR_OR_ID", help="directory or Hub id of a trained model"
+    )
+    parser.add_argument(
+        "--output_dir", type=path_option, required=True, metavar="DIR", help="directory to write; it must not exist"
+    )
     parser.add_argument("--merge", action="store_true", help="write it for transformers, with the adapter merged")
     parser.add_argument(
         "--gguf",

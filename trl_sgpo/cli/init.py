@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import FILE_ENDINGS, check_directory, check_file, problem_file
 from ..data.columns import Columns
 from ..errors import ConfigError, DataError, ModelError, SGPOError
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Write a recipe for a model, problems and a GPU. Missing options are asked for in a terminal.",
     )
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="directory or Hub id of the model to train")
+    parser.add_argument(
+        "--model", type=path_option, metavar="DIR_OR_ID", help="directory or Hub id of the model to train"
+    )
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -107,14 +109,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--answer_column", metavar="NAME", help="column with the answer (answer, else solution)")
     parser.add_argument("--vram", metavar="GB", help="memory of the GPU, 0 to train without (that of this machine's)")
-    parser.add_argument("--output", default="recipe.yaml", metavar="FILE", help="the recipe (recipe.yaml)")
     parser.add_argument(
-        "--reward_file", metavar="FILE", help="write a reward function to change, as my_rewards.py, and train with it"
+        "--output", type=path_option, default="recipe.yaml", metavar="FILE", help="the recipe (recipe.yaml)"
     )
-    parser.add_argument("--output_dir", metavar="DIR", help="of the training (runs/ and the recipe's name)")
+    parser.add_argument(
+        "--reward_file",
+        type=path_option,
+        metavar="FILE",
+        help="write a reward function to change, as my_rewards.py, and train with it",
+    )
+    parser.add_argument(
+        "--output_dir", type=path_option, metavar="DIR", help="of the training (runs/ and the recipe's name)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument(
         "--try",
+        type=path_option,
         dest="trial",
         nargs="?",
         const=True,

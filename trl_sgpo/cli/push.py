@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.paths import check_directory
@@ -20,16 +20,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Publish a run on the Hugging Face Hub, in one commit: the model in safetensors, an export of its "
         "strategy bank, metrics and a model card. Repeating it is safe.",
     )
-    parser.add_argument("run", metavar="RUN", help="output folder of a run, or a checkpoint")
+    parser.add_argument("run", type=path_option, metavar="RUN", help="output folder of a run, or a checkpoint")
     parser.add_argument("repo_id", metavar="USER/MODEL", help="name of the model, created if it does not exist")
-    parser.add_argument("--eval", metavar="DIR", help="output folder of `trl-sgpo eval`, for the card's results")
+    parser.add_argument(
+        "--eval", type=path_option, metavar="DIR", help="output folder of `trl-sgpo eval`, for the card's results"
+    )
     parser.add_argument("--license", metavar="ID", help="of model and strategies, as apache-2.0 (the base model's)")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--no_bank", action="store_true", help="leave the strategies out")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if it does not exist (main)")
     parser.add_argument("--message", metavar="TEXT", help="title of the commit")
     parser.add_argument(
-        "--dry_run", metavar="DIR", help="write what would be pushed to this new directory, and push nothing"
+        "--dry_run",
+        type=path_option,
+        metavar="DIR",
+        help="write what would be pushed to this new directory, and push nothing",
     )
     return parser
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_file
 from ..errors import ConfigError
 
@@ -36,11 +36,14 @@ def _parser() -> argparse.ArgumentParser:
         "strategy bank with a map and lineage, rollouts side by side, settings. A run that is not finished is shown "
         "as far as it is on record.",
     )
-    parser.add_argument("run", metavar="RUN", help="output folder of a run, or a checkpoint")
-    parser.add_argument("other", metavar="RUN2", nargs="?", help="a run to compare it with")
-    parser.add_argument("--output", metavar="FILE.html", help="the file to write (report.html in RUN)")
+    parser.add_argument("run", type=path_option, metavar="RUN", help="output folder of a run, or a checkpoint")
+    parser.add_argument("other", type=path_option, metavar="RUN2", nargs="?", help="a run to compare it with")
+    parser.add_argument(
+        "--output", type=path_option, metavar="FILE.html", help="the file to write (report.html in RUN)"
+    )
     parser.add_argument(
         "--eval",
+        type=path_option,
         metavar="DIRECTORY",
         action="append",
         default=[],

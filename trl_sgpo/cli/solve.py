@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from ..checks.arguments import Parser
+from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_file
 from ..errors import ConfigError, DataError
 from .options import check_at_least
@@ -58,12 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("problem", nargs="?", metavar="PROBLEM", help="what is to be solved")
     parser.add_argument(
         "--model",
+        type=path_option,
         metavar="DIR_OR_ID",
         help="a run's output folder, a checkpoint, a merged or any other model's directory, or a Hub id, of which a "
         "bank that was pushed with it is pulled at the same commit; with --server, the model's name there",
     )
     parser.add_argument(
         "--run",
+        type=path_option,
         metavar="DIR_OR_ID",
         help="output folder of the training, or Hub id, for its prompts and bank (that of --model)",
     )
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("a file of problems")
     files.add_argument(
         "--input",
+        type=path_option,
         metavar="PATH",
         help=".jsonl, .json, .parquet or .csv file with a column prompt, question or problem, or what recipes take as "
         "dataset_name, with @SPLIT at its end",
@@ -81,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--prompt_column", metavar="NAME", help="column of --input with the problem")
     files.add_argument(
         "--output",
+        type=path_option,
         metavar="FILE",
         help=".jsonl file for the answers, a line for each problem; the same command resumes",
     )
@@ -88,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     bank = parser.add_argument_group("strategies")
     bank.add_argument(
         "--bank",
+        type=path_option,
         metavar="DIR_OR_ID",
         help="bank, checkpoint or run to take strategies from (that of --run); with --trust_bank also an export or a "
         "model on the Hub",
@@ -100,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bank.add_argument(
         "--embedding_model",
+        type=path_option,
         metavar="DIR_OR_ID",
         help="embeds problems and strategies (that of the bank, or of an export the default, because a file of "
         "someone else does not decide what is downloaded)",

@@ -8,7 +8,6 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -346,16 +345,17 @@ def print_results(trainer: SGPOTrainer, scores: dict[str, Scores], recipe: Recip
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
             terminal.print(f"  • {printable(strategy.text)} ({tally})", highlight=False)
     output_dir = recipe.training.output_dir
-    own = partial(_command, argv=recipe.own)
-    steps = str(2 * trainer.state.global_step)
-    other = {"model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "output_dir": "runs/qwen"}
-    longer = own(["train"], max_steps=steps, resume_from_checkpoint="true")
+    steps, own = str(2 * trainer.state.global_step), recipe.own
+    longer = _command(["train"], own, max_steps=steps, resume_from_checkpoint="true")
+    measured_here = _command(["bench", "step"], own, resume_from_checkpoint=None)
+    model = "Qwen/Qwen2.5-0.5B-Instruct"
+    other = _command(["train"], own, model_name_or_path=model, output_dir="runs/qwen", resume_from_checkpoint=None)
     terminal.print(
         f"\nNext:\n  see curves, rollouts  trl-sgpo report {output_dir}\n"
         f"  read what it learnt   trl-sgpo bank list {output_dir}\n"
         f"  train longer          {longer}\n"
-        f"  another model         {own(['train'], **other, resume_from_checkpoint=None)}\n"
-        f"  what SGPO costs here  {own(['bench', 'step'], resume_from_checkpoint=None)}",
+        f"  another model         {other}\n"
+        f"  what SGPO costs here  {measured_here}",
         highlight=False,
         soft_wrap=True,
     )

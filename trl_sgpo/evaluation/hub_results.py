@@ -20,8 +20,8 @@ def write_hub_results(
     directory: Path, model_name: str, suites: Sequence[Suite], results: dict[str, dict[str, Any]], setup: str
 ) -> list[Path]:
     """
-    Writes `hub/.eval_results/*.yaml` for suites of which all problems were judged and that are datasets on the Hub, and `hub/model_index.yaml`, which
-    is the `model-index` of a model card, for all suites.
+    Writes `hub/.eval_results/*.yaml` for suites of which all problems were judged and that are datasets on the Hub,
+    and `hub/model_index.yaml`, which is the `model-index` of a model card, for all suites.
 
     Args:
         directory (`Path`):
