@@ -125,3 +125,30 @@ def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     put(tmp_path / "config.json", pad_token_id=1)
     check_model_folder(tmp_path, "user/model")
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("name", ["prophetnet.tokenizer", "dict.txt", "t.gguf", "additional_chat_templates/a.jinja"])
+def test_every_file_but_weights_is_read_again_where_it_changed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path, hidden_size=40, head_dim=10)
+    asked: list[str] = []
+    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for content in (name, name.upper()):
+        (tmp_path / name).write_text(content)
+        check_model_folder(tmp_path, "user/model")
+    assert len(asked) == 2
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    check_model_folder(tmp_path, "user/model")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("limit", "most"), [("MAX_FILES", 3), ("MAX_BYTES", 2000)])
+def test_files_beside_a_model(limit: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path)
+    check_model_folder(tmp_path, "user/model")
+    monkeypatch.setattr(opening, limit, most)
+    with pytest.raises(ModelError, match="move the model to a folder of its own"):
+        check_model_folder(tmp_path, "user/evil")

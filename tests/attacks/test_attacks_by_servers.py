@@ -8,12 +8,14 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from hostile_server import serving
-from models import tokenizer
+from huggingface_hub import constants
+from models import save_tiny_model, tokenizer
 
 from trl_sgpo import SGPOPipeline
 from trl_sgpo.cli import main as cli
@@ -365,6 +367,29 @@ def test_a_server_that_names_a_folder_of_the_user(tmp_path, caplog):
         named = SGPOPipeline.from_server(f"{url}/v1", str(tmp_path), bank=None)
     assert listed.model.settings.system_prompt is None and named.model.settings.system_prompt == "PRIVATE"
     assert "also a folder here" in caplog.text
+
+
+@pytest.mark.parametrize("listed", ["absolute", "relative"])
+def test_the_tokenizer_of_a_folder_that_only_the_server_names_is_not_read(listed, tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "private")
+    monkeypatch.chdir(tmp_path)
+    name = str(tmp_path / "private") if listed == "absolute" else "private"
+    with serving(whole(json.dumps({"data": [{"id": name}]}).encode())) as url:
+        assert SGPOPipeline.from_server(f"{url}/v1", bank=None).model.encoder is None
+        assert SGPOPipeline.from_server(f"{url}/v1", name, bank=None).model.encoder is not None
+
+
+def test_a_folder_with_the_name_of_a_model_in_the_cache(tmp_path, monkeypatch):
+    """The tokenizer in the cache is read, which the user has downloaded."""
+    snapshot = Path(constants.HF_HUB_CACHE) / "models--user--model" / "snapshots" / ("a" * 40)
+    save_tiny_model(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    (tmp_path / "user" / "model").mkdir(parents=True)
+    (tmp_path / "user" / "model" / "tokenizer_config.json").write_text("PRIVATE")
+    monkeypatch.chdir(tmp_path)
+    with serving(whole(json.dumps({"data": [{"id": "user/model"}]}).encode())) as url:
+        assert SGPOPipeline.from_server(f"{url}/v1", bank=None).model.encoder is not None
 
 
 def test_roles_with_control_tokens_are_not_sent():

@@ -13,15 +13,16 @@ from .process import CheckProcess
 
 OPENING = CheckProcess(memory=8)  # with torch, so apart from the others
 PER_BYTE, FEW = 8, 10**7  # parameters in a byte of weights of one bit, and parameters that may always be missing
-_READ = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-         "*.model")  # fmt: skip
+MAX_FILES, MAX_FILE, MAX_BYTES = 10_000, 2**28, 2**32  # of which a library reads none that is larger than the second
+_OPENED = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+           "*.model")  # fmt: skip
 
 
-def check_opens(source: str | Path, directory: Path, weights: Sequence[Path]) -> None:
+def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weights: Sequence[Path]) -> None:
     """
     Lets another process read the config and the tokenizer of a model and build it without weights. This covers what no
     check of single settings knows: numbers from which a library makes lists, and steps that never end. What was read
-    is remembered by its content, so that this takes its 5 seconds once.
+    is remembered by the content of all files but weights, so that this takes its 5 seconds once.
 
     A library makes weights that are missing, at the size that the config says, so files of weights must not be too
     small for it.
@@ -31,21 +32,30 @@ def check_opens(source: str | Path, directory: Path, weights: Sequence[Path]) ->
             How the user named the model, for messages.
         directory (`Path`):
             Its folder.
+        files (`Sequence[Path]`):
+            All that is in the folder, and in those below it that a library reads.
         weights (`Sequence[Path]`):
             Its files of weights, which may be missing.
 
     Raises:
         [`ModelError`]: It takes more than 60 seconds or 8 GiB, a library panics or prints control characters of a
-            terminal, or most weights are missing.
+            terminal, most weights are missing, or the files are too many.
     """
     from huggingface_hub import constants
 
-    files = sorted({path for name in _READ for path in directory.glob(name) if path.is_file()})
-    if not files:
+    if not any(path.is_file() for name in _OPENED for path in directory.glob(name)):
         return
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
-    for path in files:
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+    read = sorted(path for path in files if path.is_file() and path.suffix != ".safetensors")
+    small = [path for path in read if path.stat().st_size <= MAX_FILE]
+    if len(read) > MAX_FILES or sum(path.stat().st_size for path in small) > MAX_BYTES:
+        raise ModelError(
+            f"There are more than {MAX_FILES:,} files, or {MAX_BYTES >> 30} GiB of them, beside the weights of "
+            f"{source}: move the model to a folder of its own."
+        )
+    for path in read:
+        digest.update(f"\n{path.relative_to(directory)} {path.stat().st_size}\n".encode())
+    for path in small:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     done = Path(constants.HF_HOME, "trl_sgpo", "opened", digest.hexdigest())

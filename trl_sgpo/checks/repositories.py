@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .opening import check_opens
 from .patterns import may_match_for_ever
 
 
+OTHER_MODEL = "use one whose tokenizer is in its own files."
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
 MAX_EXPERTS = 100_000
 MAX_BYTES = 2**28  # of a file other than weights
@@ -24,10 +26,15 @@ _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _EXPERTS = re.compile(r"(?:num_|n_).*experts")
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")  # that libraries read in place of those checked here
+# Arguments with which a library finds a tokenizer's files. It takes them from the tokenizer's settings, too
+_PLACES = (
+    "gguf_file", "tokenizer_object", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder",
+    "repo_type", "user_agent", "tqdm_class",
+)  # fmt: skip
 _KERNELS = ("attn_implementation", "experts_implementation")
 _INERT = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # written by transformers 4, and overwritten
 _WEIGHTS = (".safetensors", ".gguf")
-_READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".bpe", ".spm", ".vocab", ".tiktoken")
+_READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".bpe", ".codes", ".spm", ".vocab", ".tiktoken", ".tokenizer")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_ADDED_TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type", "id"}
@@ -93,14 +100,15 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
         [`ModelError`]: A file is none, is too large, or a link out of the folder and no weights; weights are named
             elsewhere or not in safetensors; settings name other files or models, or have sizes of no real model.
     """
-    for path in [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]:
+    files = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
+    for path in files:
         _check_file(path, directory)
     for path in directory.glob("*.index.json"):
         _check_index(path)
     for name, check in (
         (_CONFIG, check_model_settings),
-        (_TOKENIZER, check_tokenizer_settings),
-        ("special_tokens_map.json", _check_special_tokens),
+        (_TOKENIZER, partial(check_tokenizer_settings, directory=directory)),
+        ("special_tokens_map.json", partial(_check_special_tokens, directory=directory)),
         (_VOCABULARY, check_growth),
         ("processor_config.json", _check_processor),
         (ADAPTER_FILE, check_adapter_settings),
@@ -112,11 +120,14 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
             f"The adapter in {source} has no {_ADAPTER_WEIGHTS}, and other files of weights can run code when they "
             "are read: save it again with `save_pretrained`."
         )
-    check_opens(source, directory, weights_in(directory))
+    check_opens(source, directory, files, weights_in(directory))
 
 
 def weights_in(directory: Path) -> list[Path]:
     """The files of whole weights that a library would read from a folder, existing or not."""
+    config = directory / _CONFIG
+    if config.is_file() and (named := _read(config).get("transformers_weights")):
+        return [directory / str(named)]
     index = directory / "model.safetensors.index.json"
     if not index.is_file() or (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
@@ -191,7 +202,13 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                 raise ModelError(
                     f"The config of {source} has patterns in `{key}` that may match for ever: use names of modules."
                 )
-            if key in _SIZES and isinstance(value, int) and value < 1:
+            if key == "tokenizer_class":
+                _check_tokenizer_class(source, value)
+            if key == "model_type" and value == "rag":
+                raise ModelError(f"{source} is a model of the type `rag`, whose tokenizer loads others: {OTHER_MODEL}")
+            # Where it is the part of a head with positions, there may be none
+            without_positions = key == "head_dim" and value == 0 and "qk_nope_head_dim" in settings
+            if key in _SIZES and isinstance(value, int) and value < 1 and not without_positions:
                 raise ModelError(f"The config of {source} has `{key}: {value}`: {AGAIN}")
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
@@ -200,7 +217,7 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             check_model_settings(source, value)
 
 
-def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> None:
+def check_tokenizer_settings(source: str | Path, settings: dict[str, Any], directory: Path) -> None:
     """
     Checks that a tokenizer reads no file but those of its repository.
 
@@ -209,10 +226,14 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
             Directory or Hub id, for the message.
         settings (`dict`):
             Content of its `tokenizer_config.json`.
+        directory (`Path`):
+            The folder that it is in.
 
     Raises:
-        [`ModelError`]: A setting names a file of this machine, or an added token has unknown keys.
+        [`ModelError`]: A setting names a file or where files are, the class loads other tokenizers or models, or an
+            added token has unknown keys.
     """
+    _check_tokenizer_class(source, settings.get("tokenizer_class"))
     if any(token.keys() - _OF_ADDED_TOKEN for token in _added_tokens(settings)):
         # The tokenizer's library would print them, past all escaping
         raise ModelError(f"The tokenizer of {source} has added tokens with unknown keys: {AGAIN}")
@@ -220,19 +241,30 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any]) -> No
         if key in (*_TEXTS, *_INERT):
             continue
         is_file_name = key in _OTHER_FILES or (key in ("vocab", "merges") and isinstance(value, str))
-        is_file_name |= key == "init_inputs" and bool(value)  # positional arguments of the tokenizer's class
-        if is_file_name or any(map(_is_path_of_a_file, texts_in(value))):
+        # The positional arguments of the tokenizer's class, too
+        is_file_name |= key in ("init_inputs", *_PLACES) and bool(value)
+        if is_file_name or any(_is_path_of_a_file(text, key, directory) for text in texts_in(value)):
             raise ModelError(
                 f"The tokenizer of {source} names a file as `{key}` in its {_TOKENIZER}: use one whose vocabulary is "
                 "in its own files, such as tokenizer.json."
             )
 
 
-def _check_special_tokens(source: str | Path, settings: dict[str, Any]) -> None:
+def _check_tokenizer_class(source: str | Path, name: Any) -> None:
+    """A library takes any of its classes, and unknown ones for a plain tokenizer."""
+    import transformers
+
+    plain = re.sub("(Fast)*$", "", str(name))
+    of_others = plain in dir(transformers) and not plain.endswith(("Tokenizer", "Backend"))
+    if of_others or plain in ("AutoTokenizer", "RagTokenizer"):
+        raise ModelError(f"{source} names {name} as its tokenizer, which loads other files: {OTHER_MODEL}")
+
+
+def _check_special_tokens(source: str | Path, settings: dict[str, Any], directory: Path) -> None:
     """Its values replace the names of the tokenizer's files that were found in the repository."""
     if named := [key for key in settings if key in _INERT or key.endswith("_file")]:
         raise ModelError(f"The special tokens of {source} name a file as `{named[0]}`: {AGAIN}")
-    check_tokenizer_settings(source, settings)
+    check_tokenizer_settings(source, settings, directory)
 
 
 def _check_processor(source: str | Path, settings: dict[str, Any]) -> None:
@@ -249,8 +281,13 @@ def _added_tokens(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from (part for part in parts if isinstance(part, dict))
 
 
-def _is_path_of_a_file(text: str) -> bool:
-    return os.path.basename(text) != text and "\0" not in text and os.path.isfile(text)
+def _is_path_of_a_file(text: str, key: str, directory: Path) -> bool:
+    """Whether a text leads to a file, from the folder or from where a library runs, and may be meant to."""
+    if "\0" in text:
+        return False
+    if os.path.basename(text) == text:
+        return key.endswith("_file") and os.path.isfile(text) and not is_within(text, directory)
+    return os.path.isfile(text) or os.path.isfile(directory / text)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -328,7 +328,7 @@ def _load_writer(recipe: "Recipe", options: argparse.Namespace, settings: Any) -
             concurrency=options.concurrency,
             timeout=options.timeout,
         )
-        model.encoder = encoder_of(options.server_model)
+        model.encoder = encoder_of(options.server_model, named_by_user=True)
         return model
     kwargs = {key: value for key, value in model_init_kwargs(recipe).items() if value is not None}
     if (quantization := get_quantization_config(recipe.model)) is not None:

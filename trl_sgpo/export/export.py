@@ -26,7 +26,7 @@ from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
 from ..files import unfinished_directory
 from ..inference.loading import ADAPTER_FILE, base_of, is_adapter, load_base
-from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer
+from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer, loading
 from ..inference.settings import TwoPhaseSettings
 from ..speed.merging import sharing_refusal
 from .parity import Parity, compare, logits_on, probes
@@ -117,7 +117,8 @@ def export(plan: ExportPlan) -> dict[str, Any]:
     if plan.base == "original" and not quantized:
         raise ConfigError(f"{plan.model} was not trained on quantized weights: leave out `--base original`.")
     _check_convertible(plan, config, tokenizer)
-    _check_memory(config, plan.compute_dtype)
+    with loading(base):
+        _check_memory(config, plan.compute_dtype)
     with unfinished_directory(output) as unfinished:
         report = _write(plan, source, base, settings, tokenizer, unfinished)
         if Path(source, BANK_DIRECTORY).is_dir():
@@ -156,7 +157,8 @@ def _write(
     model = load_unmerged(source, base, settings.trained_on, compute)
     if isinstance(model, PeftModel) and (reason := sharing_refusal(model)):
         raise ModelError(f"The adapter of {plan.model} cannot be merged: {reason}. Use it with PEFT.")
-    reference = logits_on(model, sequences)
+    with loading(plan.model):
+        reference = logits_on(model, sequences)
     effect = None
     if adapter:
         effect = _without_adapter(model, sequences, reference)

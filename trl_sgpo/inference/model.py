@@ -18,7 +18,7 @@ from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from ..speed.merging import merged_where_exact
 from .loading import base_of, is_adapter, load_base
 from .model_files import TOKENIZER
-from .pretrained import load_adapter, load_model, load_tokenizer
+from .pretrained import load_adapter, load_model, load_tokenizer, loading
 from .settings import TwoPhaseSettings
 from .weights import require_model
 
@@ -169,9 +169,12 @@ class TwoPhaseModel:
             _check_lengths(saved, model.config, name)
             bare = is_adapter(directory) and not any(Path(directory, file).is_file() for file in TOKENIZER)
             tokenizer = load_tokenizer(base_of(directory) if bare else directory)  # as other tools save adapters
+            loaded = cls(model, tokenizer, settings or saved, batch_size)
+            with loading(name):
+                loaded._generate_batch([[0]], GenerationConfig(max_new_tokens=1, pad_token_id=0), None)
         except (OSError, ValueError) as error:
             raise ModelError(f"The model {name} cannot be loaded: {error}") from error
-        return cls(model, tokenizer, settings or saved, batch_size)
+        return loaded
 
     def check_room(
         self,

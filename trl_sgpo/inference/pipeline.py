@@ -180,6 +180,7 @@ class SGPOPipeline:
         with ExitStack() as opened:
             model = ServerModel(url, name or "", **server_kwargs)
             listed = model.list_models()
+            named_by_user = name is not None
             if name is None:
                 if len(listed) != 1:
                     raise ModelError(
@@ -200,7 +201,7 @@ class SGPOPipeline:
             if directory is not None and (Path(directory) / "tokenizer_config.json").is_file():
                 model.encoder = TextEncoder(load_tokenizer(directory))
             else:
-                model.encoder = encoder_of(name)
+                model.encoder = encoder_of(name, named_by_user)
             pipeline = cls(model, _open_bank(bank, directory, trust_bank, embedding_model, opened))._owning(opened)
             pipeline.pulled = None if pulled is None else f"{run}@{pulled.name}"
             return pipeline

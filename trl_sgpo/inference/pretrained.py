@@ -17,7 +17,7 @@ from ..checks.remote_code import remote_code_problems
 from ..checks.repositories import AGAIN, base_of_adapter
 from ..errors import ConfigError, ModelError
 from ..speed.patches import CountedPatch
-from .checked import checked
+from .checked import checked, checked_folder
 from .model_files import ADAPTER_WEIGHTS
 
 
@@ -100,14 +100,24 @@ def readable_weights(source: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _loading(source: str | Path) -> Iterator[None]:
-    """Errors name the model, and do not advise to set `trust_remote_code`, which is refused here."""
+def loading(source: str | Path) -> Iterator[None]:
+    """
+    Within the context, a library loads a model, or runs it for the first time. Errors name the model, and do not
+    advise to set `trust_remote_code`, which is refused here.
+
+    Args:
+        source (`str` or `Path`):
+            Directory or Hub id.
+
+    Raises:
+        [`ModelError`]: A value in its files has the wrong type, or does not fit the others.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     malformed = (
         SafetensorError, StrictDataclassError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-        re.error, FileNotFoundError,
+        AssertionError, re.error, FileNotFoundError,
     )  # fmt: skip
     try:
         with NO_QUESTION:
@@ -139,9 +149,11 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     kwargs = _safe(kwargs)
-    kwargs = checked(source, kwargs)
-    with _loading(source):
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+    directory, kwargs = checked_folder(source, kwargs)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
+    tokenizer.name_or_path = str(source)  # instead of a snapshot's folder
+    return tokenizer
 
 
 def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
@@ -150,7 +162,7 @@ def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
 
     kwargs = _safe(kwargs)
     kwargs = checked(source, kwargs)
-    with _loading(source):
+    with loading(source):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
@@ -170,9 +182,13 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
 
     kwargs = _safe(kwargs) | {"use_safetensors": True}
     kwargs = checked(source, kwargs, weights=True)
-    with _loading(source), readable_weights(source):
+    with loading(source), readable_weights(source):
         check_whole(source)
-        return (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
+        model = (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
+    model.config.return_dict = True
+    if kind is None:
+        model.config.is_encoder_decoder = False
+    return model
 
 
 def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any) -> "PeftModel":
@@ -194,9 +210,9 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
     from peft import PeftConfig, PeftModel
 
     kwargs = checked(directory, kwargs)
-    with _loading(directory), readable_weights(directory):
-        revision = {key: kwargs[key] for key in ("revision",) if key in kwargs}
-        config = PeftConfig.from_pretrained(directory, **revision)
+    with loading(directory), readable_weights(directory):
+        place = {key: kwargs[key] for key in ("revision", "local_files_only") if key in kwargs}
+        config = PeftConfig.from_pretrained(directory, **place)
         check_adapter_patterns(directory, config.to_dict(), [name for name, _ in model.named_modules()])
         return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
 
@@ -206,7 +222,7 @@ def load_adapter_config(directory: str | Path) -> "PeftConfig":
     from peft import PeftConfig
 
     kwargs = checked(directory, {})
-    with _loading(directory):
+    with loading(directory):
         return PeftConfig.from_pretrained(directory, **kwargs)
 
 
@@ -233,8 +249,13 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     for folder in check_embedding_folder(source, directory):
         _check_weights(folder)
         if base := base_of_adapter(folder):  # of which the folder of the same name is read
-            checked(base, {"subfolder": "" if folder == directory else str(folder.relative_to(directory))})
-    with _loading(source), readable_weights(directory):
+            place = "" if folder == directory else str(folder.relative_to(directory))
+            checked(base, {"subfolder": place}, weights=True)
+    with loading(source), readable_weights(directory):
         return SentenceTransformer(
-            str(directory), device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            str(directory),
+            device="cpu",
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
         )

@@ -47,13 +47,15 @@ _LIKE_CONTROL = re.compile(r"<[|\uff5c][^|\uff5c<>\s]{1,64}[|\uff5c]>")  # some 
 _ADDRESSES = "http://127.0.0.1:8000/v1 or https://example.org/v1"
 
 
-def encoder_of(name: str) -> TextEncoder | None:
+def encoder_of(name: str, named_by_user: bool) -> TextEncoder | None:
     """
     The encoder of a model whose tokenizer is on this machine. Nothing is downloaded.
 
     Args:
         name (`str`):
-            A directory, or a Hub id that may be in the Hugging Face cache.
+            A Hub id that may be in the Hugging Face cache, or a directory.
+        named_by_user (`bool`):
+            Whether the user named the model. A directory that only the server names is not read.
 
     Returns:
         [`~trl_sgpo.method.control_tokens.TextEncoder`] or `None`: `None` if the tokenizer is not there.
@@ -61,8 +63,11 @@ def encoder_of(name: str) -> TextEncoder | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        if Path(name, _TOKENIZER).is_file() or isinstance(try_to_load_from_cache(name, _TOKENIZER), str):
-            return TextEncoder(load_tokenizer(name, local_files_only=True))
+        if named_by_user and Path(name, _TOKENIZER).is_file():
+            return TextEncoder(load_tokenizer(name))
+        found = try_to_load_from_cache(name, _TOKENIZER)
+        if isinstance(found, str):  # its folder, because one here may have the same name
+            return TextEncoder(load_tokenizer(Path(found).parent))
     except (OSError, ValueError):  # the name means something on the server only
         pass
     return None

@@ -29,7 +29,7 @@ from .prompts import Prompt
 def _checked_arguments(args: GRPOConfig | None, model: Any, reward_funcs: Any) -> GRPOConfig | None:
     """
     Checks the models that TRL loads by their names. Returns arguments with which it reads them from safetensors only,
-    and the policy at the commit that was checked.
+    downloads nothing more, and takes the policy at the commit that was checked.
     """
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     rewards = [each for each in given if isinstance(each, str)]
@@ -44,7 +44,7 @@ def _checked_arguments(args: GRPOConfig | None, model: Any, reward_funcs: Any) -
     if isinstance(model, str):
         checked(model, {})  # TRL reads the architecture there, whatever the revision is
         loading = checked(model, loading, weights=True)
-    args.model_init_kwargs = loading
+    args.model_init_kwargs = loading | {"local_files_only": True}
     return args
 
 

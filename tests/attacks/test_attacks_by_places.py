@@ -1,0 +1,208 @@
+"""Tokenizers whose settings say where files are, or whose class loads others. Only checked files are read."""
+
+import inspect
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers.utils.hub
+from hub_server import HubServer
+from models import save_tiny_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+from transformers.utils.hub import cached_file, cached_files
+
+from trl_sgpo.checks.repositories import check_model_folder, check_model_settings, check_tokenizer_settings
+from trl_sgpo.cli.main import main
+from trl_sgpo.errors import ModelError
+from trl_sgpo.inference import checked, pretrained
+from trl_sgpo.inference.pretrained import load_config, load_model, load_tokenizer
+
+
+REPO = "user/model"
+SETTINGS, TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def put(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+
+def write_gguf(path: Path, tiny: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = json.loads((tiny / "tokenizer.json").read_text())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*sorted(model["vocab"], key=model["vocab"].get), "PRIVATE"])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_eos_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("place", [{"gguf_file": "secret.gguf", "subfolder": ".."}, {"gguf_file": "../secret.gguf"}])
+def test_a_vocabulary_in_another_folder_is_not_exported(
+    place: dict[str, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "secret.gguf", tiny)
+    (tiny / "tokenizer.json").unlink()
+    (tiny / SETTINGS).write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>"} | place)
+    )
+    assert main(["export", "--model", str(tiny), "--merge", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "`gguf_file`" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+WRITTEN_BY_TRANSFORMERS = {"local_files_only"}  # and overwritten when they are read
+PLACES = [
+    name
+    for function in (cached_file, cached_files)
+    for name, argument in inspect.signature(function).parameters.items()
+    if argument.default is not inspect.Parameter.empty and not name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("file", [SETTINGS, TOKENS])
+@pytest.mark.parametrize("key", sorted({*PLACES, "gguf_file", "tokenizer_object"} - WRITTEN_BY_TRANSFORMERS))
+def test_every_setting_that_says_where_files_are(key: str, file: str, tiny: Path) -> None:
+    put(tiny / file, **{key: "x"})
+    with pytest.raises(ModelError, match=f"`{key}`"):
+        check_model_folder(tiny, "user/evil")
+    put(tiny / file, **{key: None})
+    if not (file == TOKENS and key.endswith("_file")):
+        check_model_folder(tiny, "user/good")
+
+
+@pytest.mark.parametrize("value", ["../secret.txt", "sub/vocab.txt"])
+def test_a_path_from_the_folder(value: str, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").touch()
+    (tiny / "sub").mkdir()
+    (tiny / "sub" / "vocab.txt").touch()
+    with pytest.raises(ModelError, match="`some_path`"):
+        check_tokenizer_settings("user/evil", {"some_path": value}, tiny)
+
+
+def test_a_file_where_a_command_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="`vocab_file`"):
+        check_tokenizer_settings("user/evil", {"vocab_file": ".env"}, tiny)
+    (tiny / "vocab.json").touch()
+    monkeypatch.chdir(tiny)
+    check_tokenizer_settings("user/good", {"vocab_file": "vocab.json", "bos_token": "vocab.json"}, tiny)
+
+
+OTHERS = ["RagTokenizer", "RagTokenizerFast", "AutoTokenizer", "AutoModel", "AutoProcessor", "LlavaProcessor"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("file", [SETTINGS, "config.json"])
+def test_a_class_that_loads_others(name: str, file: str, tiny: Path) -> None:
+    put(tiny / file, tokenizer_class=name)
+    with pytest.raises(ModelError, match=f"{name} as its tokenizer, which loads other files"):
+        check_model_folder(tiny, "user/evil")
+
+
+def test_the_tokenizers_of_all_types_of_models() -> None:
+    """One that is no tokenizer loads others, unless it stands for a package that is not installed."""
+    for kind, name in TOKENIZER_MAPPING_NAMES.items():
+        found = tokenizer_class_from_name(name) if name is not None else None
+        if found is None or issubclass(found, PreTrainedTokenizerBase) or "from_pretrained" not in vars(found):
+            check_tokenizer_settings(kind, {"tokenizer_class": name}, Path())
+            check_model_settings(kind, {"model_type": kind})
+        else:
+            with pytest.raises(ModelError, match="loads other"):
+                check_model_settings(kind, {"encoder": {"model_type": kind}})
+
+
+NAMES = ["LlamaTokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "QWenTokenizer", "X"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_a_usual_class(name: str | None, tiny: Path) -> None:
+    check_tokenizer_settings("user/good", {"tokenizer_class": name}, tiny)
+
+
+# Files of a repository on the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with HubServer() as hub:
+        hub.connect(monkeypatch)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers the Hub it was made for
+        yield hub
+
+
+def upload(hub: HubServer, folder: Path) -> None:
+    hub.api().create_repo(REPO, exist_ok=True)
+    hub.api().upload_folder(repo_id=REPO, folder_path=folder)
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])
+def test_nothing_is_downloaded_after_the_check(
+    load: Any, hub: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "additional_chat_templates").mkdir()
+    (tiny / "additional_chat_templates" / "other.jinja").write_text("{{ messages }}")
+    for name in ("t.gguf", "a.bin", "checkpoint-1.txt"):
+        (tiny / name).write_text("x")
+    upload(hub, tiny)
+
+    check = checked.checked_folder
+
+    def then_nothing(*args: Any, **kwargs: Any) -> Any:
+        result = check(*args, **kwargs)
+        hub.requests.clear()
+        return result
+
+    for module in (checked, pretrained):
+        monkeypatch.setattr(module, "checked_folder", then_nothing)
+    loaded = load(REPO)
+    assert loaded.name_or_path == REPO and not [path for method, path in hub.requests if method == "GET"]
+    if load is load_tokenizer:
+        assert set(loaded.chat_template) == {"default", "other"}
+
+
+def test_a_repository_without_safetensors_is_one_line(hub: HubServer, tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    upload(hub, tiny)
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
+        load_model(REPO)
+    assert not [path for _, path in hub.requests if "discussions" in path]  # nobody is asked to convert it
+
+
+def test_a_folder_of_a_repository(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    tiny.rename(tmp_path / "all" / "part")
+    upload(hub, tmp_path / "all")
+    assert load_model(REPO, subfolder="part") and load_tokenizer(REPO, subfolder="part")
+    put(tmp_path / "all" / "part" / "config.json", num_hidden_layers=10**9, layer_types=None)
+    upload(hub, tmp_path / "all")
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        load_model(REPO, subfolder="part")
+
+
+def test_all_files_of_a_tokenizer_are_downloaded_and_checked() -> None:
+    for name in filter(None, TOKENIZER_MAPPING_NAMES.values()):
+        kind = tokenizer_class_from_name(name)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase):
+            for file in kind.vocab_files_names.values():
+                assert any(fnmatch(file, pattern) for pattern in checked._TEXTS), (name, file)
+
+
+def test_a_tokenizer_that_was_saved_by_transformers(tiny: Path, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(tiny, local_files_only=True, subfolder="", revision="main").save_pretrained(tiny)
+    check_model_folder(tiny, "user/good")
+    write_gguf(tmp_path / "t.gguf", tiny)
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf").save_pretrained(tmp_path / "saved")
+    check_model_folder(tmp_path / "saved", "user/good")
