@@ -133,7 +133,7 @@ def test_the_config_of_an_adapter():
 
 def test_answers_in_a_file_that_is_continued():
     Path("out.jsonl").write_text(BRACKETS + "\n")
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="is damaged"):
         _finished(Path("out.jsonl"), "m", ["What?"], 8)
 
 
@@ -141,7 +141,7 @@ def test_an_evaluation_that_is_continued():
     Path("run").mkdir()
     Path("run/settings.json").write_text("{}")
     Path("run/rows.jsonl").write_text(BRACKETS + "\n")
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(ConfigError, match="is damaged"):
         ChunkLog(Path("run"), {}, 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from .characters import misplaced
 
 
-MAX_BYTES = 128 << 20  # of a file
+MAX_BYTES = 128 << 20  # of a file, or of a line of JSON lines
 MAX_DEPTH = 100  # of lists and mappings, far below what Python's recursion reaches
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -47,6 +47,22 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
     return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """
+    The lines of a file of JSON lines, one at a time. A last line without an end is left out: a killed process tore it.
+
+    Raises:
+        `ValueError`: The file is a pipe or a device, or a line is too long.
+    """
+    if not path.is_file():
+        raise ValueError("it is no file, such as a pipe or a device")
+    with path.open("rb") as file:
+        while (line := file.readline(MAX_BYTES + 1)).endswith(b"\n"):
+            yield line
+    if len(line) > MAX_BYTES:
+        raise ValueError(f"a line is longer than {MAX_BYTES >> 20} MiB")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
 from ..checks.command import run_command
+from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.secrets import redacted
 from ..data.classes import with_classes
@@ -32,6 +33,7 @@ from ..recipe import Recipe, read_recipe, resume_point
 from .config import Arm, Comparison, read_comparison
 from .lab.model import fetch_model
 from .methods import Task, TrainedArm, plain_settings, train_arm
+from .stored import run_result
 
 
 RESULT_FILE = "result.json"
@@ -111,28 +113,31 @@ def finished(comparison: Comparison, arm: Arm, seed: int, record: Record) -> dic
     Result of a run, `None` if it is not finished.
 
     Raises:
-        [`ConfigError`]: What is in the run's directory depends on something else.
+        [`ConfigError`]: What is in the run's directory depends on something else, or is damaged.
     """
     directory = comparison.run_directory(arm, seed)
     _check_record(directory, record)
-    try:
-        return read_json(directory / RESULT_FILE)
-    except (OSError, ValueError):
+    path = directory / RESULT_FILE
+    if not path.exists():
         return None
+    with expect_readable(path, "remove it, and run the same command again"):
+        result: dict[str, Any] = read_json(path)
+        run_result(comparison, seed)(result, arm.name)
+    return result
 
 
 def _check_record(directory: Path, record: Record) -> None:
     if not (directory / RESULT_FILE).is_file() and not any(directory.glob("checkpoint-*")):
         return
-    try:
-        before = read_json(directory / RECORD_FILE)
-    except (OSError, ValueError):
-        other = "by an earlier version, which kept no record of them"
-    else:
-        changed = changes({key: value for key, value in before.items() if key in record}, record)
+    path = directory / RECORD_FILE
+    if path.exists():
+        with expect_readable(path, f"move {directory} away, and run the same command again"):
+            changed = changes({key: value for key, value in read_json(path).items() if key in record}, record)
         if changed is None:
             return
         other = f"({changed})"
+    else:
+        other = "by an earlier version, which kept no record of them"
     raise ConfigError(
         f"{directory} holds a run with other settings or inputs {other}: name another `--output_dir`, or move that "
         "directory away to run it again."

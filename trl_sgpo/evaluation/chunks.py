@@ -9,8 +9,9 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from ..checks.damaged import expect_readable
-from ..checks.json_text import parse_json, read_json
-from ..errors import ConfigError, DataError
+from ..checks.json_text import parse_json, read_json, read_lines
+from ..checks.shapes import Check, count, record, text
+from ..errors import ConfigError
 from ..files import append_file, write_file
 from .digest import changes
 
@@ -20,10 +21,13 @@ SETTINGS = "settings.json"
 RESULTS_FILE = "results.json"
 
 Chunk = dict[str, Any]
-RunChunk = Callable[[str, int, Callable[[], Chunk]], Chunk]
+RunChunk = Callable[[str, int, Callable[[], Chunk], Check], Chunk]
+
+_FIX = "move it away, or drop it with `--overwrite`"
+_CHUNK = record({"key": text, "texts": count})
 
 
-def run_now(key: str, texts: int, compute: Callable[[], Chunk]) -> Chunk:
+def run_now(key: str, texts: int, compute: Callable[[], Chunk], check: Check) -> Chunk:
     """Computes a chunk without writing it to disk."""
     return compute()
 
@@ -45,8 +49,7 @@ class ChunkLog:
             Whether to delete results of other settings in the directory.
 
     Raises:
-        [`ConfigError`]: If the directory holds an evaluation with other settings.
-        [`DataError`]: If the results in it are damaged.
+        [`ConfigError`]: If the directory holds an evaluation with other settings, or a damaged one.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], texts: int, overwrite: bool = False):
@@ -66,7 +69,7 @@ class ChunkLog:
             dynamic_ncols=True,
         )
 
-    def run(self, key: str, texts: int, compute: Callable[[], Chunk]) -> Chunk:
+    def run(self, key: str, texts: int, compute: Callable[[], Chunk], check: Check) -> Chunk:
         """
         Returns a chunk from disk, or computes it.
 
@@ -77,6 +80,11 @@ class ChunkLog:
                 Texts that it generates.
             compute (`Callable`):
                 Computes it. Its result must be JSON.
+            check (`Callable`):
+                Checks what is read from disk, see [`~trl_sgpo.checks.shapes`].
+
+        Raises:
+            [`ConfigError`]: The chunk on disk is damaged.
         """
         if key not in self.done:
             line = json.dumps({"key": key, "texts": texts, **compute()}, allow_nan=False)
@@ -85,6 +93,9 @@ class ChunkLog:
             os.fsync(self._file.fileno())
             self.done[key] = json.loads(line)
             self._bar.update(texts)
+        else:
+            with expect_readable(self.path, _FIX):
+                check(self.done[key], key)
         return self.done[key]
 
     def close(self) -> None:
@@ -126,16 +137,12 @@ def _without_labels(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Chunk], int]:
     """Finished chunks by name, and the length of their lines: the last one may be torn."""
-    if not path.exists():
-        return {}, 0
-    if not path.is_file():
-        raise DataError(f"{path} is no file, such as a pipe or a device: move it away, or drop it with `--overwrite`.")
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        chunks = [parse_json(line) for line in whole.splitlines()]
-        if any(type(chunk["texts"]) is not int for chunk in chunks):
-            raise TypeError("`texts` is no number")
-        return {chunk["key"]: chunk for chunk in chunks}, len(whole)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): move it away, or drop it with `--overwrite`.") from error
+    chunks: dict[str, Chunk] = {}
+    length = 0
+    with expect_readable(path, _FIX):
+        for line in read_lines(path) if path.exists() else ():
+            chunk = parse_json(line)
+            _CHUNK(chunk, f"line {len(chunks) + 1}")
+            chunks[chunk["key"]] = chunk
+            length += len(line)
+    return chunks, length

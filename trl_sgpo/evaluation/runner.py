@@ -25,6 +25,7 @@ from .statistics import (
     rate_estimate,
     wilson_interval,
 )
+from .stored import attempts_chunk
 from .suites import UNKNOWN, LoadedSuite
 
 
@@ -100,7 +101,8 @@ def evaluate_suite(
     for start in range(0, len(loaded.rows), protocol.chunk_size):
         place, rows = f"{suite.name}/{start}", loaded.rows[start : start + protocol.chunk_size]
         compute = partial(_attempt, model, suite.class_column, rows, verifier, protocol, bank, f"suite/{place}")
-        chunks.append(run(f"{part}/{place}", suite_texts(len(rows), protocol), compute))
+        check = attempts_chunk(len(rows), 1 + protocol.samples)
+        chunks.append(run(f"{part}/{place}", suite_texts(len(rows), protocol), compute, check))
     return summarise(loaded, chunks, protocol)
 
 

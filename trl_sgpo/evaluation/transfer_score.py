@@ -15,6 +15,7 @@ from ..method.problem import as_problem
 from ..method.prompts import ParsedStrategy
 from .chunks import Chunk, RunChunk, run_now
 from .statistics import Estimate, class_mean_estimate, derived_seed
+from .stored import executions_chunk, strategies_chunk
 from .transfer_plan import CONDITIONS, WITH_BANK, PlannedExecution, TransferPlan, plan_transfer
 
 
@@ -228,7 +229,7 @@ def measure_plan(
             compute = partial(
                 _write, model, [rows[i] for i in part], class_column, chosen, bank if with_bank else None
             )
-            chunks.append(run(key, len(part), compute))
+            chunks.append(run(key, len(part), compute, strategies_chunk(len(part))))
             for index, strategy in zip(part, chunks[-1]["strategies"], strict=True):
                 written[index, with_bank] = strategy
     executions, unverified = [], 0
@@ -250,7 +251,7 @@ def measure_plan(
                 chosen,
                 bank if with_bank else None,
             )
-            chunks.append(run(key, len(group), compute))
+            chunks.append(run(key, len(group), compute, executions_chunk(len(group))))
             for execution, outcome in zip(group, chunks[-1]["outcomes"], strict=True):
                 unverified += outcome is None
                 if outcome is not None:

@@ -5,10 +5,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..checks.json_text import parse_json
+from ..checks.damaged import expect_readable
+from ..checks.json_text import parse_json, read_lines
+from ..checks.shapes import either, exactly, listing, nothing, record, text
 from ..errors import ConfigError
 from ..evaluation.digest import Record, changes
 from ..evaluation.statistics import derived_seed
@@ -16,6 +19,22 @@ from ..files import append_file
 from ..method.prompts import Prompt, problem_text
 from .model import Decoding
 from .pipeline import SGPOPipeline
+
+
+_FIRST = b'{"index": 0, "problem":'
+_FIX = "choose another `--output`, or drop what is there with `--overwrite`"
+_OPTIONAL_TEXT = either(nothing, text)
+_ANSWER = record(
+    {
+        "problem_class": _OPTIONAL_TEXT,
+        "answer": _OPTIONAL_TEXT,
+        "strategy": text,
+        "flaw": _OPTIONAL_TEXT,
+        "execution": text,
+        "retrieved": listing(record({"id": text, "text": text})),
+        "made_by": record({}),
+    }
+)
 
 
 def check_output(output: str, source: str) -> Path:
@@ -98,26 +117,27 @@ def _finished(output: Path, made_by: Record, problems: list[str], batch_size: in
     """Number of problems already solved, and the length of their lines, without an unfinished batch at the end."""
     if not output.exists():
         return 0, 0
-    content = output.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    other = None
-    try:
-        entries = [parse_json(line) for line in lines]
-        made_before = next((entry["made_by"] for entry in entries if entry["made_by"] != made_by), made_by)
-        other = changes(made_before if isinstance(made_before, dict) else {}, made_by)
-        same = [entry["problem"] for entry in entries] == problems[: len(entries)]
-    except (ValueError, LookupError, TypeError):
-        same = False
-    torn = not lines and not b'{"index": 0, "problem":'.startswith(content[:22])
-    if not same or torn:
-        raise ConfigError(
-            f"{output} holds something else, or answers to other problems: choose another `--output`, or drop what is "
-            "there with `--overwrite`."
-        )
-    if other is not None:
-        raise ConfigError(
-            f"{output} holds answers that were made otherwise ({other}): choose another `--output`, or drop what is "
-            "there with `--overwrite`."
-        )
-    done = len(lines) if len(lines) == len(problems) else len(lines) // batch_size * batch_size
-    return done, sum(map(len, lines[:done]))
+    lengths: list[int] = []
+    with expect_readable(output, _FIX):
+        for line in read_lines(output):
+            _check_answer(output, parse_json(line), made_by, problems, len(lengths))
+            lengths.append(len(line))
+    if not lengths and not _is_begun(output):
+        raise ConfigError(f"{output} holds something else, or answers to other problems: {_FIX}.")
+    done = len(lengths) if len(lengths) == len(problems) else len(lengths) // batch_size * batch_size
+    return done, sum(lengths[:done])
+
+
+def _check_answer(output: Path, entry: Any, made_by: Record, problems: list[str], index: int) -> None:
+    if not isinstance(entry, dict) or index >= len(problems) or entry.get("problem") != problems[index]:
+        raise ConfigError(f"{output} holds something else, or answers to other problems: {_FIX}.")
+    _ANSWER(entry, f"line {index + 1}")
+    if (other := changes(entry["made_by"], made_by)) is not None:
+        raise ConfigError(f"{output} holds answers that were made otherwise ({other}): {_FIX}.")
+    exactly(index)(entry["index"], f"line {index + 1}.index")
+
+
+def _is_begun(output: Path) -> bool:
+    """Whether a file without a whole line begins like one of answers."""
+    with output.open("rb") as file:
+        return _FIRST.startswith(file.read(len(_FIRST)))

@@ -1,0 +1,47 @@
+"""What the result of a run of a comparison holds that was written earlier."""
+
+from typing import Any
+
+from ..checks.shapes import Check, count, either, exactly, listing, nothing, number, record, text
+from ..evaluation.stored import RATE
+from .config import Comparison
+
+
+_CONDITIONS = ("transfer", "own", "other", "empty", "none")
+_DIFFERENCES = ("transfer - none", "own - other", "own - none")
+_SPENT = ("generated", "labels", "trained")
+
+
+def run_result(comparison: Comparison, seed: int) -> Check:
+    """The values of a run's `result.json` that a table is made of."""
+    rate, difference = record({"value": RATE}), record({"value": number(-1, 1)})
+    suite = record({"accuracy": rate, "sampled": record({"accuracy": rate})})
+    parts = record(
+        {
+            "seed": exactly(seed),
+            "suites": record(dict.fromkeys((each.name for each in comparison.parsed_suites), suite), closed=True),
+            "transfer": record(
+                {
+                    "conditions": record(dict.fromkeys(_CONDITIONS, rate)),
+                    "differences": record(dict.fromkeys(_DIFFERENCES, difference)),
+                    "classes": listing(text),
+                }
+            ),
+            "tokens": record(dict.fromkeys(_SPENT, count), closed=True),
+            "training_seconds": number(),
+            "details": record({}),
+        }
+    )
+
+    def check(result: Any, place: str) -> None:
+        parts(result, place)
+        classes = len(result["transfer"]["classes"])
+        points = comparison.curve_points if "steps" in result["details"] else 0  # only trainers measure a curve
+        record(
+            {
+                "transfer": record({"matrix": listing(listing(either(nothing, RATE), classes), classes)}),
+                "curve": listing(record({"accuracy": RATE, "generated_tokens": count}), points),
+            }
+        )(result, place)
+
+    return check
