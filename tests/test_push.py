@@ -410,6 +410,30 @@ class TestTrust:
 
 
 class TestCard:
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ("[mit]", "mit"),
+            ("[mit, apache-2.0]", "other"),
+            ("My own licence", "other"),
+            ("[]", None),
+            ("llama3.2", "llama3.2"),
+        ],
+    )
+    def test_licence_of_the_base(self, given: str, expected: str | None, hub: HubServer, run: Path) -> None:
+        hub.api().create_repo("org/base")
+        hub.api().upload_file(
+            path_or_fileobj=f"---\nlicense: {given}\n---\n".encode(), path_in_repo="README.md", repo_id="org/base"
+        )
+        assert push(run, REPO) == 0
+        assert yaml.safe_load(card(hub).content.split("---\n")[1]).get("license") == expected
+        assert json.loads(hub.files(REPO)["strategy_bank/manifest.json"])["license"] == (expected or "other")
+
+    @pytest.mark.parametrize("bank", [[], ["--no_bank"]])
+    def test_a_licence_of_no_form(self, bank: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert push(run, REPO, "--license", "my: licence", *bank) == 2
+        assert "license must have the form of one on the Hub" in capsys.readouterr().err
+
     def test_metadata_and_text(self, hub: HubServer, run: Path, tmp_path: Path) -> None:
         hub.api().create_repo("org/base")
         base_card = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"

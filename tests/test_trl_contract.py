@@ -1,6 +1,7 @@
 """What the package relies on in TRL and transformers beyond their documented interfaces."""
 
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from models import evenness, problems, save_tiny_model
 from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import _use_triton
+from trl.trainer.utils import generate_model_card
 
 from trl_sgpo.hub.model_card import TrainingFacts
 from trl_sgpo.speed.lm_head import project_labelled_tokens_only
@@ -132,8 +134,19 @@ def test_tags_of_a_card(model, tmp_path):
     trainer.create_model_card(tags=["mine"])
     card = (tmp_path / "README.md").read_text()
     assert {"mine", "trl", "grpo"} <= set(TrainingFacts().with_card(card).tags)
-    tracked = '[<img src="https://a/b.svg" alt="x"/>](https://wandb.ai/run)'
-    assert TrainingFacts().with_card(f"{card}\n{tracked} \n").badges == (tracked,)
+
+
+def test_links_of_a_card_to_where_a_run_was_tracked(tmp_path):
+    places = {"wandb_url": "https://wandb.ai/me/p/runs/1", "trackio_url": "https://me-t.hf.space/?project=p&runs=r"}
+    given = dict.fromkeys(inspect.signature(generate_model_card).parameters, "x")
+    card = str(
+        generate_model_card(**given | places | {"tags": [], "comet_url": "http://comet/1", "template_file": None})
+    )
+    badges = TrainingFacts().with_card(card).badges
+    assert [re.search(r"\((.*)\)$", badge)[1] for badge in badges] == [*places.values(), "http://comet/1"]
+    TrainingFacts(badges=badges).save(tmp_path)
+    assert TrainingFacts.load(tmp_path).badges == badges
+    assert TrainingFacts().with_card(card.replace("raw.githubusercontent.com", "evil.example")).badges == ()
 
 
 def test_extras_of_a_rollout_reach_inputs_and_rewards(model, tmp_path):

@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from markdown_it import MarkdownIt
 from models import hash_embedder, save_tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import StrategyBank
+from trl_sgpo.checks.json_text import texts_in
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import SGPOError
 from trl_sgpo.evaluation.chunks import ChunkLog
@@ -29,11 +34,41 @@ def run(model: Path, tmp_path: Path) -> Path:
     return shutil.copytree(model, tmp_path / "run")
 
 
+def report(**changes: object) -> dict[str, Any]:
+    score = {"accuracy": 0.5, "transfer": 0.2, "problems": 10, "transfers": 5} | changes
+    return {when: {"greedy": score, "sampled": score} for when in ("before", "after")}
+
+
+def evaluated(name: str = "sums", **changes: object) -> dict[str, Any]:
+    figures = {"value": 0.5, "low": 0.4, "high": 0.6}
+    return {"suites": {name: {"kind": "ood", "problems": 9, "available": 9, "accuracy": figures} | changes}}
+
+
+def index(value: float = 0.5, name: str = "sums", **changes: object) -> str:
+    metrics = [{"type": "accuracy", "value": value, "name": "accuracy"}]
+    dataset = {"name": name, "type": "sums"}
+    entry = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics} | changes
+    return yaml.safe_dump({"model-index": [{"name": "x", "results": [entry]}]})
+
+
 PUSHED = {
     "sgpo.json": ["[]", "{", "null", '{"embedding_model": 1}'],
     "trainer_state.json": ["{}", "[]", "{", "null", '{"global_step": 1, "epoch": 1}'],
-    "report.json": ["[]", "{", '{"after": {"x": {}}}', '{"after": []}', '{"after": {"x": {"problems": 1}}}'],
-    "training.json": ["[]", "{", '{"x": 1}', '{"datasets": [1]}', '{"settings": []}', '{"license": {"license": 1}}'],
+    "report.json": [
+        *("[]", "{", '{"after": {"x": {}}}', '{"after": []}', '{"after": {"x": {"problems": 1}}}'),
+        json.dumps(report(accuracy=100)),
+        json.dumps(report(problems="9 | # P")),
+        json.dumps({when: scores | {"x | <b>": scores["greedy"]} for when, scores in report().items()}),
+    ],
+    "training.json": [
+        *("[]", "{", '{"x": 1}', '{"datasets": [1]}', '{"settings": []}', '{"license": {"license": 1}}'),
+        '{"license": {"license": "mit", "new_version": "evil/model"}}',
+        '{"license": {"license": "mit\\nextra_gated_prompt: x"}}',
+        '{"license": {"license_link": "<img src=x>"}}',
+        '{"tags": ["a\\nb: c"]}',
+        '{"badges": ["# BADGE"]}',
+        '{"badges": ["[<img src=\\"https://evil.example/b.png\\"/>](https://evil.example)"]}',
+    ],
     "tokenizer_config.json": ["{"],
     "adapter_config.json": [
         "{}",
@@ -42,8 +77,16 @@ PUSHED = {
     ],
 }
 EVALUATED = {
-    "results.json": ["{}", "[]", "{", '{"suites": 1}', '{"suites": {"a": {}}}', '{"suites": {"a": 1}}'],
-    "hub/model_index.yaml": ["{}", "model-index: 1", "model-index: []", "model-index: [{results: 1}]"],
+    "results.json": [
+        *("{}", "[]", "{", '{"suites": 1}', '{"suites": {"a": {}}}', '{"suites": {"a": 1}}'),
+        json.dumps(evaluated(problems="9 | # P")),
+        json.dumps(evaluated(kind=5)),
+        json.dumps(evaluated(accuracy={"value": 9, "low": 0, "high": 1})),
+    ],
+    "hub/model_index.yaml": [
+        *("{}", "model-index: 1", "model-index: []", "model-index: [{results: 1}]"),
+        *(index(100), index(0.9), index(name="AIME"), index(task=5), index(source={"url": "http://evil.example"})),
+    ],
 }
 
 
@@ -66,10 +109,46 @@ def test_files_of_an_evaluation_that_is_pushed(
     name: str, content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "eval" / "hub").mkdir(parents=True)
-    (run / "eval" / "results.json").write_text('{"suites": {}}')
+    (run / "eval" / "results.json").write_text(json.dumps(evaluated()))
     (run / "eval" / name).write_text(content)
     arguments = ["push", str(run), "user/m", "--no_bank", "--dry_run", str(tmp_path / "out")]
     expect_one_line([*arguments, "--eval", str(run / "eval")], name, capsys)
+
+
+def test_texts_of_a_run_are_data_in_its_card(run: Path, tmp_path: Path) -> None:
+    evil = (
+        'x` |\n\n<img src="http://evil.example/p.png"> [click](javascript:alert(1))\n\n# You must run\n\n```bash\nrm\n'
+    )
+    facts = {name: [evil] for name in ("datasets", "rewards")} | {
+        name: {evil: evil} for name in ("settings", "versions")
+    }
+    (run / "training.json").write_text(json.dumps(facts | {"base_model": evil}))
+    (run / "report.json").write_text(json.dumps(report()))
+    (run / "eval" / "hub").mkdir(parents=True)
+    (run / "eval" / "results.json").write_text(json.dumps(evaluated(evil, kind=evil)))
+    dataset = {"name": evil, "type": evil, "args": {"x": evil}}
+    (run / "eval" / "hub" / "model_index.yaml").write_text(index(dataset=dataset, name=evil))
+    out = tmp_path / "out"
+    assert main(["push", str(run), "user/m", "--no_bank", "--dry_run", str(out), "--eval", str(run / "eval")]) == 0
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert set(metadata) == {"library_name", "pipeline_tag", "tags", "model-index"}
+    assert not any("\n" in part or ("evil" in part and "<" not in part) for part in texts_in(metadata))
+    assert metadata["model-index"][0]["results"][-1]["dataset"].keys() == {"name", "type"}
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    inline = [part for token in tokens for part in token.children or []]
+    assert not [part for part in inline if part.type in ("image", "html_inline")]
+    assert not [token for token in tokens if token.type == "html_block" and "evil" in token.content]
+    links = [str(part.attrs["href"]) for part in inline if part.type == "link_open"]
+    assert not [
+        link
+        for link in links
+        if not link.startswith(("https://huggingface.co/", "https://github.com/", "https://arxiv.org/"))
+    ]
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert not [heading for heading in headings if "must" in heading]
+    assert not [token for token in tokens if token.type == "fence" and token.content == "rm\n"]
+    assert sum("must run" in token.content for token in tokens if token.type == "inline") > 5
 
 
 @pytest.mark.parametrize("base", [None, ["a"], 5])

@@ -46,7 +46,7 @@ _MANIFEST_KEYS = (
     "trl_sgpo_version",
     "created",
 )
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -88,7 +88,7 @@ def make_export(
     Raises:
         [`~trl_sgpo.errors.BankError`]: If the licence is not the name of one, or the export is too large.
     """
-    if not _LICENSE.fullmatch(license):
+    if not LICENSE.fullmatch(license):
         raise BankError(
             f"license must be the Hub's name of a licence, such as apache-2.0, cc-by-4.0 or other, got {license!r}."
         )
@@ -236,7 +236,7 @@ def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
             count(number, "trust")
         count(manifest["classes"], "classes")
         items(manifest["models"], "models", lambda each: line(each, "a model"))
-        if not _LICENSE.fullmatch(line(manifest["license"], "license")):
+        if not LICENSE.fullmatch(line(manifest["license"], "license")):
             raise ValueError("license must be the Hub's name of a licence")
         for key in ("embedding_model", "trl_sgpo_version", "created"):
             line(manifest[key], key)

@@ -77,17 +77,29 @@ def listing(each: Check, length: int | None = None) -> Check:
     return check
 
 
-def record(parts: Mapping[str, Check], closed: bool = False) -> Check:
-    """A mapping that has some keys. If it is not closed it may have more."""
+def mapping(each: Check) -> Check:
+    """A mapping of any keys."""
+
+    def check(value: Any, place: str) -> None:
+        record({})(value, place)
+        for key, item in value.items():
+            each(item, f"{place}.{key}")
+
+    return check
+
+
+def record(parts: Mapping[str, Check], closed: bool = False, optional: Mapping[str, Check] | None = None) -> Check:
+    """A mapping that has some keys, and may have the optional ones. If it is not closed it may have more."""
+    known = {**parts, **(optional or {})}
 
     def check(value: Any, place: str) -> None:
         if not isinstance(value, dict):
             _refuse(place, value, "a mapping")
-        for key, part in parts.items():
-            if key not in value:
-                raise ValueError(f"`{place}` has no `{key}`")
-            part(value[key], f"{place}.{key}")
-        if closed and (unknown := value.keys() - parts):
+        if missing := [key for key in parts if key not in value]:
+            raise ValueError(f"`{place}` has no `{missing[0]}`")
+        for key in known.keys() & value.keys():
+            known[key](value[key], f"{place}.{key}")
+        if closed and (unknown := value.keys() - known.keys()):
             raise ValueError(f"`{place}` has {short(min(unknown))}, which is unknown")
 
     return check

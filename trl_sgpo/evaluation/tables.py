@@ -45,9 +45,20 @@ class ResultTable:
         return f"## {self.title}\n\n{body}\n"
 
 
+def one_line(text: str) -> str:
+    """A text in one line, with nothing that a terminal acts on."""
+    return printable(" ".join(text.split()))
+
+
 def in_markdown(text: str) -> str:
     """A text in one line that shows as it is: no mark-up, link or picture, and nothing that a terminal acts on."""
-    return _MARKUP.sub(r"\\\g<0>", printable(" ".join(text.split())))
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
+
+
+def in_code(text: str) -> str:
+    """A text in one line as code, or as it is if it holds what would end the code or a cell."""
+    line = one_line(text)
+    return f"`{line}`" if line and not {"`", "|"} & {*line} else in_markdown(line)
 
 
 def tables(results: dict[str, Any]) -> list[ResultTable]:

@@ -1,20 +1,59 @@
 """The results of a run in its model card, and in the metadata of the card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.repositories import own_file
+from ..checks.shapes import count, either, exactly, listing, mapping, nothing, record, text
 from ..evaluation.chunks import RESULTS_FILE
-from ..evaluation.tables import PLAIN, WAYS, before_and_after, judged_of
+from ..evaluation.stored import RATE
+from ..evaluation.tables import PLAIN, WAYS, before_and_after, in_markdown, judged_of, one_line
 from ..report.run_files import REPORT_FILE
 from ..yaml_files import read_mapping
 
 
+_MAYBE = either(nothing, RATE)
+_SCORE = record(
+    {"accuracy": RATE, "transfer": RATE, "problems": count, "transfers": count},
+    optional={"plain": _MAYBE, "own": _MAYBE, "unverified": count},
+)
+_SCORES = record({"sampled": _SCORE, "greedy": _SCORE}, closed=True)
+_REPORT = record({"after": _SCORES}, optional={"before": _SCORES})
+_ACCURACY = record({"value": RATE, "low": RATE, "high": RATE})
+_RATES = {"accuracy": either(nothing, _ACCURACY)}
+_SUITE = record(
+    {"kind": text, "problems": count, "available": count, **_RATES},
+    optional={"unverified": count} | dict.fromkeys(WAYS, record(_RATES)),
+)
+_ENTRY = record(
+    {
+        "task": record({"type": exactly("text-generation")}, closed=True),
+        "dataset": record({"name": text, "type": text}),
+        "metrics": listing(record({"type": exactly("accuracy"), "value": RATE}), 1),
+    },
+    closed=True,
+)
+_OF_DATASET, _OF_METRIC = ("name", "type", "config", "split"), ("type", "value", "name")
+
+
 def _report(directory: Path) -> dict[str, Any]:
     path = directory / REPORT_FILE
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    report: dict[str, Any] = read_json(path)
+    _REPORT(report, "it")
+    return report
+
+
+@expect_readable(RESULTS_FILE)
+def _suites_of(evaluation: Path) -> dict[str, Any]:
+    results = read_json(own_file(evaluation, RESULTS_FILE))
+    record({"suites": mapping(_SUITE)})(results, "it")
+    suites: dict[str, Any] = results["suites"]
+    return suites
 
 
 @expect_readable(REPORT_FILE)
@@ -41,7 +80,28 @@ def evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
     if evaluation is None:
         return []
     path = own_file(evaluation, "hub/model_index.yaml")
-    return list(read_mapping(str(path))["model-index"][0]["results"]) if path.is_file() else []
+    if not path.is_file():
+        return []
+    entries, suites = read_mapping(str(path))["model-index"][0]["results"], _suites_of(evaluation)
+    listing(_ENTRY)(entries, "results")
+    for entry in entries:
+        value, figures = entry["metrics"][0]["value"], suites[entry["dataset"]["name"]]["accuracy"]
+        if value != round(figures["value"], 4):
+            raise ValueError(f"an accuracy of {value}, and {figures['value']} in {RESULTS_FILE}")
+    return [_known(entry) for entry in entries]
+
+
+def _known(entry: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an entry that an evaluation writes, as texts in one line."""
+
+    def of(part: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+        found = {key: part[key] for key in keys if key in part}
+        return {key: value if key == "value" else one_line(str(value)) for key, value in found.items()}
+
+    return entry | {
+        "dataset": of(entry["dataset"], _OF_DATASET),
+        "metrics": [of(metric, _OF_METRIC) for metric in entry["metrics"]],
+    }
 
 
 def results(directory: Path, evaluation: Path | None) -> str:
@@ -84,7 +144,7 @@ def _before_and_after(directory: Path) -> str:
 def _suites(evaluation: Path | None) -> str:
     if evaluation is None:
         return ""
-    suites = read_json(own_file(evaluation, RESULTS_FILE))["suites"]
+    suites = _suites_of(evaluation)
     in_ways = any(way in suite for suite in suites.values() for way in WAYS)
     columns = WAYS if in_ways else {"": "accuracy"}
     lines = [
@@ -96,8 +156,8 @@ def _suites(evaluation: Path | None) -> str:
     for name, suite in suites.items():
         measured = [suite.get(way) if in_ways else suite for way in columns]
         rates = " | ".join(_accuracy(None if each is None else each["accuracy"]) for each in measured)
-        kind = suite["kind"].replace("_", " ")
-        lines.append(f"| {name} | {kind} | {judged_of(suite)} of {suite['available']} | {rates} |")
+        kind = in_markdown(suite["kind"].replace("_", " "))
+        lines.append(f"| {in_markdown(name)} | {kind} | {judged_of(suite)} of {suite['available']} | {rates} |")
     if in_ways:
         lines += [
             "",

@@ -20,9 +20,11 @@ from ..checks.json_text import read_json
 from ..checks.repositories import own_file
 from ..checks.secrets import redacted
 from ..errors import ConfigError
+from ..evaluation.tables import in_code, in_markdown, one_line
 from ..files import write_file
 from ..inference.weights import lab_seed
 from .card_results import evaluated, measured, results
+from .license import check_license
 
 
 if TYPE_CHECKING:
@@ -59,6 +61,12 @@ _SETTINGS = (
     "embedding_model",
     "seed",
 )
+# The links to where a run was tracked that TRL puts into a card
+_BADGE = re.compile(
+    r'\[<img src="https://raw\.githubusercontent\.com/(?:wandb|gradio-app|comet-ml)/[\w./-]+"'
+    r'(?: (?:alt|title|width|height)="[\w &]*")* ?/>\]\(https?://[^\s()<>"`\\]+\)'
+)
+_TAG = re.compile(r"\w[\w .:/+-]{0,99}")
 _PACKAGES = ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
 
 
@@ -96,16 +104,20 @@ class TrainingFacts:
     license: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_license(self.license)
         public = redacted([self.base_model, list(self.datasets), self.settings])
         for name, value in zip(("base_model", "datasets", "settings"), public, strict=True):
             object.__setattr__(self, name, tuple(value) if name == "datasets" else value)
 
-    def _expect_texts(self) -> None:
-        """Raises a `TypeError` if there are values of other types, as in the file of another program."""
+    def _check(self) -> None:
+        """Raises an error if there are values that no run writes, as in the file of another program."""
         texts = [self.base_model, *self.datasets, *self.rewards, *self.tags, *self.badges]
-        texts += [text for mapping in (self.versions, self.license) for pair in dict(mapping).items() for text in pair]
+        texts += [text for pair in dict(self.versions).items() for text in pair]
         if not (isinstance(self.settings, dict) and all(isinstance(text, str) for text in texts)):
             raise TypeError("it holds values of other types than a run writes")
+        for name, form in (("tags", _TAG), ("badges", _BADGE)):
+            if wrong := [text for text in vars(self)[name] if not form.fullmatch(text)]:
+                raise ValueError(f"{name} has a value of another form than a run writes: {wrong[0]!r}")
 
     @classmethod
     def of(cls, config: "SGPOConfig", base_model: str, rewards: Sequence[str]) -> "TrainingFacts":
@@ -119,8 +131,7 @@ class TrainingFacts:
     def with_card(self, card: str) -> "TrainingFacts":
         """Takes tags and links to where the run was tracked from a card that TRL wrote."""
         metadata = yaml.safe_load(card.split("---\n")[1])
-        badges = re.findall(r"\[<img [^\n]*?\]\(https?://[^)\s]+\)", card)
-        return replace(self, tags=tuple(sorted({*TAGS, *metadata["tags"]})), badges=tuple(badges))
+        return replace(self, tags=tuple(sorted({*TAGS, *metadata["tags"]})), badges=tuple(_BADGE.findall(card)))
 
     def save(self, directory: str | Path) -> None:
         """Writes `training.json`. Local paths of models and data are replaced by their last part."""
@@ -142,10 +153,11 @@ class TrainingFacts:
                 if isinstance(given.get(item.name), list):
                     given[item.name] = tuple(given[item.name])
             facts = cls(**given)
-            facts._expect_texts()
+            facts._check()
             return facts
         except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): delete it to make a card without it.") from error
+            what = str(error).removesuffix(".")
+            raise ConfigError(f"{path} cannot be read ({what}): delete it to make a card without it.") from error
 
 
 def _public(name: str) -> str:
@@ -222,14 +234,14 @@ def _metadata(
     if datasets := [name for name in facts.datasets if on_hub(name)]:
         metadata["datasets"] = datasets
     metadata["tags"] = sorted({*facts.tags, *(["lora"] if adapter else [])})
-    data = " + ".join(map(_public, facts.datasets)) or "the training's unseen problems"
+    data = one_line(" + ".join(map(_public, facts.datasets))) or "the training's unseen problems"
     if entries := [*measured(directory, data), *evaluated(evaluation)]:
         metadata["model-index"] = [{"name": repo_id.split("/")[-1], "results": entries}]
     return metadata
 
 
 def _link(name: str, kind: str = "") -> str:
-    return f"[{name}](https://huggingface.co/{kind}{name})" if on_hub(name) else f"`{_public(name)}`"
+    return f"[{name}](https://huggingface.co/{kind}{name})" if on_hub(name) else in_code(_public(name))
 
 
 def _about(directory: Path, facts: TrainingFacts, adapter: bool) -> str:
@@ -322,9 +334,9 @@ with StrategyBank.from_pretrained("{repo_id}", "banks/mine") as bank:
 def _training(facts: TrainingFacts) -> str:
     rows = [("base model", _link(facts.base_model))] if facts.base_model else []
     rows += [("problems", ", ".join(_link(name, "datasets/") for name in facts.datasets))] if facts.datasets else []
-    rows += [("reward functions, the first is the verifier", ", ".join(f"`{name}`" for name in facts.rewards))]
-    rows += [(f"`{name}`", f"`{value}`") for name, value in facts.settings.items()]
-    rows += [("versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items()))]
+    rows += [("reward functions, the first is the verifier", ", ".join(map(in_code, facts.rewards)))]
+    rows += [(in_code(name), in_code(str(value))) for name, value in facts.settings.items()]
+    rows += [("versions", ", ".join(in_markdown(" ".join(pair)) for pair in facts.versions.items()))]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
     return f"""## Training
 

@@ -26,6 +26,7 @@ from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import TwoPhaseSettings
 from ..report.run_files import REPORT_FILE, RUN_FILE
 from ..speed.merging import sharing_refusal
+from .license import license_of_card
 from .model_card import (
     CARD,
     FACTS_FILE,
@@ -227,5 +228,4 @@ def base_license(base_model: str) -> dict[str, str]:
         card = HfApi().model_info(base_model, timeout=10).card_data
     except (OSError, HTTPError, ValueError):
         return {}
-    given = {} if card is None else card.to_dict()
-    return {key: str(given[key]) for key in ("license", "license_name", "license_link") if given.get(key)}
+    return {} if card is None else license_of_card(card.to_dict())
