@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from models import evenness, hash_embedder, problems, save_tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
@@ -19,6 +19,7 @@ from trl_sgpo.bank.exchange import import_bank
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ConfigError, ModelError
 from trl_sgpo.export.export import TOLERANCES, ExportPlan, export
+from trl_sgpo.export.gguf_tokenizer import _SPLITS
 from trl_sgpo.export.parity import compare, logits_on, probes
 from trl_sgpo.inference.loading import load_base
 from trl_sgpo.inference.model import TwoPhaseModel
@@ -167,6 +168,97 @@ def test_what_has_no_gguf_is_refused_by_name(tmp_path: Path, architecture: str, 
     run = save_adapter(tmp_path, architecture, **config)
     with pytest.raises(ModelError, match=words):
         export(ExportPlan(run, str(tmp_path / "out"), gguf="f16"))
+    assert not (tmp_path / "out").exists()
+
+
+LLAMA3 = _SPLITS["llama-bpe"]
+QWEN2 = _SPLITS["qwen2"]
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def sequence(*steps: dict[str, Any], key: str = "pretokenizers") -> dict[str, Any]:
+    return {"type": "Sequence", key: list(steps)}
+
+
+def template(*names: str | None) -> dict[str, Any]:
+    """A post-processor that puts tokens around a text, which is `None`."""
+    ids = {"<|im_end|>": 0, "<|im_start|>": 1, "<|pad|>": 2}
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}} if name is None else {"SpecialToken": {"id": name, "type_id": 0}}
+        for name in names
+    ]
+    pair = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    tokens = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names if name is not None}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
+def export_tokenizer(tmp_path: Path, parts: dict[str, Any], model: dict[str, Any]) -> None:
+    run = Path(save_tiny_model(tmp_path / "run"))
+    saved = json.loads((run / "tokenizer.json").read_text())
+    saved["model"] |= model
+    (run / "tokenizer.json").write_text(json.dumps(saved | parts))
+    config = json.loads((run / "tokenizer_config.json").read_text())
+    (run / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|im_start|>"}))
+    export(ExportPlan(str(run), str(tmp_path / "out"), gguf="f32"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "model", "words"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, {}, "normalizer Lowercase"),
+        ({"normalizer": sequence({"type": "NFC"}, {"type": "NFKC"}, key="normalizers")}, {}, "normalizer NFKC"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "+"}, "content": "plus"}}, {}, "normalizer Replace"),
+        ({"post_processor": template("<|pad|>", None)}, {}, r"adds <\|pad\|>"),
+        ({"post_processor": template("<|im_end|>", "<|im_start|>", None)}, {}, "not just BOS first"),
+        ({"post_processor": {"type": "RobertaProcessing", "sep": ["<|im_end|>", 0], "cls": ["<|im_start|>", 1],
+          "trim_offsets": True, "add_prefix_space": False}}, {}, "post-processor RobertaProcessing"),
+        ({}, {"dropout": 0.5}, "dropout"),
+        ({"pre_tokenizer": sequence(QWEN2[0] | {"behavior": "Removed"}, QWEN2[1])}, {}, "is not written as GGUF"),
+        ({"pre_tokenizer": sequence(QWEN2[0] | {"invert": True}, QWEN2[1])}, {}, "is not written as GGUF"),
+        ({"post_processor": template("<|im_start|>", None) | {"special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [5], "tokens": ["x"]}}}}, {}, "other tokens than the model"),
+    ],
+)  # fmt: skip
+def test_gguf_of_a_tokenizer_that_it_does_not_hold(
+    parts: dict[str, Any], model: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        export_tokenizer(tmp_path, parts, model)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "model"),
+    [
+        ({"normalizer": {"type": "NFC"}, "pre_tokenizer": sequence(*QWEN2), "post_processor": BYTES}, {}),
+        ({"pre_tokenizer": sequence(DIGITS, BYTES)}, {}),
+        ({"pre_tokenizer": sequence(*LLAMA3)}, {"ignore_merges": True}),
+        (
+            {
+                "pre_tokenizer": sequence(*LLAMA3),
+                "post_processor": sequence(BYTES, template("<|im_start|>", None), key="processors"),
+            },
+            {"ignore_merges": True},
+        ),
+        ({"post_processor": template("<|im_start|>", None, "<|im_end|>")}, {}),
+        ({"post_processor": template(None)}, {"unk_token": "<|pad|>"}),
+    ],
+    ids=["qwen2", "smollm2", "llama3-no-bos", "llama3", "bos-eos", "unk"],
+)
+def test_gguf_of_usual_tokenizers(parts: dict[str, Any], model: dict[str, Any], tmp_path: Path) -> None:
+    export_tokenizer(tmp_path, parts, model)
+
+
+@pytest.mark.parametrize("lost", ["merges", "pre"])
+def test_gguf_that_splits_text_otherwise_is_refused(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"merges": "add_token_merges", "pre": "add_tokenizer_pre"}[lost]
+    write = vars(GGUFWriter)[name]
+    monkeypatch.setattr(GGUFWriter, name, lambda self, value: write(self, value[:1] if lost == "merges" else "qwen2"))
+    with pytest.raises(ModelError, match=r"run-f32\.gguf has other tokens than the model for .*Nothing was written"):
+        export_tokenizer(tmp_path, {}, {})
     assert not (tmp_path / "out").exists()
 
 

@@ -179,11 +179,13 @@ def _write(
     forms: list[tuple[str, str]] = []
     if plan.gguf is not None:
         from .gguf_file import write_gguf
+        from .gguf_tokenizer import check_tokens
 
         name = f"{Path(plan.model).name}-{plan.gguf}.gguf"
         print(f"Writing {name} …", flush=True)
         turn_end = settings.conversation(tokenizer).end_token
         write_gguf(model, tokenizer, directory, directory / name, plan.gguf, turn_end)
+        check_tokens(directory / name, tokenizer)
         forms.append((name, _GGUF_TOLERANCES[plan.gguf]))
     config = model.config
     if plan.merge:

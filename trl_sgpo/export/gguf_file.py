@@ -5,7 +5,6 @@ llama.cpp's converter is not a package. This one writes the three architectures 
 quantization and special tokens of llama.cpp's library `gguf`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from gguf import (
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
-    SpecialVocab,
-    TokenType,
     get_tensor_name_map,
     quantize,
 )
@@ -28,6 +25,7 @@ from transformers import GgufConfig, PreTrainedModel
 from .._version import __version__
 from ..errors import ModelError
 from ..inference.pretrained import load_config, load_model
+from .gguf_tokenizer import OTHERWISE, split_name, write_tokenizer
 
 
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
@@ -38,23 +36,6 @@ FILE_TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _Q8_BLOCK = 32
-
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# llama.cpp's name of the splitting of text before merges. A wrong one gives other tokens than in training
-_SPLITS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [{"type": "ByteLevel", "use_regex": True}],
-    "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}],
-    "qwen2": [{"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}}, {"type": "ByteLevel", "use_regex": False}],
-    "llama-bpe": [{"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}}, {"type": "ByteLevel", "use_regex": False}],
-}
-
-_OTHERWISE = (
-    "Export it with `--merge` and convert that directory with llama.cpp's own `convert_hf_to_gguf.py`, which knows "
-    "more models."
-)
 
 
 def check_convertible(config: Any, tokenizer: Any) -> None:
@@ -73,38 +54,13 @@ def check_convertible(config: Any, tokenizer: Any) -> None:
     if config.model_type not in ARCHITECTURES:
         raise ModelError(
             f"GGUF files are written of {', '.join(ARCHITECTURES)} models (SmolLM2 is a llama model), not of "
-            f"{config.model_type}. {_OTHERWISE}"
+            f"{config.model_type}. {OTHERWISE}"
         )
     if _rope(config)["rope_type"] not in ("default", "llama3"):
-        raise ModelError(f"Positions scaled by {_rope(config)['rope_type']} are not written as GGUF. {_OTHERWISE}")
+        raise ModelError(f"Positions scaled by {_rope(config)['rope_type']} are not written as GGUF. {OTHERWISE}")
     if vars(config).get("use_sliding_window") or vars(config).get("mlp_bias"):
-        raise ModelError(f"A sliding window and biases of the MLP are not written as GGUF. {_OTHERWISE}")
+        raise ModelError(f"A sliding window and biases of the MLP are not written as GGUF. {OTHERWISE}")
     split_name(tokenizer)
-
-
-def split_name(tokenizer: Any) -> str:
-    """
-    llama.cpp's name for how a tokenizer splits text.
-
-    Raises:
-        [`ModelError`]: The tokenizer is no byte-level BPE, or splits in a way that has no name here.
-    """
-    if not tokenizer.is_fast:
-        raise ModelError(f"Only fast tokenizers are written as GGUF. {_OTHERWISE}")
-    saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    splitter = saved["pre_tokenizer"] or {"type": "none"}
-    steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    if saved["model"]["type"] == "BPE" and not saved["model"]["byte_fallback"]:
-        for name, known in _SPLITS.items():
-            if len(steps) == len(known) and all(
-                wanted.items() <= step.items() and not step.get("add_prefix_space") and not step.get("invert")
-                for wanted, step in zip(known, steps, strict=True)
-            ):
-                return name
-    raise ModelError(
-        f"This tokenizer ({saved['model']['type']}, split by {', '.join(step['type'] for step in steps)}) is not "
-        f"written as GGUF. {_OTHERWISE}"
-    )
 
 
 def write_gguf(
@@ -139,7 +95,7 @@ def write_gguf(
     writer.add_file_type(file_kind)
     writer.add_quantization_version(2)
     _write_sizes(writer, config)
-    _write_tokenizer(writer, tokenizer, tokenizer_directory, config.vocab_size)
+    write_tokenizer(writer, tokenizer, tokenizer_directory, config.vocab_size)
     if turn_end != tokenizer.eos_token:
         writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(turn_end))
     names = get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -147,7 +103,7 @@ def write_gguf(
     for name, tensor in _tensors(model):
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise ModelError(f"GGUF has no name for {name} of a {config.model_type} model. {_OTHERWISE}")
+            raise ModelError(f"GGUF has no name for {name} of a {config.model_type} model. {OTHERWISE}")
         tensors[gguf_name] = tensor
     if _rope(config)["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = rope_factors(model)
@@ -199,26 +155,6 @@ def _write_sizes(writer: GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(_rope(config)["rope_theta"])
     writer.add_rope_dimension_count(head)
-
-
-def _write_tokenizer(writer: GGUFWriter, tokenizer: Any, directory: Path, vocab_size: int) -> None:
-    words = {index: token for token, index in tokenizer.get_vocab().items()}
-    added = tokenizer.added_tokens_decoder
-    kinds = [
-        TokenType.UNUSED
-        if index not in words
-        else TokenType.NORMAL
-        if index not in added
-        else TokenType.CONTROL
-        if added[index].special
-        else TokenType.USER_DEFINED
-        for index in range(vocab_size)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_name(tokenizer))
-    writer.add_token_list([words.get(index, f"[PAD{index}]") for index in range(vocab_size)])
-    writer.add_token_types(kinds)
-    SpecialVocab(directory, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
