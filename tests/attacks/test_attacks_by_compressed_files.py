@@ -159,3 +159,20 @@ def test_rows_that_fill_the_disk(
     with pytest.raises(DataError, match="when it is read"):
         load_problems(str(path))
     assert left() == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_text_of_each_row_of_a_parquet_file(nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few KB hold a long text once, and all rows refer to it: it is not repeated in memory."""
+    monkeypatch.chdir(tmp_path)
+    rows, size = 200, 2_000_000
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * size]))
+    if nested:
+        column = pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), column)
+    table = pa.table({"prompt": ["1 + 1?"] * rows, "solution": ["2"] * rows, "text": column})
+    parquet.write_table(table, "rows.parquet", compression="zstd", dictionary_pagesize_limit=10**9, store_schema=False)
+    assert Path("rows.parquet").stat().st_size < 10_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DataError, match=r"rows\.parquet is 25\d MiB or more when it is read"):
+        load_problems("rows.parquet")
+    assert pa.default_memory_pool().max_memory() - before < 2**28

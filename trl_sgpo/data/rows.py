@@ -134,7 +134,7 @@ def read_files(files: RowFiles) -> str:
                     return name
                 most = most_bytes(sum(stat.st_size for stat in stats))
                 if files.form in ("parquet", "arrow"):
-                    _write(files, most, rows, *_tables(files))
+                    _write(files, most, rows, *_tables(files, most))
                 else:
                     _convert(files, most, rows, written)
         except RecursionError as error:
@@ -211,18 +211,17 @@ def _rows(files: RowFiles) -> Iterator[dict[str, Any]]:
             raise _unreadable(files, path, error) from error
 
 
-def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
+def _tables(files: RowFiles, most: int) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
     """The schema of Parquet or Arrow files, with one type of text, and their batches."""
     import pyarrow as pa
     from datasets import Features
-    from pyarrow import parquet
 
     try:
         if files.form == "arrow":
             opened = [pa.ipc.open_stream(pa.memory_map(path)) for path in files.paths]
             stored = opened[0].schema
         else:
-            opened = [parquet.ParquetFile(path) for path in files.paths]
+            opened = [_with_texts_once(path) for path in files.paths]
             stored = opened[0].schema_arrow
         _check_number(files, len(stored))
         if files.form == "parquet":
@@ -242,14 +241,55 @@ def _tables(files: RowFiles) -> "tuple[pa.Schema, Iterator[list[pa.Array]]]":
         for path, file in zip(files.paths, opened, strict=True):
             try:
                 for batch in file if files.form == "arrow" else file.iter_batches(_BATCH, columns=schema.names):
+                    if sum(map(_bytes_of_texts, batch.columns)) > most:
+                        raise _too_large(files, most)
                     columns = [_in_decimal(batch.column(name)) for name in schema.names]
                     table = pa.Table.from_arrays(columns, schema.names).cast(schema)
                     table.validate(full=True)  # texts that are not UTF-8
                     yield from (part.columns for part in table.to_batches())
+            except DataError:
+                raise
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 raise _unreadable(files, path, error) from error
 
     return schema, batches()
+
+
+def _with_texts_once(path: str) -> Any:
+    """
+    Opens a Parquet file whose texts are read as references to different ones. A file of 4 KB may repeat one of 30 MB
+    in each of its rows.
+    """
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        leaves = [file.schema.column(place) for place in range(len(file.schema))]
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    return parquet.ParquetFile(path, read_dictionary=texts)
+
+
+def _bytes_of_texts(column: "pa.Array") -> int:
+    """How large the texts of a column are when each row has its own."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(column.type):
+        if not _is_text(column.type.value_type):
+            return 0
+        lengths = compute.binary_length(column.dictionary)
+        return compute.sum(lengths.take(column.indices)).as_py() or 0
+    if types.is_struct(column.type):
+        return sum(_bytes_of_texts(part) for part in column.flatten())
+    return _bytes_of_texts(column.flatten()) if _is_list(column.type) else 0
+
+
+def _is_text(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _too_large(files: RowFiles, most: int) -> DataError:
+    return DataError(f"{files.name} is {most >> 20:,} MiB or more when it is read: name a smaller one.")
 
 
 def _plain_type(kind: "pa.DataType") -> "pa.DataType":
@@ -330,7 +370,7 @@ def _write(files: RowFiles, most: int, target: Path, schema: "pa.Schema", batche
             for arrays in batches:
                 stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
                 if sink.tell() > most:
-                    raise DataError(f"{files.name} is {most >> 20:,} MiB or more when it is read: name a smaller one.")
+                    raise _too_large(files, most)
         durable_replace(unfinished, target)
 
 
