@@ -116,7 +116,7 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
             assert (tokens["labels"] > 0) == (name in ("rlhf", "prm"))
         assert 0 <= figures["transfer score"]["mean"] <= 1
         plain = [figures[f"seen {kind}"]["mean"] for kind in ("accuracy", "plain accuracy")]
-        assert name in ("sgpo", "joint") or plain[0] == plain[1]
+        assert name in ("sgpo", "joint", "internalize_wrong") or plain[0] == plain[1]
     assert "| seen accuracy | seen plain accuracy |" in (tmp_path / "results" / "table.md").read_text()
     assert all(len(table["curves"][name][0]) == 2 for name in ("grpo", "sgpo", "joint"))
     result = tmp_path / "runs" / "sgpo" / "seed-1" / "result.json"

@@ -157,7 +157,7 @@ def test_a_two_phase_model_is_measured_in_three_ways(tmp_path):
     protocol, solver = Protocol(samples=2, chunk_size=4), Solver()
     keys = []
 
-    def run(key, texts, compute):
+    def run(key, texts, compute, check):
         keys.append((key, texts))
         return compute()
 
