@@ -63,7 +63,11 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("long work has begun")
 
-    monkeypatch.setattr(TwoPhaseModel, "_generate_batch", refuse)
+    def generate(self, prompts, *args):
+        return first_token(self, prompts, *args) if prompts == [[0]] else refuse()  # of a model that is loaded
+
+    first_token = TwoPhaseModel._generate_batch
+    monkeypatch.setattr(TwoPhaseModel, "_generate_batch", generate)
     monkeypatch.setattr(supervised, "SFTTrainer", refuse)
     monkeypatch.setattr(train, "warmstart_model", refuse)
 

@@ -173,7 +173,11 @@ class TestOneLine:
 
     def test_of_a_metric_that_no_evaluation_has(self, run: Callable[..., Answer]) -> None:
         evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-        status, lines = run(evaluated | {"metric_for_best_model": "eval_nothing", "dataset_test_split": "train[:4]"})
+        status, lines = run(
+            evaluated
+            | {"metric_for_best_model": "eval_nothing"}
+            | {"dataset_train_split": "train[:4]", "dataset_test_split": "train[4:]"}
+        )
         assert status == 2 and len(lines) == 1
         assert (
             "`metric_for_best_model` training argument is set to 'eval_nothing'" in lines[0]

@@ -187,8 +187,7 @@ def test_divergence_has_the_gradient_of_its_definition(
         assert (found - weight.grad).norm() <= 1e-5 * kept["gradients"][name].norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("method", ["distill", "contrast", "kl"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("method", "lora"), [("distill", False), ("contrast", True), ("kl", False), ("kl", True)])
 def test_resuming_gives_the_same_weights(
     make: Callable[..., SGPOTrainer], tmp_path: Path, method: str, lora: bool
 ) -> None:
@@ -274,3 +273,12 @@ def test_divergence_of_hidden_states_is_that_of_the_logits(settings: tuple[str, 
         ]
         expected.append((rows[0].exp() * (rows[0] - rows[1])).sum(-1).clamp(max=1.0))
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["contrast", "kl"])
+def test_a_copy_of_sharded_weights_is_refused(
+    make: Callable[..., SGPOTrainer], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(SGPOTrainer, "_is_sharded", lambda self: True)
+    with pytest.raises(ConfigError, match="keeps a copy of the weights, which are sharded here: use `distill`"):
+        make(internalize=method)

@@ -131,9 +131,12 @@ def _finished(output: Path, made_by: Record, problems: list[str], batch_size: in
 def _check_answer(output: Path, entry: Any, made_by: Record, problems: list[str], index: int) -> None:
     if not isinstance(entry, dict) or index >= len(problems) or entry.get("problem") != problems[index]:
         raise ConfigError(f"{output} holds something else, or answers to other problems: {_FIX}.")
-    _ANSWER(entry, f"line {index + 1}")
-    if (other := changes(entry["made_by"], made_by)) is not None:
+    before = entry.get("made_by")
+    if isinstance(before, str):  # one digest of everything, of an earlier version
+        before = {}
+    if isinstance(before, dict) and (other := changes(before, made_by)) is not None:
         raise ConfigError(f"{output} holds answers that were made otherwise ({other}): {_FIX}.")
+    _ANSWER(entry, f"line {index + 1}")
     exactly(index)(entry["index"], f"line {index + 1}.index")
 
 
