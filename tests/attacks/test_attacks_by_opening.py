@@ -152,3 +152,14 @@ def test_files_beside_a_model(limit: str, most: int, tmp_path: Path, monkeypatch
     monkeypatch.setattr(opening, limit, most)
     with pytest.raises(ModelError, match="move the model to a folder of its own"):
         check_model_folder(tmp_path, "user/evil")
+
+
+def test_what_a_run_adds_to_a_model_does_not_open_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path, hidden_size=56, head_dim=14)
+    asked: list[str] = []
+    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
+    for step in range(2):
+        for name in ("sgpo.json", "trainer_state.json", "README.md", "training_args.bin", "optimizer.pt"):
+            (tmp_path / name).write_text(json.dumps({"step": step}))
+        check_model_folder(tmp_path, "user/model")
+    assert len(asked) == 1

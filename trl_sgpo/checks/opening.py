@@ -16,13 +16,20 @@ PER_BYTE, FEW = 8, 10**7  # parameters in a byte of weights of one bit, and para
 MAX_FILES, MAX_FILE, MAX_BYTES = 10_000, 2**28, 2**32  # of which a library reads none that is larger than the second
 _OPENED = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
            "*.model")  # fmt: skip
+# Of a run, which no tokenizer or config is read from. Counted, each checkpoint would be another model
+OF_A_RUN = (
+    *("README.md", "adapter_config.json", "sgpo.json", "run.json", "training.json", "metrics.json", "settings.json"),
+    *("report.json", "before.json", "report.html", "results.json", "trainer_state.json", "warmstart.sha256"),
+    *(".gitattributes", ".gitignore"),
+)
+_OF_TRAINING = (".safetensors", ".pt", ".pth", ".bin", ".lock")
 
 
 def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weights: Sequence[Path]) -> None:
     """
     Lets another process read the config and the tokenizer of a model and build it without weights. This covers what no
     check of single settings knows: numbers from which a library makes lists, and steps that never end. What was read
-    is remembered by the content of all files but weights, so that this takes its 5 seconds once.
+    is remembered by the content of all files but weights and those of a run, so that this takes its 5 seconds once.
 
     A library makes weights that are missing, at the size that the config says, so files of weights must not be too
     small for it.
@@ -46,7 +53,8 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
     if not any(path.is_file() for name in _OPENED for path in directory.glob(name)):
         return
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
-    read = sorted(path for path in files if path.is_file() and path.suffix != ".safetensors")
+    others = [path for path in files if path.name not in OF_A_RUN and path.suffix not in _OF_TRAINING]
+    read = sorted(path for path in others if path.is_file())
     small = [path for path in read if path.stat().st_size <= MAX_FILE]
     if len(read) > MAX_FILES or sum(path.stat().st_size for path in small) > MAX_BYTES:
         raise ModelError(
