@@ -98,7 +98,7 @@ def test_a_flood_that_a_library_prints(tmp_path: Path) -> None:
 
 
 def test_a_torn_record_of_an_opening(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, hidden_size=56, head_dim=14)
+    save_tiny_model(tmp_path, hidden_size=88, head_dim=22)
     records = Path(constants.HF_HOME, "trl_sgpo", "opened")
     before = set(records.glob("*"))
     check_model_folder(tmp_path, "user/model")
@@ -155,7 +155,7 @@ def test_files_beside_a_model(limit: str, most: int, tmp_path: Path, monkeypatch
 
 
 def test_what_a_run_adds_to_a_model_does_not_open_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny_model(tmp_path, hidden_size=56, head_dim=14)
+    save_tiny_model(tmp_path, hidden_size=88, head_dim=22)
     asked: list[str] = []
     monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     for step in range(2):
