@@ -59,6 +59,10 @@ def test_solved_problems_are_shown_nothing(when: str, tmp_path: Path, monkeypatc
     assert all(abs(log["sgpo/sampler_kl"]) < 0.02 for log in trainer.state.log_history if "sgpo/sampler_kl" in log)
 
 
-def test_it_needs_plain_rows() -> None:
-    with pytest.raises(ConfigError, match="set `num_plain_rollouts` above 0"):
-        SGPOConfig("out", retrieve_when="plain_fails")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_plain_rollouts": 4, "use_bank": False}, {"num_plain_rollouts": 4, "num_retrieved": 0}],
+)
+def test_it_needs_plain_rows_and_strategies(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="needs plain rows and strategies to show: set"):
+        SGPOConfig("out", retrieve_when="plain_fails", **settings)

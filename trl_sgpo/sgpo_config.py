@@ -398,8 +398,6 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         problems, b = [], self.num_bank_rollouts
         if b > 0 and not self.use_bank and self.strategy_column is None:
             problems.append(f"`num_bank_rollouts` is {b} but `use_bank` is false: set one of them to 0 or true.")
-        if self.retrieve_when == "plain_fails" and self.num_plain_rollouts == 0:
-            problems.append("`retrieve_when: plain_fails` needs plain rows: set `num_plain_rollouts` above 0.")
         if self.use_bank and self.num_plain_rollouts == self.num_generations:
             problems.append(
                 "`num_plain_rollouts` is `num_generations`, which leaves no rows with strategies, but `use_bank` is "

@@ -39,6 +39,9 @@ RANGES = {
     "epsilon_high": Range(0),
     "generation_batch_size": Range(1),
     "gradient_accumulation_steps": Range(1),
+    "internalize_contrasts": Range(1),
+    "internalize_snapshot_steps": Range(1),
+    "internalize_weight": Range(0, open=True),
     "leak_weight": Range(0),
     "learning_rate": Range(0),
     "max_completion_length": Range(1, MAX_TOKENS),
@@ -81,8 +84,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 _NOT_REQUIRED = (
-    "data_seed", "delta", "epsilon_high", "generation_batch_size", "max_problem_tokens", "min_p",
-    "steps_per_generation", "vram_gb",
+    "data_seed", "delta", "epsilon_high", "generation_batch_size", "internalize_weight", "max_problem_tokens",
+    "min_p", "steps_per_generation", "vram_gb",
 )  # fmt: skip
 
 

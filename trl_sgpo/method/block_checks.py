@@ -10,20 +10,26 @@ def check_block(args: Any) -> None:
     Checks the rows of a problem: n * K + b executions of strategies and m plain ones, or plain ones only.
 
     Raises:
-        [`ConfigError`]: They do not add up to `num_generations`, or leave a strategy with nothing to be compared with.
+        [`ConfigError`]: They do not add up to `num_generations`, leave a strategy with nothing to be compared with, or
+            leave plain answers with nothing to learn from.
     """
+    _check_geometry(args)
+    _check_plain_answers(args)
+
+
+def _check_geometry(args: Any) -> None:
     K, G, b, m = args.transfer_block_size, args.num_generations, args.num_bank_rollouts, args.num_plain_rollouts
     if K < 1 or b < 0 or m < 0:
         raise ConfigError(
             f"`transfer_block_size` must be at least 1, and `num_bank_rollouts` and `num_plain_rollouts` at least 0, "
             f"got {K}, {b} and {m}."
         )
-    if m == G and b == 0:
-        return  # GRPO
     if args.strategy_column is not None:
         _check_given(args)
         if b + m == G:
             return  # no strategy is written
+    if m == G and b == 0:
+        return  # GRPO
     own, others = G - b - m, b + m
     taken = f"num_bank_rollouts ({b})" + (f" + num_plain_rollouts ({m})" if m else "")
     fit = max(own - own % K, K, 2) + others
@@ -63,6 +69,32 @@ def _check_given(args: Any) -> None:
         raise ConfigError(
             "`strategy_column` gives each problem its strategy: set `use_bank` to false, `transfer_block_size` to 1, "
             "and `num_bank_rollouts` to the number of its executions, at least 2."
+        )
+
+
+def _check_plain_answers(args: Any) -> None:
+    kind, own, m = args.internalize, args.own_strategies, args.num_plain_rollouts
+    if args.retrieve_when == "plain_fails" and not (m and args.use_bank and args.num_retrieved):
+        raise ConfigError(
+            "`retrieve_when: plain_fails` needs plain rows and strategies to show: set `num_plain_rollouts` and "
+            "`num_retrieved` above 0, and `use_bank` to true."
+        )
+    if kind == "none" and args.internalize_weight is not None:
+        raise ConfigError("`internalize_weight` is set but `internalize` is `none`: set `internalize`, or remove it.")
+    if kind == "distill" and own < 1:
+        raise ConfigError(
+            "`internalize: distill` learns from strategies that the model writes, and no row writes one: raise "
+            "`num_generations`, or set `internalize: kl`."
+        )
+    if kind == "kl" and m == args.num_generations:
+        raise ConfigError(
+            "`internalize: kl` learns from rows with strategies, and all rows are plain: set `num_plain_rollouts` "
+            "below `num_generations`."
+        )
+    if kind == "contrast" and (m < 1 or own < 1 or args.transfer_block_size < 2):
+        raise ConfigError(
+            "`internalize: contrast` changes plain rows by strategies that solve other problems of their class: set "
+            "`num_plain_rollouts` to at least 1 and below `num_generations`, and `transfer_block_size` to at least 2."
         )
 
 
