@@ -97,6 +97,7 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
     arms: dict[str, Any] = {method: {"method": method} for method in METHODS}
     arms["rlhf"]["label_share"] = arms["prm"]["label_share"] = 0.5
     arms["prm"]["step_separator"] = " "
+    arms["internalize_wrong"]["internalize"] = "distill"
     config = _write(tmp_path, arms)
     status, out, err = compare("--config", config)
     assert status == 0, out + err
@@ -128,6 +129,14 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
 
     status, _, err = compare("--config", config, "--arms", "sgpo", "--coherence_weight", "0.3", "--table_only")
     assert status == 2 and "(coherence_weight)" in err  # a result of other settings is not taken for it
+
+
+@pytest.mark.parametrize("kind", ["none", "kl"])
+def test_strategies_of_other_classes_need_a_way_to_teach_them(kind: str, tmp_path: Path, compare: Any) -> None:
+    arms = {"wrong": {"method": "internalize_wrong"} | ({} if kind == "none" else {"internalize": kind})}
+    status, _, err = compare("--config", _write(tmp_path, arms))
+    assert status == 2 and f"set `internalize` to one of them, not {kind}" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_table_of_nothing_says_what_to_run(tmp_path: Path, compare: Any) -> None:

@@ -11,7 +11,8 @@ from models import problems, save_tiny_model
 from trl_sgpo.compare.config import Arm
 from trl_sgpo.compare.methods import Task, train_arm, with_strategies_of_other_classes
 from trl_sgpo.compare.rft import right_answers
-from trl_sgpo.errors import ConfigError
+from trl_sgpo.data.classes import with_classes
+from trl_sgpo.errors import ConfigError, DataError
 from trl_sgpo.inference.model import Decoding, TwoPhaseModel
 from trl_sgpo.method.problem import Problem
 from trl_sgpo.method.prompts import ParsedStrategy
@@ -84,13 +85,30 @@ def test_greedy_answers_are_refused() -> None:
         right_answers(sampler, [], len, 100, Decoding(greedy=True))
 
 
-def test_an_adapter_of_grpo_is_measured_on_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+def task(tmp_path: Path, method: str, *changes: str) -> Task:
     model = save_tiny_model(tmp_path / "tiny")
-    keys = ["--load_in_4bit", "true", "--use_peft", "true", "--lora_target_modules", "q_proj", "--dtype", "float32"]
-    keys += ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_steps", "1", "--report_to", "none"]
+    keys = ["--num_generations", "4", "--per_device_train_batch_size", "8", "--max_steps", "1", "--report_to", "none"]
     keys += ["--max_strategy_length", "4", "--max_completion_length", "4", "--bf16", "false", "--use_bank", "false"]
     keys += ["--save_strategy", "no", "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"]
+    keys += ["--dtype", "float32", *changes]
     recipe = read_recipe(["--model_name_or_path", model, "--reward_funcs", "answer_reward", *keys], "test")
-    task = Task(Arm("grpo", "grpo", {}, {}), recipe, model, problems(), 10_000, [], lambda trainer: 0.0)
-    trained = TwoPhaseModel.from_pretrained(train_arm(task).model)
+    data = with_classes(problems(), recipe.training)
+    return Task(
+        Arm(method, method, {}, {"sft_learning_rate": 1e-4}), recipe, model, data, 1_000, [], lambda trainer: 0.0
+    )
+
+
+def test_an_adapter_of_grpo_is_measured_on_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    adapter = "--load_in_4bit", "true", "--use_peft", "true", "--lora_target_modules", "q_proj"
+    trained = TwoPhaseModel.from_pretrained(train_arm(task(tmp_path, "grpo", *adapter)).model)
     assert trained.model.config.quantization_config.load_in_4bit
+
+
+def test_no_right_answer_is_no_training(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="within 1,000 tokens is right: raise `budget`"):
+        train_arm(task(tmp_path, "rft"))
+
+
+def test_a_step_of_one_class_has_no_other_strategies(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="to two transfer blocks or more"):
+        train_arm(task(tmp_path, "internalize_wrong", "--internalize", "distill"))

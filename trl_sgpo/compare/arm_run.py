@@ -152,7 +152,12 @@ def check(comparison: Comparison) -> None:
         [`ConfigError`] or [`DataError`]: The message names the fix.
     """
     recipes = [arm_recipe(comparison, arm, comparison.seeds[0]) for arm in comparison.arms]
-    for recipe in recipes:
+    for arm, recipe in zip(comparison.arms, recipes, strict=True):
+        if arm.method == "internalize_wrong" and recipe.training.internalize not in ("distill", "contrast"):
+            raise ConfigError(
+                f"The arm {arm.name!r} teaches strategies of other classes by `distill` or `contrast`: set "
+                f"`internalize` to one of them, not {recipe.training.internalize}."
+            )
         verifier = load_rewards(recipe.script)[0]
     suites = load_suites(comparison.parsed_suites)
     for loaded in suites:

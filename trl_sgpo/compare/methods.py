@@ -17,10 +17,11 @@ from peft import PeftModel
 from transformers import PrinterCallback
 from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
+from ..data.classes import CLASS_COLUMN
 from ..data.loading import load_rewards
 from ..data.warmstart import two_phase_examples, warmstart
-from ..data.worked import traces
-from ..errors import ConfigError
+from ..data.worked import Trace, traces
+from ..errors import ConfigError, DataError
 from ..inference.loading import how_trained
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
@@ -137,20 +138,9 @@ def _sft(task: Task) -> TrainedArm:
             chosen.append(trace)
             tokens += length
         rounds += 1
-    model = warmstart(
-        task.model,
-        chosen,
-        training,
-        Path(training.output_dir, "model"),
-        learning_rate=task.arm.settings["sft_learning_rate"],
-        model_init_kwargs=model_init_kwargs(task.recipe),
-        batch_size=script.warmstart_batch_size,
-        plain_share=script.warmstart_plain_share,
-        full=not task.recipe.model.use_peft,
-    )
-    return TrainedArm(
-        model, generated=0, labelled=0, trained=tokens, curve=[], log=[], details={"traces": len(chosen)}
-    )
+    model = _imitating(task, chosen, script.warmstart_plain_share)
+    details = {"traces": len(chosen)}
+    return TrainedArm(model, generated=0, labelled=0, trained=tokens, curve=[], log=[], details=details)
 
 
 def _rft(task: Task) -> TrainedArm:
@@ -164,20 +154,30 @@ def _rft(task: Task) -> TrainedArm:
         task.budget,
         Decoding(greedy=False, temperature=training.temperature, seed=training.seed),
     )
-    model = warmstart(
-        task.model,
-        found,
-        training,
-        Path(training.output_dir, "model"),
-        learning_rate=task.arm.settings["sft_learning_rate"],
-        model_init_kwargs=model_init_kwargs(task.recipe),
-        batch_size=script.warmstart_batch_size,
-        plain_share=1.0,
-        full=not task.recipe.model.use_peft,
-    )
+    if not found:
+        raise DataError(
+            f"None of the plain answers that the model samples within {task.budget:,} tokens is right: raise `budget` "
+            "or `temperature`, or use problems that the model solves some of the time."
+        )
+    model = _imitating(task, found, plain_share=1.0)
     details = {"right_answers": len(found)}
     return TrainedArm(
         model, generated=policy.generated_tokens, labelled=0, trained=0, curve=[], log=[], details=details
+    )
+
+
+def _imitating(task: Task, examples: list[Trace], plain_share: float) -> str:
+    """Directory of the model after supervised steps on texts, a share of which are plain answers."""
+    return warmstart(
+        task.model,
+        examples,
+        task.recipe.training,
+        Path(task.recipe.training.output_dir, "model"),
+        learning_rate=task.arm.settings["sft_learning_rate"],
+        model_init_kwargs=model_init_kwargs(task.recipe),
+        batch_size=task.recipe.script.warmstart_batch_size,
+        plain_share=plain_share,
+        full=not task.recipe.model.use_peft,
     )
 
 
@@ -284,8 +284,6 @@ class WrongStrategyTrainer(SGPOTrainer):
     def internalize(
         self, output: dict[str, Any], rollouts: Sequence[Rollout], credit: Credit, batch: RolloutBatch
     ) -> dict[str, Any]:
-        if self.args.internalize == "kl":
-            raise ConfigError("The method `internalize_wrong` is for `internalize: distill` and `contrast`.")
         return super().internalize(output, with_strategies_of_other_classes(rollouts, batch), credit, batch)
 
 
@@ -303,6 +301,15 @@ def with_strategies_of_other_classes(rollouts: Sequence[Rollout], batch: Rollout
 
 
 def _internalize_wrong(task: Task) -> TrainedArm:
+    training = task.recipe.training
+    blocks = training.generation_batch_size // (
+        training.world_size * training.transfer_block_size * training.num_generations
+    )
+    if blocks < 2 or len(set(task.dataset[CLASS_COLUMN])) < 2:
+        raise ConfigError(
+            "The method `internalize_wrong` takes strategies of other classes, and a step has problems of one: use "
+            "data of several classes, and set `per_device_train_batch_size` to two transfer blocks or more."
+        )
     return _train_sgpo(task, WrongStrategyTrainer)
 
 
