@@ -629,6 +629,14 @@ def test_rule_finds_a_planted_violation(rule: Rule, name: str, text: str, small_
     assert rule(small_package) != []
 
 
+def test_the_design_page_names_rooms_and_private_names() -> None:
+    page = (TESTS.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    rule = page[page.index("1. Private names") : page.index("2. Chroma is")]
+    assert sorted(re.findall(r"`([\w/]+\.py)`", rule)) == sorted(PRIVATE_NAMES)
+    rooms = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms <= set(re.findall(r"`(\w+/)`", page))
+
+
 if __name__ == "__main__":
     graph = import_graph(PACKAGE)
     for circle in circles(graph):
