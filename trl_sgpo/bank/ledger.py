@@ -56,9 +56,8 @@ CREATE TABLE strategies (
     trust TEXT NOT NULL, successes REAL NOT NULL, trials INTEGER NOT NULL, lift REAL NOT NULL, embedding BLOB NOT NULL
 );
 """
-_TABLES_2 = _TABLES.replace(_PLAIN_COUNTS, "").replace(
-    _PLAIN_EXECUTIONS, ""
-)  # version 2 compared with no plain answers
+# Version 2 compared with no plain answers
+_TABLES_2 = _TABLES.replace(_PLAIN_COUNTS, "").replace(_PLAIN_EXECUTIONS, "")
 _MIGRATE_1 = f"""
 ALTER TABLE strategies RENAME TO version_1;
 {_TABLES_2}
