@@ -192,6 +192,7 @@ def read_problems(rows: Rows, chosen: Columns, source: str, whole: Callable[[], 
             Returns all rows of which these are a part, in case these do not tell whether indices count from 0 or 1.
     """
     from datasets import Features, Value, concatenate_datasets
+    from datasets.fingerprint import generate_random_fingerprint
 
     names = rows.dataset.column_names
     check_column_names(names)
@@ -244,7 +245,12 @@ def read_problems(rows: Rows, chosen: Columns, source: str, whole: Callable[[], 
     optional = [column for column in (worked_column, solution_column) if column is not None]
     read = list(dict.fromkeys([*sources, *answers, *optional, *class_sources]))
     problems = texts.select_columns(read).map(
-        convert_batch, batched=True, features=features, remove_columns=read, desc="Reading problems"
+        convert_batch,
+        batched=True,
+        features=features,
+        remove_columns=read,
+        desc="Reading problems",
+        new_fingerprint=generate_random_fingerprint(),  # nothing is cached: to hash the function takes 0.07 s
     )
     check_none_empty(problems["prompt"][:])
     if answers:
