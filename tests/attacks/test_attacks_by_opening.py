@@ -29,6 +29,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "OPENING", CheckProcess(memory=2))
 
 
+@pytest.fixture
+def unopened() -> None:
+    """No records of what other tests opened."""
+    Path(constants.HF_HOME, "trl_sgpo").unlink()
+
+
 def attention_types(model: Path) -> None:
     put(model / "config.json", model_type="gpt_neo", num_layers=2, attention_types=[[["global", "local"], 10**9]])
 
@@ -97,12 +103,12 @@ def test_a_flood_that_a_library_prints(tmp_path: Path) -> None:
         check_model_folder(tmp_path, "user/evil")
 
 
+@pytest.mark.usefixtures("unopened")
 def test_a_torn_record_of_an_opening(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, hidden_size=88, head_dim=22)
+    save_tiny_model(tmp_path)
     records = Path(constants.HF_HOME, "trl_sgpo", "opened")
-    before = set(records.glob("*"))
     check_model_folder(tmp_path, "user/model")
-    for path in set(records.glob("*")) - before:
+    for path in records.glob("*"):
         path.write_text("")
     check_model_folder(tmp_path, "user/model")
 
@@ -114,8 +120,9 @@ def test_arguments_of_a_tokenizers_class(tmp_path: Path) -> None:
         check_model_folder(tmp_path, "user/evil")
 
 
+@pytest.mark.usefixtures("unopened")
 def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny_model(tmp_path, hidden_size=48, head_dim=12)
+    save_tiny_model(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     for _ in range(2):
@@ -127,11 +134,12 @@ def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(asked) == 2
 
 
+@pytest.mark.usefixtures("unopened")
 @pytest.mark.parametrize("name", ["prophetnet.tokenizer", "dict.txt", "t.gguf", "additional_chat_templates/a.jinja"])
 def test_every_file_but_weights_is_read_again_where_it_changed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny_model(tmp_path, hidden_size=40, head_dim=10)
+    save_tiny_model(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -154,8 +162,9 @@ def test_files_beside_a_model(limit: str, most: int, tmp_path: Path, monkeypatch
         check_model_folder(tmp_path, "user/evil")
 
 
+@pytest.mark.usefixtures("unopened")
 def test_what_a_run_adds_to_a_model_does_not_open_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny_model(tmp_path, hidden_size=88, head_dim=22)
+    save_tiny_model(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     for step in range(2):

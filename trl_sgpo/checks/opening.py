@@ -22,7 +22,7 @@ OF_A_RUN = (
     *("report.json", "before.json", "report.html", "results.json", "trainer_state.json", "warmstart.sha256"),
     *(".gitattributes", ".gitignore"),
 )
-_OF_TRAINING = (".safetensors", ".pt", ".pth", ".bin", ".lock")
+OF_TRAINING = (".safetensors", ".pt", ".pth", ".bin", ".lock")
 
 
 def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weights: Sequence[Path]) -> None:
@@ -53,7 +53,7 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
     if not any(path.is_file() for name in _OPENED for path in directory.glob(name)):
         return
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
-    others = [path for path in files if path.name not in OF_A_RUN and path.suffix not in _OF_TRAINING]
+    others = [path for path in files if path.name not in OF_A_RUN and path.suffix not in OF_TRAINING]
     read = sorted(path for path in others if path.is_file())
     small = [path for path in read if path.stat().st_size <= MAX_FILE]
     if len(read) > MAX_FILES or sum(path.stat().st_size for path in small) > MAX_BYTES:

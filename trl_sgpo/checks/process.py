@@ -21,7 +21,7 @@ from ..errors import DataError
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0, "opens": 180.0, "patterns": 15.0}
+SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0, "opens": 180.0, "patterns": 10.0}
 
 _PACKAGES = {
     "equal": ("math_verify", "math"),
