@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,13 @@ def test_a_file_that_changes_is_read_again() -> None:
     for answer in ("12", "13"):
         write_jsonl(Path("rows.jsonl"), [{"question": "1?", "answer": answer}])
         assert problems("rows.jsonl") == [("1?", answer)]
+
+
+def test_reading_leaves_no_cache_beside_the_rows() -> None:
+    """Its name would have to tell functions apart: processes that were forked alike would read each other's rows."""
+    write_jsonl(Path("rows.jsonl"), [{"question": "1?", "answer": "12"}])
+    assert problems("rows.jsonl") == [("1?", "12")]
+    assert not list(Path(os.environ["HF_HOME"]).rglob("cache-*.arrow"))
 
 
 # Reward functions and suites

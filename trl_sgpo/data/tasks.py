@@ -1,6 +1,7 @@
 """Problems: loading them."""
 
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,6 @@ def read_problems(rows: Rows, chosen: Columns, source: str, whole: Callable[[], 
             Returns all rows of which these are a part, in case these do not tell whether indices count from 0 or 1.
     """
     from datasets import Features, Value, concatenate_datasets
-    from datasets.fingerprint import generate_random_fingerprint
 
     names = rows.dataset.column_names
     check_column_names(names)
@@ -250,7 +250,10 @@ def read_problems(rows: Rows, chosen: Columns, source: str, whole: Callable[[], 
         features=features,
         remove_columns=read,
         desc="Reading problems",
-        new_fingerprint=generate_random_fingerprint(),  # nothing is cached: to hash the function takes 0.07 s
+        # No cache file, whose name would be a hash of the function, which takes 0.07 s
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=secrets.token_hex(8),
     )
     check_none_empty(problems["prompt"][:])
     if answers:
