@@ -212,6 +212,28 @@ def test_rows_longer_than_the_table_of_positions_are_refused(tmp_path):
 # Models and settings
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("modernbert-decoder", {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}),
+        ("recurrent_gemma", {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "lru_width": 32}),
+    ],
+    ids=["modernbert", "recurrent_gemma"],
+)
+def test_a_head_that_is_more_than_a_matrix_is_refused(tmp_path, architecture, sizes):
+    model = random_model(architecture, tmp_path / "model", num_attention_heads=4, **sizes)
+    with pytest.raises(ModelError, match=r"`lm_head\.weight` itself: log-probabilities differ by"):
+        make(model, tmp_path / "out").train()
+
+
+def test_modules_that_the_product_with_the_head_cannot_have(tmp_path):
+    """A wrapper of tied embeddings, which has no bias."""
+    model = save_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    trained = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match="TRL cannot train LlamaForCausalLM with these settings"):
+        make(model, tmp_path / "out", trained).train()
+
+
 @pytest.mark.parametrize("where", ["config.json", "generation_config.json", "generation_kwargs"])
 def test_models_without_a_cache_are_trained(tmp_path, where):
     path, kwargs = save_tiny_model(tmp_path / "model"), {}

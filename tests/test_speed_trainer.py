@@ -198,7 +198,7 @@ def test_a_path_that_becomes_wrong_is_not_used_after_the_first_step(model, tmp_p
     assert message.startswith(consequence)
 
 
-@pytest.mark.parametrize(("std", "passes"), [(0.0, 12), (0.1, 11)], ids=["new", "trained"])
+@pytest.mark.parametrize(("std", "passes"), [(0.0, 13), (0.1, 12)], ids=["new", "trained"])
 def test_the_check_takes_few_forward_passes(model, tmp_path, std, passes):
     """It precedes the first step, and each pass reads all weights. No LM head copies its weights for a row."""
     trainer = make(SharedPromptGRPOTrainer, model, tmp_path, LORA)

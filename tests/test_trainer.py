@@ -1185,6 +1185,12 @@ RESUMED = {
         3,
     ),
     "bank rollouts": ({"num_bank_rollouts": 1, "num_generations": 5, "per_device_train_batch_size": 10}, 8, 2, 3),
+    "a reference that moves": (
+        {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
+        8,
+        2,
+        3,
+    ),
     "lora": ({"peft_config": LORA}, 8, 2, 3),
 }
 
@@ -1330,6 +1336,42 @@ def test_a_curriculum_is_kept_without_shuffling(make, monkeypatch):
     numbers = {problem_id(prompt): index for index, prompt in enumerate(dataset["prompt"])}
     batches = [[numbers[problem_id(row["prompt"])] for row in rows[::4]] for ((rows,), _) in sgpo]
     assert batches == [[0, 2], [1, 3], [4, 6], [5, 7]] * 2
+
+
+@pytest.mark.parametrize(("seeds", "same"), [((7, None, 7), True), ((7, 7, 8), True), ((7, 8, 7), False)])
+def test_the_order_of_problems_is_that_of_the_seed_of_data(make, seeds, same):
+    """`seed` of one trainer, and `data_seed` and `seed` of another."""
+    first, data, other = seeds
+    orders = [
+        list(make(is_good, problems(16, 2), **given)._get_train_sampler())
+        for given in ({"seed": first}, {"seed": other, "data_seed": data})
+    ]
+    assert (orders[0] == orders[1]) == same
+
+
+def test_a_reference_that_moves_is_needed_on_resuming(make, tmp_path):
+    kwargs = {"beta": 0.2, "sync_ref_model": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make(**kwargs).train()
+    (tmp_path / "out" / "checkpoint-1" / "reference.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no reference model"):
+        make(**kwargs | {"max_steps": 2}).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("size", "batch", "warned"), [(6, 16, True), (8, 16, False), (2, 16, False)])
+def test_evaluation_whose_last_batch_is_smaller_is_named(make, caplog, size, batch, warned):
+    make(eval_dataset=problems(size), per_device_eval_batch_size=batch)
+    assert ("means over batches" in caplog.text) == warned
+
+
+def test_different_system_messages_are_named(make, caplog):
+    data = problems(8, 2)
+    make(train_dataset=data)
+    assert "system messages" not in caplog.text
+    prompts = [
+        [{"role": "system", "content": "Be brief."}, *row] if n % 2 else row for n, row in enumerate(data["prompt"])
+    ]
+    make(train_dataset=data.remove_columns("prompt").add_column("prompt", prompts))
+    assert "The problems have 2 different system messages (or none)" in caplog.text
 
 
 def test_log_probabilities_of_both_phases_are_carried(make, monkeypatch):

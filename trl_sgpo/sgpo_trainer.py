@@ -175,7 +175,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, InternalizingTrainer):
             self.geometry,
             problems_per_batch=self.args.generation_batch_size // self.geometry.executions,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
-            seed=self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             shuffle=self.shuffle_dataset,
             # By steps: on resume `set_epoch` is not forwarded, and the state's epoch is of the checkpoint's geometry
             epoch=lambda: self.state.global_step // -(-len(sampler) // rows_a_step),

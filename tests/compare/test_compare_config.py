@@ -105,6 +105,11 @@ def test_arms_that_are_no_mapping(tmp_path: Path, arms: Any) -> None:
         read_comparison(_written(tmp_path, arms=arms))
 
 
+def test_the_home_directory_in_the_output_folder(tmp_path: Path) -> None:
+    read = read_comparison(_written(tmp_path, output_dir="~/runs"))
+    assert read.output_dir == os.path.expanduser("~/runs") != "~/runs"
+
+
 @pytest.mark.parametrize("recipe", ["sgpo.yaml", "recipes/lab/sgpo.yaml", "../lab/sgpo.yaml"])
 def test_recipes_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
     """Beside the file, or named from a directory above it, as in a checkout. Others are those of the command line."""

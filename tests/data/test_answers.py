@@ -373,6 +373,8 @@ def test_derivatives(point, name):
         ("**Step 1:** add", None),
         ("<think>The answer is 4</think>I do not know", None),
         ("<think>The answer is 4</think>\n#### 5", "5"),
+        ("<think>The answer is 4", None),
+        ("#### 5\n<think>The answer is 4", "5"),
         ("\\boxed{" * 10_000, None),
         ("#### ####", None),
         ("#### 5 ####", "5"),

@@ -167,7 +167,8 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     for key in ("budget", "processes", "samples"):
         if type(content.get(key, 1)) is not int:
             raise ConfigError(f"{path}: `{key}` must be a whole number.")
-    comparison = Comparison(**(content | {"arms": arms, "recipe": _find(str(content["recipe"]), path)}))
+    read = {"arms": arms, "recipe": _find(str(content["recipe"]), path)}
+    comparison = Comparison(**(content | read | {"output_dir": os.path.expanduser(str(content["output_dir"]))}))
     if comparison.budget < 1 or comparison.processes < 1 or comparison.samples < 1:
         raise ConfigError(f"{path}: `budget`, `processes` and `samples` must be at least 1.")
     if not comparison.seeds or not arms:

@@ -34,7 +34,8 @@ def final_answer(text: str, lines: int = 1) -> str | None:
     Extracts the final answer of a solution.
 
     The last of the marks `#### 42`, `\boxed{42}` and `<answer>42</answer>` decides; without one, the last "answer is"
-    or "Answer:"; without that, bold text in the last line. A reasoning part that ends in `</think>` is not read.
+    or "Answer:"; without that, bold text in the last line. A reasoning part is not read: what is
+    before `</think>`, and all after a `<think>` that has no end.
 
     Args:
         text (`str`):
@@ -47,7 +48,7 @@ def final_answer(text: str, lines: int = 1) -> str | None:
         content of `\boxed{...}` or `<answer>`, or the rest of the sentence after the phrase. `None` if no answer is
         stated.
     """
-    text = text.rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     stated = _marked(text, lines)
     if stated is None:
         stated = _phrased(text) or _bold(text)

@@ -2,12 +2,16 @@
 
 import csv
 import json
+import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+
+logger = logging.getLogger(__name__)
 
 
 class Number(str):
@@ -118,10 +122,16 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
         with _opened(path, encoding, "") as file:
             reader = csv.reader((line for _, line in _lines(file)), delimiter=separator, strict=True)
             header: list[str] | None = None
+            short = 0
             for cells in reader:
                 if header is None:
                     header = _names(cells) if cells else None
+                    if renamed := [name for name in header or [] if name not in cells]:
+                        logger.warning(
+                            f"{path}: columns without a name, or with one of another, are called {renamed}."
+                        )
                     continue
+                short += 0 < len(cells) < len(header)
                 if len(cells) > len(header) and any(cells[len(header) :]):
                     raise ValueError(
                         f"line {reader.line_num} has {len(cells)} cells and the header {len(header)} (texts with "
@@ -130,6 +140,8 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
                 if cells:
                     cells += [""] * (len(header) - len(cells))
                     yield {name: _cell(cell) for name, cell in zip(header, cells, strict=False)}
+            if short:
+                logger.warning(f"{path}: {short} rows have fewer cells than the header: the missing ones are empty.")
     except csv.Error as error:
         raise ValueError(f"CSV parse error in line {reader.line_num}: {error}") from error
     finally:

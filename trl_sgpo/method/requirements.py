@@ -18,7 +18,7 @@ from ..speed.merging import base_of
 from .context_length import check_context_length, shown_strategies
 from .control_tokens import TextEncoder
 from .conversation import check_system_role
-from .prompts import check_prompts
+from .prompts import check_prompts, system_prompt_of
 from .reward_functions import check_columns_read, check_functions
 from .sampling import check_generation_config
 
@@ -130,11 +130,29 @@ def check_model(trainer: GRPOTrainer) -> None:
         shown_strategies(trainer.args),
         trainer.model.active_peft_config.num_virtual_tokens if learns_prompt else 0,
     )
+    if trainer.accelerator.is_main_process:
+        _warn_of_data(trainer, [dataset for dataset in evals if dataset is not None])
     with_control = TextEncoder(trainer.processing_class).count(prompts)
     if with_control and trainer.accelerator.is_main_process:
         logger.warning(
             f"{with_control} of {len(prompts)} problems hold control tokens of the model, which are encoded as plain "
             "text."
+        )
+
+
+def _warn_of_data(trainer: GRPOTrainer, evals: list[Dataset]) -> None:
+    batch = trainer.args.eval_batch_size * trainer.accelerator.num_processes
+    sizes = {len(dataset) * (trainer.args.num_generations_eval or trainer.num_generations) for dataset in evals}
+    if uneven := sorted(size for size in sizes if size > batch and size % batch):
+        logger.warning(
+            f"Figures of evaluation are means over batches, and {uneven[0]} rows do not fill batches of {batch}: the "
+            "rows of the last one count more. Choose `per_device_eval_batch_size` so that they do."
+        )
+    systems = {system_prompt_of(prompt) for prompt in trainer.train_dataset["prompt"]}
+    if len(systems) > 1:
+        logger.warning(
+            f"The problems have {len(systems)} different system messages (or none). `eval` and `solve` put that of "
+            "the first problem before problems without one."
         )
 
 

@@ -1,8 +1,8 @@
 """
 A trainer whose output folder belongs to one run.
 
-What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_save` and
-`_load_optimizer_and_scheduler`.
+What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_save`, `_save_checkpoint`,
+`_load_optimizer_and_scheduler` and `ref_model`.
 """
 
 import os
@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_model, save_model
 from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..bank import StrategyBank
@@ -20,6 +22,9 @@ from ..report.run_files import COMPLETIONS_DIRECTORY, STATE_FILE
 from ..sgpo_config import SGPOConfig
 from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
 from .resuming import check_same_model, check_same_optimizer
+
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 class _BestCheckpointCallback(TrainerCallback):
@@ -112,6 +117,25 @@ class RunTrainer(GRPOTrainer):
         before = set(self.optimizer.param_groups[0])
         super()._load_optimizer_and_scheduler(checkpoint)
         check_same_optimizer(checkpoint, before, set(self.optimizer.param_groups[0]))
+        if self.args.sync_ref_model:
+            self._load_reference(Path(checkpoint, REFERENCE_FILE))
+
+    def _load_reference(self, file: Path) -> None:
+        """Reads the reference model, which `sync_ref_model` moves as the policy is trained."""
+        if not file.is_file():
+            raise ConfigError(
+                f"{file.parent} has no reference model, so training with `sync_ref_model` cannot go on from it: train "
+                "without `resume_from_checkpoint`, or set `sync_ref_model` to false."
+            )
+        load_model(self.ref_model, file, device=str(self.accelerator.device))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has the whole reference model
+        if self.args.sync_ref_model and self.args.should_save and not sharded:
+            directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            directory.mkdir(parents=True, exist_ok=True)
+            save_model(self.ref_model, str(directory / REFERENCE_FILE))
+        super()._save_checkpoint(model, trial)
 
     def _kept(self) -> tuple[str, ...]:
         """Files of a bank that is open are not moved."""

@@ -136,6 +136,18 @@ class PathChecks:
         log_probs = self.score(batch, pack, trim)
         return log_probs[compared[:, : log_probs.size(1)]]
 
+    def own_logits(self) -> None:
+        """The model's own logits, of which the plain path computes only the product with the LM head."""
+        rows = [context + new for context, new in zip(self.probe.contexts, self.probe.generated, strict=True)]
+        ids, mask = (each.flip(1) for each in left_padded([row[::-1] for row in rows], 0, self.model.device))
+        logits = self.model(input_ids=ids, attention_mask=mask).logits.float() / self.temperature
+        log_probs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        generated = [
+            log_probs[row, len(context) - 1 : len(tokens) - 1]
+            for row, (context, tokens) in enumerate(zip(self.probe.contexts, rows, strict=True))
+        ]
+        self._expect_plain(torch.cat(generated))
+
     def _expect_plain(self, fast: torch.Tensor) -> None:
         """Raises [`PathDiffers`] if values differ by more than rounding. Other prompts give the scale."""
         if fast.shape != self.expected.shape:

@@ -14,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from ..errors import ModelError
 from .equivalence import PathChecks, PathDiffers, Score
 from .generation_settings import COUNTED, active, needs_whole_prompts
 from .learned_prompts import is_prompt_learning
@@ -90,6 +91,9 @@ class StartCheck:
 
         Returns:
             `dict[str, str]`: The reason for each path that cannot be used.
+
+        Raises:
+            [`ModelError`]: Training cannot compute the model's log-probabilities, or computes others than it has.
         """
         checks: dict[str, Callable[[], None]] = {
             MERGED: self._check_merged,
@@ -106,8 +110,12 @@ class StartCheck:
         try:
             with ExitStack() as stack:
                 stack.enter_context(disable_gradient_checkpointing(self.model, kwargs))
-                if reason := self._reason(lambda: self._compute_plain(stack)):
-                    return dict.fromkeys(paths, reason)
+                if reason := self._reason(self._check_plain) or self._reason(lambda: self._compute_plain(stack)):
+                    raise ModelError(
+                        f"TRL cannot train {type(base_of(self.model)).__name__} with these settings, because it "
+                        f"multiplies hidden states with `lm_head.weight` itself: {reason}. Use another model, or "
+                        "train other modules of it."
+                    )
                 for path in filter(paths.__contains__, checks):
                     if path == PREFIXES and DROPPED in paths and DROPPED not in found:
                         continue  # it has been compared together with the other
@@ -121,9 +129,14 @@ class StartCheck:
             self.adapters.free()
         return found
 
+    def _check_plain(self) -> None:
+        """Compares the plain path with the model's own logits. Sharded weights are not all on a rank."""
+        self.checks.compute_expected()
+        if not self._sharded() and not is_prompt_learning(self.model):
+            self.checks.own_logits()
+
     def _compute_plain(self, stack: ExitStack) -> None:
         """Computes what the paths are compared with, with random adapters in the rest of a block if needed."""
-        self.checks.compute_expected()
         if isinstance(self.model, PeftModel) and adapted_layers(self.model) and not self._sharded():
             self.effect = adapter_effect(self.model, self.checks.expected, self.checks.plain)
             if self.effect == 0:
