@@ -160,8 +160,8 @@ class StartCheck:
 
     def _computes_in_float32(self) -> bool:
         args, base = self.trainer.args, base_of(self.model)
-        mixed = args.bf16 or args.fp16 or "quantization_config" in vars(base.config)
-        return base.dtype == torch.float32 and not mixed
+        mixed = args.bf16 or args.fp16 or self.trainer.accelerator.mixed_precision != "no"  # a launcher's, too
+        return base.dtype == torch.float32 and not mixed and "quantization_config" not in vars(base.config)
 
     # A check of each path
 
