@@ -141,6 +141,13 @@ class TestOneLine:
         assert status == 2 and len(lines) == 1 and re.search(words, lines[0]), lines
 
     @pytest.mark.usefixtures("without_model")
+    def test_of_an_adapter_as_the_model(self, run: Callable[..., Answer], tmp_path: Path) -> None:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        status, lines = run({"model_name_or_path": str(tmp_path / "adapter")})
+        assert status == 2 and len(lines) == 1 and "an adapter, where a whole model is needed: merge it" in lines[0]
+
+    @pytest.mark.usefixtures("without_model")
     @pytest.mark.parametrize("key", ["output_dir", "bank_path"])
     @pytest.mark.parametrize("path", ["file", "file/run", "/proc/run"])
     def test_of_places_that_cannot_be_written(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..errors import ConfigError
+from .adapters import ADAPTER_FILE
 from .origin import what_to_mend
 from .paths import check_directory, check_links, problem_file
 from .settings import FILES
@@ -124,6 +125,12 @@ def _file_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "model_name_or_path", "Name the model: set `model_name_or_path` to a directory or Hub id."
     elif model.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(model)):
         yield "model_name_or_path", f"`model_name_or_path` is {model}, but there is no such directory."
+    elif os.path.isfile(os.path.join(os.path.expanduser(model), ADAPTER_FILE)):
+        yield (
+            "model_name_or_path",
+            f"`model_name_or_path` is {model}, an adapter, where a whole model is needed: merge it with `trl-sgpo "
+            "export --merge`, or go on training it with `--resume_from_checkpoint`.",
+        )
 
 
 def _hub_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
