@@ -21,6 +21,7 @@ from trl_sgpo.bank import StrategyBank
 from trl_sgpo.cli import bootstrap, warmstart
 from trl_sgpo.data.trace_files import read_traces
 from trl_sgpo.errors import ConfigError, DataError, ModelError
+from trl_sgpo.inference import server as server_module
 from trl_sgpo.inference.model import Decoding
 from trl_sgpo.inference.server import TOKEN_VARIABLE, ServerModel
 from trl_sgpo.method.problem import Problem
@@ -199,7 +200,7 @@ class TestServerRun:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(server_module, "_LONGEST_WAIT", 0.0)
         arguments = ("--source", "server", "--server", server.url, "--server_model", "m")
         output = tmp_path / "out"
         say = server.say

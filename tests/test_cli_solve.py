@@ -25,6 +25,7 @@ from test_pipeline import ASKED, PROBLEM, SETTINGS, fill_bank, save_model
 from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.bank import Strategy
 from trl_sgpo.cli.main import main
+from trl_sgpo.inference import server as server_module
 from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.server import TOKEN_VARIABLE
 
@@ -247,7 +248,7 @@ class TestServer:
         monkeypatch.setenv(TOKEN_VARIABLE, "secret")
         server.faults = [503]
         server.say = lambda body: "Add what is given."  # type: ignore[method-assign]
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(server_module, "_LONGEST_WAIT", 0.0)
         found = solved(capsys, "--server", server.url, "--model", "m", "--run", run, PROBLEM)
         assert len(found["retrieved"]) == 2 and server.tokens == {"Bearer secret"}
         first, second = server.requests[-2:]
@@ -281,7 +282,7 @@ class TestServer:
     def test_one_line_that_names_the_fix(
         self, server: ChatServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(server_module, "_LONGEST_WAIT", 0.0)
         assert solve("--server", "http://127.0.0.1:9/v1", "--model", "m", PROBLEM) == 2
         assert "No server answers at http://127.0.0.1:9/v1" in capsys.readouterr().err
         assert solve("--server", server.url, PROBLEM) == 2

@@ -75,12 +75,23 @@ def results(request, model, one_rank, tmp_path_factory):
     return one, two
 
 
-def test_what_plain_answers_learn(model, tmp_path):
-    one = load(tmp_path / "one", 1, model, "group", INTERNALIZE="kl")
-    two = load(tmp_path / "two", 2, model, "group", INTERNALIZE="kl")
-    assert any(log.get("sgpo/internalize_loss", 0) > 0 for log in one["logs"])
+@pytest.mark.parametrize("method", ["kl", "distill", "contrast"])
+def test_what_plain_answers_learn(model, tmp_path, method):
+    """Two ranks learn what one learns. Contrasts are with strategies of a rank, so that one rank has more of them."""
+    one = load(tmp_path / "one", 1, model, "group", INTERNALIZE=method)
+    two = load(tmp_path / "two", 2, model, "group", INTERNALIZE=method)
+    assert any("sgpo/lift" in log for log in two["logs"])
+    if method == "contrast":
+        assert any(log.get("sgpo/contrast_rows", 0) > 0 for log in two["logs"])
+        return
+    assert any(log.get("sgpo/internalize_loss", 0) > 0 for log in one["logs"]) or method == "distill"
     for name, step in one["steps"].items():
         torch.testing.assert_close(two["steps"][name], step, rtol=1e-3, atol=1e-5)
+
+
+def test_a_copy_of_sharded_weights_is_refused(model, tmp_path):
+    statuses, told = run(tmp_path, 2, model, "group", INTERNALIZE="kl", **FSDP)
+    assert any(statuses) and "keeps a copy of the weights, which are sharded here" in told
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])

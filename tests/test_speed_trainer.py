@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SharedPromptGRPOTrainer
+from trl_sgpo.errors import ModelError
 from trl_sgpo.speed import trainer as speed_trainer
 from trl_sgpo.speed.lm_head import project_labelled_tokens_only
 from trl_sgpo.speed.row_cache import _BlockLayer
@@ -196,6 +197,19 @@ def test_a_path_that_becomes_wrong_is_not_used_after_the_first_step(model, tmp_p
     assert used(trainer) == ALL - missing
     (message,) = apart(caplog)
     assert message.startswith(consequence)
+
+
+def test_weights_that_are_no_numbers_any_more_do_not_end_training(model, tmp_path, caplog):
+    """The model is refused at the start only: later, log-probabilities may have become NaN."""
+    trainer = make(SharedPromptGRPOTrainer, model, tmp_path)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="log-probabilities differ by nan"):
+        trainer._check_paths()
+    trainer.state.global_step = 1
+    trainer._check_paths()
+    assert not used(trainer)
+    assert "log-probabilities differ by nan" in caplog.text
 
 
 @pytest.mark.parametrize(("std", "passes"), [(0.0, 13), (0.1, 12)], ids=["new", "trained"])

@@ -35,6 +35,14 @@ def unopened() -> None:
     Path(constants.HF_HOME, "trl_sgpo").unlink()
 
 
+@pytest.fixture
+def asked(unopened: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that the other process would open."""
+    folders: list[str] = []
+    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: folders.append(directory) or (False, 9))
+    return folders
+
+
 def attention_types(model: Path) -> None:
     put(model / "config.json", model_type="gpt_neo", num_layers=2, attention_types=[[["global", "local"], 10**9]])
 
@@ -120,11 +128,8 @@ def test_arguments_of_a_tokenizers_class(tmp_path: Path) -> None:
         check_model_folder(tmp_path, "user/evil")
 
 
-@pytest.mark.usefixtures("unopened")
-def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_opened_once(tmp_path: Path, asked: list[str]) -> None:
     save_tiny_model(tmp_path)
-    asked: list[str] = []
-    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     for _ in range(2):
         check_model_folder(tmp_path, "user/model")
     assert len(asked) == 1
@@ -134,14 +139,9 @@ def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(asked) == 2
 
 
-@pytest.mark.usefixtures("unopened")
 @pytest.mark.parametrize("name", ["prophetnet.tokenizer", "dict.txt", "t.gguf", "additional_chat_templates/a.jinja"])
-def test_every_file_but_weights_is_read_again_where_it_changed(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_but_weights_is_read_again_where_it_changed(name: str, tmp_path: Path, asked: list[str]) -> None:
     save_tiny_model(tmp_path)
-    asked: list[str] = []
-    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     (tmp_path / name).parent.mkdir(exist_ok=True)
     for content in (name, name.upper()):
         (tmp_path / name).write_text(content)
@@ -162,11 +162,8 @@ def test_files_beside_a_model(limit: str, most: int, tmp_path: Path, monkeypatch
         check_model_folder(tmp_path, "user/evil")
 
 
-@pytest.mark.usefixtures("unopened")
-def test_what_a_run_adds_to_a_model_does_not_open_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_adds_to_a_model_does_not_open_it_again(tmp_path: Path, asked: list[str]) -> None:
     save_tiny_model(tmp_path)
-    asked: list[str] = []
-    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: asked.append(directory) or (False, 9))
     for step in range(2):
         for name in ("sgpo.json", "trainer_state.json", "README.md", "training_args.bin", "optimizer.pt"):
             (tmp_path / name).write_text(json.dumps({"step": step}))

@@ -98,9 +98,7 @@ def trained_peak(trainer: SGPOTrainer) -> int:
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [("llama", FULL), ("qwen3", LORA), ("qwen2", QLORA)]
-    + [
-        ("llama", [*form, *TEACHING, method]) for form, method in ((FULL, "kl"), (LORA, "contrast"), (LORA, "distill"))
-    ],
+    + [("llama", [*form, *TEACHING, method]) for form in (FULL, LORA) for method in ("distill", "contrast", "kl")],
 )
 def test_estimate_is_what_training_on_a_cpu_allocates(
     architecture: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

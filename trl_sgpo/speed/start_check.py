@@ -77,6 +77,7 @@ class StartCheck:
 
     def __init__(self, trainer: GRPOTrainer, score: Score, adapters: AdapterMerge | None):
         self.trainer, self.adapters = trainer, adapters
+        self.starts = trainer.state.global_step == 0
         self.model, self.effect = trainer.model, 0.0
         self.checks = PathChecks(self.model, score, trainer.temperature, self._computes_in_float32())
 
@@ -93,7 +94,8 @@ class StartCheck:
             `dict[str, str]`: The reason for each path that cannot be used.
 
         Raises:
-            [`ModelError`]: Training cannot compute the model's log-probabilities, or computes others than it has.
+            [`ModelError`]: At the start, if training cannot compute the model's log-probabilities, or computes others
+                than it has.
         """
         checks: dict[str, Callable[[], None]] = {
             MERGED: self._check_merged,
@@ -110,7 +112,9 @@ class StartCheck:
         try:
             with ExitStack() as stack:
                 stack.enter_context(disable_gradient_checkpointing(self.model, kwargs))
-                if reason := self._reason(self._check_plain) or self._reason(lambda: self._compute_plain(stack)):
+                if reason := self._reason(lambda: self._compute_plain(stack)):
+                    if not self.starts or self._sharded():  # where weights may be NaN, or not all on a rank
+                        return dict.fromkeys(paths, reason)
                     raise ModelError(
                         f"TRL cannot train {type(base_of(self.model)).__name__} with these settings, because it "
                         f"multiplies hidden states with `lm_head.weight` itself: {reason}. Use another model, or "
@@ -129,14 +133,14 @@ class StartCheck:
             self.adapters.free()
         return found
 
-    def _check_plain(self) -> None:
-        """Compares the plain path with the model's own logits. Sharded weights are not all on a rank."""
-        self.checks.compute_expected()
-        if not self._sharded() and not is_prompt_learning(self.model):
-            self.checks.own_logits()
-
     def _compute_plain(self, stack: ExitStack) -> None:
-        """Computes what the paths are compared with, with random adapters in the rest of a block if needed."""
+        """
+        Computes what the paths are compared with, with random adapters in the rest of a block if needed. At the start
+        it is compared with the model's own logits itself.
+        """
+        self.checks.compute_expected()
+        if self.starts and not self._sharded() and not is_prompt_learning(self.model):
+            self.checks.own_logits()
         if isinstance(self.model, PeftModel) and adapted_layers(self.model) and not self._sharded():
             self.effect = adapter_effect(self.model, self.checks.expected, self.checks.plain)
             if self.effect == 0:
