@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,11 +122,12 @@ def _file_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if file is not None and not os.path.isfile(file):
         yield "dataset_name", f"`dataset_name` is {name}, but there is no such file."
     model = values["model_name_or_path"]
+    folder = Path(os.path.expanduser(model or ""))
     if model is None:
         yield "model_name_or_path", "Name the model: set `model_name_or_path` to a directory or Hub id."
-    elif model.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(model)):
+    elif model.startswith(("/", "./", "../", "~")) and not folder.is_dir():
         yield "model_name_or_path", f"`model_name_or_path` is {model}, but there is no such directory."
-    elif os.path.isfile(os.path.join(os.path.expanduser(model), ADAPTER_FILE)):
+    elif (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
         yield (
             "model_name_or_path",
             f"`model_name_or_path` is {model}, an adapter, where a whole model is needed: merge it with `trl-sgpo "
