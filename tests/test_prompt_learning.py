@@ -14,6 +14,7 @@ from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.method.problem import as_problem
 from trl_sgpo.method.requirements import check_model
 from trl_sgpo.method.transfer import BlockGeometry
+from trl_sgpo.speed.sampling import SAMPLER_KL
 
 
 CONFIGS = {
@@ -80,6 +81,7 @@ def test_prompts_are_trained_and_nothing_else(make, caplog):
     trainer.train()
     changed = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "prompt_encoder" in name}
+    assert all(abs(log[SAMPLER_KL]) < 1e-6 for log in trainer.state.log_history if SAMPLER_KL in log)
     _, outcomes = trainer.execute_blocks([dict(row) for row in problems(2, 1)], BlockGeometry(2, 1, 0))
     assert len(outcomes) == 4
 

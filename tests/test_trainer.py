@@ -21,6 +21,7 @@ from trl_sgpo.bank.files import LEDGER
 from trl_sgpo.bank.session import BankSession
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
+from trl_sgpo.hub.publication import CHECKPOINT_FILES
 from trl_sgpo.method.transfer import BlockGeometry
 
 
@@ -1350,6 +1351,7 @@ def test_the_order_of_problems_is_that_of_the_seed_of_data(make, seeds, same):
 
 
 def test_a_reference_that_moves_is_needed_on_resuming(make, tmp_path):
+    assert {"reference.safetensors", "teacher.safetensors"} <= set(CHECKPOINT_FILES)  # of a checkpoint on the Hub
     kwargs = {"beta": 0.2, "sync_ref_model": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make(**kwargs).train()
     (tmp_path / "out" / "checkpoint-1" / "reference.safetensors").unlink()

@@ -374,7 +374,7 @@ def test_derivatives(point, name):
         ("<think>The answer is 4</think>I do not know", None),
         ("<think>The answer is 4</think>\n#### 5", "5"),
         ("<think>The answer is 4", None),
-        ("#### 5\n<think>The answer is 4", "5"),
+        ("Use the <think> tag. The answer is 7.", "7"),
         ("\\boxed{" * 10_000, None),
         ("#### ####", None),
         ("#### 5 ####", "5"),

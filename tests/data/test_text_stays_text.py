@@ -301,11 +301,8 @@ def test_headers_and_cells_of_csv_files(caplog: pytest.LogCaptureFixture) -> Non
         [1, "2?", "12.50", None, "12.50"],
     ]
     assert csv.field_size_limit() == limit
-    assert (
-        "rows.csv: columns without a name, or with one of another, are called ['Unnamed: 0', 'answer.1']"
-        in caplog.text
-    )
-    assert "rows.csv: 1 rows have fewer cells than the header: the missing ones are empty." in caplog.text
+    assert caplog.text.count("rows.csv: columns with the name of another one are called ['answer.1']") == 1
+    assert caplog.text.count("rows.csv: the cells that rows lack are empty. Rows with too few of them: 1.") == 1
 
 
 def test_a_file_that_changes_is_read_again() -> None:

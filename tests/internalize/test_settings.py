@@ -18,7 +18,7 @@ GIVEN = {"strategy_column": "strategy", "use_bank": False, "transfer_block_size"
         ({"internalize": "contrast"}, "set `num_plain_rollouts` to at least 1"),
         ({"internalize": "contrast", "num_plain_rollouts": 2, "transfer_block_size": 1}, "block_size` to at"),
         ({"internalize": "contrast"} | PLAIN, "below `num_generations`"),
-        ({"internalize": "distill"} | PLAIN, "no row writes one"),
+        ({"internalize": "distill"} | PLAIN, "no row writes one.*lower `num_plain_rollouts`"),
         ({"internalize": "distill", "num_bank_rollouts": 2, "num_plain_rollouts": 2} | GIVEN, "set `internalize: kl`"),
         ({"internalize": "kl"} | PLAIN, "below `num_generations`"),
         ({"internalize_weight": 0.1}, "`internalize` is `none`"),

@@ -131,7 +131,8 @@ def _file_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "model_name_or_path",
             f"`model_name_or_path` is {model}, an adapter, where a whole model is needed: merge it with `trl-sgpo "
-            "export --merge`, or go on training it with `--resume_from_checkpoint`.",
+            f"export --model {model} --merge --output_dir MERGED` and name MERGED, or go on training it with its own "
+            "recipe and `--resume_from_checkpoint true`.",
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..data.columns import Columns
+from ..inference.model_files import ADAPTER_WEIGHTS, WHOLE_WEIGHTS
 
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ def precision(model: str, vram: float) -> dict[str, Any]:
 def _weights(model: str) -> float | None:
     """GB of the weights in 16 bits, by their files or by the number of parameters in the name."""
     if Path(model).is_dir():
-        return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e9
+        files = {path for name in (*WHOLE_WEIGHTS, ADAPTER_WEIGHTS) for path in Path(model).glob(name)}
+        return sum(path.stat().st_size for path in files) / 1e9
     size = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)\s?([BbMm])(?![A-Za-z])", model.split("/")[-1])
     if size is None:
         return None

@@ -340,8 +340,9 @@ def print_results(trainer: SGPOTrainer, scores: dict[str, Scores], recipe: Recip
     bank = trainer.strategy_bank
     if bank is not None and len(bank) > 0:
         trusted = sum(strategy.trust == "trusted" for strategy in bank.strategies())
-        terminal.print(f"\nThree of the {len(bank)} strategies in {bank.path}, {trusted} of them trusted:")
-        for strategy in bank.best(3):
+        best = bank.best(3)
+        terminal.print(f"\nStrategies in {bank.path}: {len(bank)}, of which {trusted} trusted. The best {len(best)}:")
+        for strategy in best:
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
             terminal.print(f"  • {printable(strategy.text)} ({tally})", highlight=False)
     output_dir = recipe.training.output_dir

@@ -34,8 +34,8 @@ def final_answer(text: str, lines: int = 1) -> str | None:
     Extracts the final answer of a solution.
 
     The last of the marks `#### 42`, `\boxed{42}` and `<answer>42</answer>` decides; without one, the last "answer is"
-    or "Answer:"; without that, bold text in the last line. A reasoning part is not read: what is
-    before `</think>`, and all after a `<think>` that has no end.
+    or "Answer:"; without that, bold text in the last line. A reasoning part is not read: what is before
+    `</think>`, or all of a text that begins with `<think>` and has no end of it.
 
     Args:
         text (`str`):
@@ -48,7 +48,9 @@ def final_answer(text: str, lines: int = 1) -> str | None:
         content of `\boxed{...}` or `<answer>`, or the rest of the sentence after the phrase. `None` if no answer is
         stated.
     """
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = text.rpartition("</think>")[2]
+    if text.lstrip().startswith("<think>"):
+        return None
     stated = _marked(text, lines)
     if stated is None:
         stated = _phrased(text) or _bold(text)

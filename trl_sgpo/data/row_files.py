@@ -100,7 +100,9 @@ def json_rows(path: str | Path, encoding: str | None = None, field: str | None =
         yield from rows
 
 
-def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ",") -> Iterator[dict[str, Any]]:
+def csv_rows(
+    path: str | Path, encoding: str | None = None, separator: str = ",", warn: bool = False
+) -> Iterator[dict[str, Any]]:
     """
     Reads the rows of a CSV file with a header.
 
@@ -109,6 +111,8 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
             As in [`text_lines`].
         separator (`str`, *optional*, defaults to `","`):
             What stands between cells.
+        warn (`bool`, *optional*, defaults to `False`):
+            Whether to log what the file lacks: rows with too few cells, and columns with the name of another.
 
     Returns:
         `Iterator[dict]`: Rows of texts, of which those that look like numbers and truth values are [`Number`] and
@@ -126,12 +130,11 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
             for cells in reader:
                 if header is None:
                     header = _names(cells) if cells else None
-                    if renamed := [name for name in header or [] if name not in cells]:
-                        logger.warning(
-                            f"{path}: columns without a name, or with one of another, are called {renamed}."
-                        )
+                    named = zip(header or [], cells, strict=False)
+                    if warn and (renamed := [name for name, cell in named if cell and name != cell]):
+                        logger.warning(f"{path}: columns with the name of another one are called {renamed}.")
                     continue
-                short += 0 < len(cells) < len(header)
+                short += len(cells) < len(header) and any(cell.strip() for cell in cells)
                 if len(cells) > len(header) and any(cells[len(header) :]):
                     raise ValueError(
                         f"line {reader.line_num} has {len(cells)} cells and the header {len(header)} (texts with "
@@ -140,8 +143,8 @@ def csv_rows(path: str | Path, encoding: str | None = None, separator: str = ","
                 if cells:
                     cells += [""] * (len(header) - len(cells))
                     yield {name: _cell(cell) for name, cell in zip(header, cells, strict=False)}
-            if short:
-                logger.warning(f"{path}: {short} rows have fewer cells than the header: the missing ones are empty.")
+            if warn and short:
+                logger.warning(f"{path}: the cells that rows lack are empty. Rows with too few of them: {short}.")
     except csv.Error as error:
         raise ValueError(f"CSV parse error in line {reader.line_num}: {error}") from error
     finally:

@@ -175,7 +175,7 @@ def _convert(files: RowFiles, most: int, target: Path, written: Path) -> None:
     """Reads JSON or CSV files twice: for the types of the columns, and for their values."""
     types: dict[str, ColumnType] = {}
     size = 0
-    for row in tqdm(_rows(files), desc=f"Columns of {files.name}", unit=" rows", delay=5):
+    for row in tqdm(_rows(files, warn=True), desc=f"Columns of {files.name}", unit=" rows", delay=5):
         size += 1
         for name, value in row.items():
             if name not in types:
@@ -200,13 +200,13 @@ def _check_number(files: RowFiles, columns: int, most: int = MAX_COLUMNS) -> Non
         raise DataError(f"{files.name} has more than {most:,} columns: leave out those that are not needed.")
 
 
-def _rows(files: RowFiles) -> Iterator[dict[str, Any]]:
+def _rows(files: RowFiles, warn: bool = False) -> Iterator[dict[str, Any]]:
     for path in files.paths:
         try:
             if files.form == "json":
                 yield from json_rows(path, files.encoding, files.field)
             else:
-                yield from csv_rows(path, files.encoding, files.separator)
+                yield from csv_rows(path, files.encoding, files.separator, warn)
         except (OSError, ValueError, LookupError) as error:
             raise _unreadable(files, path, error) from error
 

@@ -24,7 +24,7 @@ from ..inference.loading import adapter_base
 from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, SETTINGS_FILE, TOKENIZER
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import TwoPhaseSettings
-from ..report.run_files import REPORT_FILE, RUN_FILE
+from ..report.run_files import REFERENCE_FILE, REPORT_FILE, RUN_FILE, TEACHER_FILE
 from ..speed.merging import sharing_refusal
 from .license import license_of_card
 from .model_card import (
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 BANK_FILES = tuple(f"{BANK_DIRECTORY}/{name}" for name in (EXPORT_MANIFEST, EXPORT_FILE))
 
-# Needed to resume: the state that transformers writes, the rollouts not yet trained on, the bank's snapshot
+# Needed to resume: the state that transformers writes, the rollouts not yet trained on, other models of the training,
+# the bank's snapshot
 CHECKPOINT_FILES = (
     *MODEL_FILES,
     FACTS_FILE,
@@ -55,6 +56,8 @@ CHECKPOINT_FILES = (
     "scaler.pt",
     "rng_state*.pth",
     "rollouts_*.safetensors",
+    TEACHER_FILE,
+    REFERENCE_FILE,
     f"{BANK_DIRECTORY}/{LEDGER}",
     f"{BANK_DIRECTORY}/{SNAPSHOT_MANIFEST}",
 )

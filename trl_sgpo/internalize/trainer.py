@@ -30,6 +30,7 @@ from ..method.conversation import Conversation
 from ..method.credit import Credit
 from ..method.rollout import Rollout, RolloutBatch
 from ..method.transfer import rows_of
+from ..report.run_files import TEACHER_FILE
 from ..sgpo_config import SGPOConfig
 from ..speed.merging import base_of
 from ..speed.scoring import without_padding
@@ -41,8 +42,6 @@ from .retirement import retirement
 from .snapshot import WeightSnapshot
 from .targets import Target, distill_targets, divergence_targets, divergence_weights, target_tensors
 
-
-TEACHER_FILE = "teacher.safetensors"
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -181,9 +180,13 @@ class InternalizingTrainer(SharedPromptGRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         file = Path(checkpoint or "", TEACHER_FILE)
-        if checkpoint is not None and file.is_file():
+        if checkpoint is None or self.args.internalize not in ("contrast", "kl"):
+            return
+        if file.is_file():
             self._teacher = WeightSnapshot(self.model)
             self._teacher.load(file)
+        else:
+            logger.warning(f"{checkpoint} has no {TEACHER_FILE}: plain answers learn from a new copy of the weights.")
 
     # Loss
 

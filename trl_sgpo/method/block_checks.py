@@ -82,9 +82,10 @@ def _check_plain_answers(args: Any) -> None:
     if kind == "none" and args.internalize_weight is not None:
         raise ConfigError("`internalize_weight` is set but `internalize` is `none`: set `internalize`, or remove it.")
     if kind == "distill" and own < 1:
+        other = "lower `num_plain_rollouts`" if m == args.num_generations else "set `internalize: kl`"
         raise ConfigError(
             "`internalize: distill` learns from strategies that the model writes, and no row writes one: raise "
-            "`num_generations`, or set `internalize: kl`."
+            f"`num_generations`, or {other}."
         )
     if kind == "kl" and m == args.num_generations:
         raise ConfigError(

@@ -18,13 +18,10 @@ from trl import GRPOTrainer
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
 from ..errors import ConfigError
-from ..report.run_files import COMPLETIONS_DIRECTORY, STATE_FILE
+from ..report.run_files import COMPLETIONS_DIRECTORY, REFERENCE_FILE, STATE_FILE
 from ..sgpo_config import SGPOConfig
 from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
 from .resuming import check_same_model, check_same_optimizer
-
-
-REFERENCE_FILE = "reference.safetensors"
 
 
 class _BestCheckpointCallback(TrainerCallback):

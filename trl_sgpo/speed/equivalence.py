@@ -140,7 +140,7 @@ class PathChecks:
         """The model's own logits, of which the plain path computes only the product with the LM head."""
         rows = [context + new for context, new in zip(self.probe.contexts, self.probe.generated, strict=True)]
         ids, mask = (each.flip(1) for each in left_padded([row[::-1] for row in rows], 0, self.model.device))
-        logits = self.model(input_ids=ids, attention_mask=mask).logits.float() / self.temperature
+        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, -ids.size(1) :].float() / self.temperature
         log_probs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         generated = [
             log_probs[row, len(context) - 1 : len(tokens) - 1]

@@ -90,7 +90,10 @@ class RowScorer:
         )
 
         def in_place(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else torch.nn.functional.pad(values, (1, 0)).gather(1, target)[:, 1:]
+            if values is None:
+                return None
+            of_rows = values[:, values.size(1) - width + 1 :]  # without columns of a learned prompt
+            return torch.nn.functional.pad(of_rows, (1, 0)).gather(1, target)[:, 1:]
 
         return replace(outputs, log_probs=in_place(outputs.log_probs), entropy=in_place(outputs.entropy))
 

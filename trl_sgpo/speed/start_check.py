@@ -139,7 +139,7 @@ class StartCheck:
         it is compared with the model's own logits itself.
         """
         self.checks.compute_expected()
-        if self.starts and not self._sharded() and not is_prompt_learning(self.model):
+        if self.starts and not self._sharded():
             self.checks.own_logits()
         if isinstance(self.model, PeftModel) and adapted_layers(self.model) and not self._sharded():
             self.effect = adapter_effect(self.model, self.checks.expected, self.checks.plain)
