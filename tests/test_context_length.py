@@ -83,6 +83,32 @@ def test_train_says_it_before_the_warm_start(recipe, tmp_path, no_work):
         train.main(["--config", recipe, "--warmstart_file", file])
 
 
+ROTARY = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LONG_ROTARY = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(("rope", "said"), [(ROTARY, 96), (LONG_ROTARY, 128), ({"rope_type": "default"}, None)])
+def test_train_warns_of_rotary_frequencies_that_follow_the_longest_row(tmp_path, recipe, rope, said, caplog):
+    parameters = {"rope_theta": 1e4} | rope
+    model = save_tiny_model(tmp_path / "model", "llama", max_position_embeddings=96, rope_parameters=parameters)
+    with caplog.at_level("WARNING"):
+        train.main(["--config", recipe, "--model_name_or_path", model])
+    warnings = [record.message for record in caplog.records if "rotary frequencies" in record.message]
+    if said is None:
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert (
+            f"Above {said} tokens" in warning and "Lower `max_strategy_length` or `max_completion_length`" in warning
+        )
+
+
 def test_train_says_it_of_the_problems_that_it_reports_on(recipe, data, tmp_path, no_work):
     short, unseen = data.read_text().splitlines()[:7], data.read_text().splitlines()[7:]
     folder = tmp_path / "splits"

@@ -266,3 +266,11 @@ class TestSnippet:
         run_snippet(plain_snippet(adapter, SETTINGS, PROBLEM))
         plain = SGPOPipeline.from_pretrained(adapter)(PROBLEM, plain=True)
         assert capsys.readouterr().out == plain.execution + "\n"
+
+
+def test_problems_of_merged_classes_are_shown_strategies(run):
+    with StrategyBank.restore(f"{run}/strategy_bank", embedding_model=hash_embedder) as bank:
+        problem = Problem(ASKED, "totals")
+        assert with_retrieved([problem], bank, 1)[0].retrieved == ()
+        (shown,) = with_retrieved([problem], bank, 1, merged={"totals": "sums"})
+    assert [strategy.problem_class for strategy in shown.retrieved] == ["sums"] and shown.problem_class == "totals"

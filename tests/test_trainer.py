@@ -22,6 +22,7 @@ from trl_sgpo.bank.session import BankSession
 from trl_sgpo.bank.shared import SharedBank, SyncReport
 from trl_sgpo.errors import BankError, ConfigError, DataError, ModelError
 from trl_sgpo.hub.publication import CHECKPOINT_FILES
+from trl_sgpo.inference.settings import TwoPhaseSettings
 from trl_sgpo.method.transfer import BlockGeometry
 
 
@@ -397,6 +398,31 @@ def test_adapters_with_biases_are_not_merged(make):
     trainer = make(peft_config=lora, max_steps=1)
     assert not trainer.merges_adapters
     trainer.train()
+
+
+# Classes
+
+
+def test_merged_classes_are_shown_strategies_in_evaluation(make, monkeypatch, tmp_path):
+    rows = problems(5, 1).to_list()
+    rows[-1]["problem_class"] = "rare"
+    with StrategyBank(tmp_path / "bank", embedding_model=hash_embedder) as bank:
+        bank.add([Strategy("bankish zzzz", rows[0]["problem_class"], ("elsewhere",), trust="trusted")])
+    script = Script(monkeypatch)
+    trainer = make(
+        is_good,
+        Dataset.from_list(rows),
+        Dataset.from_list(rows[-1:]),
+        use_bank=True,
+        small_classes="merge",
+        per_device_eval_batch_size=4,
+        num_generations_eval=1,
+    )
+    trainer.evaluate()
+    assert script.requests and all("bankish zzzz" in request for request in script.requests)
+    trainer.save_model()
+    saved = TwoPhaseSettings.load(tmp_path / "out")
+    assert saved.merged_classes == {"rare": rows[0]["problem_class"]}
 
 
 # Rows

@@ -39,7 +39,7 @@ from trl.trainer.utils import get_config_model_id, nanstd
 from .bank import StrategyBank
 from .bank.session import BankSession, in_blocks
 from .callbacks import AdviceCallback, RunRecordCallback, StrategyBankCallback, WorstCaseCallback
-from .data.classes import CLASS_COLUMN, with_classes
+from .data.classes import CLASS_COLUMN, merged_classes, with_classes
 from .evaluation.named_sets import NamedEvaluationTrainer
 from .hub.trainer import HubTrainer
 from .inference.loading import how_trained
@@ -134,6 +134,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, InternalizingTrainer):
         self.geometry = args.geometry
         self.bank_session = BankSession(strategy_bank, args)
         train_dataset = with_classes(train_dataset, args, self.strategy_bank)
+        self.bank_session.merged = merged_classes(train_dataset, args)
         with without_experimental_warning():
             super().__init__(
                 model=model,
@@ -325,9 +326,8 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, InternalizingTrainer):
             return
         directory, prompt = output_dir or self.args.output_dir, self.train_dataset[0]["prompt"]
         settings = TwoPhaseSettings.from_config(self.args, prompt).of_model(self.processing_class)
-        if isinstance(self.model, PeftModel):
-            settings = replace(settings, trained_on=how_trained(self.model))
-        settings.save(directory)
+        trained_on = how_trained(self.model) if isinstance(self.model, PeftModel) else None
+        replace(settings, trained_on=trained_on, merged_classes=self.bank_session.merged or None).save(directory)
         self.facts.save(directory)
         self.bank_session.save(directory)
 

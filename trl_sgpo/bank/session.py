@@ -92,6 +92,7 @@ class BankSession:
         self._admitted: list[Strategy] = []
         self._outcomes: list[Outcome] = []
         self._shown = Counter[str]()
+        self.merged: dict[str, str] = {}  # classes that training merged with others
         self._waits = False  # whether the last commit could not be written
 
     # Before a rollout
@@ -123,6 +124,7 @@ class BankSession:
             args.bank_cross_class,
             trust=("trusted", "candidate") if training else ("trusted",),
             explore=_seed(args.seed, step) if training else None,
+            merged=self.merged,
         )
         drawn = [
             bank.sample(
@@ -223,7 +225,7 @@ class BankSession:
                 return
             if self._waits:
                 logger.warning(f"Training writes its bank again, with what was kept in memory: {self.bank.path}.")
-            self._waits = False
+        self._waits = False
         self._admitted, self._outcomes, self._shown = [], [], Counter()
 
     def end(self) -> None:

@@ -51,7 +51,7 @@ def worked_execution(worked: str, answer: str | None) -> str | None:
     answer = answer or final_answer(text)
     if answer is None:
         return None
-    steps = text.rpartition("####")[0] if "####" in text else text
+    steps = text.rpartition("####")[0].rstrip("#") if "####" in text else text
     return f"{steps.strip()}\n#### {answer.strip()}".strip()
 
 

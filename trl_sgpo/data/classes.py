@@ -171,6 +171,26 @@ def block_classes(
     )
 
 
+def merged_classes(dataset: "Dataset", args: "SGPOConfig") -> dict[str, str]:
+    """
+    Returns which classes [`with_classes`] merged.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Training problems with the classes of their blocks.
+        args ([`SGPOConfig`]):
+            Its `class_column` is used.
+
+    Returns:
+        `dict[str, str]`: The class that each merged class belongs to.
+    """
+    column = args.class_column or "problem_class"
+    if column not in dataset.column_names:
+        return {}
+    pairs = zip(dataset[column], dataset[CLASS_COLUMN], strict=True)
+    return {str(own): block for own, block in pairs if own is not None and str(own) != block}
+
+
 def with_classes(dataset: "Dataset", args: "SGPOConfig", bank: "StrategyBank | None" = None) -> "Dataset":
     """
     Adds the column with the class that each problem's block is formed from.

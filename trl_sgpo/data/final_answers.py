@@ -6,7 +6,7 @@ import re
 MAX_MARKS = 8
 MAX_REST = 2000
 
-_MARK = re.compile(r"####|\\boxed\s*\{|<answer>", re.IGNORECASE)
+_MARK = re.compile(r"####+|\\boxed\s*\{|\\boxed[ \t]+(?=[-+]?[\d\\.])|<answer>", re.IGNORECASE)
 _PHRASE = re.compile(
     r"\banswers?\b(?:[ \t]to[ \t][^.:\n]{0,80}?)?"
     r"(?:[ \t]{0,3}[*_]{0,3}[ \t]{0,3}[:=][ \t]{0,3}[*_]{0,3}|[ \t]{1,3}(?:is|are)\b[ \t]{0,3}:?)"
@@ -33,9 +33,9 @@ def final_answer(text: str, lines: int = 1) -> str | None:
     r"""
     Extracts the final answer of a solution.
 
-    The last of the marks `#### 42`, `\boxed{42}` and `<answer>42</answer>` decides; without one, the last "answer is"
-    or "Answer:"; without that, bold text in the last line. A reasoning part is not read: what is before
-    `</think>`, or all of a text that begins with `<think>` and has no end of it.
+    The last of the marks `#### 42` (four `#` or more), `\boxed{42}` (or `\boxed 42`) and `<answer>42</answer>`
+    decides; without one, the last "answer is" or "Answer:"; without that, bold text in the last line. A reasoning
+    part is not read: what is before `</think>`, or all of a text that begins with `<think>` and has no end of it.
 
     Args:
         text (`str`):
@@ -63,11 +63,13 @@ def _marked(text: str, lines: int) -> str | None:
     """Content of the last mark that has any."""
     for mark in reversed(list(_MARK.finditer(text))[-MAX_MARKS:]):
         rest = text[mark.end() :]
-        if mark[0] == "####":
+        if mark[0].startswith("#"):
             first = rest.split("\n", 1)[0].strip()
             content = "\n".join(rest.split("\n")[:lines]).strip() if first else rest.strip()
-        elif mark[0].startswith("\\"):
+        elif mark[0].endswith("{"):
             content = _in_braces(rest) or ""
+        elif mark[0].startswith("\\"):
+            content = re.split(r"[\s$]", rest, maxsplit=1)[0].rstrip(".,;")
         else:
             content = re.split(r"</?answer>", rest, maxsplit=1, flags=re.IGNORECASE)[0].strip()
         content = _CLOSING.sub("", content)

@@ -173,7 +173,8 @@ def _attempt(
 ) -> Chunk:
     """All attempts at the problems of a chunk. The first one of each is greedy."""
     before = model.generated_tokens
-    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
+    problems = [as_problem(row, class_column) for row in rows]
+    problems = with_retrieved(problems, bank, model.settings.num_retrieved, merged=model.settings.merged_classes)
     results: list[dict[str, Any]] = [
         {
             "problem": problem_id(problem.prompt),

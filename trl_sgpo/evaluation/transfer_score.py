@@ -275,7 +275,8 @@ def _write(
     bank: "StrategyBank | None",
 ) -> Chunk:
     before = model.generated_tokens
-    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
+    problems = [as_problem(row, class_column) for row in rows]
+    problems = with_retrieved(problems, bank, model.settings.num_retrieved, merged=model.settings.merged_classes)
     strategies = model.write_strategies(problems, decoding)
     return {
         "strategies": [
@@ -306,7 +307,8 @@ def _execute(
     bank: "StrategyBank | None",
 ) -> Chunk:
     before = model.generated_tokens
-    problems = with_retrieved([as_problem(row, class_column) for row in rows], bank, model.settings.num_retrieved)
+    problems = [as_problem(row, class_column) for row in rows]
+    problems = with_retrieved(problems, bank, model.settings.num_retrieved, merged=model.settings.merged_classes)
     if strategies is None:
         texts = model.answer([problem.prompt for problem in problems], decoding)
     else:

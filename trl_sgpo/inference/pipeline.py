@@ -238,7 +238,8 @@ class SGPOPipeline:
             if not problem.text.strip():
                 raise DataError("The problem is empty: write what is to be solved.")
             prepared.append(problem)
-        return with_retrieved(prepared, self.bank if retrieve else None, self.model.settings.num_retrieved)
+        settings, bank = self.model.settings, self.bank if retrieve else None
+        return with_retrieved(prepared, bank, settings.num_retrieved, merged=settings.merged_classes)
 
     def check_room(self, problems: Sequence[Prompt], strategy: str | None = None, plain: bool = False) -> None:
         """

@@ -1,6 +1,6 @@
 """Retrieval of strategies for problems, in training and outside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..bank import StrategyBank, problem_id
@@ -14,6 +14,7 @@ def with_retrieved(
     cross_class: bool = False,
     trust: Sequence[str] = ("trusted",),
     explore: int | None = None,
+    merged: Mapping[str, str] | None = None,
 ) -> list[Problem]:
     """
     Adds to problems the strategies that a bank retrieves for them, none of which was written for the problem itself.
@@ -32,16 +33,19 @@ def with_retrieved(
             Trust states of the strategies.
         explore (`int`, *optional*):
             Seed with which training explores, see [`~trl_sgpo.bank.StrategyBank.retrieve`].
+        merged (`Mapping[str, str]`, *optional*):
+            Classes that training merged with others, whose strategies are retrieved for their problems.
 
     Returns:
         `list[Problem]`: In the order of the problems.
     """
     if bank is None or num_retrieved == 0:
         return list(problems)
+    classes = [problem.problem_class for problem in problems]
     retrieved = bank.retrieve(
         [problem.text for problem in problems],
         k=num_retrieved,
-        classes=[problem.problem_class or None for problem in problems],
+        classes=[(merged or {}).get(name, name) or None for name in classes],
         exclude=[{problem_id(problem.prompt)} for problem in problems],
         cross_class=cross_class,
         trust=trust,

@@ -76,6 +76,8 @@ class TwoPhaseSettings:
             Whether the model was trained on texts. Conversations are flattened to text then.
         opens_reasoning (`bool`, *optional*, defaults to `False`):
             Whether the chat template starts an assistant's turn within a reasoning part.
+        merged_classes (`dict[str, str]`, *optional*):
+            Classes that training merged with others (`small_classes: merge`), whose strategies they are shown.
     """
 
     strategy_prompt: str = ""
@@ -92,6 +94,7 @@ class TwoPhaseSettings:
     turn_end: str | None = None
     plain_text: bool = False
     opens_reasoning: bool = False
+    merged_classes: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not self.strategy_prompt:
@@ -106,7 +109,7 @@ class TwoPhaseSettings:
     @classmethod
     def from_config(cls, config: "SGPOConfig", prompt: Prompt | None = None) -> "TwoPhaseSettings":
         """Takes the settings of a training configuration, and system message and kind of one of its prompts."""
-        of_the_model = ("system_prompt", "trained_on", "turn_end", "plain_text", "opens_reasoning")
+        of_the_model = ("system_prompt", "trained_on", "turn_end", "plain_text", "opens_reasoning", "merged_classes")
         names = [item.name for item in fields(cls) if item.name not in of_the_model]
         return cls(
             **{name: config.__dict__[name] for name in names if name != "repetition_penalty"},
@@ -172,6 +175,9 @@ def _check(written: Any) -> None:
         raise ValueError("`repetition_penalty` must be above 0")
     if written.get("strategy_format", "text") not in ("text", "steps"):
         raise ValueError("`strategy_format` must be text or steps")
+    merged = written.get("merged_classes") or {}
+    if not all(isinstance(name, str) for name in merged.values()):
+        raise ValueError("`merged_classes` must hold names of classes")
     trained_on = written.get("trained_on") or {}
     quantization = trained_on.get("quantization_config")
     if other := trained_on.keys() - {"dtype", "quantization_config"}:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ..errors import ConfigError, DataError
 from .conversation import Conversation
 from .prompts import Prompt, problem_text
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
     from ..inference.settings import TwoPhaseSettings
     from ..sgpo_config import SGPOConfig
+
+logger = logging.get_logger(__name__)
 
 _CANDIDATES = 16  # longest problems by characters, among which the longest by tokens are chosen
 
@@ -73,6 +77,29 @@ def position_limit(config: "PreTrainedConfig") -> int | None:
     return known.get(name, known.get("max_seq_len"))
 
 
+def rotary_limit(config: "PreTrainedConfig") -> int | None:
+    """
+    The length from which a model's rotary frequencies change with the longest row of a forward pass.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the model.
+
+    Returns:
+        `int` or `None`: `None` if they never do, as with any `rope_type` but `dynamic` and `longrope`.
+    """
+    text = config.get_text_config()
+    parameters: dict[str, Any] = vars(text).get("rope_parameters") or {}
+    of_layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    limits = {
+        "dynamic": lambda rope: text.max_position_embeddings,
+        "longrope": lambda rope: rope["original_max_position_embeddings"],
+    }
+    return min(
+        (limits[rope["rope_type"]](rope) for rope in of_layers if rope.get("rope_type") in limits), default=None
+    )
+
+
 def check_context_length(
     config: "PreTrainedConfig",
     conversation: Conversation,
@@ -83,7 +110,8 @@ def check_context_length(
     phases: Sequence[str] = (STRATEGY, EXECUTION),
 ) -> None:
     """
-    Checks that the longest row that the prompts can lead to has positions in the model.
+    Checks that the longest row that the prompts can lead to has positions in the model, and warns if the model reads
+    rows of that length with other rotary frequencies.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -104,8 +132,8 @@ def check_context_length(
     Raises:
         [`ConfigError`]: It has not. The message names the settings to lower.
     """
-    limit = position_limit(config)
-    if limit is None or not prompts:
+    limit, rotary = position_limit(config), rotary_limit(config)
+    if (limit is None and rotary is None) or not prompts:
         return
     if STRATEGY in phases:
         (request,) = longest_requests(prompts, 1, conversation, settings.max_strategy_length, shown)
@@ -118,11 +146,19 @@ def check_context_length(
     if virtual:
         parts["the learned prompt"] = virtual
     longest = len(request) + sum(parts.values())
-    if longest > limit:
+    counted = (
+        f"{len(request)} of the longest request, {', '.join(f'{count} of {name}' for name, count in parts.items())}"
+    )
+    if limit is not None and longest > limit:
         raise ConfigError(
-            f"A row can have {longest} tokens, and the model has {limit} positions: {len(request)} of the longest "
-            f"request, {', '.join(f'{count} of {name}' for name, count in parts.items())}. {lower}, or leave out the "
-            "longest problems."
+            f"A row can have {longest} tokens, and the model has {limit} positions: {counted}. {lower}, or leave out "
+            "the longest problems."
+        )
+    if rotary is not None and longest > rotary:
+        logger.warning_once(
+            f"A row can have {longest} tokens ({counted}). Above {rotary} tokens this model's rotary frequencies "
+            "follow the longest row of a batch: log-probabilities then depend on the rows beside, and those of "
+            f"sampling are not those of training. {lower}, or leave out the longest problems."
         )
 
 
