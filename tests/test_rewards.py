@@ -87,6 +87,8 @@ BAD = [
     ("answer", DISCOUNT, "For a discount subtract the share from the price. It costs $68 afterwards."),
     ("answer", CHICKENS, "Given heads and legs, halve the surplus legs. There are 12."),
     ("final answer", APPLES, "To find the total, add both amounts.\n#### 41"),
+    ("final answer", APPLES, "To find the total, add both amounts.\n##### 41"),
+    ("final answer", APPLES, "To find the total, add both amounts: \\boxed 41"),
     ("final answer", TRAIN, "When given distance and time, divide. \\boxed{59}"),
     ("final answer", LETTERS, "For counting letters, spell the word. The answer is 2."),
     ("no condition", TRAIN, "Divide distance by time."),

@@ -1,6 +1,8 @@
 """A bank's ledger that someone else wrote computes nothing when it is opened, and its values are those of a bank."""
 
+import os
 import sqlite3
+import struct
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from bank_helpers import hashed_words, make
 
 from trl_sgpo import StrategyBank
 from trl_sgpo.bank import Outcome
+from trl_sgpo.bank.seal import break_seal, seal
 from trl_sgpo.bank.strategy import UNVERIFIED
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import BankError
@@ -138,7 +141,8 @@ def test_a_value_of_another_type(command: str, change_made: str, bank: Path, cap
 def test_an_execution_of_other_types(command: str, change_made: str, bank: Path, capsys: Any) -> None:
     change(bank, f"UPDATE executions SET {change_made}")
     status, text = told(bank, command, capsys)
-    assert status == (1 if command == "verify" else 2) and text.count("a value that cannot be") == 1
+    assert status == (1 if command == "verify" else 2)
+    assert text.count("a value that cannot be") == 1
 
 
 @pytest.mark.parametrize("value", ["x'ff'", "'{}'", "'5'", "'[\"x\"]'", "'[NaN]'", "'[1e999]'", NO_LISTS[-1]])
@@ -152,3 +156,42 @@ def test_a_text_of_a_problem_that_is_none(bank: Path) -> None:
     change(bank, "UPDATE problems SET text = x'ff'", "UPDATE strategies SET trust = 'trusted'")
     with StrategyBank(bank, hashed_words) as again, pytest.raises(BankError, match="a value that cannot be"):
         again.retrieve(["a"])
+
+
+def journal(bank: Path, victim: Path) -> None:
+    """A journal of SQLite that names another file as its super-journal, which SQLite deletes with it."""
+    content, name = (bank / LEDGER).read_bytes(), os.fsencode(victim)
+    (page,) = struct.unpack(">H", content[16:18])
+    magic = bytes.fromhex("d9d505f920a163d7")
+    header = magic + struct.pack(">IIIII", 0, 0, len(content) // page, 512, page)
+    end = struct.pack(">II", len(name), sum(struct.unpack(f"{len(name)}b", name)) & 0xFFFFFFFF)
+    parts = (header.ljust(512, b"\0"), struct.pack(">I", 2**30 // page + 1), name, end, magic)
+    (bank / f"{LEDGER}-journal").write_bytes(b"".join(parts))
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "stats"])
+def test_a_journal_beside_it_deletes_no_file(
+    bank: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim = tmp_path / "thesis.txt"
+    victim.write_text("precious")
+    journal(bank, victim)
+    status, said = told(bank, command, capsys)
+    assert victim.read_text() == "precious"
+    assert status == (1 if command == "verify" else 2)
+    assert "ledger.sqlite-journal, which no bank has: delete that file" in said
+
+
+def test_an_index_that_somebody_else_sealed_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, state = tmp_path / "chroma", "state"
+    index.mkdir()
+    (index / "chroma.sqlite3").write_text("a parser reads it")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "theirs"))
+    seal(index, state)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "ours"))
+    assert not break_seal(index, state)
+    seal(index, state)
+    assert break_seal(index, state) and not break_seal(index, state)
+    seal(index, state)
+    (index / "chroma.sqlite3-journal").write_text("deletes what it names")
+    assert not break_seal(index, state)

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from models import save_tiny_model
 
 from trl_sgpo.checks.growth import check_growth
+from trl_sgpo.checks.splitting import MAX_WAYS, ways_of_matching
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ModelError
+from trl_sgpo.inference.pretrained import load_tokenizer
 
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -144,3 +149,59 @@ USUAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", USUAL)
 def test_a_usual_tokenizer(name: str) -> None:
     check_growth(name, USUAL[name])
+
+
+SLOW = {
+    "alternatives within a repetition": r"[a-z ](?:.|..){21}(?>.*)[^\n]|.|\n",
+    "many repetitions": r"[a-z ]{0,55}[a-z ]{0,55}[a-z ]{0,55}[a-z ]{0,55}!",
+    "a repetition of one": r"(?:a+)+$",
+    "a repeated reference": r"(a*)\1*\1*b",
+    "a set in a set": r"[a[b]]*[ab]*[ab&&[a]]*[a]*c",
+}
+KNOWN = [  # of GPT-2, Llama 3, Qwen 2, GPT-4o, DeepSeek 3, Kimi K2, SmolLM, Seed, CLIP, BLOOM
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|"
+    "[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*",
+    r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+(?i:'s|'t)?",
+    r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    r"\A +| +\z",
+    r" {2,}",
+    r"\s{2,}|[\n\r\t]",
+    "[一-龥぀-ゟ゠-ヿ]+",
+]
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("place", ["normalizer", "pre_tokenizer", "decoder", "tekken.json"])
+def test_a_pattern_that_is_slow_on_some_texts_only(name: str, place: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    if place == "tekken.json":
+        (tmp_path / place).write_text(json.dumps({"config": {"pattern": SLOW[name]}, "vocab": []}))
+    else:
+        step = {"type": "Split", "pattern": {"Regex": SLOW[name]}, "behavior": "Isolated", "invert": False}
+        step = step if place == "pre_tokenizer" else replace({"Regex": SLOW[name]}, "b")
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {place: step}))
+    with pytest.raises(ModelError, match="which may match for ever"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", KNOWN)
+def test_patterns_of_known_tokenizers(pattern: str) -> None:
+    assert tokenizers.Regex(pattern)  # one that the library reads
+    assert ways_of_matching(pattern) <= MAX_WAYS
+
+
+@given(pattern=st.text("ab()[]{}|*+?^$.\\pdx12,&:=!<> ", max_size=24))
+def test_any_pattern_is_counted_or_refused(pattern: str) -> None:
+    try:
+        assert ways_of_matching(pattern) >= 1
+    except ValueError as error:
+        assert str(error)

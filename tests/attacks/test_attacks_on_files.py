@@ -16,8 +16,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_sgpo import SGPOPipeline, StrategyBank
 from trl_sgpo.bank.exchange import export_bank
-from trl_sgpo.bank.index import seal
 from trl_sgpo.bank.lock import BankLock
+from trl_sgpo.bank.seal import seal
 from trl_sgpo.bank.shared import SharedBank
 from trl_sgpo.bench.arms import write as write_benchmark
 from trl_sgpo.callbacks import RunRecordCallback

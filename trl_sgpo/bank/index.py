@@ -4,7 +4,6 @@ The index of a large bank: ids and embeddings in Chroma. All of it is in the led
 It is opened by the first search among more strategies than are compared exactly, so most banks have none.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +14,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..checks.json_text import read_json
 from ..errors import BankError
-from ..files import write_file
 from .contents import Contents
-from .files import file_sha256
 from .ledger import Ledger
+from .seal import break_seal, seal
 
 
 logger = logging.getLogger(__name__)
@@ -28,38 +25,7 @@ logger = logging.getLogger(__name__)
 PAGE = 5_000  # Chroma refuses batches above 5,461
 _ADDED_AT_A_TIME = 1_000  # a second or so, so that the progress bar moves
 COLLECTION = "strategies"
-SEAL = "seal.json"
 SYNC_THRESHOLD = 5_000  # changes after which Chroma writes its whole index to disk, which need not survive a crash
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    """Path and SHA-256 of every file but the seal."""
-    return {
-        str(path.relative_to(directory)): file_sha256(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-
-
-def seal(directory: Path, state: str) -> None:
-    """Write the checksums of a closed index, and the state of the ledger, by [`Ledger.state`], that it holds."""
-    write_file(directory / SEAL, json.dumps({"state": state, "files": _digests(directory)}))
-
-
-def break_seal(directory: Path, state: str) -> bool:
-    """
-    Remove the seal, because a crash can damage an index in use, and return whether the files are those that were
-    sealed for this state of the ledger.
-
-    Opening a damaged index can end the process or fill the disk, so damage must be found before Chroma opens it.
-    """
-    path = directory / SEAL
-    try:
-        sealed = read_json(path)
-    except (OSError, ValueError):
-        return False
-    path.unlink()
-    return sealed == {"state": state, "files": _digests(directory)}
 
 
 class Index:

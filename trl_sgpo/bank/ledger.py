@@ -1,6 +1,7 @@
 """The record of the bank: one SQLite file, from which everything else is derived."""
 
 import json
+import os
 import re
 import sqlite3
 import uuid
@@ -127,6 +128,7 @@ class Ledger:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         with self._reading():
+            self._expect_no_journal()
             self._connection = sqlite3.connect(self.path)
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
             self._connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _MAX_STATEMENT)
@@ -155,6 +157,12 @@ class Ledger:
         self.migrated = version in (1, 2)
         if self.migrated:
             self._migrate(version)
+
+    def _expect_no_journal(self) -> None:
+        """SQLite plays back a journal and deletes what it names. A bank has a write-ahead log instead."""
+        journal = self.path.with_name(f"{self.path.name}-journal")
+        if os.path.lexists(journal) and self.path.is_file() and self.path.stat().st_size > 0:
+            raise sqlite3.DatabaseError(f"beside it is {journal.name}, which no bank has: delete that file")
 
     def _expect_known_tables(self) -> None:
         """Constraints, views, triggers, computed columns and indices of expressions compute, and may never end."""

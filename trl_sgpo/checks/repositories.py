@@ -14,6 +14,7 @@ from .growth import check_growth
 from .json_text import parse_json, texts_in
 from .opening import check_opens
 from .patterns import may_match_for_ever
+from .splitting import check_splitting
 
 
 OTHER_MODEL = "use one whose tokenizer is in its own files."
@@ -110,6 +111,8 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
         (_TOKENIZER, partial(check_tokenizer_settings, directory=directory)),
         ("special_tokens_map.json", partial(_check_special_tokens, directory=directory)),
         (_VOCABULARY, check_growth),
+        (_VOCABULARY, check_splitting),
+        ("tekken.json", check_splitting),
         ("processor_config.json", _check_processor),
         (ADAPTER_FILE, check_adapter_settings),
     ):

@@ -7,6 +7,7 @@ the process is killed meanwhile.
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterable
@@ -34,6 +35,7 @@ from ..report.run_files import (
 )
 
 
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}(?:-[0-9]{1,9})?")
 _CHECKPOINTS = "checkpoint-*"
 # A folder without any of these, and without checkpoints, holds no run: what it has is the user's
 _EVIDENCE = (*WEIGHTS, "pytorch_model*.bin", "adapter_model.bin", "training_args.bin", BANK_DIRECTORY, STATE_FILE)
@@ -68,9 +70,19 @@ class Run:
 
 
 def run_id(directory: str | Path) -> str | None:
-    """Id of the run that an output folder or a checkpoint belongs to, `None` if a version without ids wrote it."""
-    found = read_object(Path(directory) / RUN_FILE)
-    return str(found["id"]) if found is not None and "id" in found else None
+    """
+    Id of the run that an output folder or a checkpoint belongs to, `None` if a version without ids wrote it.
+
+    Raises:
+        [`ConfigError`]: It is none that a run writes. It names a folder, so that any text could name any folder.
+    """
+    file = Path(directory) / RUN_FILE
+    found = read_object(file)
+    if found is None or "id" not in found:
+        return None
+    if not isinstance(found["id"], str) or _ID.fullmatch(found["id"]) is None:
+        raise ConfigError(f"The `id` in {file} is none of a run: delete the file.")
+    return found["id"]
 
 
 def write_run_id(directory: str | Path, run: str) -> None:
@@ -269,10 +281,14 @@ def _check_inputs(directory: Path, leave: list[str], inputs: Iterable[str | None
 
 def _set_aside(directory: Path, names: list[str], run: str) -> Path:
     """Moves files and folders, one by one, to a folder where none of them is yet. Returns it."""
-    folders = (directory / EARLIER_DIRECTORY / (run if number == 1 else f"{run}-{number}") for number in count(1))
+    earlier = directory / EARLIER_DIRECTORY
+    folders = (earlier / (run if number == 1 else f"{run}-{number}") for number in count(1))
     target = next(folder for folder in folders if not any((folder / name).exists() for name in names))
     if not names:
         return target
+    for folder in (earlier, target, *((target / name).parent for name in names)):
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a link to another folder: delete it.")
     target.mkdir(parents=True, exist_ok=True)
     try:
         if any(name == ADAPTER_FILE or (directory / name / ADAPTER_FILE).is_file() for name in names):

@@ -1,0 +1,73 @@
+"""A received run's folder: the id in it names a folder, and links in it lead elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trl_sgpo.errors import ConfigError
+from trl_sgpo.run.directory import begin_run, run_id
+
+
+ID = "20261130-101500-0a1b"
+CODE = "print('code of the run')"
+
+
+@pytest.fixture
+def received(tmp_path: Path) -> Path:
+    """A run with two checkpoints, of which the first is resumed, and an evaluation of the second that holds code."""
+    run = tmp_path / "received"
+    for step in (1, 2):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (run / "sitecustomize").mkdir()
+    (run / "sitecustomize" / "__init__.py").write_text(CODE)
+    (run / "sitecustomize" / "results.json").write_text(json.dumps({"settings": {"model": str(run / "checkpoint-2")}}))
+    (run / "earlier").mkdir()
+    return run
+
+
+def name(run: Path, identity: object) -> None:
+    for folder in (run, run / "checkpoint-1", run / "checkpoint-2"):
+        (folder / "run.json").write_text(json.dumps({"id": identity}))
+
+
+def moved(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*.py")]
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_what_is_set_aside_stays_in_the_run(received: Path, tmp_path: Path, absolute: bool) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    name(received, str(home) if absolute else "../../home")
+    with pytest.raises(ConfigError, match=r"The `id` in .*run\.json is none of a run: delete the file\."):
+        begin_run(received, str(received / "checkpoint-1"))
+    assert moved(home) == []
+
+
+@pytest.mark.parametrize("identity", ["..", "", "a/b", 5, None, ["x"], ID + "\n", "20261130-101500-0A1B", "٢" * 8])
+def test_an_id_is_one_that_a_run_writes(tmp_path: Path, identity: object) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"id": identity}))
+    with pytest.raises(ConfigError, match="is none of a run"):
+        run_id(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["earlier", f"earlier/{ID}"])
+def test_nothing_is_moved_through_a_link(received: Path, tmp_path: Path, link: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    name(received, ID)
+    if link == "earlier":
+        (received / link).rmdir()
+    (received / link).symlink_to(home)
+    with pytest.raises(ConfigError, match="is a link to another folder: delete it"):
+        begin_run(received, str(received / "checkpoint-1"))
+    assert moved(home) == []
+
+
+def test_a_run_that_is_resumed_sets_aside_what_came_later(received: Path) -> None:
+    name(received, ID)
+    assert begin_run(received, str(received / "checkpoint-1")).id == ID
+    assert moved(received / "earlier" / ID) == ["__init__.py"]
+    assert (received / "earlier" / ID / "checkpoint-2").is_dir()
