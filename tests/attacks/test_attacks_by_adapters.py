@@ -1,8 +1,12 @@
 """Settings of an adapter make no more than a real one does, and end in one line."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from models import save_tiny_model
 from peft import (
     AdaLoraConfig,
     LoraConfig,
@@ -12,10 +16,14 @@ from peft import (
     PromptTuningConfig,
     VBLoRAConfig,
     VeraConfig,
+    get_peft_model,
 )
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from trl_sgpo.checks.adapters import check_adapter_settings
 from trl_sgpo.errors import ModelError
+from trl_sgpo.inference.pretrained import load_adapter
 
 
 def nested(depth: int) -> Any:
@@ -76,3 +84,48 @@ PROMPT: dict[str, Any] = {
 )
 def test_large_adapters_of_real_models(config: Any) -> None:
     check_adapter_settings("adapter", config.to_dict())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "LORA", "r": 2**15, "lora_alpha": 1, "target_modules": "all-linear"},
+        {"peft_type": "LORA", "r": 2**15, "init_lora_weights": "pissa", "target_modules": "all-linear"},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**6},
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**6},
+        {"peft_type": "ADAPTION_PROMPT", "adapter_len": 10**6, "adapter_layers": 2},
+    ],
+    ids=lambda settings: settings["peft_type"],
+)
+def test_an_adapter_of_1_kilobyte_that_asks_for_gigabytes(
+    settings: dict[str, Any], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sizes are on their own those of an adapter, and the base multiplies them."""
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", None)
+    known = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(known | settings))
+    save_file({"prompt_embeddings": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"ask for [\d,]+ weights, of which most are not in its adapter_model"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights="pissa"),
+        PrefixTuningConfig(
+            num_virtual_tokens=8, encoder_hidden_size=3000, prefix_projection=True, task_type="CAUSAL_LM"
+        ),
+        PromptEncoderConfig(num_virtual_tokens=8, encoder_hidden_size=3000, task_type="CAUSAL_LM"),
+        VeraConfig(r=4, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_adapters_that_peft_saved_are_loaded(config: Any, base: str, tmp_path: Path) -> None:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
+    load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path)

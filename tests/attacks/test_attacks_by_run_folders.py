@@ -1,12 +1,17 @@
-"""A received run's folder: the id in it names a folder, and links in it lead elsewhere."""
+"""A received run's folder: the id in it names a folder, links in it lead elsewhere, and files in it are no files."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from models import save_tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_sgpo.errors import ConfigError
 from trl_sgpo.run.directory import begin_run, run_id
+from trl_sgpo.run.resuming import check_same_model
 
 
 ID = "20261130-101500-0a1b"
@@ -71,3 +76,37 @@ def test_a_run_that_is_resumed_sets_aside_what_came_later(received: Path) -> Non
     assert begin_run(received, str(received / "checkpoint-1")).id == ID
     assert moved(received / "earlier" / ID) == ["__init__.py"]
     assert (received / "earlier" / ID / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "rollouts_0.safetensors", "strategy_bank/x.sqlite"])
+def test_a_pipe_in_a_checkpoint(tmp_path: Path, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    file = tmp_path / "checkpoint-1" / name
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=f"{name} is no file, such as a pipe or a broken link: remove it"):
+        check_same_model(model, str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", "text"),
+        ("adapter_model.safetensors", None),
+        ("optimizer.pt", "text"),
+        ("scheduler.pt", ""),
+        ("rng_state.pth", "text"),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path: Path, name: str, content: str | None) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    check_same_model(model, str(tmp_path / "checkpoint-1"))
+    file = tmp_path / "checkpoint-1" / name
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=f"{name} is damaged.*: resume from another checkpoint"):
+        check_same_model(model, str(tmp_path / "checkpoint-1"))

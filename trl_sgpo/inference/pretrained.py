@@ -17,6 +17,7 @@ from ..checks.remote_code import remote_code_problems
 from ..checks.repositories import AGAIN, base_of_adapter
 from ..errors import ConfigError, ModelError
 from ..speed.patches import CountedPatch
+from .adapter_size import check_adapter_size
 from .checked import checked, checked_folder
 from .model_files import ADAPTER_WEIGHTS
 
@@ -204,16 +205,19 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
             What `PeftModel.from_pretrained` takes.
 
     Raises:
-        [`ModelError`]: The adapter has no `adapter_model.safetensors`, names other models, or has patterns that may
-            match for ever.
+        [`ModelError`]: The adapter has no `adapter_model.safetensors`, names other models, has patterns that may
+            match for ever, or asks for many more weights than it has.
     """
     from peft import PeftConfig, PeftModel
 
-    kwargs = checked(directory, kwargs)
+    folder, kwargs = checked_folder(directory, kwargs)
     with loading(directory), readable_weights(directory):
         place = {key: kwargs[key] for key in ("revision", "local_files_only") if key in kwargs}
         config = PeftConfig.from_pretrained(directory, **place)
         check_adapter_patterns(directory, config.to_dict(), [name for name, _ in model.named_modules()])
+        weights = folder / (kwargs.get("subfolder") or "") / ADAPTER_WEIGHTS
+        if weights.is_file():
+            check_adapter_size(directory, config, model, weights.stat().st_size)
         return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
 
 

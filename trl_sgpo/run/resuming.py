@@ -4,9 +4,10 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..checks.json_text import read_json
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Those that say how large the weights of an adapter are, and how much they count
 _SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_ARCHIVES = (".pt", ".pth")  # the state of optimizer, schedule and random numbers, as torch saves them
+_ANOTHER = "resume from another checkpoint."
 _OR_ANEW = "or train without `resume_from_checkpoint`."
 
 
@@ -41,6 +44,7 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
     """
     if checkpoint is None or not Path(checkpoint).is_dir():
         return
+    _check_files(Path(checkpoint))
     if not isinstance(model, PeftModel):
         if is_adapter(checkpoint):
             raise ConfigError(
@@ -62,8 +66,11 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
         raise ConfigError(
             f"The adapter in {checkpoint} has other settings ({'; '.join(changed)}): set those of before, {_OR_ANEW}"
         )
-    with safe_open(Path(checkpoint, ADAPTER_WEIGHTS), framework="pt") as file:
-        there = set(file.keys())
+    try:
+        with safe_open(Path(checkpoint, ADAPTER_WEIGHTS), framework="pt") as file:
+            there = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{checkpoint}/{ADAPTER_WEIGHTS} is damaged ({error}): {_ANOTHER}") from error
     trained = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if others := sorted((trained - there) | {name for name in there - trained if "lora_" in name}):
         raise ConfigError(
@@ -71,6 +78,15 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
             f"`lora_target_modules` and `lora_modules_to_save` as before, {_OR_ANEW}"
         )
     _check_same_base(model, checkpoint, str(now["base_model_name_or_path"]))
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Reading a pipe never ends, and libraries do not name a file of theirs that is damaged."""
+    for path in checkpoint.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path} is no file, such as a pipe or a broken link: remove it, or {_ANOTHER}")
+        if path.name.endswith(_ARCHIVES) and not is_zipfile(path):
+            raise ConfigError(f"{path} is damaged: {_ANOTHER}")
 
 
 def _check_same_base(model: PeftModel, checkpoint: str, base: str) -> None:
