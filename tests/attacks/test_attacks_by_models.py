@@ -685,6 +685,37 @@ def test_sizes_below_1(
     assert f"`{key}: {value}`" in errors
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
+        ({"generator": {}}, "the config of its language model is dict"),
+        ({"sliding_window": "x"}, "`sliding_window: 'x'`"),
+        ({"sliding_window": -5}, "`sliding_window: -5`"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_values_that_no_model_has(
+    changes: dict[str, Any], said: str, command: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(tiny / CONFIG, **changes)
+    assert said in one_line(capsys, command, "--config", recipe(tmp_path, str(tiny)))
+
+
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_a_model_that_returns_tuples(command: str, tiny: Path, tmp_path: Path) -> None:
+    change(tiny / CONFIG, return_dict=False)
+    assert main([command, "--config", recipe(tmp_path, str(tiny))]) == 0
+
+
+def test_values_that_are_refused_when_the_model_is_saved(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(tiny / CONFIG, output_attentions=True)
+    errors = one_line(capsys, "train", "--config", recipe(tmp_path, str(tiny)))
+    assert "cannot be saved with its `config.json`" in errors and not list(tmp_path.rglob("checkpoint-*"))
+
+
 def test_weights_that_are_no_numbers(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny)
     for weight in model.parameters():

@@ -213,6 +213,8 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             without_positions = key == "head_dim" and value == 0 and "qk_nope_head_dim" in settings
             if key in _SIZES and isinstance(value, int) and value < 1 and not without_positions:
                 raise ModelError(f"The config of {source} has `{key}: {value}`: {AGAIN}")
+            if key == "sliding_window" and not (value is None or (isinstance(value, int) and value >= 0)):
+                raise ModelError(f"The config of {source} has `{key}: {value!r}`: {AGAIN}")
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:

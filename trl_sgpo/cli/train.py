@@ -41,7 +41,7 @@ from ..evaluation.digest import changes, depends_on, digest
 from ..evaluation.tables import before_and_after
 from ..files import write_file
 from ..hub.push import claim
-from ..inference.pretrained import load_config, load_tokenizer
+from ..inference.pretrained import load_config, load_tokenizer, loading
 from ..inference.settings import TwoPhaseSettings
 from ..method.context_length import check_context_length, shown_strategies
 from ..method.conversation import check_system_role
@@ -190,15 +190,16 @@ def train(recipe: Recipe) -> SGPOTrainer:
         run = _begin_run(recipe, checkpoint) if training.should_save else None
     if script.warmstart_traces > 0 or script.warmstart_file is not None:
         model = warmstart_model(recipe, model, train_dataset)
-    trainer = SGPOTrainer(
-        model=model,
-        reward_funcs=rewards,
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=also if training.eval_strategy != "no" else None,
-        quantization_config=quantization_config,
-        peft_config=peft_config,
-    )
+    with loading(model):
+        trainer = SGPOTrainer(
+            model=model,
+            reward_funcs=rewards,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=also if training.eval_strategy != "no" else None,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
     trainer.run = run
     trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture) | asdict(recipe.columns)
     trainer.facts = replace(

@@ -25,16 +25,17 @@ from ..evaluation.digest import digest, model_record
 from ..files import unfinished_directory
 from ..inference.checked import checked
 from ..inference.model_files import WARMSTART_DIRECTORY
-from ..inference.pretrained import load_config, load_tokenizer, readable_weights
+from ..inference.pretrained import load_config, load_tokenizer, loading, readable_weights
 from ..inference.settings import TwoPhaseSettings
 from ..method.context_length import check_trace_length
 from ..method.conversation import Conversation
 from ..method.prompts import plain_answer
+from ..method.requirements import check_saved
 from ..recipe import Recipe, model_init_kwargs
 from ..run.directory import holds_adapters
 from ..sgpo_config import SGPOConfig
 from ..speed.lm_head import project_labelled_tokens_only
-from ..speed.merging import adapter_effect, fixed_log_probs, merge_is_exact
+from ..speed.merging import adapter_effect, base_of, fixed_log_probs, merge_is_exact
 from . import worked
 from .trace_files import read_traces
 from .worked import Trace
@@ -191,7 +192,7 @@ def warmstart(
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)
     check_trace_length(model_config, max(len(example["input_ids"]) for example in examples))
     adapter = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    with readable_weights(model):
+    with loading(model), readable_weights(model):
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
@@ -221,6 +222,7 @@ def warmstart(
             processing_class=tokenizer,
             peft_config=adapter,
         )
+    check_saved(base_of(trainer.model))
     with project_labelled_tokens_only(trainer.accelerator.device):
         trainer.train()
     tuned = trainer.accelerator.unwrap_model(trainer.model)

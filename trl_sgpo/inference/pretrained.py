@@ -159,12 +159,17 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
 
 def load_config(source: str | Path, **kwargs: Any) -> "PretrainedConfig":
     """Loads the config of a model. It takes what `AutoConfig.from_pretrained` takes."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     kwargs = _safe(kwargs)
     kwargs = checked(source, kwargs)
     with loading(source):
-        return AutoConfig.from_pretrained(source, **kwargs)
+        config = AutoConfig.from_pretrained(source, **kwargs)
+        text = config.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise TypeError(f"the config of its language model is {type(text).__name__}")
+        config.return_dict = True
+        return config
 
 
 def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrainedModel":

@@ -1,8 +1,10 @@
 """Checks of arguments and model, before any long work."""
 
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, PeftType, PromptLearningConfig
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
@@ -11,7 +13,7 @@ from trl import GRPOTrainer
 from ..checks.secrets import redacted
 from ..data.answers import answer_reward
 from ..data.columns import check_column_names, check_entries, check_solutions
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from ..sgpo_config import SGPOConfig
 from ..speed.learned_prompts import LEARNED_PROMPTS, is_prompt_learning
 from ..speed.merging import base_of
@@ -87,6 +89,27 @@ def check_arguments(
             check_solutions(dataset.features)
 
 
+def check_saved(model: PreTrainedModel) -> None:
+    """
+    Checks that the settings of a model can be saved, and lets it return its outputs by name. transformers checks some
+    values only when it saves them, which would end a training at its first checkpoint.
+
+    Raises:
+        [`ModelError`]: They cannot.
+    """
+    model.config.return_dict = True
+    with TemporaryDirectory(prefix="trl-sgpo-config-") as directory:
+        for config, file in ((model.config, "config.json"), (model.generation_config, "generation_config.json")):
+            try:
+                if config is not None:
+                    config.save_pretrained(directory)
+            except (ValueError, TypeError, StrictDataclassError) as error:
+                raise ModelError(
+                    f"The model cannot be saved with its `{file}` ({' '.join(str(error).split())}): mend the value "
+                    "there."
+                ) from error
+
+
 def _check_strategies(dataset: Dataset, column: str) -> None:
     if column not in dataset.column_names:
         raise DataError(
@@ -107,7 +130,9 @@ def check_model(trainer: GRPOTrainer) -> None:
             with gradient checkpointing, FSDP with sharded state dicts, rows longer than the model's table of
             positions, or a chat template without the system role that the prompts have.
         [`DataError`]: A message with control tokens of the model outside its content.
+        [`ModelError`]: It has settings that cannot be saved.
     """
+    check_saved(base_of(trainer.model))
     check_system_role(trainer.processing_class, trainer.train_dataset[0]["prompt"], trainer.args.chat_template_kwargs)
     if trainer.use_vllm and "quantization_config" in vars(trainer.model.config):
         raise ConfigError(QUANTIZED_VLLM)

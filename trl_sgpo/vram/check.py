@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ModelError
+from ..inference.pretrained import loading
 from ..recipe import Recipe
 from .advice import cheapest_change, in_words
 from .architectures import model_config
@@ -36,7 +37,8 @@ def estimate_recipe(recipe: Recipe, path: str, vram_gb: float | None, device: st
     def estimate(changed: Recipe) -> Estimate:
         return estimator(changed, assumed_lengths(changed))
 
-    memory = estimate(recipe)
+    with loading(name):  # which it is built from without weights
+        memory = estimate(recipe)
     result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}
     if vram_gb is not None:
         result["fits"] = memory.fits(vram_gb)
