@@ -5,9 +5,11 @@ status 2, or its figures stay as they were.
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,11 @@ from models import problems, save_tiny_model
 from trl_sgpo import SGPOPipeline
 from trl_sgpo.cli.eval import _load_model, read_options
 from trl_sgpo.cli.main import main
+from trl_sgpo.cli.train import _measure_before
 from trl_sgpo.compare.arm_run import run_records
 from trl_sgpo.compare.config import read_comparison
+from trl_sgpo.data.bootstrap import run_blocks
+from trl_sgpo.errors import ConfigError, DataError
 
 
 VALUES = [None, "x", [], {}, float("nan"), 1e308, -5, 10**400, True]
@@ -242,3 +247,80 @@ class TestComparison:
         (tmp_path / "runs" / "sgpo" / "seed-2" / name).write_text(content)
         assert main(command) == 2
         assert f"seed-2/{name} is damaged" in capsys.readouterr().err
+
+
+def executed(**changes: Any) -> dict[str, Any]:
+    return {"problem": "a", "text": "#### 1", "outcome": 1.0, "baseline": 0.0, "sibling": True} | changes
+
+
+def tried(execution: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    made = {"strategy": "Add.", "problem_class": "sums", "sources": ["a"], "flaw": None}
+    return made | {"executions": [execution or executed()]} | changes
+
+
+def block(one: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    return {"problems": ["a", "b"], "tried": [one or tried()], "tokens": 3} | changes
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        block(tried(executed(baseline=-1e6))),
+        block(tried(executed(baseline=math.nan))),
+        block(tried(executed(baseline=10**400))),
+        block(tried(executed(outcome="1"))),
+        block(tried(executed(text=None))),
+        block(tried(executed(problem="other"))),
+        block(tried(executed(sibling="yes"))),
+        block(tried(strategy=5)),
+        block(tried(problem_class=["a"])),
+        block(tried(sources=["other"])),
+        block(tried(more=1)),
+        block(tokens="many"),
+        block(tokens=-(10**30)),
+        block(problems=["c", "d"], tried=[]),
+        [],
+    ],
+    ids=str,
+)
+def test_a_record_of_a_bootstrap(row: Any, tmp_path: Path) -> None:
+    path = tmp_path / "bootstrap.jsonl"
+    lines = [json.dumps(line) + "\n" for line in ({"settings": {}}, block())]
+    path.write_text("".join(lines))
+    (done,) = run_blocks(path, {}, [[0, 1]], ["a", "b"], lambda *_: pytest.fail("it is done"))
+    assert done.to_dict() == block(tried(sources=("a",), executions=(executed(),)))
+    path.write_text(lines[0] + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"bootstrap\.jsonl is damaged \(.*\): move it away to start anew"):
+        run_blocks(path, {}, [[0, 1]], ["a", "b"], lambda *_: pytest.fail("it is damaged"))
+
+
+def test_a_pipe_as_the_record_of_a_bootstrap(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "bootstrap.jsonl")
+    with pytest.raises(DataError, match="it is no file, such as a pipe"):
+        run_blocks(tmp_path / "bootstrap.jsonl", {}, [[0]], ["a"], lambda *_: pytest.fail("it is a pipe"))
+
+
+FIGURES = {"accuracy": 0.5, "transfer": 0.2, "problems": 10, "transfers": 5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accuracy": -7.5},
+        {"accuracy": "0.1"},
+        {"accuracy": math.nan},
+        {"problems": "x"},
+        {"problems": -3},
+        {"plain": [1]},
+    ],
+    ids=str,
+)
+def test_figures_before_training(changes: dict[str, Any], tmp_path: Path) -> None:
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    scores = {"sampled": FIGURES, "greedy": FIGURES}
+    (tmp_path / "before.json").write_text(json.dumps({"of": {}, "scores": scores}))
+    found = _measure_before(trainer, None, 1, {}, "checkpoint-1")
+    assert found is not None and found["greedy"]["accuracy"] == 0.5
+    (tmp_path / "before.json").write_text(json.dumps({"of": {}, "scores": scores | {"greedy": FIGURES | changes}}))
+    with pytest.raises(ConfigError, match=r"before\.json is damaged \(`scores\.greedy\."):
+        _measure_before(trainer, None, 1, {}, "checkpoint-1")

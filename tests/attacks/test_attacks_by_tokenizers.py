@@ -205,3 +205,16 @@ def test_any_pattern_is_counted_or_refused(pattern: str) -> None:
         assert ways_of_matching(pattern) >= 1
     except ValueError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("name", ["../../x", "", "a/b", ".hidden", None, 5 * "x" * 40])
+def test_a_chat_template_whose_name_is_no_name_of_a_file(name: str | None, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "hello"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    load_tokenizer(str(tmp_path))
+    templates[1]["name"] = name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    with pytest.raises(ModelError, match="has a chat template without a plain name"):
+        load_tokenizer(str(tmp_path))

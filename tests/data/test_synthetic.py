@@ -213,10 +213,11 @@ class TestFiles:
             return RecordedBlock([str(index) for index in indices], [], 3)
 
         blocks = [[0, 1], [2, 3], [4, 5]]
-        whole = run_blocks(path, {"seed": 1}, blocks, do)
+        ids = [str(index) for index in range(6)]
+        whole = run_blocks(path, {"seed": 1}, blocks, ids, do)
         content = path.read_bytes()
         path.write_bytes(content[:-7])
-        assert run_blocks(path, {"seed": 1}, blocks, do) == whole and path.read_bytes() == content
+        assert run_blocks(path, {"seed": 1}, blocks, ids, do) == whole and path.read_bytes() == content
         assert calls == [0, 1, 2, 2]
         with pytest.raises(ConfigError, match="seed was 1, is 2"):
             open_record(path, {"seed": 2})

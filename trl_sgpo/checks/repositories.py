@@ -24,6 +24,7 @@ MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
+_TEMPLATE = re.compile(r"\w[\w.\-]{0,99}")  # its name, of which a file is made when the tokenizer is saved
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _EXPERTS = re.compile(r"(?:num_|n_).*experts")
 _OTHER_FILES = ("configuration_files", "fast_tokenizer_files")  # that libraries read in place of those checked here
@@ -242,6 +243,11 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any], direc
     if any(token.keys() - _OF_ADDED_TOKEN for token in _added_tokens(settings)):
         # The tokenizer's library would print them, past all escaping
         raise ModelError(f"The tokenizer of {source} has added tokens with unknown keys: {AGAIN}")
+    templates = settings.get("chat_template")
+    for template in templates if isinstance(templates, list) else []:
+        name = template.get("name") if isinstance(template, dict) else None
+        if not (isinstance(name, str) and _TEMPLATE.fullmatch(name)):
+            raise ModelError(f"The tokenizer of {source} has a chat template without a plain name: {AGAIN}")
     for key, value in settings.items():
         if key in (*_TEXTS, *_INERT):
             continue

@@ -23,6 +23,11 @@ def text(value: Any, place: str) -> None:
         _refuse(place, value, "text")
 
 
+def truth(value: Any, place: str) -> None:
+    if not isinstance(value, bool):
+        _refuse(place, value, "true or false")
+
+
 def nothing(value: Any, place: str) -> None:
     if value is not None:
         _refuse(place, value, "null")

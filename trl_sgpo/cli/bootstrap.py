@@ -197,7 +197,7 @@ def bootstrap(recipe: "Recipe", options: argparse.Namespace, output_dir: Path) -
     chosen = [rows[index] for block in blocks for index in block]
     room = [prompt for prompt, _ in worked_prompts(chosen).values()] if worked else [row["prompt"] for row in chosen]
     do = _doing(recipe, options, settings, plan, rows, classes, verifier, room)
-    done = run_blocks(output_dir / RECORD, made_with, blocks, do)
+    done = run_blocks(output_dir / RECORD, made_with, blocks, ids, do)
     tried = [one for block in done for one in block.tried]
     if worked and not tried:
         raise DataError(

@@ -40,6 +40,7 @@ from ..evaluation.block_transfer import TransferScore, chosen_problems, measure_
 from ..evaluation.digest import changes, depends_on, digest
 from ..evaluation.tables import before_and_after
 from ..files import write_file
+from ..hub.card_results import check_scores
 from ..hub.push import claim
 from ..inference.pretrained import load_config, load_tokenizer, loading
 from ..inference.settings import TwoPhaseSettings
@@ -312,6 +313,7 @@ def _measure_before(
         stored = read_json(path) if path.is_file() else {}
         found = changes(stored.get("of", {}), of) if stored else "nothing was measured before training"
         if found is None:
+            check_scores(stored["scores"])
             return {decoding: TransferScore(**score).to_dict() for decoding, score in stored["scores"].items()}
     print(f"There are no figures before training, as those after it would be measured otherwise: {found}.")
     return None

@@ -6,9 +6,23 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from ..checks.shapes import either, listing, nothing, number, record, text, truth
 from ..method.prompts import ParsedStrategy
 from ..method.rewards import copied_literals, leak
 from .worked import Trace
+
+
+_MAYBE_TEXT, _OUTCOME = either(nothing, text), either(nothing, number(0, 1))
+_EXECUTED = record(
+    {"problem": text, "text": text, "outcome": _OUTCOME},
+    closed=True,
+    optional={"baseline": _OUTCOME, "sibling": truth},
+)
+_TRIED = record(
+    {"strategy": text, "problem_class": text, "sources": listing(text), "executions": listing(_EXECUTED)},
+    closed=True,
+    optional={"flaw": _MAYBE_TEXT},
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class Tried:
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "Tried":
+        """Reads a record, which somebody else may have written. Raises a `ValueError` at values that none has."""
+        _TRIED(row, "tried")
         executions = tuple(Executed(**execution) for execution in row["executions"])
         return cls(**row | {"sources": tuple(row["sources"]), "executions": executions})
 

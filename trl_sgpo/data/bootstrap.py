@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from ..bank.strategy import problem_id
-from ..checks.json_text import parse_json
-from ..errors import ConfigError, DataError
+from ..checks.json_text import parse_json, read_lines
+from ..checks.shapes import count, listing, record
+from ..checks.shapes import text as is_text
+from ..errors import ConfigError, DataError, SGPOError
 from ..evaluation.digest import changes
 from ..files import append_file
 from ..inference.model import Decoding
@@ -81,6 +83,9 @@ class Plan:
         return replace(self.decoding, seed=self.decoding.seed + _SEEDS_A_BLOCK * number)
 
 
+_BLOCK = record({"problems": listing(is_text), "tried": listing(record({})), "tokens": count})
+
+
 @dataclass(frozen=True)
 class Block:
     """
@@ -105,7 +110,13 @@ class Block:
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "Block":
-        return cls(row["problems"], [Tried.from_dict(one) for one in row["tried"]], row["tokens"])
+        """Reads a record, which somebody else may have written. Raises a `ValueError` at values that none has."""
+        _BLOCK(row, "block")
+        block = cls(row["problems"], [Tried.from_dict(one) for one in row["tried"]], row["tokens"])
+        named = {key for one in block.tried for key in (*one.sources, *(each.problem for each in one.executions))}
+        if others := named - {*block.problems}:
+            raise ValueError(f"it names the problem {min(others)!r}, which is of another block")
+        return block
 
 
 def cut_blocks(classes: Sequence[str], answers: Sequence[str] | None, size: int, seed: int) -> list[list[int]]:
@@ -346,19 +357,20 @@ def open_record(path: Path, settings: dict[str, Any]) -> list[Block]:
         [`~trl_sgpo.errors.DataError`]: It is damaged.
     """
     settings = json.loads(json.dumps(settings))
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8", errors="replace").split("\n")[:-1]
-    if not lines:
-        _append(path, {"settings": settings}, 0)
-        return []
-    if len(whole) < len(data):
-        append_file(path, len(whole)).close()
     try:
+        lines = list(read_lines(path)) if path.exists() else []
+        if not lines:
+            _append(path, {"settings": settings}, 0)
+            return []
+        whole = sum(map(len, lines))
+        if whole < path.stat().st_size:
+            append_file(path, whole).close()
         recorded = parse_json(lines[0])["settings"]
         changed = changes(recorded, settings)
         blocks = [] if changed else [Block.from_dict(parse_json(line)) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except SGPOError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}): move it away to start anew.") from error
     if changed:
         raise ConfigError(
@@ -376,7 +388,11 @@ def _append(path: Path, row: dict[str, Any], length: int | None = None) -> None:
 
 
 def run_blocks(
-    path: Path, settings: dict[str, Any], blocks: list[list[int]], do: Callable[[list[int], int], Block]
+    path: Path,
+    settings: dict[str, Any],
+    blocks: list[list[int]],
+    ids: Sequence[str],
+    do: Callable[[list[int], int], Block],
 ) -> list[Block]:
     """
     Runs the blocks that are not in the record, and records each.
@@ -388,13 +404,21 @@ def run_blocks(
             Everything the blocks depend on.
         blocks (`list[list[int]]`):
             Indices of each block's problems.
+        ids (`Sequence[str]`):
+            Id of each problem.
         do (`Callable[[list[int], int], Block]`):
             Runs a block, given its problems and its number.
 
     Returns:
         `list[Block]`: All blocks, including those of earlier runs.
+
+    Raises:
+        [`~trl_sgpo.errors.DataError`]: The record has blocks of other problems.
     """
     done = open_record(path, settings)[: len(blocks)]
+    for number, block in enumerate(done):
+        if block.problems != [ids[index] for index in blocks[number]]:
+            raise DataError(f"{path} is damaged (block {number} is of other problems): move it away to start anew.")
     with tqdm(total=len(blocks), initial=len(done), desc="Bootstrap", unit="block") as bar:
         for number in range(len(done), len(blocks)):
             block = do(blocks[number], number)

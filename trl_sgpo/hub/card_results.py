@@ -39,6 +39,11 @@ _ENTRY = record(
 _OF_DATASET, _OF_METRIC = ("name", "type", "config", "split"), ("type", "value", "name")
 
 
+def check_scores(scores: Any) -> None:
+    """Raises a `ValueError` if figures before training are not those of a run."""
+    _SCORES(scores, "scores")
+
+
 def _report(directory: Path) -> dict[str, Any]:
     path = directory / REPORT_FILE
     if not path.is_file():
