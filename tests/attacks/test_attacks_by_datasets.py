@@ -7,7 +7,9 @@ import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import datasets
 import pyarrow as pa
@@ -205,3 +207,57 @@ def test_rows_that_the_datasets_library_keeps_are_read_without_network(
     assert problems["solution"][:] == ["0.1", "12.5"] and problems["x"][1].startswith("1970-01-01")
     with pytest.raises(DataError, match="no split `dev`: use one of train"):
         load_problems("someone/problems", "dev")
+
+
+ADDRESSES = [
+    "{}*.jsonl",
+    "{}secret.jsonl",
+    "zip://*.jsonl::{}a.zip",
+    "simplecache::{}a.jsonl",
+    "/etc/*.jsonl",
+    "hf://datasets/other/data/a.jsonl",
+    "file:///etc/a.jsonl",
+    "memory://a.jsonl",
+]
+
+
+@pytest.mark.parametrize("pattern", ADDRESSES)
+def test_an_address_in_a_card_is_not_asked(folder: Path, pattern: str) -> None:
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        (folder / "rows.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": "3"}) + "\n")
+        card(folder, json.dumps(pattern.format(f"http://127.0.0.1:{server.server_port}/")))
+        with pytest.raises(DataError, match="which is not part of it"):
+            load_problems(str(folder), "train")
+        server.shutdown()
+        thread.join()
+    assert asked == []
+
+
+def test_a_folder_in_a_card_holds_addresses(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": "3"}) + "\n")
+    card(folder, '"*.jsonl"', settings='data_dir: "x::http://127.0.0.1:1/"')
+    with pytest.raises(DataError, match="which is not part of it"):
+        load_problems(str(folder), "train")
+    card(folder, '"*.jsonl"')
+    assert len(load_problems(str(folder), "train")) == 1
+
+
+@pytest.mark.parametrize("pattern", ["**/" * 12 + "z.jsonl", "*a" * 9 + "b.jsonl"])
+def test_a_pattern_in_a_card_that_never_ends(folder: Path, pattern: str) -> None:
+    deep = folder / "/".join("a" * 60) / ("a" * 200)
+    deep.mkdir(parents=True)
+    (deep / "rows.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": "3"}) + "\n")
+    card(folder, json.dumps(pattern))
+    with pytest.raises(DataError, match=r"which may match for ever: use fewer `\*`"):
+        load_problems(str(folder), "train")

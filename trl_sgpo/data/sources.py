@@ -5,18 +5,19 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from ..checks.paths import FILE_ENDINGS, problem_file
-from ..errors import DataError
+from ..errors import DataError, SGPOError
 from ..files import durable_replace, unfinished_file
 from .columns import as_answer, is_missing
 from .compressed import unpacked
 from .generated import GYM, LISTS, materialise
-from .own_files import check_own_files
+from .own_files import OWN_PATTERNS, check_own_files
 from .rows import RowFiles, Rows, cache, cached_rows, is_cached, read_files
 
 
@@ -148,7 +149,10 @@ def _builder(path: str, name: str | None, data_dir: str | None, data_files: Any)
     from yaml import YAMLError
 
     try:
-        return load_dataset_builder(path, name=name, data_dir=data_dir, data_files=data_files)
+        with OWN_PATTERNS if data_files is None else nullcontext():
+            return load_dataset_builder(path, name=name, data_dir=data_dir, data_files=data_files)
+    except SGPOError:
+        raise
     except (YAMLError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
