@@ -11,24 +11,43 @@ import yaml
 from .checks.characters import misplaced
 from .checks.terminal import printable
 from .errors import ConfigError, refuse
+from .speed.patches import CountedPatch
 
 
 MAX_BYTES = 2**20
-MAX_NODES = 100_000  # with aliases written out
+MAX_NODES, MAX_NODES_OF_CARDS = 100_000, 1_000_000  # with aliases written out
 MAX_DIGITS = 40
 
 
 class _Limited:
     """Refuses a document whose aliases repeat too much, or contain themselves."""
 
+    most = MAX_NODES
+
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()  # type: ignore[misc]
         if node is not None:
-            _size(node, {})
+            _size(node, {}, self.most)
         return node
 
 
 class _TextLoader(_Limited, yaml.BaseLoader): ...
+
+
+class _CardLoader(_Limited, yaml.SafeLoader):
+    most = MAX_NODES_OF_CARDS
+
+
+def _safe_loader() -> type[yaml.SafeLoader]:
+    return yaml.SafeLoader
+
+
+def _set_safe_loader(loader: type[yaml.SafeLoader]) -> None:
+    yaml.SafeLoader = loader  # type: ignore[misc]
+
+
+FEW_ALIASES = CountedPatch(_safe_loader, _set_safe_loader, _CardLoader)
+"""Within the context, `yaml.safe_load` refuses what no card of a dataset has."""
 
 
 class _Loader(_Limited, yaml.SafeLoader):
@@ -55,7 +74,7 @@ class _Loader(_Limited, yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+def _size(node: yaml.Node, sizes: dict[int, int | None], most: int) -> int:
     """Number of nodes with aliases written out. `sizes` are those of nodes that were met, `None` for one within."""
     if id(node) not in sizes:
         sizes[id(node)] = None
@@ -64,12 +83,12 @@ def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
             children = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
-        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+        sizes[id(node)] = 1 + sum(_size(child, sizes, most) for child in children)
     size = sizes[id(node)]
     if size is None:
         raise yaml.YAMLError(f"an alias in line {node.start_mark.line + 1} contains itself")
-    if size > MAX_NODES:
-        raise yaml.YAMLError(f"its aliases repeat more than {MAX_NODES} values, in line {node.start_mark.line + 1}")
+    if size > most:
+        raise yaml.YAMLError(f"its aliases repeat more than {most} values, in line {node.start_mark.line + 1}")
     return size
 
 

@@ -261,3 +261,15 @@ def test_a_pattern_in_a_card_that_never_ends(folder: Path, pattern: str) -> None
     card(folder, json.dumps(pattern))
     with pytest.raises(DataError, match=r"which may match for ever: use fewer `\*`"):
         load_problems(str(folder), "train")
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("merge", ["[{0}, {0}]", "{{<<: [{0}, {0}]}}"])
+def test_a_card_whose_aliases_repeat(folder: Path, file: str, merge: str) -> None:
+    (folder / "rows.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": "3"}) + "\n")
+    lines = ["x0: &x0 {a: b}"] + [f"x{n}: &x{n} {merge.format(f'*x{n - 1}')}" for n in range(1, 40)]
+    lines.append("configs: [{config_name: default, data_files: *x39}]")
+    text = "\n".join(lines) + "\n"
+    (folder / file).write_text(f"---\n{text}---\n" if file == "README.md" else text)
+    with pytest.raises(DataError, match="its aliases repeat more than 1000000 values"):
+        load_problems(str(folder), "train")

@@ -1,6 +1,7 @@
 """Configs and tokenizers of strangers that never end, fill memory or print control characters when opened."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,22 @@ def test_what_a_run_adds_to_a_model_does_not_open_it_again(tmp_path: Path, asked
             (tmp_path / name).write_text(json.dumps({"step": step}))
         check_model_folder(tmp_path, "user/model")
     assert len(asked) == 1
+
+
+def test_a_file_whose_name_is_no_text(tmp_path: Path, asked: list[str]) -> None:
+    model = Path(save_tiny_model(tmp_path / "model"))
+    Path(os.fsdecode(os.fsencode(model) + b"/\xff.txt")).write_text("left by somebody")
+    check_model_folder(model, model)
+    assert len(asked) == 1
+
+
+def test_names_that_hold_others_are_not_taken_for_them(tmp_path: Path, asked: list[str]) -> None:
+    """The record is of all names and sizes, however these are written."""
+    model = Path(save_tiny_model(tmp_path / "model"))
+    (model / "a 1\nb").write_text("")
+    check_model_folder(model, model)
+    (model / "a 1\nb").unlink()
+    (model / "a").write_text("1")
+    (model / "b").write_text("")
+    check_model_folder(model, model)
+    assert len(asked) == 2

@@ -1,6 +1,7 @@
 """A trial of a model's config and tokenizer in a process with limits, before this process reads them."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -62,7 +63,8 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
             f"{source}: move the model to a folder of its own."
         )
     for path in read:
-        digest.update(f"\n{path.relative_to(directory)} {path.stat().st_size}\n".encode())
+        name = os.fsencode(path.relative_to(directory))
+        digest.update(b"%d %b %d " % (len(name), name, path.stat().st_size))
     for path in small:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

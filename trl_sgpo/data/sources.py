@@ -14,6 +14,7 @@ from filelock import FileLock
 from ..checks.paths import FILE_ENDINGS, problem_file
 from ..errors import DataError, SGPOError
 from ..files import durable_replace, unfinished_file
+from ..yaml_files import FEW_ALIASES
 from .columns import as_answer, is_missing
 from .compressed import unpacked
 from .generated import GYM, LISTS, materialise
@@ -149,7 +150,7 @@ def _builder(path: str, name: str | None, data_dir: str | None, data_files: Any)
     from yaml import YAMLError
 
     try:
-        with OWN_PATTERNS if data_files is None else nullcontext():
+        with FEW_ALIASES, OWN_PATTERNS if data_files is None else nullcontext():
             return load_dataset_builder(path, name=name, data_dir=data_dir, data_files=data_files)
     except SGPOError:
         raise
