@@ -9,6 +9,8 @@ from models import save_tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from trl_sgpo.compare import rlhf
+from trl_sgpo.data import warmstart
 from trl_sgpo.errors import ConfigError
 from trl_sgpo.run.directory import begin_run, run_id
 from trl_sgpo.run.resuming import check_same_model
@@ -110,3 +112,16 @@ def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path: Path, name: str, cont
         file.write_text(content)
     with pytest.raises(ConfigError, match=f"{name} is damaged.*: resume from another checkpoint"):
         check_same_model(model, str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"{}", b"x", b"[" * 100_000, b"0" * 10**6, None], ids=repr)
+def test_the_record_of_what_a_model_was_made_of(tmp_path: Path, content: bytes | None) -> None:
+    for name, made in (
+        ("warmstart.sha256", lambda: warmstart._is_made_of(tmp_path, "digest", "model")),
+        ("held_out.json", lambda: rlhf.is_made_of(tmp_path, "digest")),
+    ):
+        if content is None:
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+        assert made() is False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checks.json_text import read_object
 from ..errors import ConfigError, DataError
 from ..files import unfinished_directory, write_file
 from ..inference.model import Decoding, TwoPhaseModel
@@ -228,8 +229,7 @@ def fingerprint(parts: list[Any]) -> str:
 
 def is_made_of(directory: str | os.PathLike[str], made_of: str) -> bool:
     """Whether a directory is complete and has this fingerprint."""
-    path = Path(directory, HELD_OUT_FILE)
-    return path.is_file() and json.loads(path.read_text())["made_of"] == made_of
+    return (read_object(Path(directory, HELD_OUT_FILE)) or {}).get("made_of") == made_of
 
 
 def finish_directory(

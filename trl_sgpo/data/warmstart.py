@@ -43,15 +43,15 @@ from .worked import Trace
 
 logger = logging.getLogger(__name__)
 
-_MADE_OF = "warmstart.sha256"
+_MADE_OF, _MAX_RECORD = "warmstart.sha256", 1024
 
 
 def _is_made_of(directory: Path, made_of: str, model: str) -> bool:
     """Whether a warm start was made of these traces, settings and model. Earlier versions did not record the model."""
-    try:
-        recorded = (directory / _MADE_OF).read_text().splitlines()
-    except OSError:
+    path = directory / _MADE_OF
+    if not path.is_file() or path.stat().st_size > _MAX_RECORD:
         return False
+    recorded = path.read_text(errors="replace").splitlines()
     return recorded[:1] == [made_of] and recorded[1:] in ([], [model])
 
 
