@@ -120,6 +120,10 @@ def test_plain_answers_stand_beside_guided_ones() -> None:
     results["k1"][1]["suites"]["seen"]["plain"] = results["sgpo"][1]["suites"]["seen"]["plain"]
     difference = summary(_comparison(), results)["differences"]["k1"]["seen plain accuracy"]
     assert difference["values"] == [0.7 - 0.5, 0.0]
+    for result in results["sgpo"]:
+        result["suites"]["seen"]["own"] = result["suites"]["seen"]["plain"]
+    text = markdown(summary(_comparison(), results))
+    assert "| arm | seeds | seen accuracy | seen accuracy without the bank | seen plain accuracy |" in text
 
 
 def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> None:

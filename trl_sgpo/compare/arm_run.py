@@ -296,6 +296,9 @@ def _measure(
         two_phase = arm.form == "two_phase"
         answers = evaluate_plain(model, loaded, verifier, protocol) if two_phase else found
         results[loaded.suite.name] = found | {"plain": way_figures(answers)}
+        if bank is not None:
+            own = evaluate_suite(model, loaded, verifier, protocol)
+            results[loaded.suite.name]["own"] = way_figures(own)
     # Equal limits for all arms: a plain answer may be as long as strategy and execution together
     model.settings = plain
     report = transfer_report(

@@ -79,15 +79,19 @@ def _range(figure: str) -> tuple[float, float]:
     return (-1.0, 1.0) if figure in _SIGNED else (0.0, 1.0)
 
 
+_WAYS = {"own": "accuracy without the bank", "plain": "plain accuracy"}
+
+
 def figures_of(result: dict[str, Any]) -> dict[str, float]:
     """The figures of one run that a table shows, by name."""
     figures: dict[str, float] = {}
     for name, suite in result["suites"].items():
         figures[f"{name} accuracy"] = suite["sampled"]["accuracy"]["value"]
         figures[f"{name} accuracy, greedy"] = suite["accuracy"]["value"]
-        if "plain" in suite:
-            figures[f"{name} plain accuracy"] = suite["plain"]["sampled"]["accuracy"]["value"]
-            figures[f"{name} plain accuracy, greedy"] = suite["plain"]["accuracy"]["value"]
+        for way, kind in _WAYS.items():
+            if way in suite:
+                figures[f"{name} {kind}"] = suite[way]["sampled"]["accuracy"]["value"]
+                figures[f"{name} {kind}, greedy"] = suite[way]["accuracy"]["value"]
     transfer = result["transfer"]
     conditions, differences = transfer["conditions"], transfer["differences"]
     figures["transfer score"] = conditions["transfer"]["value"]
@@ -174,8 +178,8 @@ def _difference(figure: str, values: list[float]) -> Interval:
 def markdown(summed: dict[str, Any]) -> str:
     """The tables of a summary."""
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
-    known = {figure for arm in summed["arms"].values() for figure in arm}  # earlier versions have no plain answers
-    accuracies = [f"{name} {kind}" for name in suites for kind in ("accuracy", "plain accuracy")]
+    known = {figure for arm in summed["arms"].values() for figure in arm}  # earlier versions have one way only
+    accuracies = [f"{name} {kind}" for name in suites for kind in ("accuracy", *_WAYS.values())]
     accuracies = [name for name in accuracies if name in known]
     columns = [*accuracies, "transfer score", "lift", "own - other", "own - none"]
     seeds = summed["settings"]["seeds"]
@@ -186,7 +190,11 @@ def markdown(summed: dict[str, Any]) -> str:
         "seeds with 95% intervals (Student's t) in brackets, or the range of seeds that end apart in parentheses. A "
         "mean alone is of one seed, or of seeds that all end alike. Accuracies are of sampled answers, each arm in "
         "the form it was trained in"
-        + (", and plain ones of its answers to the bare problem." if len(accuracies) > len(suites) else "."),
+        + (
+            ", plain ones of its answers to the bare problem, and those without the bank where it has one."
+            if len(accuracies) > len(suites)
+            else "."
+        ),
         "",
         *_table(
             ["arm", "seeds", *columns],
