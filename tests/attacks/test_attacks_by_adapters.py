@@ -1,6 +1,7 @@
 """Settings of an adapter make no more than a real one does, and end in one line."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo.checks.adapters import check_adapter_settings
@@ -129,3 +130,28 @@ def test_an_adapter_of_1_kilobyte_that_asks_for_gigabytes(
 def test_adapters_that_peft_saved_are_loaded(config: Any, base: str, tmp_path: Path) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
     load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": math.nan}, {"lora_dropout": math.inf}, {"alpha_pattern": {"a": math.nan}}]
+)
+def test_numbers_that_are_none(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="is no finite number"):
+        check_adapter_settings("adapter", settings)
+
+
+@pytest.mark.parametrize("settings", [{"peft_type": "SHADOW"}, {"monteclora_config": {"num_samples": 10**6}}])
+def test_adapters_of_more_than_weights(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="is not loaded"):
+        check_adapter_settings("adapter", settings)
+
+
+def test_an_adapter_without_its_weights_is_not_the_bare_base(base: str, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+    for left in ({"x": torch.zeros(1)}, {name: value for name, value in weights.items() if "v_proj" in name}):
+        save_file(left, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match="has not all weights that its settings describe"):
+            load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path)

@@ -708,6 +708,15 @@ def test_a_model_that_returns_tuples(command: str, tiny: Path, tmp_path: Path) -
     assert main([command, "--config", recipe(tmp_path, str(tiny))]) == 0
 
 
+@pytest.mark.parametrize("value", [[0, 1e99], -3])
+def test_tokens_of_a_generation_config(
+    value: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(tiny / "generation_config.json", eos_token_id=value)
+    errors = one_line(capsys, "train", "--config", recipe(tmp_path, str(tiny), warmstart_traces=0))
+    assert "`eos_token_id:" in errors and "must be a token" in errors
+
+
 def test_values_that_are_refused_when_the_model_is_saved(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,3 +125,32 @@ def test_the_record_of_what_a_model_was_made_of(tmp_path: Path, content: bytes |
         else:
             (tmp_path / name).write_bytes(content)
         assert made() is False
+
+
+STATE = {"global_step": 1, "max_steps": 3, "epoch": 0.5, "log_history": [], "total_flos": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_step": -5},
+        {"global_step": 10**12},
+        {"global_step": "1"},
+        {"total_flos": "x"},
+        {"epoch": "x"},
+        {"log_history": [1]},
+        {"best_model_checkpoint": 3},
+        {"stateful_callbacks": {"ExportableState": [1]}},
+        {"stateful_callbacks": 5},
+    ],
+    ids=str,
+)
+def test_the_state_of_a_trainer(tmp_path: Path, changes: dict[str, object]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    file = tmp_path / "checkpoint-1" / "trainer_state.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(STATE))
+    check_same_model(model, str(file.parent))
+    file.write_text(json.dumps(STATE | changes))
+    with pytest.raises(ConfigError, match=r"trainer_state\.json is damaged .*: resume from another checkpoint"):
+        check_same_model(model, str(file.parent))

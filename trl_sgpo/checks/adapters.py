@@ -11,7 +11,13 @@ from .process import CHECKS
 
 
 ADAPTER_FILE = "adapter_config.json"
-OTHER_MODELS = ("shadow_model", "adapters", "prompt_tuning_init_state_dict_path", "megatron_config")
+OTHER_MODELS = (
+    "shadow_model",
+    "monteclora_config",
+    "adapters",
+    "prompt_tuning_init_state_dict_path",
+    "megatron_config",
+)
 MAX_RANK, MAX_NUMBER, MAX_LAYERS, MAX_TEXTS = 2**15, 10**6, 10_000, 2_000
 MAX_DEPTH = 20  # of lists and mappings in each other
 MAX_PRODUCTS = {2: 2**28, 3: 2**33}  # of that many sizes: those of a prompt on a base of 70 billion weights are less
@@ -49,7 +55,11 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
     copied = [part for part in settings.get("layer_replication") or [] if isinstance(part, list) and len(part) == 2]
     if sum(abs(number) for _, number in _numbers(copied)) > MAX_LAYERS:
         refuse("layer_replication", "copies more layers than any model has")
+    if settings.get("peft_type") == "SHADOW":
+        refuse("peft_type", "trains a second model, which is not supported")
     for key, number in _numbers(settings):
+        if not math.isfinite(number):
+            refuse(key, "is no finite number")
         if _NO_SIZE.search(key) is None and abs(number) > (MAX_RANK if key in ("r", "rank_pattern") else MAX_NUMBER):
             refuse(key, "is larger than that of any adapter")
         if key.endswith("layers") and abs(number) > MAX_LAYERS:

@@ -4,6 +4,7 @@ weights are read from safetensors only.
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -223,7 +224,16 @@ def load_adapter(model: "PreTrainedModel", directory: str | Path, **kwargs: Any)
         weights = folder / (kwargs.get("subfolder") or "") / ADAPTER_WEIGHTS
         if weights.is_file():
             check_adapter_size(directory, config, model, weights.stat().st_size)
-        return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
+        with warnings.catch_warnings():
+            # Of weights that are not in the file, which would be those of an untrained adapter
+            warnings.filterwarnings("error", message=".*Found missing adapter keys", category=UserWarning)
+            try:
+                return PeftModel.from_pretrained(model, directory, config=config, **kwargs)
+            except UserWarning as warning:
+                raise ModelError(
+                    f"{ADAPTER_WEIGHTS} in {directory} has not all weights that its settings describe "
+                    f"({str(warning)[:200]}): {AGAIN}"
+                ) from warning
 
 
 def load_adapter_config(directory: str | Path) -> "PeftConfig":

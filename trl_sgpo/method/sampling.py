@@ -68,6 +68,11 @@ def check_generation_config(config: GenerationConfig, of_model: GenerationConfig
     Raises:
         [`ConfigError`]: A setting that training cannot work with.
     """
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = vars(of_model).get(key)
+        tokens = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise ConfigError(f"The `generation_config.json` of the model has `{key}: {value!r}`: it must be a token.")
     if refused := active((*_NOT_SAMPLED, "num_return_sequences"), config, of_model):
         raise ConfigError(
             f"The `generation_config.json` of the model sets {_quoted(refused)}, but training needs one sample of the "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -10,12 +11,15 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
+from ..checks.shapes import MOST, count, either, listing, mapping, nothing, number, record, text
 from ..errors import ConfigError
 from ..evaluation.digest import model_record
 from ..inference.loading import adapter_base, how_trained, is_adapter
 from ..inference.model_files import ADAPTER_FILE, ADAPTER_WEIGHTS
 from ..inference.settings import TwoPhaseSettings
+from ..report.run_files import STATE_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,20 @@ logger = logging.getLogger(__name__)
 _SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _ARCHIVES = (".pt", ".pth")  # the state of optimizer, schedule and random numbers, as torch saves them
 _ANOTHER = "resume from another checkpoint."
+_MAYBE = either(nothing, number(-math.inf, math.inf))
+_CALLBACK = record({"args": record({}), "attributes": record({})})
+_STATE = record(
+    {"global_step": count, "epoch": either(nothing, number()), "log_history": listing(record({}))},
+    optional={
+        "max_steps": count,
+        "num_train_epochs": count,
+        "total_flos": number(most=math.inf),
+        "best_metric": _MAYBE,
+        "best_global_step": either(nothing, count),
+        "best_model_checkpoint": either(nothing, text),
+        "stateful_callbacks": mapping(either(_CALLBACK, listing(_CALLBACK))),
+    },
+)
 _OR_ANEW = "or train without `resume_from_checkpoint`."
 
 
@@ -45,6 +63,7 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
     if checkpoint is None or not Path(checkpoint).is_dir():
         return
     _check_files(Path(checkpoint))
+    _check_state(Path(checkpoint))
     if not isinstance(model, PeftModel):
         if is_adapter(checkpoint):
             raise ConfigError(
@@ -87,6 +106,15 @@ def _check_files(checkpoint: Path) -> None:
             raise ConfigError(f"{path} is no file, such as a pipe or a broken link: remove it, or {_ANOTHER}")
         if path.name.endswith(_ARCHIVES) and not is_zipfile(path):
             raise ConfigError(f"{path} is damaged: {_ANOTHER}")
+
+
+@expect_readable(STATE_FILE, _ANOTHER)
+def _check_state(checkpoint: Path) -> None:
+    if (checkpoint / STATE_FILE).is_file():
+        state = read_json(checkpoint / STATE_FILE)
+        _STATE(state, "it")
+        if state["global_step"] > state.get("max_steps", MOST):
+            raise ValueError(f"`global_step` is {state['global_step']} of {state['max_steps']} steps")
 
 
 def _check_same_base(model: PeftModel, checkpoint: str, base: str) -> None:
