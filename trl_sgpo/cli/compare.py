@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Runs the arms that are not finished and writes the table. Exit status 1 if a run failed."""
     options, overrides = _parser().parse_known_args(argv)
+    if options.pool:
+        return _pool(options.pool, options.results)
+    if options.config is None:
+        raise ConfigError("`trl-sgpo compare` needs `--config`, such as recipes/lab/compare.yaml, or `--pool`.")
     changes: dict[str, Any] = {
         key: options.__dict__[key]
         for key in ("arms", "seeds", "budget", "processes", "output_dir", "results")
@@ -79,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "Finished runs are kept; the same command resumes.",
         epilog="Further arguments override the recipe for all arms, as in `trl-sgpo train`.",
     )
-    parser.add_argument(
-        "--config", type=path_option, required=True, help="comparison, such as recipes/lab/compare.yaml"
-    )
+    parser.add_argument("--config", type=path_option, help="comparison, such as recipes/lab/compare.yaml")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
     parser.add_argument("--budget", type=int, help="tokens each arm may generate, instead of the file's")
@@ -89,7 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=path_option, help="where runs are kept, instead of the file's")
     parser.add_argument("--results", type=path_option, help="path without suffix for the table, instead of the file's")
     parser.add_argument("--table_only", action="store_true", help="run nothing, only write the table of finished runs")
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        metavar="FILE",
+        type=path_option,
+        help="run nothing, pool the tables (.json) of comparisons with several base models, into `--results`",
+    )
     return parser
+
+
+def _pool(files: list[str], results: str | None) -> int:
+    """Writes one table of comparisons with several base models."""
+    from ..compare.pool import markdown, pooled, read_summaries, write
+
+    if results is None:
+        raise ConfigError("`--pool` needs `--results`, the path without suffix of the table.")
+    check_file("results", results)
+    summed = pooled(read_summaries(files))
+    print(markdown(summed))
+    print(f"Written: {', '.join(map(str, write(summed, Path(results))))}")
+    return 0
 
 
 def _as_mapping(arguments: list[str]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ _SPENT = ("generated", "labels", "trained")
 def run_result(comparison: Comparison, seed: int) -> Check:
     """The values of a run's `result.json` that a table is made of."""
     rate, difference = record({"value": RATE}), record({"value": number(-1, 1)})
-    rates = {"accuracy": rate, "sampled": record({"accuracy": rate})}
+    accuracy = record({"value": RATE}, optional={"problems": count})
+    rates = {"accuracy": accuracy, "sampled": record({"accuracy": rate})}
     suite = record(rates, optional={"plain": record(rates), "own": record(rates)})
     parts = record(
         {

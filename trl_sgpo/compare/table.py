@@ -160,6 +160,8 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
         ),
         "reference": comparison.reference,
         "arms": arms,
+        "seeds": {name: [run["seed"] for run in runs] for name, runs in results.items() if runs},
+        "problems": _problems(results),
         "differences": differences,
         "curves": {name: [run["curve"] for run in runs] for name, runs in results.items() if runs},
         "matrices": {
@@ -168,6 +170,12 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
             if runs
         },
     }
+
+
+def _problems(results: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
+    """Judged problems of each suite. Results of earlier versions lack them."""
+    suites = next(run["suites"] for runs in results.values() for run in runs)
+    return {name: suite["accuracy"].get("problems", 0) for name, suite in suites.items()}
 
 
 def _difference(figure: str, values: list[float]) -> Interval:
@@ -196,7 +204,7 @@ def markdown(summed: dict[str, Any]) -> str:
             else "."
         ),
         "",
-        *_table(
+        *table_lines(
             ["arm", "seeds", *columns],
             [
                 [name, str(len(f[columns[0]]["values"])), *(_cell_of(f, c) for c in columns)]
@@ -206,7 +214,7 @@ def markdown(summed: dict[str, Any]) -> str:
         "",
         f"## {summed['reference']} minus the others, paired by seed",
         "",
-        *_table(
+        *table_lines(
             ["arm", *columns],
             [[name, *(_cell_of(f, c, signed=True) for c in columns)] for name, f in summed["differences"].items()],
         ),
@@ -216,7 +224,9 @@ def markdown(summed: dict[str, Any]) -> str:
     ]
     more = ["own strategy", "transfer score", "other class's strategy", "empty strategy", "no strategy"]
     more += [f"{name}, greedy" for name in accuracies]
-    lines += _table(["arm", *more], [[name, *(_cell_of(f, c) for c in more)] for name, f in summed["arms"].items()])
+    lines += table_lines(
+        ["arm", *more], [[name, *(_cell_of(f, c) for c in more)] for name, f in summed["arms"].items()]
+    )
     points = sorted({name for f in summed["arms"].values() for name in f if name.startswith("curve ")})
     if points:
         suite = summed["settings"]["transfer"]["suite"]
@@ -224,20 +234,20 @@ def markdown(summed: dict[str, Any]) -> str:
         learning = {name: f for name, f in summed["arms"].items() if points[0] in f}
         differences = {name: f for name, f in summed["differences"].items() if points[0] in f}
         lines += ["", f"## Learning curves: {suite} accuracy, sampled, on the first problems of the suite", ""]
-        lines += _table(["arm", *tokens], [[name, *(cell(f[c]) for c in points)] for name, f in learning.items()])
+        lines += table_lines(["arm", *tokens], [[name, *(cell(f[c]) for c in points)] for name, f in learning.items()])
         lines += ["", f"{summed['reference']} minus the others, paired by seed:", ""]
         rows = [[name, *(cell(f[c], signed=True) for c in points)] for name, f in differences.items()]
-        lines += _table(["arm", *tokens], rows)
+        lines += table_lines(["arm", *tokens], rows)
     lines += ["", "## Cost: means over seeds", ""]
     cost = ["tokens generated", "tokens labels", "tokens trained", "training seconds"]
-    lines += _table(
+    lines += table_lines(
         ["arm", "generated tokens", "of these for labels", "imitated tokens", "seconds"],
         [[name, *(f"{f[c]['mean']:,.0f}" for c in cost)] for name, f in summed["arms"].items()],
     )
     return "\n".join(lines) + "\n"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(map(in_markdown, row))} |" for row in [header, ["---"] * len(header), *rows]]
 
 
