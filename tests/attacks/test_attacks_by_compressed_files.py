@@ -9,15 +9,19 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from trl_sgpo.checks.process import CHECKS
 from trl_sgpo.data import compressed
 from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.errors import DataError
+from trl_sgpo.report.records import read_run
 
 
 ROWS = b'{"question": "1 + 2", "answer": "3"}\n'
@@ -176,3 +180,60 @@ def test_one_text_of_each_row_of_a_parquet_file(nested: bool, tmp_path: Path, mo
     with pytest.raises(DataError, match=r"rows\.parquet is 25\d MiB or more when it is read"):
         load_problems("rows.parquet")
     assert pa.default_memory_pool().max_memory() - before < 2**28
+
+
+def many(elements: int, leaves: int) -> pa.Array:
+    """Rows of which the last holds a list of so many elements."""
+    zeros = pa.array(np.zeros(elements, dtype=np.int8)).cast(pa.int64())
+    each = pa.StructArray.from_arrays([zeros] * leaves, [f"f{place}" for place in range(leaves)])
+    return pa.ListArray.from_arrays(pa.array([*[0] * 20, elements], pa.int32()), each)
+
+
+def write(table: dict[str, Any], path: Path) -> None:
+    parquet.write_table(
+        pa.table(table),
+        path,
+        compression="zstd",
+        data_page_size=2**31 - 1,
+        row_group_size=2**31,
+        write_statistics=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["a list", "a page"])
+def test_a_parquet_file_of_few_bytes_that_holds_many_values(
+    kind: str, tmp_path: Path, left: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is decoded in a process with limits only."""
+    if kind == "a list":
+        values = {"question": [f"{n} + 1" for n in range(20)], "answer": ["2"] * 20, "x": many(8_000_000, 6)}
+    else:
+        rows = 1_000_000
+        values = {name: pa.nulls(rows, pa.int64()) for name in "abc"} | {"question": pa.nulls(rows, pa.string())}
+        monkeypatch.setattr(CHECKS, "ask", lambda *_: None)  # as after its limit of memory
+    write(values, tmp_path / "train.parquet")
+    assert (tmp_path / "train.parquet").stat().st_size < 100_000
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("decoded here"))
+    with pytest.raises(DataError, match="MiB or more when it is read"):
+        load_problems(str(tmp_path / "train.parquet"))
+    assert left() == 0
+
+
+def test_rollouts_of_few_bytes_that_hold_many_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "settings.json").write_text(json.dumps({"seed": 1}))
+    texts = {name: ["a"] * 20 for name in ("prompt", "completion", "source", "strategy", "execution")}
+    numbers = {"step": [1] * 20, "correctness": [1.0] * 20}
+    path = tmp_path / "completions" / "completions_00001.parquet"
+    write(texts | numbers | {"x": many(100_000, 1)}, path)
+    run = read_run(str(tmp_path), problems=8)
+    assert len(run.problems[0].rollouts) == 20 and "x" not in run.problems[0].rollouts[0].parts
+    conversations = pa.ListArray.from_arrays(
+        pa.array([*[0] * 20, 100_000], pa.int32()),
+        pa.StructArray.from_arrays([pa.array(["user"] * 100_000), pa.array(["b"] * 100_000)], ["role", "content"]),
+    )
+    write(texts | numbers | {"prompt": conversations}, path)
+    assert "are left out, because" in read_run(str(tmp_path), problems=8).missing["rollouts"]
+    monkeypatch.setattr(CHECKS, "ask", lambda *_: None)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("decoded here"))
+    assert "are left out, because" in read_run(str(tmp_path), problems=8).missing["rollouts"]

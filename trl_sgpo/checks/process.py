@@ -1,6 +1,6 @@
 """
 What may take long or much memory, in a process of its own: mathematics, verifiers of families, chat templates,
-patterns of adapters and the opening of models.
+patterns of adapters, the opening of models and the decoding of Parquet files.
 """
 
 import atexit
@@ -21,7 +21,15 @@ from ..errors import DataError
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-SECONDS = {"equal": 5.0, "entry": 15.0, "accepts": 15.0, "render": 10.0, "opens": 180.0, "patterns": 10.0}
+SECONDS = {
+    "equal": 5.0,
+    "entry": 15.0,
+    "accepts": 15.0,
+    "render": 10.0,
+    "opens": 180.0,
+    "patterns": 10.0,
+    "decodes": 900.0,
+}
 
 _PACKAGES = {
     "equal": ("math_verify", "math"),
@@ -30,6 +38,7 @@ _PACKAGES = {
     "render": ("transformers", ""),
     "patterns": ("re", ""),
     "opens": ("transformers", ""),
+    "decodes": ("pyarrow", ""),
 }
 
 
@@ -45,8 +54,8 @@ _FAILED = {
 class CheckProcess:
     """
     A process with a limit of memory and a time limit for each request: 2 seconds of computation for mathematics and
-    chat templates, 5 for a verifier or an adapter, 60 to open a model. It starts with the first request, and again
-    after one that passed a limit. Threads may share it.
+    chat templates, 5 for a verifier or an adapter, 60 to open a model, 300 to decode a file. It starts with the first
+    request, and again after one that passed a limit. Threads may share it.
 
     Args:
         memory (`int`, *optional*, defaults to `3`):
@@ -69,7 +78,7 @@ class CheckProcess:
 
         Args:
             name (`str`):
-                `"equal"`, `"entry"`, `"accepts"`, `"render"`, `"patterns"` or `"opens"`, see
+                `"equal"`, `"entry"`, `"accepts"`, `"render"`, `"patterns"`, `"opens"` or `"decodes"`, see
                 [`~trl_sgpo.checks.worker`].
             *arguments:
                 Its arguments, as JSON has them.

@@ -1,6 +1,7 @@
 """
 Process that compares mathematical expressions, runs the verifiers of reasoning-gym, renders chat templates, matches
-patterns of adapters and opens models, so that none of these can stop the caller or fill its memory.
+patterns of adapters, opens models and decodes Parquet files, so that none of these can stop the caller or fill its
+memory.
 
 It is started as a script by [`~trl_sgpo.checks.process.CheckProcess`], with its limit of memory in GiB, and imports
 nothing of this package. A line of standard input is a JSON list, the name of a request and its arguments; a line of
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 
-SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 2, "opens": 60}
+SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 2, "opens": 60, "decodes": 300}
 MAX_RENDERED, MAX_PRINTED = 2**24, 2**20
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f642"
@@ -182,9 +183,26 @@ def opens(directory: str) -> tuple[bool, int]:
         return acts or len(content) > MAX_PRINTED, parameters
 
 
+def decodes(path: str, columns: list[str] | None, rows: int) -> int:
+    """
+    Reads a Parquet file, so many rows at a time, and returns the bytes of the largest batch, -1 after an error, which
+    is left to the caller. Texts are read as references to different ones.
+    """
+    from pyarrow import parquet
+
+    largest = -1
+    with errors_left_to_the_caller():
+        with parquet.ParquetFile(path) as file:
+            leaves = [file.schema.column(place) for place in range(len(file.schema))]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            largest = max((batch.nbytes for batch in file.iter_batches(rows, columns=columns)), default=0)
+    return largest
+
+
 REQUESTS: dict[str, Callable[..., Any]] = {
     "equal": equal, "entry": entry, "accepts": accepts, "render": render, "patterns": patterns,
-    "opens": opens,
+    "opens": opens, "decodes": decodes,
 }  # fmt: skip
 
 
@@ -199,6 +217,8 @@ def load(name: str) -> None:
     elif name == "opens":
         import torch  # noqa: F401
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    elif name == "decodes":
+        import pyarrow.parquet  # noqa: F401
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .._version import __version__
+from ..checks.process import CHECKS
 from ..errors import DataError
 from ..files import durable_replace, unfinished_file
 from .column_types import ColumnType, Kind, features_of, typed_array, with_times_as_text, without_many_keys
@@ -89,6 +90,8 @@ class RowFiles:
             Key of the rows in a JSON file that is an object.
         columns (`Sequence[str]`, *optional*):
             The columns of Parquet files to read. If `None`, all.
+        own (`bool`, *optional*, defaults to `False`):
+            Whether this package wrote the files.
     """
 
     name: str
@@ -98,6 +101,7 @@ class RowFiles:
     separator: str = ","
     field: str | None = None
     columns: Sequence[str] | None = None
+    own: bool = False
 
 
 def read_files(files: RowFiles) -> str:
@@ -232,6 +236,8 @@ def _tables(files: RowFiles, most: int) -> "tuple[pa.Schema, Iterator[list[pa.Ar
             logger.warning(f"{files.name}: {', '.join(left_out)} hold mappings, which are not read.")
         plain = pa.schema([(field.name, _plain_type(field.type)) for field in readable])
         schema = with_times_as_text(Features.from_arrow_schema(plain)).arrow_schema
+        if files.form == "parquet" and not files.own:
+            _check_decoded(files, schema.names, most)
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -253,6 +259,14 @@ def _tables(files: RowFiles, most: int) -> "tuple[pa.Schema, Iterator[list[pa.Ar
                 raise _unreadable(files, path, error) from error
 
     return schema, batches()
+
+
+def _check_decoded(files: RowFiles, columns: list[str], most: int) -> None:
+    """A page or a list of a few bytes may hold any number of values, which Arrow decodes at once."""
+    for path in files.paths:
+        largest = CHECKS.ask("decodes", str(Path(path).resolve()), columns, _BATCH)
+        if largest is None or largest > most:
+            raise _too_large(files, most)
 
 
 def _with_texts_once(path: str) -> Any:

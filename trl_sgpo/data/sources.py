@@ -92,7 +92,7 @@ def _texts(rows: Rows, name: str) -> list[str | None]:
 def _load_split(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
     """All rows of a split."""
     if path.startswith((GYM, LISTS)):
-        return _read(RowFiles(path, "parquet", [materialise(path, base)]))
+        return _read(RowFiles(path, "parquet", [materialise(path, base)], own=True))
     file = problem_file(path)
     if file is None and os.path.isfile(os.path.expanduser(path)):
         raise DataError(f"The file {path} has none of the endings {', '.join(FILE_ENDINGS)}: save it as one of these.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
 from ..checks.json_text import read_object
 from ..checks.paths import if_missing
+from ..checks.process import CHECKS
 from ..checks.repositories import is_within
 from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
@@ -25,8 +26,12 @@ from .run_files import EARLIER_DIRECTORY, REPORT_FILE, RUN_SETTINGS_FILE, STATE_
 from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MAX_VALUES = 5_000_000  # of a file of rollouts
 MAX_BYTES = 128 << 20  # of all rollouts that are read, so that a browser can show the page
+MAX_MESSAGES = 1_000  # of a conversation
 MAX_PAGES = 512 << 20  # bytes of a file of rollouts, uncompressed
 _ROWS = 4  # that are read at a time: a dictionary makes many long texts of one
 # Settings of problems that a suite given as NAME=PATH does not have
@@ -302,8 +307,13 @@ def _rolled_problems(path: Path, most: int) -> tuple[list[RolledProblem], bool]:
             parts = sum(size.row_group(index).total_byte_size for index in range(size.num_row_groups))
             if size.num_rows * size.num_columns > MAX_VALUES or parts > MAX_PAGES:
                 return [], True
-            left = size.num_rows
-            for batch in file.iter_batches(_ROWS):
+            left, columns = size.num_rows, _shown_columns(file.schema_arrow)
+            largest = CHECKS.ask("decodes", str(path.resolve()), columns, _ROWS)
+            if largest is None or largest > most:
+                return [], True
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                if any(_is_long(column) for column in batch.columns):
+                    return [], True
                 for row in batch.to_pylist():
                     groups[_step(row), _text(problem_text(row["prompt"]))].append(_rollout(row))
                 most, left = most - batch.nbytes, left - len(batch)
@@ -312,6 +322,37 @@ def _rolled_problems(path: Path, most: int) -> tuple[list[RolledProblem], bool]:
     except (ArrowException, OSError, *DAMAGED):  # a run in progress may be writing it
         return [], False
     return [RolledProblem(step, text, rollouts) for (step, text), rollouts in groups.items()], left > 0
+
+
+def _shown_columns(schema: "pa.Schema") -> list[str]:
+    """Columns of texts, conversations and numbers: not lists of others, which may hold any number of values."""
+    from pyarrow import types
+
+    texts = (types.is_string, types.is_large_string)
+    kinds = (*texts, types.is_null, types.is_boolean, types.is_integer, types.is_floating)
+
+    def is_one(kind: "pa.DataType", of: Any) -> bool:
+        return any(is_kind(kind) for is_kind in of)
+
+    def is_shown(name: str, kind: "pa.DataType") -> bool:
+        if is_one(kind, kinds):
+            return True
+        is_listed = (
+            name in TEXT_COLUMNS
+            and is_one(kind, (types.is_list, types.is_large_list))
+            and types.is_struct(kind.value_type)
+        )
+        return is_listed and all(is_one(part.type, texts) for part in kind.value_type)
+
+    return [field.name for field in schema if is_shown(field.name, field.type)]
+
+
+def _is_long(column: "pa.Array") -> bool:
+    from pyarrow import types
+
+    return (types.is_list(column.type) or types.is_large_list(column.type)) and len(
+        column.flatten()
+    ) > MAX_MESSAGES * len(column)
 
 
 def _step(row: dict[str, Any]) -> int:
