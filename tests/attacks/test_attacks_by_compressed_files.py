@@ -229,7 +229,7 @@ def test_rollouts_of_few_bytes_that_hold_many_values(tmp_path: Path, monkeypatch
     run = read_run(str(tmp_path), problems=8)
     assert len(run.problems[0].rollouts) == 20 and "x" not in run.problems[0].rollouts[0].parts
     conversations = pa.ListArray.from_arrays(
-        pa.array([*[0] * 20, 100_000], pa.int32()),
+        pa.array([0, *[100_000] * 20], pa.int32()),
         pa.StructArray.from_arrays([pa.array(["user"] * 100_000), pa.array(["b"] * 100_000)], ["role", "content"]),
     )
     write(texts | numbers | {"prompt": conversations}, path)
