@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from models import save_tiny_model
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trl_sgpo.checks.growth import check_growth
 from trl_sgpo.checks.splitting import MAX_WAYS, ways_of_matching
@@ -218,3 +219,31 @@ def test_a_chat_template_whose_name_is_no_name_of_a_file(name: str | None, tmp_p
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
     with pytest.raises(ModelError, match="has a chat template without a plain name"):
         load_tokenizer(str(tmp_path))
+
+
+def vocabulary(model: Path, longest: int) -> None:
+    """Replaces tokenizer.json by the files of a GPT-2 tokenizer."""
+    (model / "tokenizer.json").unlink()
+    words = ["<|endoftext|>", *bytes_to_unicode().values(), "a" * longest]
+    (model / "vocab.json").write_text(json.dumps({word: place for place, word in enumerate(words)}))
+    (model / "merges.txt").write_text("#version: 0.2\n")
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+
+
+@pytest.mark.parametrize("longest", [100, 50_000])
+def test_a_long_token_in_a_vocabulary_of_another_form(longest: int, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    vocabulary(tmp_path, longest)
+    if longest == 100:
+        assert load_tokenizer(tmp_path).is_fast
+        return
+    with pytest.raises(ModelError, match="has a token of 50,000 characters"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_long_token_that_the_settings_add(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"additional_special_tokens": ["b" * 50_000]}))
+    with pytest.raises(ModelError, match="has a token of 50,000 characters"):
+        load_tokenizer(tmp_path)

@@ -2,8 +2,9 @@
 
 import base64
 import binascii
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,35 @@ def check_growth(source: str | Path, tokenizer: dict[str, Any]) -> None:
         steps = list(chain.from_iterable(_mappings(tokenizer.get(name)) for name in names))
         if len(steps) > MAX_STEPS or math.prod(map(_growth, steps)) > MAX_GROWTH:
             raise ModelError(f"The {names[0]} of the tokenizer of {source} makes texts too long: use another model.")
-    longest = max(map(len, _tokens(tokenizer)), default=0)
+    _check_longest(source, _tokens(tokenizer))
+
+
+def check_loaded(source: str | Path, tokenizer: Any, from_json: bool) -> None:
+    """
+    The same for a tokenizer that was loaded, from files of any kind.
+
+    Args:
+        source (`str` or `Path`):
+            Its directory, for the message.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        from_json (`bool`):
+            Whether it was loaded from a `tokenizer.json` alone, which [`check_growth`] checked.
+
+    Raises:
+        [`ModelError`]: As [`check_growth`].
+    """
+    _check_longest(source, tokenizer.get_added_vocab())
+    if from_json:
+        return
+    if tokenizer.is_fast:
+        check_growth(source, json.loads(tokenizer.backend_tokenizer.to_str()))
+    else:
+        _check_longest(source, tokenizer.get_vocab())
+
+
+def _check_longest(source: str | Path, tokens: Iterable[str]) -> None:
+    longest = max(map(len, tokens), default=0)
     if longest > MAX_GROWTH:
         raise ModelError(f"The tokenizer of {source} has a token of {longest:,} characters: use another model.")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.adapters import check_adapter_patterns, check_whole
 from ..checks.embedding_models import check_embedding_folder
+from ..checks.growth import check_loaded
 from ..checks.json_text import parse_json
 from ..checks.remote_code import remote_code_problems
 from ..checks.repositories import AGAIN, base_of_adapter
@@ -154,6 +155,8 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBas
     directory, kwargs = checked_folder(source, kwargs)
     with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(directory, **kwargs)
+    place = directory / (kwargs.get("subfolder") or "")
+    check_loaded(source, tokenizer, (place / "tokenizer.json").is_file() and not any(place.glob("*.model")))
     tokenizer.name_or_path = str(source)  # instead of a snapshot's folder
     return tokenizer
 
