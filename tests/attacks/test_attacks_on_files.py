@@ -221,3 +221,35 @@ def test_a_link_out_of_the_folder_of_a_run(tmp_path: Path, capsys: pytest.Captur
         assert main(["train", "--config", str(recipe), "--max_steps", "1"]) == 2
         assert f"{run / name} is a link out of it" in capsys.readouterr().err
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["compare", "eval", "bootstrap", "export", "push"])
+def test_a_link_out_of_a_folder_that_a_command_writes(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim = tmp_path / "victims" / "seed-1" / "thesis.txt"
+    victim.parent.mkdir(parents=True)
+    victim.write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "base").symlink_to(tmp_path / "victims")
+    model = save_tiny_model(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {model}\ndataset_name: list_functions/seen?size=8\nreward_funcs: [answer_reward]\n"
+    )
+    comparison = tmp_path / "comparison.yaml"
+    comparison.write_text(
+        f"recipe: {recipe}\noutput_dir: {out}\nseeds: [1]\nbudget: 100\narms: {{base: {{method: base}}}}\n"
+        "reference: base\nsuites: ['id_seen=list_functions/seen?size=8']\ntransfer: {suite: seen}\n"
+    )
+    argv = {
+        "compare": ["--config", str(comparison)],
+        "eval": ["--model", model, "--suites", "id_seen=list_functions/seen?size=8", "--output_dir", str(out)],
+        "bootstrap": ["--config", str(recipe), "--output_dir", str(out)],
+        "export": ["--model", model, "--output_dir", str(out)],
+        "push": [model, "user/model", "--dry_run", str(out)],
+    }
+    assert main([command, *argv[command]]) == 2
+    assert "is a link out of it" in capsys.readouterr().err
+    assert victim.read_text() == "precious"

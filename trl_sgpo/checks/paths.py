@@ -18,7 +18,8 @@ def problem_file(path: str) -> str | None:
 
 def check_directory(key: str, path: str | Path) -> None:
     """
-    Checks that files can be written to a directory, which need not exist. Nothing is left behind.
+    Checks that files can be written to a directory, which need not exist, and that no link leads out of it. Nothing is
+    left behind.
 
     Args:
         key (`str`):
@@ -27,8 +28,13 @@ def check_directory(key: str, path: str | Path) -> None:
             The directory.
 
     Raises:
-        [`ConfigError`]: They cannot.
+        [`ConfigError`]: They cannot, or one does.
     """
+    _check_writable(key, path)
+    _check_links(key, path)
+
+
+def _check_writable(key: str, path: str | Path) -> None:
     if not str(path):
         raise ConfigError(f"`{key}` is empty: name a directory.")
     target = Path(path).expanduser().absolute()
@@ -45,19 +51,8 @@ def check_directory(key: str, path: str | Path) -> None:
     raise ConfigError(f"`{key}` is {path}, but {'it' if place == target else place} is a file: name a directory.")
 
 
-def check_links(key: str, path: str | Path) -> None:
-    """
-    Checks that no link leads out of a directory, for directories that libraries write to: they write through links.
-
-    Args:
-        key (`str`):
-            The key or option that names it.
-        path (`str` or `Path`):
-            The directory, which need not exist.
-
-    Raises:
-        [`ConfigError`]: One does.
-    """
+def _check_links(key: str, path: str | Path) -> None:
+    """Libraries write through links, and what is removed below a link is removed where it leads."""
     for folder, directories, files in os.walk(path):
         for entry in (Path(folder, name) for name in sorted([*directories, *files])):
             if entry.is_symlink() and not is_within(entry, path):
@@ -82,7 +77,7 @@ def check_file(option: str, path: str | Path) -> None:
     """
     if Path(path).is_dir():
         raise ConfigError(f"`{option}` is {path}, a directory: name a file in it.")
-    check_directory(option, Path(path).expanduser().absolute().parent)
+    _check_writable(option, Path(path).expanduser().absolute().parent)
 
 
 def if_missing(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from ..errors import ConfigError
 from .adapters import ADAPTER_FILE
 from .origin import what_to_mend
-from .paths import check_directory, check_links, problem_file
+from .paths import check_directory, problem_file
 from .settings import FILES
 
 
@@ -70,7 +70,6 @@ def _directory_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         try:
             if values[key] is not None:
                 check_directory(key, values[key])
-                check_links(key, values[key])
         except ConfigError as error:
             yield key, str(error)
 
