@@ -241,7 +241,8 @@ def test_a_link_out_of_a_folder_that_a_command_writes(
     comparison = tmp_path / "comparison.yaml"
     comparison.write_text(
         f"recipe: {recipe}\noutput_dir: {out}\nseeds: [1]\nbudget: 100\narms: {{base: {{method: base}}}}\n"
-        "reference: base\nsuites: ['id_seen=list_functions/seen?size=8']\ntransfer: {suite: seen}\n"
+        "suites: [{name: seen, path: 'list_functions/seen?size=8', kind: in_distribution}]\n"
+        "reference: base\ntransfer: {suite: seen}\n"
     )
     argv = {
         "compare": ["--config", str(comparison)],
