@@ -126,6 +126,11 @@ def finished(comparison: Comparison, arm: Arm, seed: int, record: Record) -> dic
     return result
 
 
+def _verifier(comparison: Comparison, seed: int) -> Any:
+    """Verifies the answers of all arms, also of one that is trained with other rewards."""
+    return load_rewards(arm_recipe(comparison, None, seed).script)[0]
+
+
 def _check_record(directory: Path, record: Record) -> None:
     if not (directory / RESULT_FILE).is_file() and not any(directory.glob("checkpoint-*")):
         return
@@ -158,7 +163,7 @@ def check(comparison: Comparison) -> None:
                 f"The arm {arm.name!r} teaches strategies of other classes by `distill` or `contrast`: set "
                 f"`internalize` to one of them, not {recipe.training.internalize}."
             )
-        verifier = load_rewards(recipe.script)[0]
+    verifier = _verifier(comparison, comparison.seeds[0])
     suites = load_suites(comparison.parsed_suites)
     for loaded in suites:
         some = loaded.rows[:8]
@@ -230,7 +235,7 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     write_file(directory / RECORD_FILE, json.dumps(record, indent=1, default=str))
-    verifier = load_rewards(recipe.script)[0]
+    verifier = _verifier(comparison, seed)
     plain = plain_settings(training)
     settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain
     rows = training.per_device_train_batch_size * training.steps_per_generation
