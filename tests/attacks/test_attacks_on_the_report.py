@@ -13,6 +13,7 @@ from browser import CHROMIUM, Browser
 from pyarrow import parquet
 from report_runs import write_run
 
+from trl_sgpo.bank.strategy import Execution
 from trl_sgpo.cli.main import main
 from trl_sgpo.evaluation.plots import draw_bars, draw_matrix
 from trl_sgpo.evaluation.tables import ResultTable
@@ -210,7 +211,9 @@ def test_rollouts_with_times_that_python_does_not_have(kind: pa.DataType, tmp_pa
     times = pa.array([2**30 if kind == pa.date32() else 2**62], kind)
     table = pa.table({"step": [1], "prompt": ["a"], "completion": ["b"], "t": times})
     parquet.write_table(table, directory / "completions" / "completions_00001.parquet")
-    assert "rollouts cannot be read" in report(directory, tmp_path)
+    assert "rollouts cannot be read" not in report(directory, tmp_path)
+    ((rollout,),) = (problem.rollouts for problem in read_run(directory).problems)
+    assert rollout.execution == "b" and rollout.parts == {}  # the column is not read
 
 
 def test_texts_that_are_stored_once_and_read_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,3 +229,29 @@ def test_texts_that_are_stored_once_and_read_often(tmp_path: Path, monkeypatch: 
     assert "too large: completions_00001.parquet" in run.missing["rollouts"]
     kept = sum(len(rollout.execution) for rollout in problem.rollouts)
     assert 1 << 20 < kept < 4 << 20
+
+
+def test_a_page_does_not_grow_with_the_square_of_the_classes(tmp_path):
+    run = read_run(write_run(tmp_path / "run", steps=2, max_steps=2))
+    (results,) = run.evaluations.values()
+    names = [f"class {n}" for n in range(400)]
+    (report,) = results["transfer"].values()
+    report |= {"classes": names, "matrix": [[0.5] * 400] * 400}
+    own, *_ = run.bank.strategies
+    run.bank.executions[own.id] = [
+        Execution(own.id, f"problem {n}", name, 1, 1.0, 0.5) for n, name in enumerate(names)
+    ]
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Of 400 classes the first 60 are shown.") >= 1 and "classes the first 60" in page
+    assert page.count("<td") < 2 * 60 * 61 + 2_000 and "class 399" not in page
+
+
+def test_a_whole_number_beyond_64_bits_is_drawn(tmp_path):
+    directory = write_run(tmp_path / "run", steps=2, max_steps=2)
+    path = next((tmp_path / "run").rglob("trainer_state.json"))
+    state = json.loads(path.read_text())
+    state["log_history"][0]["sgpo/correctness"] = 10**30
+    path.write_text(json.dumps(state))
+    write_report(read_run(directory), tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_file()

@@ -10,10 +10,11 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .records import RolledProblem, Run
 
 
 MAX_STRATEGIES = 500
+MAX_CLASSES = 60  # of a matrix, and of what a strategy was executed on
 MAX_ANCESTORS = 20
 MAX_TEXT = 20_000  # characters of a text that are shown
 _LONG_WORD = re.compile(r"[^ \t\r\n]{1000}(?=[^ \t\r\n])")
@@ -143,7 +145,7 @@ class Matrix:
 
     title: str
     note: str
-    classes: list[str]
+    classes: Sequence[str]
     rows: list[tuple[str, list[float | None]]]
 
 
@@ -289,22 +291,33 @@ def _matrices(run: Run) -> list[Matrix]:
     matrices = []
     for name, results in run.evaluations.items():
         for suite, report in results["transfer"].items():
-            rows = list(zip(report["classes"], report["matrix"], strict=True))
+            cells = {
+                (own, other): value
+                for own, row in zip(report["classes"], report["matrix"], strict=True)
+                for other, value in zip(report["classes"], row, strict=True)
+            }
             note = "Measured on unseen problems by trl-sgpo eval: mean outcome of the trained model's strategies."
-            matrices.append(Matrix(f"Transfer between classes: {suite} ({name})", note, report["classes"], rows))
+            matrices.append(_matrix(f"Transfer between classes: {suite} ({name})", note, report["classes"], cells))
     if run.bank is not None:
         executions = [(each, matrices) for each in run.bank.strategies for matrices in run.bank.executions[each.id]]
         pairs = transfer(executions, lambda strategy, execution: (strategy.problem_class, execution.problem_class))
         if pairs:
-            classes = sorted({name for pair in pairs for name in pair})
             cells = {pair: figures["rate"] for pair, figures in pairs.items()}
-            rows = [(own, [cells.get((own, name)) for name in classes]) for own in classes]
             note = (
                 "From training: mean outcome of the bank's strategies on problems they were not written for. Classes "
                 "meet only where strategies are shown across classes."
             )
-            matrices.append(Matrix("Transfer of the bank's strategies", note, classes, rows))
+            classes = sorted({name for pair in pairs for name in pair})
+            matrices.append(_matrix("Transfer of the bank's strategies", note, classes, cells))
     return matrices
+
+
+def _matrix(title: str, note: str, classes: Sequence[str], cells: Mapping[tuple[str, str], float | None]) -> Matrix:
+    """A matrix of the first classes: one of all would grow with their square."""
+    if len(classes) > MAX_CLASSES:
+        note += f" Of {len(classes):,} classes the first {MAX_CLASSES} are shown."
+    shown = classes[:MAX_CLASSES]
+    return Matrix(title, note, shown, [(own, [cells.get((own, name)) for name in shown]) for own in shown])
 
 
 # Bank
@@ -326,7 +339,7 @@ def _strategy_view(run: Run, strategy: Strategy) -> dict[str, Any]:
         "won": f"{number(strategy.successes)} of {strategy.trials}",
         "utility": policy.utility(strategy.successes, strategy.trials),
         "lift": f"{strategy.lift:+.2f} [{low:+.2f}, {high:+.2f}]" if strategy.problems else "unknown",
-        "transfer": transfer(own, lambda _, execution: execution.problem_class),
+        "transfer": dict(islice(transfer(own, lambda _, execution: execution.problem_class).items(), MAX_CLASSES)),
         "lineage": _lineage(run.bank.by_id, strategy),
         "children": run.bank.children.get(strategy.id, []),
     }

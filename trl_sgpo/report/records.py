@@ -1,5 +1,6 @@
 """Reads the records of a run for its report. Missing records are listed in `Run.missing`."""
 
+import math
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ class Run:
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Steps and values of a metric. A step that was logged again after a resume counts once."""
         values = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
-        return sorted((step, value) for step, value in values.items() if np.isfinite(value))
+        return sorted((step, value) for step, value in values.items() if math.isfinite(value))
 
 
 def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 40) -> Run:
