@@ -329,3 +329,12 @@ def test_a_recipe_that_is_there_is_tried(tiny: str, here: Path, capsys: pytest.C
     assert "leave the other options out" in capsys.readouterr().err
     assert main(["init", "--try", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_names_of_columns_are_quoted_in_what_is_to_be_copied(
+    tiny: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{n} + 1?", "target;touch ran #": str(n + 1)} for n in range(20)]
+    data = word_problems.write(here / "words.jsonl", rows)
+    assert main(["init", "--model", tiny, "--data", data, "--vram", "0"]) == 2
+    assert "`--answer_column 'target;touch ran #'`" in capsys.readouterr().err

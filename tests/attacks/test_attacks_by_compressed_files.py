@@ -18,7 +18,7 @@ import pytest
 from pyarrow import parquet
 
 from trl_sgpo.checks.process import CHECKS
-from trl_sgpo.data import compressed
+from trl_sgpo.data import compressed, row_files
 from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.errors import DataError
 from trl_sgpo.report.records import read_run
@@ -237,3 +237,26 @@ def test_rollouts_of_few_bytes_that_hold_many_values(tmp_path: Path, monkeypatch
     monkeypatch.setattr(CHECKS, "ask", lambda *_: None)
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("decoded here"))
     assert "are left out, because" in read_run(str(tmp_path), problems=8).missing["rollouts"]
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "array of one line"])
+@pytest.mark.parametrize("values", ["0", "[]", "{}"])
+def test_a_row_of_many_values(form: str, values: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "MAX_ROW", 2**18)
+    good = '{"question": "1 + 2", "answer": "3"}'
+    long = f'{{"question": "1 + 2", "answer": "3", "x": [{",".join([values] * 150_000)}]}}'
+    (rows := [good] * 3000).insert(1500, long)
+    text = {"lines": "\n".join(rows), "array": "[\n" + ",\n".join(rows) + "\n]"}.get(form, f"[{','.join(rows)}]")
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match="a row has more than 0 MiB"):
+        load_problems(str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text(text.replace(long, good))
+    assert len(load_problems(str(tmp_path / "rows.json"))) == 3001
+
+
+@pytest.mark.parametrize("size", [100, 70_000, 300_000])
+def test_errors_in_long_files_name_their_line(size: int, tmp_path: Path) -> None:
+    row = json.dumps({"question": "a" * size, "answer": "3"})
+    (tmp_path / "rows.json").write_text("[\n" + ",\n".join([row, row[:-1], row]) + "\n]")
+    with pytest.raises(DataError, match="in line 4, column 1"):
+        load_problems(str(tmp_path / "rows.json"))

@@ -195,3 +195,18 @@ def test_an_index_that_somebody_else_sealed_is_not_opened(tmp_path: Path, monkey
     seal(index, state)
     (index / "chroma.sqlite3-journal").write_text("deletes what it names")
     assert not break_seal(index, state)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_index_that_is_a_link_is_neither_written_nor_removed(bank: Path, tmp_path: Path, exists: bool) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.mkdir()
+        (victim / "seal.json").write_text("precious")
+    (bank / "chroma").symlink_to(victim)
+    with (
+        StrategyBank(bank, hashed_words) as opened,
+        pytest.raises(BankError, match="chroma is a link, which would be written through"),
+    ):
+        opened._store.index.query(hashed_words(["a"]), 1)
+    assert victim.exists() == exists and (not exists or (victim / "seal.json").read_text() == "precious")

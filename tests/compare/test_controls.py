@@ -19,7 +19,9 @@ def test_a_coin_for_each_row() -> None:
     assert 0.4 < fmean(same) < 0.6  # rows that are alike are not all right or all wrong
 
 
-def test_an_arm_with_random_rewards_is_measured_by_the_verifier(tmp_path) -> None:
+def test_an_arm_with_random_rewards_is_measured_by_the_verifier(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "psutil.py").write_text("open('ran', 'w').close()\n")  # the folder may be of somebody else
     recipe = {
         "model_name_or_path": save_tiny_model(tmp_path / "model"), "bf16": False, "use_peft": False,
         "dtype": "float32", "dataset_name": "list_functions/seen?size=64", "reward_funcs": ["models.evenness"],
@@ -37,4 +39,4 @@ def test_an_arm_with_random_rewards_is_measured_by_the_verifier(tmp_path) -> Non
     (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(comparison))
     assert main(["compare", "--config", str(tmp_path / "comparison.yaml")]) == 0
     depends = (tmp_path / "runs" / "coin" / "seed-1" / "depends_on.json").read_text()
-    assert "random_reward" in depends
+    assert "random_reward" in depends and not (tmp_path / "ran").exists()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..errors import BankError
+from ..errors import BankError, BankStorageError
 from .contents import Contents
 from .ledger import Ledger
 from .seal import break_seal, seal
@@ -242,6 +242,8 @@ class BankIndex:
     def _open(self) -> Index:
         ids = list(self._contents.live)
         dimension = len(self._contents.embedding(ids[0]))
+        if self._directory.is_symlink():
+            raise BankStorageError(f"{self._directory} is a link, which would be written through: remove it.")
         if self._directory.exists():
             if break_seal(self._directory, self._ledger.state):
                 return Index(self._directory, dimension)

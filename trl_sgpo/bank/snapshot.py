@@ -1,5 +1,6 @@
 """Finding a bank beside a model, and opening one without changing it."""
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def embed_with(bank: StrategyBank, name: str | None = None) -> None:
     if name is None and (reason := _not_loaded(recorded)):
         raise BankError(
             f"The bank was made with the embedding model {recorded}, which {reason} because a bank names it: pass "
-            f"`--embedding_model {recorded}` if you trust it, or another one."
+            f"`--embedding_model {shlex.quote(recorded)}` if you trust it, or another one."
         )
     bank.embedding_model = name or recorded
 

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished.", flush=True)
     failed: list[str] = []
     if missing and not options.table_only:
-        base = [sys.executable, "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
+        base = [sys.executable, "-P", "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
     results = {
         arm.name: [found for seed in comparison.seeds if (found := result(arm, seed)) is not None]

@@ -94,7 +94,8 @@ def _with_parts(rows: "Dataset", columns: Columns, left: "Leftover", ask: Ask | 
     if ask is None:
         raise ConfigError(
             f"{names} {looks} ({printable(in_short(rows[0][left.parts[0]]))!r}), and only `{source}` would be read: "
-            f"add `--prompt_template {shlex.quote(template)}`, or `--prompt_column {source}` for that column alone."
+            f"add `--prompt_template {shlex.quote(template)}`, or `--prompt_column {shlex.quote(source)}` for that "
+            "column alone."
         )
 
     def check(answer: str) -> Columns:
@@ -112,8 +113,8 @@ def _with_answers(names: list[str], columns: Columns, left: "Leftover", ask: Ask
     if ask is None:
         raise ConfigError(
             f"There is no answer in a column {' or '.join(f'`{name}`' for name in ANSWER_COLUMNS)}, and there is "
-            f"{found}: add `--answer_column {left.answers[0]}`, or `--reward_file my_rewards.py` to check answers in "
-            "another way."
+            f"{found}: add `--answer_column {shlex.quote(left.answers[0])}`, or `--reward_file my_rewards.py` to check "
+            "answers in another way."
         )
 
     def check(answer: str) -> Columns:

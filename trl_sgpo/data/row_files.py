@@ -44,6 +44,7 @@ class Truth(str):
     __slots__ = ()
 
 
+MAX_ROW, _PART = 2**24, 2**16  # characters
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _REAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _TRUTH = frozenset(["true", "True", "TRUE", "false", "False", "FALSE"])
@@ -267,7 +268,7 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
 def _value_at(text: str, place: int, number: int) -> tuple[Any, int]:
     """A value in a text that starts in a line, and where the value ends."""
     try:
-        value, end = _DECODER.raw_decode(text, place)
+        value, end = _decoded(text, place)
     except json.JSONDecodeError as error:
         at = error.pos
         if "delimiter" in error.msg or not text[at:].strip():
@@ -285,6 +286,26 @@ def _value_at(text: str, place: int, number: int) -> tuple[Any, int]:
             line = number - 1 + _line_of(text, place)
             raise ValueError(f"line {line} has half of a surrogate pair, which is no character") from error
     return value, end
+
+
+def _decoded(text: str, place: int) -> tuple[Any, int]:
+    """
+    The value at a place and where it ends. A part of the text is read first: values of a long one may take a hundred
+    times as much.
+    """
+    for size in (_PART, MAX_ROW):
+        if len(text) - place <= size:
+            break
+        try:
+            value, length = _DECODER.raw_decode(text[place : place + size])
+        except json.JSONDecodeError as error:
+            if error.pos < size - 100 and not error.msg.startswith("Unterminated"):
+                break  # no end of a part
+        else:
+            return value, place + length
+    else:
+        raise ValueError(f"a row has more than {MAX_ROW >> 20} MiB")
+    return _DECODER.raw_decode(text, place)
 
 
 def _line_of(text: str, place: int) -> int:
