@@ -113,8 +113,8 @@ def _with_answers(names: list[str], columns: Columns, left: "Leftover", ask: Ask
     if ask is None:
         raise ConfigError(
             f"There is no answer in a column {' or '.join(f'`{name}`' for name in ANSWER_COLUMNS)}, and there is "
-            f"{found}: add `--answer_column {shlex.quote(left.answers[0])}`, or `--reward_file my_rewards.py` to check "
-            "answers in another way."
+            f"{found}: add `--answer_column {shlex.quote(left.answers[0])}`, or `--reward_file my_rewards.py` to "
+            "check answers in another way."
         )
 
     def check(answer: str) -> Columns:
