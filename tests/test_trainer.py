@@ -400,6 +400,13 @@ def test_adapters_with_biases_are_not_merged(make):
     trainer.train()
 
 
+def test_a_trainer_that_ignores_rollouts_is_refused(make, monkeypatch):
+    patched = type("UnslothGRPOTrainer", (GRPOTrainer,), {"__module__": "unsloth_compiled_cache.UnslothGRPOTrainer"})
+    monkeypatch.setattr("trl_sgpo.method.requirements.GRPOTrainer", patched)
+    with pytest.raises(ConfigError, match="Unsloth has replaced TRL's GRPOTrainer by one that ignores `rollout_func`"):
+        make()
+
+
 # Classes
 
 

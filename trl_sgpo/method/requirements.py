@@ -31,6 +31,10 @@ QUANTIZED_VLLM = (
     "Quantized weights with `use_vllm` are refused: vLLM would generate with other weights than are trained. Set "
     "`use_vllm` to false, or train without quantization."
 )
+UNSLOTH = (
+    "Unsloth has replaced TRL's GRPOTrainer by one that ignores `rollout_func`: no strategy would be written, and "
+    "nothing would be said. Train in a process that does not import unsloth."
+)
 SHARDED_CHECKPOINTS = (
     "With FSDP's sharded state dicts, checkpoints would hold neither a model that others can load nor the bank: set "
     "`fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration."
@@ -60,6 +64,8 @@ def check_arguments(
         [`DataError`]: No training dataset, one that streams, without a column `prompt` or one that a reward function
             needs or can read, with images, or with a prompt that does not end in a user message.
     """
+    if any("unsloth" in f"{base.__module__}.{base.__name__}".casefold() for base in GRPOTrainer.__mro__):
+        raise ConfigError(UNSLOTH)
     for name in ("tools", "environment_factory", "rollout_func"):
         if trainer_kwargs.pop(name, None) is not None:
             raise ConfigError(f"SGPO generates in two phases of its own and cannot work with `{name}`: remove it.")
