@@ -140,7 +140,10 @@ def test_numbers_that_are_none(settings: dict[str, Any]) -> None:
         check_adapter_settings("adapter", settings)
 
 
-@pytest.mark.parametrize("settings", [{"peft_type": "SHADOW"}, {"monteclora_config": {"num_samples": 10**6}}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"peft_type": "SHADOW"}, {"monteclora_config": {"num_samples": 10**6}}, {"layer_replication": 5}],
+)
 def test_adapters_of_more_than_weights(settings: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="is not loaded"):
         check_adapter_settings("adapter", settings)

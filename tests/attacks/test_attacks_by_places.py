@@ -209,3 +209,15 @@ def test_a_tokenizer_that_was_saved_by_transformers(tiny: Path, tmp_path: Path) 
     write_gguf(tmp_path / "t.gguf", tiny)
     AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf").save_pretrained(tmp_path / "saved")
     check_model_folder(tmp_path / "saved", "user/good")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_model_as_a_part(tiny: Path, nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library asks the Hub for it, with the token of the user, and builds what it answers."""
+    asked: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *names, **_: asked.append(names))
+    part = {"model_type": "detr", "backbone": "attacker/backbone", "use_timm_backbone": False}
+    put(tiny / "config.json", **({"vision_config": part} if nested else part))
+    with pytest.raises(ModelError, match="names another model as `backbone`: use one whose parts are in its own"):
+        load_config(tiny)
+    assert asked == []

@@ -21,6 +21,7 @@ from trl_sgpo.cli.eval import _load_model, read_options
 from trl_sgpo.cli.main import main
 from trl_sgpo.cli.train import _measure_before
 from trl_sgpo.compare.arm_run import run_records
+from trl_sgpo.compare.budget import TokenBudget
 from trl_sgpo.compare.config import read_comparison
 from trl_sgpo.data.bootstrap import run_blocks
 from trl_sgpo.errors import ConfigError, DataError
@@ -324,3 +325,27 @@ def test_figures_before_training(changes: dict[str, Any], tmp_path: Path) -> Non
     (tmp_path / "before.json").write_text(json.dumps({"of": {}, "scores": scores | {"greedy": FIGURES | changes}}))
     with pytest.raises(ConfigError, match=r"before\.json is damaged \(`scores\.greedy\."):
         _measure_before(trainer, None, 1, {}, "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"spent": -(10**15), "curve": []},
+        {"spent": "5", "curve": []},
+        {"spent": 5},
+        {"spent": 5, "curve": [{"generated_tokens": 5, "accuracy": 7.0}]},
+        {"spent": 5, "curve": [{"generated_tokens": 5, "accuracy": 0.5}] * 3},
+    ],
+    ids=str,
+)
+def test_the_tokens_that_a_checkpoint_says_were_generated(saved: dict[str, Any]) -> None:
+    budget = TokenBudget(100, 0, [50, 100], lambda: 0.5)
+
+    def resumed(attributes: dict[str, Any]) -> None:
+        state = SimpleNamespace(global_step=1, stateful_callbacks={"TokenBudget": {"attributes": attributes}})
+        budget.on_train_begin(None, state, None)
+
+    resumed({"spent": 60, "curve": [{"generated_tokens": 60, "accuracy": 0.5}]})
+    assert budget.spent == 60
+    with pytest.raises(ConfigError, match=r"TokenBudget in the checkpoint is damaged .*: remove the checkpoint"):
+        resumed(saved)

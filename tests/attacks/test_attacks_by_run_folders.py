@@ -3,17 +3,23 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from models import save_tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo.compare import rlhf
 from trl_sgpo.data import warmstart
 from trl_sgpo.errors import ConfigError
+from trl_sgpo.internalize.snapshot import WeightSnapshot
+from trl_sgpo.method.buffer import _check_batch
 from trl_sgpo.run.directory import begin_run, run_id
 from trl_sgpo.run.resuming import check_same_model
+from trl_sgpo.run.trainer import RunTrainer
 
 
 ID = "20261130-101500-0a1b"
@@ -154,3 +160,86 @@ def test_the_state_of_a_trainer(tmp_path: Path, changes: dict[str, object]) -> N
     file.write_text(json.dumps(STATE | changes))
     with pytest.raises(ConfigError, match=r"trainer_state\.json is damaged .*: resume from another checkpoint"):
         check_same_model(model, str(file.parent))
+
+
+def test_a_checkpoint_that_lacks_weights(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model", tie_word_embeddings=True))
+    checkpoint = tmp_path / "checkpoint-1"
+    model.save_pretrained(checkpoint)
+    check_same_model(model, str(checkpoint))
+    weights = load_file(checkpoint / "model.safetensors")
+    first = min(weights)
+    save_file({name: weight for name, weight in weights.items() if name != first}, checkpoint / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"lacks 1 of the model's weights, such as {first}: resume from another"):
+        check_same_model(model, str(checkpoint))
+    (checkpoint / "model.safetensors").write_text("text")
+    with pytest.raises(ConfigError, match="is damaged"):
+        check_same_model(model, str(checkpoint))
+
+
+@pytest.mark.parametrize("change", ["nan", "inf", "shape", "missing"])
+def test_a_teacher_of_a_checkpoint(tmp_path: Path, change: str) -> None:
+    snapshot = WeightSnapshot(torch.nn.Linear(2, 2))
+    snapshot.save(tmp_path / "teacher.safetensors")
+    snapshot.load(tmp_path / "teacher.safetensors")
+    weights = load_file(tmp_path / "teacher.safetensors")
+    if change == "missing":
+        del weights["bias"]
+    else:
+        weights["bias"] = torch.ones(1) if change == "shape" else torch.full((2,), float(change))
+    save_file(weights, tmp_path / "teacher.safetensors", {"step": "1"})
+    with pytest.raises(ConfigError, match="is damaged"):
+        snapshot.load(tmp_path / "teacher.safetensors")
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "missing"])
+def test_a_reference_of_a_checkpoint(tmp_path: Path, change: str) -> None:
+    reference = torch.nn.Linear(2, 2)
+    accelerator = SimpleNamespace(device="cpu")
+    trainer = SimpleNamespace(ref_model=reference, accelerator=accelerator)
+    file = tmp_path / "reference.safetensors"
+    weights = {name: weight.detach().clone() for name, weight in reference.named_parameters()}
+    save_file(weights, file)
+    RunTrainer._load_reference(trainer, file)
+    if change == "missing":
+        del weights["bias"]
+    else:
+        weights["bias"] = torch.ones(1) if change == "shape" else torch.full((2,), float(change))
+    save_file(weights, file)
+    with pytest.raises(ConfigError, match=r"reference\.safetensors is damaged .*: resume from another checkpoint"):
+        RunTrainer._load_reference(trainer, file)
+
+
+def rollouts() -> dict[str, torch.Tensor]:
+    ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.long)
+    names = ("prompt", "completion", "target")
+    return {f"{name}_ids": ids for name in names} | {f"{name}_mask": mask for name in names} | {
+        "advantages": torch.ones(4), "num_items_in_batch": torch.tensor(12)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_mask": None},
+        {"completion_ids": None},
+        {"prompt_ids": torch.ones(4, 3)},
+        {"prompt_ids": torch.ones(12, dtype=torch.long)},
+        {"completion_mask": torch.full((4, 3), -5)},
+        {"target_mask": torch.ones(4, 2, dtype=torch.long)},
+        {"advantages": torch.ones(3)},
+    ],
+    ids=str,
+)
+def test_rollouts_of_a_checkpoint(change: dict[str, torch.Tensor | None]) -> None:
+    _check_batch(rollouts())
+    batch = {name: value for name, value in (rollouts() | change).items() if value is not None}
+    with pytest.raises((ValueError, KeyError)):
+        _check_batch(batch)
+
+
+def test_results_beside_a_run_that_are_none(received: Path) -> None:
+    name(received, ID)
+    (received / "sitecustomize" / "results.json").write_text(json.dumps({"settings": []}))
+    assert begin_run(received, str(received / "checkpoint-1")).id == ID
+    assert moved(received / "earlier") == []

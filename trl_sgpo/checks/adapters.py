@@ -52,7 +52,10 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
             refuse(key, "would load more than its weights")
     if _ITERATIONS.search(str(settings.get("init_lora_weights"))) is not None:
         refuse("init_lora_weights", "asks for too many iterations")
-    copied = [part for part in settings.get("layer_replication") or [] if isinstance(part, list) and len(part) == 2]
+    replicated = settings.get("layer_replication")
+    if not isinstance(replicated, list | None):
+        refuse("layer_replication", "is no list")
+    copied = [part for part in replicated or [] if isinstance(part, list) and len(part) == 2]
     if sum(abs(number) for _, number in _numbers(copied)) > MAX_LAYERS:
         refuse("layer_replication", "copies more layers than any model has")
     if settings.get("peft_type") == "SHADOW":

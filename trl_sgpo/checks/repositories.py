@@ -202,6 +202,10 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                     f"The config of {source} names code of another repository as `{key}`: leave it out there, and "
                     "name the kernel yourself if you trust it."
                 )
+            if key == "backbone" and isinstance(value, str):  # of which a library asks the Hub
+                raise ModelError(
+                    f"The config of {source} names another model as `{key}`: use one whose parts are in its own files."
+                )
             if key == "quantization_config" and any(map(may_match_for_ever, texts_in(value))):
                 raise ModelError(
                     f"The config of {source} has patterns in `{key}` that may match for ever: use names of modules."

@@ -6,7 +6,13 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..checks.damaged import expect_readable
+from ..checks.shapes import count, listing, record
+from ..evaluation.stored import RATE
 from ..speed.trainer import SharedPromptGRPOTrainer
+
+
+_SAVED = record({"spent": count, "curve": listing(record({"generated_tokens": count, "accuracy": RATE}))})
 
 
 class TokenBudget(TrainerCallback, ExportableState):
@@ -59,7 +65,13 @@ class TokenBudget(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step > 0:
             # transformers restores callbacks as new instances, which would not be called by `counted`
-            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+            with expect_readable(f"The state of {type(self).__name__} in the checkpoint", "remove the checkpoint"):
+                saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+                _SAVED(saved, "it")
+                if len(saved["curve"]) > len(self.points):
+                    raise ValueError(
+                        f"`it.curve` has {len(saved['curve'])} points, and {len(self.points)} are measured"
+                    )
             self.spent, self.curve = saved["spent"], saved["curve"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -284,8 +284,11 @@ def _with_texts_once(path: str) -> Any:
 
 def _bytes_of_texts(column: "pa.Array") -> int:
     """How large the texts of a column are when each row has its own."""
+    import pyarrow as pa
     from pyarrow import compute, types
 
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.storage
     if types.is_dictionary(column.type):
         if not _is_text(column.type.value_type):
             return 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checks.json_text import read_object
 from ..inference.model_files import (
     ADAPTER_FILE,
     CHAT_TEMPLATE,
@@ -179,7 +180,7 @@ def _files(directory: Path, patterns: Iterable[str]) -> list[Path]:
 def _tokenizer_config(directory: Path) -> tuple[Record, Any]:
     """The tokenizer's config without its chat template, and the template."""
     path = directory / TOKENIZER_CONFIG
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_object(path) or {}
     template = settings.pop(_TEMPLATE_KEY, None)
     if (directory / CHAT_TEMPLATE).is_file():
         template = (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")

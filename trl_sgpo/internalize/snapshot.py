@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..checks.weights import check_weight
 from ..errors import ConfigError
 
 
@@ -72,6 +73,7 @@ class WeightSnapshot:
                     {name: stored.get_tensor(name) for name in self.weights},
                 )
             for name, weight in self.weights.items():
+                check_weight(name, tensors[name], weight)
                 weight.copy_(tensors[name])
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{file} is damaged ({error}): resume from another checkpoint.") from error

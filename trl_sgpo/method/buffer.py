@@ -58,6 +58,26 @@ def save_rollouts(checkpoint: str | Path, args: SGPOConfig, step: int, batches: 
     save_file(tensors, _file(checkpoint, args), metadata=metadata)
 
 
+_ROWS = ("prompt", "completion")
+
+
+def _check_batch(batch: dict[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` if a micro-batch is not one that can be trained on: the file may be of somebody else."""
+    kinds = [*_ROWS, *sorted({key.removesuffix("_ids") for key in batch if key.endswith("_ids")} - {*_ROWS})]
+    rows = len(batch["prompt_ids"])
+    for kind in kinds:
+        ids, mask = batch[f"{kind}_ids"], batch.get(f"{kind}_mask")
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"`{kind}_ids` are no rows of tokens")
+        if mask is not None and (mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"`{kind}_mask` is no mask of `{kind}_ids`")
+    if missing := [f"{kind}_mask" for kind in _ROWS if f"{kind}_mask" not in batch]:
+        raise KeyError(missing[0])
+    for key, value in batch.items():
+        if value.dim() > 0 and len(value) != rows:
+            raise ValueError(f"`{key}` has {len(value)} rows, not {rows}")
+
+
 def load_rollouts(
     checkpoint: str | Path, args: SGPOConfig, device: torch.device
 ) -> tuple[int, list[dict[str, torch.Tensor]] | None]:
@@ -93,6 +113,8 @@ def load_rollouts(
         for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             batches[int(index)][key] = tensor
+        for batch in batches if tensors else ():
+            _check_batch(batch)
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
     if not changed:

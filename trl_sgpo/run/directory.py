@@ -236,7 +236,8 @@ def _evaluations(directory: Path) -> dict[str, Path]:
     """Folders of `trl-sgpo eval` with results of the model in this folder, or of a checkpoint in it, and which."""
     found = {}
     for path in sorted(directory.glob(f"*/{RESULTS_FILE}")):
-        model = Path(str((read_object(path) or {}).get("settings", {}).get("model", os.devnull))).resolve()
+        settings = (read_object(path) or {}).get("settings")
+        model = Path(str(settings.get("model") if isinstance(settings, dict) else os.devnull)).resolve()
         if directory.resolve() in (model, model.parent):
             found[path.parent.name] = model
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -69,6 +70,7 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
             raise ConfigError(
                 f"{checkpoint} holds an adapter, and the whole model is trained: set `use_peft: true`, {_OR_ANEW}"
             )
+        _check_whole(model, Path(checkpoint))
         return
     if not is_adapter(checkpoint):
         raise ConfigError(
@@ -97,6 +99,26 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
             f"`lora_target_modules` and `lora_modules_to_save` as before, {_OR_ANEW}"
         )
     _check_same_base(model, checkpoint, str(now["base_model_name_or_path"]))
+
+
+def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
+    """transformers goes on with the present weights for those that a checkpoint lacks."""
+    there: set[str] = set()
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                there |= set(stored.keys())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file} is damaged ({error}): {_ANOTHER}") from error
+    shared: dict[tuple[int, torch.Size], list[str]] = {}  # of tied weights, a file has one
+    for name, weight in model.state_dict().items():
+        shared.setdefault((weight.data_ptr(), weight.shape), []).append(name)
+    missing = [names[0] for names in shared.values() if there.isdisjoint(names)]
+    if files and missing:
+        raise ConfigError(
+            f"{checkpoint} lacks {len(missing)} of the model's weights, such as {missing[0]}: {_ANOTHER}"
+        )
 
 
 def _check_files(checkpoint: Path) -> None:

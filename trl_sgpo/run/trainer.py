@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +18,8 @@ from trl import GRPOTrainer
 
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
+from ..checks.damaged import expect_readable
+from ..checks.weights import check_weight
 from ..errors import ConfigError
 from ..report.run_files import COMPLETIONS_DIRECTORY, REFERENCE_FILE, STATE_FILE
 from ..sgpo_config import SGPOConfig
@@ -124,7 +127,13 @@ class RunTrainer(GRPOTrainer):
                 f"{file.parent} has no reference model, so training with `sync_ref_model` cannot go on from it: train "
                 "without `resume_from_checkpoint`, or set `sync_ref_model` to false."
             )
-        load_model(self.ref_model, file, device=str(self.accelerator.device))
+        with expect_readable(file, "resume from another checkpoint"):
+            try:
+                load_model(self.ref_model, file, device=str(self.accelerator.device))
+            except (RuntimeError, SafetensorError) as error:
+                raise ValueError(" ".join(str(error).split())) from error
+            for name, weight in self.ref_model.named_parameters():
+                check_weight(name, weight, weight)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # no rank has the whole reference model
