@@ -24,7 +24,8 @@ _APPLIES = re.compile(r"\b(?:when|whenever|if|for|to|given|with|in)\b", re.IGNOR
 _USUAL_STEPS = 10
 _BESIDE_SIGNS = re.compile(r"(?<=[^\w\s])\s+|(?<=\d)\s+(?=[^\w\s])")
 _FINAL_ANSWER = re.compile(
-    r"(?:\\boxed\s*(?:\{|[ \t])|####+)\s*[-$\d]|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]|<answer>\s*[-$\d]",
+    r"(?:\\boxed\s*\{|####)\s*[-$\d]|\\boxed[ \t]+[-$\d]|\b(?:final\s+)?answer\s*(?:is|=|:)\s*[-$\d]"
+    r"|<answer>\s*[-$\d]",
     re.IGNORECASE,
 )
 
