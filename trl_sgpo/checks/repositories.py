@@ -202,7 +202,7 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                     f"The config of {source} names code of another repository as `{key}`: leave it out there, and "
                     "name the kernel yourself if you trust it."
                 )
-            if key == "backbone" and isinstance(value, str):  # of which a library asks the Hub
+            if key == "backbone" and "/" in str(value):  # of which a library asks the Hub
                 raise ModelError(
                     f"The config of {source} names another model as `{key}`: use one whose parts are in its own files."
                 )

@@ -28,7 +28,9 @@ def main(argv: list[str]) -> int:
     if options.pool:
         return _pool(options.pool, options.results)
     if options.config is None:
-        raise ConfigError("`trl-sgpo compare` needs `--config`, such as recipes/lab/compare.yaml, or `--pool`.")
+        raise ConfigError(
+            "the following arguments are required: --config, such as recipes/lab/compare.yaml, or --pool"
+        )
     changes: dict[str, Any] = {
         key: options.__dict__[key]
         for key in ("arms", "seeds", "budget", "processes", "output_dir", "results")
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished.", flush=True)
     failed: list[str] = []
     if missing and not options.table_only:
-        base = [sys.executable, "-P", "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
+        base = [sys.executable, "-m", "trl_sgpo.compare.arm_run", options.config, json.dumps(changes)]
         failed = _run_all(base, missing, Path(comparison.output_dir), comparison.processes)
     results = {
         arm.name: [found for seed in comparison.seeds if (found := result(arm, seed)) is not None]
@@ -131,7 +133,8 @@ def _as_mapping(arguments: list[str]) -> dict[str, Any]:
 
 def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, processes: int) -> list[str]:
     """Warm-starts each seed, then runs its arms, `processes` at a time. Returns the names of failed runs."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    # Runs import nothing from the working directory, which may be of somebody else
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
     if processes > 1:
         environment |= {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
     seeds = list(dict.fromkeys(seed for _, seed in missing))

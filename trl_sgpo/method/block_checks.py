@@ -1,6 +1,5 @@
 """Whether the rows of a problem, of a device and of a generation are whole transfer blocks."""
 
-from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError
@@ -65,9 +64,6 @@ def _check_geometry(args: Any) -> None:
         )
 
 
-_READ_BY = {"internalize_contrasts": ("contrast",), "internalize_snapshot_steps": ("contrast", "kl")}
-
-
 def _check_given(args: Any) -> None:
     if args.use_bank or args.transfer_block_size != 1 or args.num_bank_rollouts < 2:
         raise ConfigError(
@@ -85,13 +81,6 @@ def _check_plain_answers(args: Any) -> None:
         )
     if kind == "none" and args.internalize_weight is not None:
         raise ConfigError("`internalize_weight` is set but `internalize` is `none`: set `internalize`, or remove it.")
-    defaults = {item.name: item.default for item in fields(args)}
-    for name, readers in _READ_BY.items():
-        if kind not in readers and vars(args)[name] != defaults[name]:
-            raise ConfigError(
-                f"`{name}` is {vars(args)[name]}, which `internalize: {kind}` does not read: remove it, or set "
-                f"`internalize` to {' or '.join(readers)}."
-            )
     if kind == "distill" and own < 1:
         other = "lower `num_plain_rollouts`" if m == args.num_generations else "set `internalize: kl`"
         raise ConfigError(
