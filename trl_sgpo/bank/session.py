@@ -225,7 +225,7 @@ class BankSession:
                 return
             if self._waits:
                 logger.warning(f"Training writes its bank again, with what was kept in memory: {self.bank.path}.")
-        self._waits = False
+            self._waits = False
         self._admitted, self._outcomes, self._shown = [], [], Counter()
 
     def end(self) -> None:
