@@ -75,6 +75,9 @@ def test_runs_are_paired_by_seed_and_incomplete_arms_are_left_out() -> None:
     assert values[1] == [pytest.approx(0.84)]
     del summaries[1]["arms"]["grpo"]
     assert "grpo" not in pooled(summaries)["differences"] and pooled(summaries)["arms"]["grpo"] == {}
+    assert "Without it for each model, and so left out: grpo." in markdown(pooled(summaries))
+    summaries[0]["settings"]["overrides"]["model_name_or_path"] = "a\x1b]0;title\x07"
+    assert "\x1b" not in markdown(pooled(summaries))
 
 
 def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +88,11 @@ def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "# Comparison over 2 models" in capsys.readouterr().out
     assert json.loads((tmp_path / "both.json").read_text())["models"] == ["a", "b"]
     assert main(["compare", "--pool", str(files[0])]) == 2 and "--results" in capsys.readouterr().err
+    assert (
+        main(["compare", "--pool", str(files[0]), "--results", str(tmp_path / "a"), "--seeds", "1", "--beta", "2"])
+        == 2
+    )
+    assert "does not read `--seeds`, --beta, 2" in capsys.readouterr().err
     assert main(["compare"]) == 2 and "--config" in capsys.readouterr().err
 
 

@@ -26,6 +26,10 @@ def main(argv: list[str]) -> int:
     """Runs the arms that are not finished and writes the table. Exit status 1 if a run failed."""
     options, overrides = _parser().parse_known_args(argv)
     if options.pool:
+        given = {name for name, value in vars(options).items() if value not in (None, False)} - {"pool", "results"}
+        if given or overrides:
+            others = ", ".join([*(f"`--{name}`" for name in sorted(given)), *overrides])
+            raise ConfigError(f"`--pool` runs nothing, and does not read {others}: leave it out.")
         return _pool(options.pool, options.results)
     if options.config is None:
         raise ConfigError(

@@ -8,6 +8,7 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.shapes import count, listing, mapping, number, record, text
 from ..errors import ConfigError
+from ..evaluation.tables import in_markdown
 from ..files import write_file
 from .table import table_lines
 
@@ -111,7 +112,7 @@ def _figures(summaries: list[dict[str, Any]]) -> list[str]:
 
 
 def _runs(summary: dict[str, Any], arm: str, name: str) -> dict[int, float]:
-    """The value of each seed. There are none if some runs lack the figure."""
+    """The value of each seed. There are none if some runs lack the figure: the table says so."""
     values, seeds = summary["arms"].get(arm, {}).get(name, {}).get("values", []), summary["seeds"].get(arm, [])
     return dict(zip(seeds, values, strict=True)) if len(values) == len(seeds) else {}
 
@@ -178,15 +179,16 @@ def _difference(pairs: list[list[tuple[float, float]]], problems: int, seed: int
 def markdown(summed: dict[str, Any]) -> str:
     """The tables of a pooled comparison."""
     names = list(dict.fromkeys(name for figures in summed["arms"].values() for name in figures))
+    models = in_markdown(", ".join(summed["models"]))
     lines = [
         f"# Comparison over {len(summed['models'])} models",
         "",
-        f"{summed['settings']['budget']:,} tokens a run. Models: {', '.join(summed['models'])}. Means over models, "
+        f"{summed['settings']['budget']:,} tokens a run. Models: {models}. Means over models, "
         f"with 95% intervals of a bootstrap over models, seeds and problems. A run has collapsed below {COLLAPSED}. "
         "Runs are listed by model, in the order of their seeds.",
     ]
     for name in names:
-        lines += ["", f"## {name}", ""]
+        lines += ["", f"## {in_markdown(name)}", ""]
         rows = []
         for arm, figures in summed["arms"].items():
             if name in figures:
@@ -196,6 +198,8 @@ def markdown(summed: dict[str, Any]) -> str:
                 rows.append([arm, _cell(f), collapsed, "" if other is None else _cell(other, "+"), runs])
         header = ["arm", "accuracy", "collapsed", f"{summed['reference']} minus arm", "runs"]
         lines += table_lines(header, rows)
+        if without := [arm for arm, figures in summed["arms"].items() if name not in figures]:
+            lines += ["", f"Without it for each model, and so left out: {in_markdown(', '.join(without))}."]
     return "\n".join(lines) + "\n"
 
 
