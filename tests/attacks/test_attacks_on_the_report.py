@@ -244,6 +244,7 @@ def test_a_page_does_not_grow_with_the_square_of_the_classes(tmp_path):
     write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.count("Of 400 classes the first 60 are shown.") >= 1 and "classes the first 60" in page
+    assert "; 340 more classes" in page
     assert page.count("<td") < 2 * 60 * 61 + 2_000 and "class 399" not in page
 
 

@@ -334,12 +334,14 @@ def _strategy_view(run: Run, strategy: Strategy) -> dict[str, Any]:
     assert run.bank is not None
     low, high = policy.lift_bounds(strategy)
     own = [(strategy, execution) for execution in run.bank.executions[strategy.id]]
+    of_classes = transfer(own, lambda _, execution: execution.problem_class)
     return {
         "record": strategy,
         "won": f"{number(strategy.successes)} of {strategy.trials}",
         "utility": policy.utility(strategy.successes, strategy.trials),
         "lift": f"{strategy.lift:+.2f} [{low:+.2f}, {high:+.2f}]" if strategy.problems else "unknown",
-        "transfer": dict(islice(transfer(own, lambda _, execution: execution.problem_class).items(), MAX_CLASSES)),
+        "transfer": dict(islice(of_classes.items(), MAX_CLASSES)),
+        "left_out": max(len(of_classes) - MAX_CLASSES, 0),
         "lineage": _lineage(run.bank.by_id, strategy),
         "children": run.bank.children.get(strategy.id, []),
     }
