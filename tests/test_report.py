@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import HOSTILE, results, strategies, write_run
 
-from trl_sgpo.bank import Strategy, StrategyBank
+from trl_sgpo.bank import Outcome, Strategy, StrategyBank
 from trl_sgpo.cli.eval import read_options
 from trl_sgpo.cli.main import main
 from trl_sgpo.evaluation.digest import weights_digest
@@ -188,6 +188,21 @@ class TestContent:
         without = pages[0]
         assert not {"chart-plain", "chart-internalize"} & {each.get("id") for each in without.of("figure")}
         assert "accuracy of plain answers" not in without.text()
+
+    def test_lift_over_plain_answers_of_a_strategy(self, tmp_path, pages):
+        run = write_run(tmp_path / "run")
+        first, second = strategies()[:2]
+        with StrategyBank(run / "strategy_bank", hashed_words) as bank:
+            bank.update(Outcome(first.id, f"q{i}", 1, 1, 0.5, plain=0.25) for i in range(8))
+            bank.update(Outcome(second.id, f"z{i}", 0, 1, 0.0, plain=1) for i in range(8))
+        html = render(read_run(run))
+        parts = {}
+        for strategy in (first, second):
+            start = html.index(f'id="s-{strategy.id}"')
+            parts[strategy.id] = Page(html[start : html.index("</details>", start)]).text()
+        assert "lift over plain answers +0.75 [+0." in parts[first.id] and "on 8 problems" in parts[first.id]
+        assert "lift over plain answers -1.00 [-1.00, -0." in parts[second.id] and " harmful " in parts[second.id]
+        assert "lift over plain answers" not in pages[0].text()
 
     def test_lineage_goes_back_to_the_first(self, finished):
         run = read_run(finished)

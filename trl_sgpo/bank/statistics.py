@@ -69,3 +69,8 @@ def class_figures(name: str, members: Sequence[Strategy]) -> dict[str, Any]:
         "most_shown": top.id if shown else None,
         "most_shown_share": top.shown / shown if shown else None,
     }
+
+
+def with_bounds(difference: float, low: float, high: float) -> str:
+    """A difference with its bounds, as tables and pages show it: `+0.11 [-0.06, +0.24]`."""
+    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"

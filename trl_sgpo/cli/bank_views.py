@@ -16,7 +16,7 @@ from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
 from ..bank.ledger import Ledger
 from ..bank.manifest import is_snapshot, snapshot_damage
 from ..bank.snapshot import bank_directory, embed_with, open_read_only, read_only_directory
-from ..bank.statistics import class_figures, transfer
+from ..bank.statistics import class_figures, transfer, with_bounds
 from ..bank.strategy import TRUST_STATES, Strategy
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
@@ -46,17 +46,13 @@ SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
 }
 
 
-def _with_bounds(lift: float, low: float, high: float) -> str:
-    return f"{lift:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
 def _lift(strategy: Strategy) -> str:
-    return _with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
+    return with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
 
 
 def _plain_lift(strategy: Strategy) -> str:
     bounds = policy.plain_lift_bounds(strategy)
-    return _with_bounds(strategy.plain_lift, *bounds) if strategy.plain_problems else "unknown"
+    return with_bounds(strategy.plain_lift, *bounds) if strategy.plain_problems else "unknown"
 
 
 def _state(strategy: Strategy) -> str:
@@ -181,7 +177,7 @@ def find(strategies: Sequence[Strategy], prefix: str) -> Strategy:
 
 
 def _figures(group: dict[str, Any]) -> list[str]:
-    lift = _with_bounds(group["lift"], group["lift_low"], group["lift_high"])
+    lift = with_bounds(group["lift"], group["lift_low"], group["lift_high"])
     return [str(group["problems"]), f"{group['rate']:.2f}", f"{group['baseline']:.2f}", lift]
 
 
@@ -320,7 +316,7 @@ def stats(options: argparse.Namespace) -> int:
                 optional(each["mean_lift"], "+.2f"),
                 "unknown"
                 if each["plain_lift"] is None
-                else _with_bounds(each["plain_lift"], each["plain_lift_low"], each["plain_lift_high"]),
+                else with_bounds(each["plain_lift"], each["plain_lift_low"], each["plain_lift_high"]),
                 str(each["shown"]),
                 optional(each["most_shown_share"], ".0%"),
             ]

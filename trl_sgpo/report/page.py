@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..bank import Strategy, policy
-from ..bank.statistics import transfer
+from ..bank.statistics import transfer, with_bounds
 from ..bank.strategy import TRUST_STATES
 from ..checks.terminal import printable
 from ..evaluation.tables import before_and_after, tables
@@ -332,14 +332,15 @@ def _most_useful(strategies: Iterable[Strategy]) -> list[Strategy]:
 
 def _strategy_view(run: Run, strategy: Strategy) -> dict[str, Any]:
     assert run.bank is not None
-    low, high = policy.lift_bounds(strategy)
     own = [(strategy, execution) for execution in run.bank.executions[strategy.id]]
     of_classes = transfer(own, lambda _, execution: execution.problem_class)
     return {
         "record": strategy,
         "won": f"{number(strategy.successes)} of {strategy.trials}",
         "utility": policy.utility(strategy.successes, strategy.trials),
-        "lift": f"{strategy.lift:+.2f} [{low:+.2f}, {high:+.2f}]" if strategy.problems else "unknown",
+        "lift": with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown",
+        "plain_lift": with_bounds(strategy.plain_lift, *policy.plain_lift_bounds(strategy)),
+        "effect": "useful" if policy.useful(strategy) else "harmful" if policy.harmful(strategy) else "",
         "transfer": dict(islice(of_classes.items(), MAX_CLASSES)),
         "left_out": max(len(of_classes) - MAX_CLASSES, 0),
         "lineage": _lineage(run.bank.by_id, strategy),
