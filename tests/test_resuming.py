@@ -1,13 +1,16 @@
 """A checkpoint goes on as what it was: a whole model, or an adapter of the same layers, rank and scale."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from models import evenness, problems, save_tiny_model
 from peft import LoraConfig
 from test_runs import config
 from transformers import AutoModelForCausalLM
+from transformers.trainer_pt_utils import safe_globals
 
 from trl_sgpo import SGPOTrainer
 from trl_sgpo.errors import ConfigError
@@ -94,3 +97,93 @@ def test_the_best_model_is_that_of_the_highest_reward(tmp_path):
         )
         assert (args.metric_for_best_model, args.greater_is_better) == ("eval_reward", True)
     assert config(tmp_path).metric_for_best_model is None
+
+
+def no_shape(state):
+    for each in state["state"].values():
+        each["exp_avg"] = torch.zeros(3)
+
+
+def no_memory(state):
+    for each in state["state"].values():
+        each["exp_avg"] = torch.zeros(1).expand(each["exp_avg"].shape)
+
+
+def no_steps(state):
+    for each in state["state"].values():
+        each["step"] = torch.zeros(0)
+
+
+def no_rate(state):
+    state["param_groups"][0]["lr"] = "x"
+
+
+def no_number(state):
+    state["param_groups"][0]["betas"] = (0.9, float("nan"))
+
+
+def no_last_step(state):
+    state["last_epoch"] = "x"
+
+
+def no_method(state):
+    state["step"] = 1
+
+
+def no_generator(state):
+    state.clear()
+
+
+def another_generator(state):
+    state["cpu"] = torch.zeros(3, dtype=torch.uint8)
+
+
+def no_python_generator(state):
+    state["python"] = 1
+
+
+DAMAGED = {
+    no_shape: ("optimizer.pt", "tensors of another shape"),
+    no_memory: ("optimizer.pt", "tensors of another shape"),
+    no_steps: ("optimizer.pt", "tensors of another shape"),
+    no_rate: ("optimizer.pt", "has no valid `lr`"),
+    no_number: ("optimizer.pt", "has no valid `betas`"),
+    no_last_step: ("scheduler.pt", "has no valid `last_epoch`"),
+    no_method: ("scheduler.pt", "has no valid `step`"),
+    no_generator: ("rng_state.pth", "random numbers in .* is damaged"),
+    another_generator: ("rng_state.pth", "random numbers in .* is damaged"),
+    no_python_generator: ("rng_state.pth", "random numbers in .* is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(model, tmp_path_factory) -> Path:
+    """A run of one step."""
+    out = tmp_path_factory.mktemp("run")
+    resumed(model, out, None, None)
+    return out
+
+
+@pytest.mark.parametrize("change", DAMAGED, ids=lambda change: change.__name__)
+def test_a_state_that_was_changed_is_refused(model, stopped, tmp_path, change):
+    """Kernels of an optimizer write beyond a tensor that is smaller than the weight: the process died by a signal."""
+    name, message = DAMAGED[change]
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    path = out / "checkpoint-1" / name
+    with safe_globals():
+        state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=f"{message}.*: resume from another checkpoint"):
+        resumed(model, out, None, True, max_steps=2)
+
+
+@pytest.mark.parametrize("name", ["num_input_tokens_seen", "logging_steps", "save_steps", "train_batch_size"])
+def test_a_state_of_the_trainer_of_other_types_is_refused(model, stopped, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    path = out / "checkpoint-1" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "x"}))
+    with pytest.raises(ConfigError, match=r"trainer_state\.json is damaged"):
+        resumed(model, out, None, True, max_steps=2)

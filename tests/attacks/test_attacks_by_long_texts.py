@@ -1,7 +1,11 @@
 """Texts with which a pattern or a number would never end, and answers that state more than one result."""
 
+import itertools
 import json
+import signal
 import sqlite3
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -11,17 +15,118 @@ from models import hash_embedder, save_tiny_model, tokenizer
 
 from trl_sgpo import SGPOConfig, StrategyBank
 from trl_sgpo.bank.audit import audit_text
+from trl_sgpo.checks.terminal import printable
 from trl_sgpo.cli.main import main
-from trl_sgpo.data.annotations import strategy_from_annotations
+from trl_sgpo.data.annotations import strategy_from_annotations, worked_execution
 from trl_sgpo.data.choices import as_letters, index_base
+from trl_sgpo.data.families import Reference, generated_again
+from trl_sgpo.data.final_answers import final_answer
 from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.errors import BankError
+from trl_sgpo.inference.solution import Attempt, vote
 from trl_sgpo.method.control_tokens import TextEncoder
-from trl_sgpo.method.rewards import copied_literals, leak
+from trl_sgpo.method.problem import Problem
+from trl_sgpo.method.prompts import ParsedStrategy, parse_strategy
+from trl_sgpo.method.rewards import coherence, copied_literals, leak
 from trl_sgpo.recipe import resume_point
 
 
 MILLION = 1_000_000
+# Repeated, these keep a pattern that takes the square of a text's length busy for minutes
+UNITS = [
+    " ", "\n", "0", "a", ".", ". ", "$", ".$", "#", "=", "^ ", "<<", "**", "{", "(", "'", '"', "- ", "1,", "1 ", "1/",
+    "step 1. ", "answer is ", "\\boxed{", "<answer>", "\\text{", "_", "\\frac", "\\^ ", "\u200b", "because ", "\ufdfa",
+]  # fmt: skip
+BEFORE = ["", "#### ", "\\^", "the answer is ", "<<1+1=2>>=", "if "]
+
+
+class TookTooLong(Exception):
+    pass
+
+
+@pytest.fixture
+def ten_seconds_each() -> Iterator[Callable[[], None]]:
+    """Starts ten seconds of computation, after which the test fails. Patterns can be interrupted."""
+
+    def stop(*_: object) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGPROF, stop)
+    yield lambda: signal.setitimer(signal.ITIMER_PROF, 10)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
+def rewards_of(text: str) -> None:
+    strategy = parse_strategy(text)
+    coherence(strategy, "1 and 2")
+    leak(strategy.text, "3 and 4", "12")
+    parse_strategy(text, "steps")
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "answer": final_answer,
+    "answer of three lines": lambda text: final_answer(text, lines=3),
+    "strategy": rewards_of,
+    "problem of a strategy": lambda text: leak("If you add 12 to 13", text, "12"),
+    "literals of a problem": lambda text: coherence(ParsedStrategy("If you add 12"), text),
+    "annotated solution": lambda text: strategy_from_annotations(f"<<1+1=2>>{text}\n#### 2", "1 and 1"),
+    "problem of a solution": lambda text: strategy_from_annotations("<<1+1=2>>\n#### 2", text),
+    "worked solution": lambda text: worked_execution(text, None),
+    "right answer": lambda text: answer_reward(["#### 12"], [text]),
+    "terminal": printable,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no timer of computation there")
+@pytest.mark.parametrize("reader", READERS)
+def test_texts_of_a_stranger_are_read_in_a_time_that_grows_with_them(
+    reader: str, ten_seconds_each: Callable[[], None]
+) -> None:
+    for before, unit in itertools.product(BEFORE, UNITS):
+        ten_seconds_each()
+        READERS[reader](before + unit * (300_000 // len(unit)) + "\x01x")
+
+
+@pytest.mark.parametrize("brackets", ["[]", "()", "{}"])
+def test_an_answer_of_nested_lists(brackets: str) -> None:
+    deep = [brackets[0] * 300 + str(number) + brackets[1] * 300 for number in range(2)]
+    assert answer_reward([f"#### {deep[0]}"], [deep[1]]) == [0.0]
+    assert answer_reward(["#### {{4, 3}, {2, 1}}", "#### [[[1, 2.0]]]"], ["{{1, 2}, {3, 4}}", "[[[1, 2]]]"]) == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no timer of computation there")
+def test_sets_of_many_items(ten_seconds_each: Callable[[], None]) -> None:
+    sets = [f"{{{', '.join(str(first + 2 * step) for step in range(180))}}}" for first in (0, 1)]
+    within = [
+        f"{{{', '.join('{' + ', '.join(f'{a}{b}{c}' for b in '1234') + '}' for a in '123456789')}}}" for c in "56"
+    ]
+    ten_seconds_each()
+    for first, second in (sets, within):
+        assert answer_reward([f"#### {first}"], [second]) == [0.0]
+    backwards = ", ".join(reversed(sets[0].strip("{}").split(", ")))
+    assert answer_reward([f"#### {{{backwards}}}"], [sets[0]]) == [1.0]
+
+
+def test_votes_compare_slow_expressions_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("trl_sgpo.data.answers.compared_expressions", lambda *pair: asked.append(pair))
+    attempts = [Attempt("s", "e", f"9^{{9^{{9^{{{number}}}}}}}x") for number in range(64)]
+    solution = vote(Problem("p"), attempts)
+    assert [count for _, count in solution.votes] == [1] * 64 and len(asked) == 8
+
+
+def test_a_strategy_that_is_too_long_is_malformed() -> None:
+    parsed = parse_strategy("If so, " + "add. " * 10_000)
+    assert parsed.flaw == "too long" and len(parsed.text) == 2**14 and coherence(parsed, "1") < 0.5
+
+
+def test_a_row_that_names_a_huge_problem_is_refused() -> None:
+    def problem(length: int) -> dict[str, object] | None:
+        settings = {"size": 1, "seed": 1, "min_length": length, "max_length": length}
+        return generated_again(Reference("palindrome_generation", json.dumps(settings), 0))
+
+    assert problem(10) is not None and problem(MILLION) is None
 
 
 @pytest.mark.parametrize("worked", ["<<1+1=1e999999999>>2\n#### 2", "<<1+1=2>>2\n#### 1e999999999"])
@@ -81,6 +186,14 @@ def test_an_answer_that_states_several_results(answer: str, gold: str) -> None:
 )  # fmt: skip
 def test_an_answer_that_states_one_result(answer: str, gold: str) -> None:
     assert answer_reward([f"\\boxed{{{answer}}}"], [gold]) == [1.0]
+
+
+def test_the_name_of_a_tokenizers_class_is_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "Fast" * MILLION}))
+    assert main(["solve", "--model", str(tmp_path), "--no_bank", "1 + 2"]) == 2
+    assert "in more than 200 characters" in capsys.readouterr().err
 
 
 def test_a_model_of_a_billion_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def unopened() -> None:
 def asked(unopened: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that the other process would open."""
     folders: list[str] = []
-    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: folders.append(directory) or (False, 9))
+    monkeypatch.setattr(opening.OPENING, "ask", lambda name, directory: folders.append(directory) or (False, 9, 9))
     return folders
 
 
@@ -76,6 +76,38 @@ def test_a_model_that_never_opens(write: Any, small: None, tmp_path: Path) -> No
 def test_weights_that_a_library_would_make(tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
     put(tmp_path / "config.json", vocab_size=200_000_000)
+    with pytest.raises(ModelError, match="of which most are not in its files"):
+        check_model_folder(tmp_path, "user/evil")
+
+
+MASKS = {"model_type": "gpt_neo", "num_layers": 1, "attention_types": [[["global"], 1]], "num_heads": 2}
+TABLES = {"model_type": "gptj", "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_embd": 16, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MASKS | {"hidden_size": 16, "vocab_size": 300, "max_position_embeddings": 60_000},
+        TABLES | {"n_positions": 3 * 10**8},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_buffers_that_a_model_makes(config: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="GiB beside its weights"):
+        check_model_folder(tmp_path, "user/evil")
+
+
+@pytest.mark.usefixtures("unopened")
+def test_a_model_that_earlier_ones_left_no_memory_for_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size was taken for unknown, and was not checked."""
+    save_tiny_model(tmp_path)
+    put(tmp_path / "config.json", vocab_size=200_000_000)
+    ask, replies = opening.OPENING.ask, [(False, None, None)]
+    monkeypatch.setattr(opening.OPENING, "ask", lambda *request: replies.pop() if replies else ask(*request))
     with pytest.raises(ModelError, match="of which most are not in its files"):
         check_model_folder(tmp_path, "user/evil")
 

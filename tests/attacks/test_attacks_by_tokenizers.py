@@ -157,6 +157,8 @@ SLOW = {
     "many repetitions": r"[a-z ]{0,55}[a-z ]{0,55}[a-z ]{0,55}[a-z ]{0,55}!",
     "a repetition of one": r"(?:a+)+$",
     "a repeated reference": r"(a*)\1*\1*b",
+    "an interval that a sign repeats": r"[\w ]{1,3}+!",
+    "optional intervals": r"\w{1}?" * 40 + "!",
     "a set in a set": r"[a[b]]*[ab]*[ab&&[a]]*[a]*c",
 }
 KNOWN = [  # of GPT-2, Llama 3, Qwen 2, GPT-4o, DeepSeek 3, Kimi K2, SmolLM, Seed, CLIP, BLOOM

@@ -14,6 +14,8 @@ from .process import CheckProcess
 
 OPENING = CheckProcess(memory=8)  # with torch, so apart from the others
 PER_BYTE, FEW = 8, 10**7  # parameters in a byte of weights of one bit, and parameters that may always be missing
+MAX_BUFFERS = 2**30  # bytes that a model makes beside its weights: the largest known ones make 0.1 GiB
+_MAX_DONE = 100
 MAX_FILES, MAX_FILE, MAX_BYTES = 10_000, 2**28, 2**32  # of which a library reads none that is larger than the second
 _OPENED = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
            "*.model")  # fmt: skip
@@ -47,7 +49,8 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
 
     Raises:
         [`ModelError`]: It takes more than 60 seconds or 8 GiB, a library panics or prints control characters of a
-            terminal, most weights are missing, or the files are too many.
+            terminal, the model makes more than 1 GiB beside its weights, most weights are missing, or the files are
+            too many.
     """
     from huggingface_hub import constants
 
@@ -70,9 +73,14 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
             digest.update(hashlib.file_digest(file, "sha256").digest())
     done = Path(constants.HF_HOME, "trl_sgpo", "opened", digest.hexdigest())
     try:
-        parameters = int(done.read_text())
+        parameters, buffers = (int(number) for number in done.read_text()[:_MAX_DONE].split())
     except (OSError, ValueError):  # not opened yet
-        parameters = _opened(source, directory, done)
+        parameters, buffers = _opened(source, directory, done)
+    if buffers > MAX_BUFFERS:
+        raise ModelError(
+            f"The config of {source} describes a model that makes {buffers / 2**30:.1f} GiB beside its weights, such "
+            "as a mask of all its positions: use another model."
+        )
     sizes = [path.stat().st_size for path in weights if path.is_file()]
     if 0 < len(sizes) == len(weights) and parameters > PER_BYTE * sum(sizes) + FEW:
         raise ModelError(
@@ -81,19 +89,25 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
         )
 
 
-def _opened(source: str | Path, directory: Path, done: Path) -> int:
-    """Opens a model in the other process, remembers that it can be opened, and returns its number of parameters."""
+def _opened(source: str | Path, directory: Path, done: Path) -> tuple[int, int]:
+    """
+    Opens a model in the other process, remembers that it can be opened, and returns its number of parameters and the
+    bytes of its buffers, 0 after an error, which is left to the caller.
+    """
     reply = OPENING.ask("opens", str(directory.resolve()))
+    if reply is not None and reply[1] is None:  # what earlier models left there may be the cause
+        OPENING.close()
+        reply = OPENING.ask("opens", str(directory.resolve()))
     if reply is None:
         raise ModelError(
             f"The config or the tokenizer of {source} cannot be opened within 60 seconds and 8 GiB: use another model."
         )
-    prints_control, parameters = reply
+    prints_control, parameters, buffers = reply[0], reply[1] or 0, reply[2] or 0
     if prints_control:
         raise ModelError(
             f"Opening {source} prints control characters of a terminal, or more than 1 MiB: use another model."
         )
     with suppress(OSError):  # a cache that cannot be written
         done.parent.mkdir(parents=True, exist_ok=True)
-        write_file(done, str(parameters))
-    return parameters
+        write_file(done, f"{parameters} {buffers}")
+    return parameters, buffers

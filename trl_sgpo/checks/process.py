@@ -180,4 +180,10 @@ CHECKS = CheckProcess()
 
 def equal_expressions(gold: str, answer: str) -> bool:
     """Whether two expressions in LaTeX are equal by math-verify. A comparison that passes a limit is not."""
-    return CHECKS.ask("equal", gold, answer) is True
+    return compared_expressions(gold, answer) is True
+
+
+def compared_expressions(gold: str, answer: str) -> bool | None:
+    """As [`equal_expressions`], `None` if the comparison passes a limit."""
+    found: bool | None = CHECKS.ask("equal", gold, answer)
+    return found

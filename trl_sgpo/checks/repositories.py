@@ -20,6 +20,7 @@ from .splitting import check_splitting
 OTHER_MODEL = "use one whose tokenizer is in its own files."
 AGAIN = "copy or download the files again, or save the model again with `save_pretrained`."
 MAX_EXPERTS = 100_000
+_MAX_CLASS = 200  # characters of a name
 MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 
@@ -275,8 +276,10 @@ def _library_names() -> frozenset[str]:
 
 def _check_tokenizer_class(source: str | Path, name: Any) -> None:
     """A library takes any of its classes, and unknown ones for a plain tokenizer."""
-    plain = re.sub("(Fast)*$", "", str(name))
+    plain = re.sub("(Fast)*$", "", str(name)[:_MAX_CLASS])
     of_others = plain in _library_names() and not plain.endswith(("Tokenizer", "Backend"))
+    if len(str(name)) > _MAX_CLASS:
+        raise ModelError(f"{source} names its tokenizer in more than {_MAX_CLASS} characters: {OTHER_MODEL}")
     if of_others or plain in ("AutoTokenizer", "RagTokenizer"):
         raise ModelError(f"{source} names {name} as its tokenizer, which loads other files: {OTHER_MODEL}")
 

@@ -127,6 +127,8 @@ def ways_of_matching(pattern: str) -> float:
             raise ValueError(f"{pattern[place : place + 4]!r} in it is not known here")
         if times := _TIMES.match(pattern, place):
             part, place = part.repeated(*_range(times)), times.end()
+            if times[1] is None and times[5]:  # after `{2,3}`, a sign repeats the repetition
+                part = part.repeated(*((1, math.inf) if times[5] == "+" else (0, 1)))
         open_groups[-1].add(part)
     if len(open_groups) > 1:
         raise ValueError("a group of it has no end")

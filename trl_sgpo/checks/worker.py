@@ -23,7 +23,7 @@ from typing import IO, Any
 
 
 SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 2, "opens": 60, "decodes": 300}
-MAX_RENDERED, MAX_PRINTED = 2**24, 2**20
+MAX_RENDERED, MAX_PRINTED, MAX_ENTRY = 2**24, 2**20, 2**18
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f642"
 FORMS = "PATTERN", r"(.*\.)?(PATTERN)$", r"(^|.*\.)PATTERN($|\..*)", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\."
@@ -71,15 +71,21 @@ def dataset(family: str, settings: str) -> Any:
 
 
 @lru_cache(4096)
-def entry(family: str, settings: str, index: int) -> dict[str, Any]:
+def problem(family: str, settings: str, index: int) -> dict[str, Any]:
     """A problem of a reasoning-gym family, generated again."""
     return dataset(family, settings)[index]
 
 
+def entry(family: str, settings: str, index: int) -> dict[str, Any] | None:
+    """A problem as JSON has it, `None` if it is too long."""
+    found = problem(family, settings, index)
+    return found if len(json.dumps(found, default=str)) <= MAX_ENTRY else None
+
+
 def accepts(family: str, settings: str, index: int, answer: str) -> bool:
     """Whether the verifier of a family accepts an answer."""
-    problem = entry(family, settings, index)
-    return bool(dataset(family, settings).score_answer(answer, problem) >= 0.99)
+    found = problem(family, settings, index)
+    return bool(dataset(family, settings).score_answer(answer, found) >= 0.99)
 
 
 @lru_cache(1)
@@ -147,11 +153,11 @@ def errors_left_to_the_caller() -> Iterator[None]:
         pass
 
 
-def opens(directory: str) -> tuple[bool, int]:
+def opens(directory: str) -> tuple[bool, int | None, int | None]:
     """
     Reads the config and the tokenizer of a model, and builds it without weights. Errors are left to the caller, who
-    does the same. Returns whether something printed control characters or without end, and the number of parameters,
-    if known.
+    does the same. Returns whether something printed control characters or without end, the number of parameters, and
+    bytes of buffers, which are made whatever the files hold. Both are `None` after an error.
     """
     import torch
     from transformers import (
@@ -162,17 +168,18 @@ def opens(directory: str) -> tuple[bool, int]:
         AutoTokenizer,
     )
 
-    parameters = 0
+    parameters = buffers = 0 if not Path(directory, "config.json").is_file() else None
     with printed() as output:
         with errors_left_to_the_caller():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
             tokenizer.decode(tokenizer(SAMPLE)["input_ids"])
-        if Path(directory, "config.json").is_file():
+        if parameters is None:
             with errors_left_to_the_caller(), torch.device("meta"):
                 config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
                 kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
                 model = kind.from_config(config, trust_remote_code=False)
                 parameters = sum(weight.numel() for weight in model.parameters())
+                buffers = sum(buffer.nbytes for buffer in model.buffers())
         sys.stderr.flush()
         output.seek(0)
         content = output.read(MAX_PRINTED + 1)
@@ -180,7 +187,7 @@ def opens(directory: str) -> tuple[bool, int]:
         acts = any(
             sign in DIRECTIONS or (unicodedata.category(sign) == "Cc" and sign not in "\t\n\r") for sign in text
         )
-        return acts or len(content) > MAX_PRINTED, parameters
+        return acts or len(content) > MAX_PRINTED, parameters, buffers
 
 
 def decodes(path: str, columns: list[str] | None, rows: int) -> int:

@@ -14,7 +14,7 @@ from .final_answers import final_answer
 
 _ANNOTATION = re.compile(r"<<([^<>=]{1,200})=([^<>=]{1,40})>>")
 _ANY_ANNOTATION = re.compile(r"<<[^<>]*>>")
-_RESULT = re.compile(r"=\s*[$€£]?\s*\d")
+_RESULT = re.compile(r"=\s*+(?:[$€£]\s*+)?\d")
 _LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 _NUMBER = re.compile(r"(?<!\d)\d{1,40}(?:,\d{3})*(?:\.\d+)?(?!\d)|\.\d+")
 _FRACTION = re.compile(r"(?<![\d/.])(\d{1,40})/(\d{1,40})(?![\d/])")

@@ -3,12 +3,14 @@ Whether an answer is right, decided rung by rung: the verifier of the problem's 
 mathematics only where both sides hold it.
 """
 
+import importlib.util
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks.process import equal_expressions
+from ..checks.process import compared_expressions, equal_expressions
 from ..errors import DataError
 from ..method.prompts import Prompt, problem_text
 from .answer_lists import AnswerList, as_list
@@ -21,6 +23,9 @@ from .plain_text import plain_text
 
 MAX_LENGTH = 1000
 MAX_EXPRESSIONS = 16
+_MAX_UNORDERED = (16, 4)  # items of a set that are compared in pairs, of one within a list or set; deeper: none
+_MAX_DEPTH = 4  # of lists in lists
+_MAX_SLOW = 16
 
 _SIMPLE = re.compile(r"[+-]?\d{1,15}")
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:0|[1-9][\d,]*)(?:\.\d+)?(?:[eE][+-]\d+)?(?:/\d+|°)?")
@@ -184,6 +189,25 @@ def same_answer_text(first: str, second: str) -> bool:
     return _compare(first, second, _never_equal).right
 
 
+def comparison() -> Callable[[str, str], bool]:
+    """
+    As [`same_answer`], to compare many answers with each other. Expressions whose comparison passes a limit are
+    compared as texts from then on, all of them after a few. So they are without math-verify.
+    """
+    slow: set[str] = set()
+
+    def equal(gold: str, answer: str) -> bool:
+        if len(slow) >= _MAX_SLOW or gold in slow or answer in slow:
+            return False
+        found = compared_expressions(gold, answer)
+        if found is None:
+            slow.update((gold, answer))
+        return found is True
+
+    compare = equal if importlib.util.find_spec("math_verify") else _never_equal
+    return lambda first, second: _compare(first, second, compare).right
+
+
 def _check_by_family(answer: str, gold: str, entry: str, family: str) -> AnswerCheck:
     if len(answer) > max(MAX_LENGTH, min(20 * len(gold), FAMILY_MAX_LENGTH)):
         return AnswerCheck(answer.strip() == gold.strip(), "text")
@@ -221,7 +245,7 @@ def _compare(answer: str, gold: str, equal: Callable[[str, str], bool]) -> Answe
     return _compare_plain(plain_text(answer), plain_text(gold), equal)
 
 
-def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool]) -> AnswerCheck:
+def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool], depth: int = 0) -> AnswerCheck:
     if _folded(answer) == _folded(gold) or _same_choice(answer, gold) or _same_time(answer, gold):
         return AnswerCheck(True, "text")
     wanted = read_number(gold, spaced=False)
@@ -237,7 +261,7 @@ def _compare_plain(answer: str, gold: str, equal: Callable[[str, str], bool]) ->
     lists = as_list(answer), as_list(gold)
     if lists[0] is not None and lists[1] is not None:
         # 1,000 is no list where it is a number
-        same = found is None and _same_items(lists[0], lists[1], equal)
+        same = found is None and _same_items(lists[0], lists[1], equal, depth)
         return AnswerCheck(same, "list")
     if lists[0] is not None or lists[1] is not None:
         return AnswerCheck(False, "list")
@@ -282,16 +306,19 @@ def _folded(text: str) -> str:
     return text
 
 
-def _same_items(answer: AnswerList, gold: AnswerList, equal: Callable[[str, str], bool]) -> bool:
-    if len(answer.items) != len(gold.items) or not answer.may_be(gold):
+def _same_items(answer: AnswerList, gold: AnswerList, equal: Callable[[str, str], bool], depth: int) -> bool:
+    if len(answer.items) != len(gold.items) or not answer.may_be(gold) or depth == _MAX_DEPTH:
         return False
     compare = equal if len(gold.items) <= MAX_EXPRESSIONS else _never_equal
 
     def same(first: str, second: str) -> bool:
-        return _compare_plain(plain_text(first), plain_text(second), compare).right
+        return _compare_plain(plain_text(first), plain_text(second), compare, depth + 1).right
 
     if gold.brackets != "{}" and not (answer.labelled and gold.labelled):
         return all(same(*pair) for pair in zip(answer.items, gold.items, strict=True))
+    if len(gold.items) > (_MAX_UNORDERED[depth] if depth < len(_MAX_UNORDERED) else 0):
+        folded = (Counter(_folded(plain_text(item)) for item in each.items) for each in (answer, gold))
+        return next(folded) == next(folded)
     left = list(gold.items)
     for item in answer.items:
         place = next((index for index, other in enumerate(left) if same(item, other)), None)

@@ -117,7 +117,7 @@ def setting(value: str) -> int | float | bool | str:
     return value
 
 
-@lru_cache(4096)
+@lru_cache(512)
 def generated_again(reference: Reference) -> dict[str, Any] | None:
     """The reasoning-gym entry of a problem, `None` if there is none."""
     if (reference.family, reference.settings) in _REFUSED:

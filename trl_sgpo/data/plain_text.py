@@ -33,7 +33,7 @@ _LATEX = substitutions(
     (r"\{,\}", ","),
     (r"(?<!\\)\\[,;: ]|~", " "),
     (r"\\([%$€£#&_])", r"\1"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),
+    (r"\^\s*+(?:\{\s*+)?\\circ\s*+\}?|\\degree(?![A-Za-z])", "°"),
     (r"(?<!\\)\\[()\[\]]", " "),
     (r"\\langle(?![A-Za-z])", "("),
     (r"\\rangle(?![A-Za-z])", ")"),
@@ -50,6 +50,7 @@ _SIGNS = substitutions(
     (r"±", r"\\pm "),
 )
 _BOLD = re.compile(r"(?<!\w)\*\*([^*]+)\*\*(?!\w)")
+_MAX_MARKS = 100  # around an answer
 _WRAPPERS = ("**", "__", "$$", "$", "`", "*", '"', "'")
 
 
@@ -74,8 +75,10 @@ def plain_text(text: str) -> str:
         text = _without_latex(text)
     text = _BOLD.sub(r"\1", " ".join(text.split()))
     text = substituted(text, _SIGNS)
-    while (stripped := _unwrapped(text)) != text:
-        text = stripped
+    for _ in range(_MAX_MARKS):
+        before, text = text, _unwrapped(text)
+        if text == before:
+            break
     return text
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..bank.strategy import problem_id
-from ..data.answers import same_answer
+from ..data.answers import comparison
 from ..data.final_answers import final_answer
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.retrieval import with_retrieved
@@ -266,7 +266,7 @@ def _summarise_samples(results: Sequence[dict[str, Any]], protocol: Protocol) ->
 
 
 def _majority_outcome(attempts: Sequence[dict[str, Any]]) -> float:
-    chosen = majority_vote([attempt["answer"] for attempt in attempts], same_answer)
+    chosen = majority_vote([attempt["answer"] for attempt in attempts], comparison())
     return 0.0 if chosen is None else attempts[chosen]["outcome"]
 
 

@@ -145,19 +145,19 @@ def pass_at_k(samples: int, solved: int, k: int) -> float:
     return 1.0 - math.comb(samples - solved, k) / math.comb(samples, k)
 
 
-def majority_vote(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
+def agreeing(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[list[int]]:
     """
-    Finds the answer that most samples agree on.
+    Groups samples by their answers.
 
     Args:
         answers (`Sequence[str | None]`):
-            Final answers. `None` has no vote.
+            Final answers. `None` is in no group.
         same (`Callable`):
             Whether two answers are the same.
 
     Returns:
-        `int` or `None`: Position of the first of the most frequent answers, the earliest among equally frequent ones.
-        `None` if nothing was answered.
+        `list[list[int]]`: Positions of answers that are the same as the first of their group. Larger groups come
+            first, the earliest among equally large ones.
     """
     groups: list[list[int]] = []
     representatives: list[str] = []
@@ -170,4 +170,9 @@ def majority_vote(answers: Sequence[str | None], same: Callable[[str, str], bool
             representatives.append(answer)
         else:
             groups[group].append(position)
-    return max(groups, key=len)[0] if groups else None
+    return sorted(groups, key=len, reverse=True)
+
+
+def majority_vote(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
+    """The position of the first of the most frequent answers, see [`agreeing`], `None` if nothing was answered."""
+    return next((group[0] for group in agreeing(answers, same)), None)

@@ -1,14 +1,13 @@
 """The solution of a problem: attempts, and the majority vote on their answers."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 from ..bank import Strategy
-from ..data.answers import same_answer, same_answer_text
-from ..evaluation.statistics import majority_vote
+from ..data.answers import comparison
+from ..evaluation.statistics import agreeing
 from ..method.problem import Problem
 
 
@@ -99,18 +98,9 @@ class Solution:
 
 def vote(problem: Problem, attempts: Sequence[Attempt]) -> Solution:
     """Chooses the answer that most attempts agree on."""
-    # Without math-verify, answers are compared as text and as numbers
-    same = same_answer if importlib.util.find_spec("math_verify") else same_answer_text
-    left = [attempt.answer for attempt in attempts]
-    unanswered = left.count(None)
-    winners: list[int] = []
-    votes: list[tuple[str | None, int]] = []
-    while (winner := majority_vote(left, same)) is not None:
-        answer = str(left[winner])
-        agree = {winner, *(i for i, other in enumerate(left) if other is not None and same(other, answer))}
-        winners.append(winner)
-        votes.append((answer, len(agree)))
-        left = [None if i in agree else other for i, other in enumerate(left)]
-    if unanswered:
+    answers = [attempt.answer for attempt in attempts]
+    groups = agreeing(answers, comparison())
+    votes = [(answers[group[0]], len(group)) for group in groups]
+    if unanswered := answers.count(None):
         votes.append((None, unanswered))
-    return Solution(problem, tuple(attempts), winners[0] if winners else 0, tuple(votes))
+    return Solution(problem, tuple(attempts), groups[0][0] if groups else 0, tuple(votes))

@@ -28,6 +28,7 @@ EXECUTION_PROMPT = (
 REASONING_START, REASONING_END = "<think>", "</think>"
 RETRIEVED_HEADER = "Strategies that worked on similar problems, quoted (adapt, combine or improve them):\n"
 
+MAX_STRATEGY = 2**14  # characters: rewards read strategies with patterns that take the square of their length
 _STEP = re.compile(r"^\s*(?:step\s*)?\d+\s*[.):]\s+(\S.*)$", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{[A-Za-z][^{}\n]*\}")
 
@@ -104,17 +105,20 @@ def parse_strategy(
             Whether the prompt ends within a reasoning part.
 
     Returns:
-        [`ParsedStrategy`]
+        [`ParsedStrategy`]: Of a text of more than 16,384 characters, the first ones, with the flaw `"too long"`.
     """
     reasoning, text = split_reasoning(text.strip(), reasoning_opened)
     if not text:
         return ParsedStrategy(text, flaw="truncated" if truncated and reasoning else "empty", reasoning=reasoning)
+    length, text = len(text), text[:MAX_STRATEGY]
     placeholders = tuple(match[1:-1].strip() for match in _PLACEHOLDER.findall(text))
     lines = [line for line in text.splitlines() if line.strip()]
     steps = tuple(match.group(1).strip() for line in lines if (match := _STEP.match(line)))
     flaw = None
     if truncated:
         flaw = "truncated"
+    elif length > MAX_STRATEGY:
+        flaw = "too long"
     elif strategy_format == "steps" and (len(steps) < 2 or len(steps) != len(lines)):
         flaw = "not numbered steps"
     return ParsedStrategy(text, steps, placeholders, flaw, reasoning)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ..data.numbers import numbers_in, read_number
 from ..data.plain_text import plain_text
 from .disguises import joined, undisguised, visible
-from .prompts import ParsedStrategy
+from .prompts import MAX_STRATEGY, ParsedStrategy
 
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
@@ -112,7 +112,7 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
 
     Args:
         strategy (`str`):
-            Text of the strategy.
+            Text of the strategy. The first 16,384 characters of it, and of the problem, are read.
         problem (`str`):
             Text of the problem it was written for.
         answer (`str` or `None`):
@@ -121,6 +121,7 @@ def leak(strategy: str, problem: str, answer: str | None) -> float:
     Returns:
         `float`: 1.0 or 0.0.
     """
+    strategy, problem = strategy[:MAX_STRATEGY], problem[:MAX_STRATEGY]
     if _FINAL_ANSWER.search(visible(strategy)) is not None:
         return 1.0
     if answer is None or not (wanted := _form(answer)):

@@ -28,13 +28,17 @@ logger = logging.getLogger(__name__)
 # Those that say how large the weights of an adapter are, and how much they count
 _SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _ARCHIVES = (".pt", ".pth")  # the state of optimizer, schedule and random numbers, as torch saves them
-_ANOTHER = "resume from another checkpoint."
+_OF_A_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # of torch, as large as the weight
+ANOTHER = "resume from another checkpoint."
 _MAYBE = either(nothing, number(-math.inf, math.inf))
 _CALLBACK = record({"args": record({}), "attributes": record({})})
 _STATE = record(
     {"global_step": count, "epoch": either(nothing, number()), "log_history": listing(record({}))},
     optional={
         "max_steps": count,
+        "num_input_tokens_seen": count,
+        **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), either(nothing, number())),
+        "train_batch_size": either(nothing, count),
         "num_train_epochs": count,
         "total_flos": number(most=math.inf),
         "best_metric": _MAYBE,
@@ -91,7 +95,7 @@ def check_same_model(model: PreTrainedModel | PeftModel, checkpoint: str | None)
         with safe_open(Path(checkpoint, ADAPTER_WEIGHTS), framework="pt") as file:
             there = set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{checkpoint}/{ADAPTER_WEIGHTS} is damaged ({error}): {_ANOTHER}") from error
+        raise ConfigError(f"{checkpoint}/{ADAPTER_WEIGHTS} is damaged ({error}): {ANOTHER}") from error
     trained = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if others := sorted((trained - there) | {name for name in there - trained if "lora_" in name}):
         raise ConfigError(
@@ -110,27 +114,25 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
             with safe_open(file, framework="pt") as stored:
                 there |= set(stored.keys())
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{file} is damaged ({error}): {_ANOTHER}") from error
+            raise ConfigError(f"{file} is damaged ({error}): {ANOTHER}") from error
     shared: dict[tuple[int, torch.Size], list[str]] = {}  # of tied weights, a file has one
     for name, weight in model.state_dict().items():
         shared.setdefault((weight.data_ptr(), weight.shape), []).append(name)
     missing = [names[0] for names in shared.values() if there.isdisjoint(names)]
     if files and missing:
-        raise ConfigError(
-            f"{checkpoint} lacks {len(missing)} of the model's weights, such as {missing[0]}: {_ANOTHER}"
-        )
+        raise ConfigError(f"{checkpoint} lacks {len(missing)} of the model's weights, such as {missing[0]}: {ANOTHER}")
 
 
 def _check_files(checkpoint: Path) -> None:
     """Reading a pipe never ends, and libraries do not name a file of theirs that is damaged."""
     for path in checkpoint.rglob("*"):
         if not (path.is_file() or path.is_dir()):
-            raise ConfigError(f"{path} is no file, such as a pipe or a broken link: remove it, or {_ANOTHER}")
+            raise ConfigError(f"{path} is no file, such as a pipe or a broken link: remove it, or {ANOTHER}")
         if path.name.endswith(_ARCHIVES) and not is_zipfile(path):
-            raise ConfigError(f"{path} is damaged: {_ANOTHER}")
+            raise ConfigError(f"{path} is damaged: {ANOTHER}")
 
 
-@expect_readable(STATE_FILE, _ANOTHER)
+@expect_readable(STATE_FILE, ANOTHER)
 def _check_state(checkpoint: Path) -> None:
     if (checkpoint / STATE_FILE).is_file():
         state = read_json(checkpoint / STATE_FILE)
@@ -164,21 +166,73 @@ def _short(trained_on: dict[str, Any]) -> str:
     return ", ".join([str(trained_on.get("dtype")), *kinds])
 
 
-def check_same_optimizer(checkpoint: str, before: set[str], after: set[str]) -> None:
+class OptimizerBefore:
     """
-    Checks that the state of a checkpoint is that of the optimizer in use.
+    What an optimizer and its schedule are before the state of a checkpoint is loaded, to which that is compared.
 
     Args:
-        checkpoint (`str`):
-            The checkpoint.
-        before (`set[str]`), after (`set[str]`):
-            Names of the optimizer's settings before and after its state was loaded.
-
-    Raises:
-        [`ConfigError`]: It is not.
+        optimizer ([`~torch.optim.Optimizer`]):
+            The optimizer.
+        schedule ([`~torch.optim.lr_scheduler.LRScheduler`]):
+            Its schedule.
     """
-    if missing := before - after:
-        raise ConfigError(
-            f"{checkpoint} holds the state of another optimizer, without {', '.join(sorted(missing))}: set `optim` as "
-            f"it was, {_OR_ANEW}"
-        )
+
+    def __init__(self, optimizer: Any, schedule: Any):
+        self._optimizer, self._schedule = optimizer, schedule
+        self._settings = dict(optimizer.param_groups[0])
+        self._attributes = dict(vars(schedule))
+
+    def check(self, checkpoint: str, sharded: bool = False) -> None:
+        """
+        Checks that the loaded state is that of the optimizer in use. Kernels of an optimizer write where a tensor of
+        another shape has no memory.
+
+        Args:
+            checkpoint (`str`):
+                The checkpoint.
+            sharded (`bool`, *optional*, defaults to `False`):
+                Whether FSDP or DeepSpeed keeps the state, whose tensors have other shapes than the weights.
+
+        Raises:
+            [`ConfigError`]: It is of another optimizer, or has tensors of other shapes or settings of other types.
+        """
+        for group in self._optimizer.param_groups:
+            if missing := set(self._settings) - set(group):
+                raise ConfigError(
+                    f"{checkpoint} holds the state of another optimizer, without {', '.join(sorted(missing))}: set "
+                    f"`optim` as it was, {_OR_ANEW}"
+                )
+            for name, value in self._settings.items():
+                if name != "params" and not _alike(value, group[name]):
+                    raise ConfigError(f"The state of the optimizer in {checkpoint} has no valid `{name}`: {ANOTHER}")
+            for weight in [] if sharded else group["params"]:
+                if not _fits(self._optimizer.state.get(weight, {}), weight):
+                    raise ConfigError(
+                        f"The state of the optimizer in {checkpoint} has tensors of another shape than the weights: "
+                        f"{ANOTHER}"
+                    )
+        for name, value in vars(self._schedule).items():
+            known = name in self._attributes
+            if not _alike(self._attributes[name], value) if known else name in dir(type(self._schedule)):
+                raise ConfigError(f"The schedule in {checkpoint} has no valid `{name}`: {ANOTHER}")
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Whether a setting is a number where it was one, and otherwise of the same type."""
+    if type(before) is bool:
+        return after is None or type(after) is bool
+    if type(before) in (int, float):
+        return type(after) in (int, float) and math.isfinite(after)
+    if type(before) in (tuple, list):
+        return type(after) in (tuple, list) and len(after) == len(before) and all(map(_alike, before, after))
+    return before is None or isinstance(after, type(before))
+
+
+def _fits(state: dict[str, Any], weight: torch.Tensor) -> bool:
+    """Whether the state of a weight has its shape, and a number of steps."""
+    tensors = [state[name] for name in _OF_A_WEIGHT if name in state]
+    step = state.get("step", 0)
+    counts = type(step) in (int, float) or (torch.is_tensor(step) and step.is_floating_point() and step.numel() == 1)
+    return counts and all(
+        torch.is_tensor(each) and (each.shape, each.stride()) == (weight.shape, weight.stride()) for each in tensors
+    )

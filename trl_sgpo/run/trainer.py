@@ -2,12 +2,13 @@
 A trainer whose output folder belongs to one run.
 
 What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_save`, `_save_checkpoint`,
-`_load_optimizer_and_scheduler` and `ref_model`.
+`_load_optimizer_and_scheduler`, `_load_rng_state` and `ref_model`.
 """
 
 import os
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from ..errors import ConfigError
 from ..report.run_files import COMPLETIONS_DIRECTORY, REFERENCE_FILE, STATE_FILE
 from ..sgpo_config import SGPOConfig
 from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
-from .resuming import check_same_model, check_same_optimizer
+from .resuming import ANOTHER, OptimizerBefore, check_same_model
 
 
 class _BestCheckpointCallback(TrainerCallback):
@@ -114,11 +115,19 @@ class RunTrainer(GRPOTrainer):
         if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        before = set(self.optimizer.param_groups[0])
-        super()._load_optimizer_and_scheduler(checkpoint)
-        check_same_optimizer(checkpoint, before, set(self.optimizer.param_groups[0]))
+        before = OptimizerBefore(self.optimizer, self.lr_scheduler)
+        with expect_readable(f"The state of the optimizer or schedule in {checkpoint}", ANOTHER):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        before.check(checkpoint, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.args.sync_ref_model:
             self._load_reference(Path(checkpoint, REFERENCE_FILE))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with expect_readable(f"The state of random numbers in {checkpoint}", ANOTHER):
+            try:
+                super()._load_rng_state(checkpoint)
+            except (RuntimeError, UnpicklingError) as error:
+                raise ValueError(" ".join(str(error).split())[:200]) from error
 
     def _load_reference(self, file: Path) -> None:
         """Reads the reference model, which `sync_ref_model` moves as the policy is trained."""
