@@ -228,6 +228,9 @@ def rollouts() -> dict[str, torch.Tensor]:
         {"completion_mask": torch.full((4, 3), -5)},
         {"target_mask": torch.ones(4, 2, dtype=torch.long)},
         {"advantages": torch.ones(3)},
+        {"advantages": None},
+        {"advantages": torch.ones(4, 7)},
+        {"old_per_token_logps": torch.zeros(4, 2)},
     ],
     ids=str,
 )

@@ -231,3 +231,14 @@ def test_command_prints_parts_and_writes_json(tmp_path: Path, capsys: pytest.Cap
     assert result["fits"] and result["peak"] == sum(result["parts"].values()) == max(result["moments"].values())
     assert main(["estimate", "--config", str(recipe), str(recipe), "--vram", "0.1"]) == 1
     assert "no" in capsys.readouterr().out
+
+
+def test_sizes_beyond_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 10**15}))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {model}\noutput_dir: {tmp_path}/run\n")
+    assert main(["estimate", "--config", str(recipe)]) == 2
+    assert "describes no model that can be built" in capsys.readouterr().err

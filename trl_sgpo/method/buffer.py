@@ -73,6 +73,11 @@ def _check_batch(batch: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"`{kind}_mask` is no mask of `{kind}_ids`")
     if missing := [f"{kind}_mask" for kind in _ROWS if f"{kind}_mask" not in batch]:
         raise KeyError(missing[0])
+    completions = batch["completion_ids"].shape
+    if batch["advantages"].shape not in (completions[:1], completions):
+        raise ValueError("`advantages` has neither a number for each row nor one for each token")
+    if others := [key for key, value in batch.items() if key.endswith("_logps") and value.shape != completions]:
+        raise ValueError(f"`{others[0]}` has no number for each token")
     for key, value in batch.items():
         if value.dim() > 0 and len(value) != rows:
             raise ValueError(f"`{key}` has {len(value)} rows, not {rows}")

@@ -37,8 +37,15 @@ def estimate_recipe(recipe: Recipe, path: str, vram_gb: float | None, device: st
     def estimate(changed: Recipe) -> Estimate:
         return estimator(changed, assumed_lengths(changed))
 
-    with loading(name):  # which it is built from without weights
-        memory = estimate(recipe)
+    try:
+        with loading(name):  # which it is built from without weights
+            memory = estimate(recipe)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ModelError(
+            f"The config of {name} describes no model that can be built ({error}): use another."
+        ) from error
     result = {"config": path, "model": name, "model_config": source, "vram_gb": vram_gb, "fits": None, "change": None}
     if vram_gb is not None:
         result["fits"] = memory.fits(vram_gb)
