@@ -60,6 +60,16 @@ def test_splits_share_no_question(part: str) -> None:
     assert questions[0].isdisjoint(questions[1])
 
 
+def test_rows_with_the_general_strategy() -> None:
+    plain, given = (problems("seen", "train", 8, 42, strategies=strategies) for strategies in (False, True))
+    for row, other in zip(given, plain, strict=True):
+        assert row == other | {"strategy": strategy(tuple(json.loads(row["entry"])["metadata"]["operations"]))}
+    with pytest.raises(DataError, match="`strategy` would not be read"):
+        load_problems("list_functions/seen?size=8&strategies=true")
+    with pytest.raises(DataError, match=r"`strategies` of .* must be true or false"):
+        load_problems("list_functions/seen?size=8&strategies=2")
+
+
 def test_solutions_are_shortcuts_to_the_problem_or_examples_on_other_training_lists() -> None:
     rows = problems("seen", "train", 600, seed=1, shortcuts=0.5)
     tested = {row["prompt"][0]["content"] for row in problems("seen", "test", 600, seed=1)}

@@ -82,17 +82,19 @@ def _gym_version() -> str:
 
 def _generate_lists(path: str, split: str) -> list[dict[str, Any]]:
     part, _, query = path.removeprefix(LISTS).partition("?")
-    settings: dict[str, Any] = {"size": 320, "seed": 42, "shortcuts": 0.0}
+    settings: dict[str, Any] = {"size": 320, "seed": 42, "shortcuts": 0.0, "strategies": False}
     given = {key: setting(value) for key, value in parse_qsl(query)}
     if part not in list_functions.PARTS or set(given) - set(settings):
         raise DataError(
-            f"'{path}' is not `list_functions/<{'|'.join(list_functions.PARTS)}>?size=320&seed=42&shortcuts=0.5`: "
-            "correct the part or the setting."
+            f"'{path}' is not `list_functions/<{'|'.join(list_functions.PARTS)}>?size=320&seed=42&shortcuts=0.5"
+            "&strategies=true`: correct the part or the setting."
         )
     settings |= given
     if not isinstance(settings["size"], int) or settings["size"] < 1 or not 0 <= settings["shortcuts"] <= 1:
         raise DataError(f"`size` of '{path}' must be at least 1 and `shortcuts` between 0 and 1.")
-    return list_functions.problems(part, split, settings["size"], settings["seed"], settings["shortcuts"])
+    if type(settings["strategies"]) is not bool:
+        raise DataError(f"`strategies` of '{path}' must be true or false.")
+    return list_functions.problems(part, split, **settings)
 
 
 def _generate(path: str, split: str) -> list[dict[str, Any]]:

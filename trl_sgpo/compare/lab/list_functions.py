@@ -88,7 +88,9 @@ def question(program: Program, digits: list[int], rng: random.Random) -> str:
     return f"{words} : {_join(digits)}"
 
 
-def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0) -> list[dict[str, Any]]:
+def problems(
+    part: str, split: str, size: int, seed: int, shortcuts: float = 0.0, strategies: bool = False
+) -> list[dict[str, Any]]:
     """
     Makes problems of a part, its compositions in turn.
 
@@ -103,6 +105,8 @@ def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0
             Seed of the lists and of the words.
         shortcuts (`float`, *optional*, defaults to `0.0`):
             Share of shortcuts among worked solutions, see [`worked`].
+        strategies (`bool`, *optional*, defaults to `False`):
+            Whether each row has the general strategy for its problem, as `strategy`.
 
     Returns:
         `list[dict]`: Rows with `prompt`, `solution`, `problem_class` and `entry`.
@@ -128,6 +132,7 @@ def problems(part: str, split: str, size: int, seed: int, shortcuts: float = 0.0
             "solution": _join(states(programs[index], digits)[-1]),
             "problem_class": f"{part}-{index}",
             "entry": json.dumps({"metadata": metadata}),
+            **({"strategy": strategy(programs[index])} if strategies else {}),
         }
     return list(rows.values())
 
