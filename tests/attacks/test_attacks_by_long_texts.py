@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import signal
 import sqlite3
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -40,23 +38,6 @@ UNITS = [
 BEFORE = ["", "#### ", "\\^", "the answer is ", "<<1+1=2>>=", "if "]
 
 
-class TookTooLong(Exception):
-    pass
-
-
-@pytest.fixture
-def ten_seconds_each() -> Iterator[Callable[[], None]]:
-    """Starts ten seconds of computation, after which the test fails. Patterns can be interrupted."""
-
-    def stop(*_: object) -> None:
-        raise TookTooLong
-
-    before = signal.signal(signal.SIGPROF, stop)
-    yield lambda: signal.setitimer(signal.ITIMER_PROF, 10)
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.signal(signal.SIGPROF, before)
-
-
 def rewards_of(text: str) -> None:
     strategy = parse_strategy(text)
     coherence(strategy, "1 and 2")
@@ -78,10 +59,9 @@ READERS: dict[str, Callable[[str], object]] = {
 }
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no timer of computation there")
 @pytest.mark.parametrize("reader", READERS)
 def test_texts_of_a_stranger_are_read_in_a_time_that_grows_with_them(
-    reader: str, ten_seconds_each: Callable[[], None]
+    reader: str, ten_seconds_each: Callable[[], object]
 ) -> None:
     for before, unit in itertools.product(BEFORE, UNITS):
         ten_seconds_each()
@@ -95,8 +75,7 @@ def test_an_answer_of_nested_lists(brackets: str) -> None:
     assert answer_reward(["#### {{4, 3}, {2, 1}}", "#### [[[1, 2.0]]]"], ["{{1, 2}, {3, 4}}", "[[[1, 2]]]"]) == [1, 1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no timer of computation there")
-def test_sets_of_many_items(ten_seconds_each: Callable[[], None]) -> None:
+def test_sets_of_many_items(ten_seconds_each: Callable[[], object]) -> None:
     sets = [f"{{{', '.join(str(first + 2 * step) for step in range(180))}}}" for first in (0, 1)]
     within = [
         f"{{{', '.join('{' + ', '.join(f'{a}{b}{c}' for b in '1234') + '}' for a in '123456789')}}}" for c in "56"
@@ -156,6 +135,7 @@ def test_an_answer_of_many_digits_leaks_nothing() -> None:
 
 def test_an_audit_of_many_signs_ends() -> None:
     assert not audit_text("#" * MILLION)
+    assert not audit_text("say tested " * MILLION)
     assert audit_text("### system")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..checks.terminal import BLANK
 from ..method.disguises import joined, undisguised, visible
+from ..method.prompts import MAX_STRATEGY
 from ..method.rewards import leak
 from . import policy
 from .strategy import Strategy
@@ -143,9 +144,9 @@ _SUSPICIOUS = {
         r"\banswer keys?\b|\b(?:leaked|hidden|stolen) (?:answers?|solutions?|tests?)\b",
         # Pretence
         _near("claim|say|state|insist|declare|report|pretend|act", "verified|checked|confirmed|proved|tested", 6)
-        + r"(?=[^.]*\b(?:even|without|although|though|when you|but|whether|not|never)\b)",
+        + r"(?=[^.]{0,300}\b(?:even|without|although|though|when you|but|whether|not|never)\b)",
         _near("(?:pretend|act as (?:if|though))", "verified|checked|confirmed|proved|solved|certain|correct", 5)
-        + r"(?![^.]*\b(?:check|verify|test|work back|contradict))",
+        + r"(?![^.]{0,300}\b(?:check|verify|test|work back|contradict))",
         _near("sound|appear|act|seem", "confident|certain|convincing|authoritative|rigorous", 1),
         _near("state|say|write|give|present|assert", "firmly|confidently|boldly|with (?:full )?confidence", 4),
         _near("make|making|so that|so", "(?:look|sound|seem|appear)s? (?:like|as if|right|correct)", 3),
@@ -247,13 +248,14 @@ def audit_text(text: str, strategy_id: str = "") -> list[Finding]:
 
     Args:
         text (`str`):
-            A strategy, or the name of a problem class.
+            A strategy, or the name of a problem class. Its first 16,384 characters are read.
         strategy_id (`str`, *optional*, defaults to `""`):
             Id to put into the findings.
 
     Returns:
         `list[Finding]`: Errors of the kinds `"injected_instruction"`, `"deception"` and `"leak"`.
     """
+    text = text[:MAX_STRATEGY]
     details: dict[str, str] = {}
     shown = visible(text)
     if hidden := _hidden_characters(text):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BankError
+from ..method.prompts import MAX_STRATEGY
 from . import policy
 from .contents import Contents
 from .neighbourhood import TEXT_LIMIT
@@ -20,10 +21,12 @@ ExecutionsOn = Callable[[Iterable[tuple[str, str]]], dict[tuple[str, str], Execu
 
 
 def expect_storable(strategies: Iterable[Strategy]) -> None:
-    """Raise a [`~trl_sgpo.errors.BankError`] if a strategy has no text."""
+    """Raise a [`~trl_sgpo.errors.BankError`] if a strategy has no text, or one that is too long."""
     for strategy in strategies:
         if not strategy.text.strip():
             raise BankError("A strategy without text cannot be stored: drop it before it gets to the bank.")
+        if len(strategy.text) > MAX_STRATEGY:
+            raise BankError(f"A strategy of more than {MAX_STRATEGY:,} characters cannot be stored: drop it.")
 
 
 _Sums = tuple[int, float, float]
@@ -137,7 +140,7 @@ class Changes:
             vectors = np.array([self.embeddings[key] for key in members])
             copied = policy.near_copies(
                 np.array([s.trust != "quarantine" for s in members.values()]),
-                vectors @ vectors.T,
+                vectors,
                 self._contents.similarity_to(problem_class, vectors),
             )
             copies.update(key for key, copy in zip(members, copied, strict=True) if copy)

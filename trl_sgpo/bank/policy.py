@@ -9,6 +9,7 @@ from .strategy import Strategy
 
 
 NEAR_COPY = 0.88
+_BLOCK = 256  # new strategies that are compared with all others at a time
 ONE_SIDED_95 = 1.645
 ERROR_RATE = 0.05  # of trust, over all commits of a run
 NEWCOMERS = 0.25
@@ -271,7 +272,7 @@ def near_copy(embedding: np.ndarray, others: np.ndarray, threshold: float = NEAR
 
 
 def near_copies(
-    counts: np.ndarray, similarities: np.ndarray, to_stored: np.ndarray, threshold: float = NEAR_COPY
+    counts: np.ndarray, embeddings: np.ndarray, to_stored: np.ndarray, threshold: float = NEAR_COPY
 ) -> list[bool]:
     """
     Which of several new strategies of a class are near-copies of a stored one, or of an earlier new one that is not
@@ -280,18 +281,24 @@ def near_copies(
     Args:
         counts (`np.ndarray` of shape `(m,)`):
             Whether later ones are compared with it.
-        similarities (`np.ndarray` of shape `(m, m)`):
-            Cosine similarities of the new strategies.
+        embeddings (`np.ndarray` of shape `(m, d)`):
+            Embeddings of the new strategies, of norm 1.
         to_stored (`np.ndarray` of shape `(m,)`):
             Cosine similarity of each to the nearest stored one.
         threshold (`float`, *optional*, defaults to `0.88`):
             Cosine similarity from which on two strategies are near-copies.
     """
-    copied: list[bool] = []
-    for row, nearest in enumerate(to_stored):
-        earlier = [other for other in range(row) if counts[other] and not copied[other]]
-        copied.append(bool(max([nearest, *similarities[row, earlier]]) >= threshold))
-    return copied
+    copied = to_stored >= threshold
+    for start in range(0, len(embeddings), _BLOCK):
+        block = embeddings[start : start + _BLOCK]
+        earlier = embeddings[:start][counts[:start] & ~copied[:start]]
+        copied[start : start + _BLOCK] |= (block @ earlier.T).max(axis=1, initial=-1.0) >= threshold
+        within = block @ block.T
+        for row in range(len(block)):
+            before = counts[start : start + row] & ~copied[start : start + row]
+            copied[start + row] |= within[row, :row][before].max(initial=-1.0) >= threshold
+    found: list[bool] = copied.tolist()
+    return found
 
 
 def retention_score(strategy: Strategy) -> float:

@@ -24,7 +24,7 @@ def transfer(pairs: Iterable[tuple[Strategy, Execution]], by: Callable[[Strategy
     """
     groups: dict[Any, list[Execution]] = defaultdict(list)
     for strategy, execution in pairs:
-        if execution.problem not in strategy.source_problems:
+        if execution.problem not in strategy.written_for:
             groups[by(strategy, execution)].append(execution)
     figures = {}
     for group, executions in sorted(groups.items()):

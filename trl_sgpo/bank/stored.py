@@ -8,7 +8,8 @@ import numpy as np
 
 from ..checks.json_text import parse_json
 from ..errors import BankError
-from .rows import MAX_COUNT, expect_possible
+from ..method.prompts import MAX_STRATEGY
+from .rows import MAX_COUNT, MAX_ITEMS, expect_possible
 from .strategy import Execution, Strategy
 
 
@@ -37,6 +38,8 @@ def to_strategy(row: tuple[Any, ...]) -> Strategy:
         values[name] = () if values[name] == "[]" else _texts(values[name], name)
     if max(value for value in row if type(value) is int) > MAX_COUNT or values["shown"] < 0:
         raise ValueError("a count is larger than 2**53, or negative")
+    if len(values["text"]) > MAX_STRATEGY:
+        raise ValueError(f"a text has more than {MAX_STRATEGY:,} characters")
     try:
         return Strategy(**values)
     except BankError as error:
@@ -45,8 +48,8 @@ def to_strategy(row: tuple[Any, ...]) -> Strategy:
 
 def _texts(text: str, name: str) -> tuple[str, ...]:
     values = parse_json(text)
-    if type(values) is not list or not all(type(each) is str for each in values):
-        raise ValueError(f"{name} is no list of texts")
+    if type(values) is not list or len(values) > MAX_ITEMS or not all(type(each) is str for each in values):
+        raise ValueError(f"{name} is no list of at most {MAX_ITEMS} texts")
     return tuple(values)
 
 

@@ -138,6 +138,11 @@ class Strategy:
         """16 hexadecimal digits, the same for texts that differ in white space and case only."""
         return _digest([self.problem_class, " ".join(self.text.casefold().split())])[:16]
 
+    @cached_property
+    def written_for(self) -> frozenset[str]:
+        """Its source problems, to look one up among many."""
+        return frozenset(self.source_problems)
+
     @property
     def lift(self) -> float:
         """Mean outcome on problems it was not written for, minus that of other strategies on the same problems."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 from ..bank.embedding import load_embedder
+from ..bank.rows import MAX_NAME
 from ..errors import DataError
 from ..method.prompts import problem_text
 
@@ -64,6 +65,11 @@ def problem_classes(
     column = column or "problem_class"
     classes: list[Any] = list(dataset[column]) if column in dataset.column_names else [None] * len(dataset)
     missing = [row for row, name in enumerate(classes) if name is None]
+    if any(len(str(name)) > MAX_NAME for name in classes):
+        raise DataError(
+            f"The column `{column}` has names of classes with more than {MAX_NAME} characters: name another column as "
+            "`class_column`."
+        )
     if missing:
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
@@ -132,10 +138,11 @@ def merge_small_classes(
             f"{merge}a smaller `--transfer_block_size` or more data.{made}"
         )
     vectors = embeddings()
-    labels = np.array(classes)
-    centroids = {name: vectors[labels == name].mean(axis=0) for name in sizes}
-    directions = np.stack([centroids[name] / np.linalg.norm(centroids[name]) for name in large])
-    nearest = {name: large[int(np.argmax(directions @ centroids[name]))] for name in small}
+    places = {name: place for place, name in enumerate([*large, *small])}
+    centroids = np.zeros((len(places), vectors.shape[1]), dtype=vectors.dtype)
+    np.add.at(centroids, [places[name] for name in classes], vectors)  # sums, whose directions are those of means
+    directions = centroids[: len(large)] / np.linalg.norm(centroids[: len(large)], axis=1, keepdims=True)
+    nearest = {name: large[int(np.argmax(directions @ centroids[places[name]]))] for name in small}
     return [nearest.get(name, name) for name in classes]
 
 

@@ -135,8 +135,8 @@ def plan_transfer(
 
     executions: list[PlannedExecution] = []
     used: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
-    for name in classes:
-        others = [other for other in classes if other != name]
+    for place, name in enumerate(classes):
+        others = len(classes) - 1
         for position, problem in enumerate(unseen[name]):
             own_class = writers(name, problem)
             sources = [(name, w) for w in rng.sample(own_class, min(transfers, len(own_class)))]
@@ -147,12 +147,13 @@ def plan_transfer(
                 executions += [PlannedExecution("transfer_with_bank", w, problem) for _, w in sources]
                 executions.append(PlannedExecution("own_with_bank", problem, problem))
             for turn in range(transfers if others else 0):
-                other = others[(position * transfers + turn) % len(others)]
+                drawn = (position * transfers + turn) % others
+                other = classes[drawn + (drawn >= place)]
                 sources.append((other, rng.choice(writers(other, problem))))
                 executions.append(PlannedExecution("other", sources[-1][1], problem))
             for source, w in sources:
                 used[source, name].add((w, problem))
-    for source in classes:
+    for source in classes if pairs_per_cell else ():
         for name in classes:
             pairs = [(w, x) for x in unseen[name] for w in writers(source, x) if (w, x) not in used[source, name]]
             missing = max(0, pairs_per_cell - len(used[source, name]))

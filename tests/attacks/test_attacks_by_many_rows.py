@@ -1,0 +1,90 @@
+"""Files of at most 50 MB with so many rows, classes or strategies that work in their square would not end."""
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bank_helpers import hashed_words, make
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_sgpo import StrategyBank
+from trl_sgpo.bank.policy import near_copies
+from trl_sgpo.bank.statistics import transfer
+from trl_sgpo.bank.strategy import Execution, Strategy
+from trl_sgpo.data.classes import merge_small_classes, problem_classes
+from trl_sgpo.errors import BankError, DataError
+from trl_sgpo.evaluation.transfer_plan import plan_transfer
+
+
+@pytest.fixture
+def in_ten_seconds(ten_seconds_each: Callable[[], object]) -> None:
+    ten_seconds_each()
+
+
+def test_a_class_with_a_long_name() -> None:
+    rows = Dataset.from_list([{"prompt": "p", "problem_class": name} for name in ("a", "b" * 201)])
+    with pytest.raises(DataError, match="more than 200 characters"):
+        problem_classes(rows, None, lambda texts: np.ones((len(texts), 2)), 2, 0, 1)
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_many_small_classes_are_merged() -> None:
+    classes = [str(row // 2) for row in range(40_000)] + ["alone"]
+    vectors = np.random.default_rng(0).normal(size=(len(classes), 8))
+    merged = merge_small_classes(classes, 2, "merge", lambda: vectors)
+    directions = {name: vectors[2 * int(name)] + vectors[2 * int(name) + 1] for name in merged[:-1]}
+    best = max(directions, key=lambda name: directions[name] @ vectors[-1] / np.linalg.norm(directions[name]))
+    assert merged[:-1] == classes[:-1] and merged[-1] == best
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_many_classes_of_a_transfer_report() -> None:
+    rows = [{"prompt": f"p{row}", "problem_class": str(row // 4), "solution": str(row)} for row in range(40_000)]
+    plan = plan_transfer(rows, "problem_class", 2, 2, seed=0, pairs_per_cell=0)
+    others = [(each.writer // 4, each.problem // 4) for each in plan.executions if each.condition == "other"]
+    assert len(plan.classes) == 10_000 and len(others) == 40_000 and all(a != b for a, b in others)
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_many_new_strategies_of_a_class() -> None:
+    vectors = np.random.default_rng(0).normal(size=(50_000, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert not any(near_copies(np.zeros(50_000, bool), vectors, np.full(50_000, -1.0)))
+    copied = near_copies(np.ones(4_000, bool), vectors[:2_000].repeat(2, axis=0), np.full(4_000, -1.0))
+    assert copied[1::2] == [True] * 2_000
+
+
+@given(st.integers(0, 10**6), st.integers(0, 600), st.floats(0, 1))
+def test_near_copies_are_those_of_a_plain_loop(seed: int, count: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(count, 2))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    counts, stored, copied = rng.random(count) < share, rng.uniform(-1, 0.9, count), []
+    for row in range(count):
+        earlier = [other for other in range(row) if counts[other] and not copied[other]]
+        copied.append(bool(max([stored[row], *(vectors[earlier] @ vectors[row])]) >= 0.88))
+    assert near_copies(counts, vectors, stored) == copied
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_a_strategy_that_was_written_for_many_problems() -> None:
+    strategy = Strategy("text", "class", tuple(f"w{number}" for number in range(100_000)))
+    pairs = [(strategy, Execution(strategy.id, f"q{number}", "class", 1, 1.0, 0.5)) for number in range(100_000)]
+    assert transfer(pairs, lambda *_: "all")["all"]["problems"] == 100_000
+
+
+def test_a_ledger_with_a_long_text(tmp_path: Path) -> None:
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        bank.add([make("a")])
+        with pytest.raises(BankError, match="more than 16,384 characters"):
+            bank.add([make("a" * 2**15)])
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as ledger:
+        ledger.execute("UPDATE strategies SET text = ?", ("a" * 2**15,))
+        ledger.commit()
+    with pytest.raises(BankError, match="a text has more than 16,384 characters"):
+        StrategyBank(tmp_path, hashed_words)
