@@ -1,22 +1,30 @@
 """Files of at most 50 MB with so many rows, classes or strategies that work in their square would not end."""
 
+import json
+import random
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from bank_helpers import hashed_words, make
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from trl_sgpo import StrategyBank
 from trl_sgpo.bank.policy import near_copies
 from trl_sgpo.bank.statistics import transfer
 from trl_sgpo.bank.strategy import Execution, Strategy
+from trl_sgpo.data import rows
 from trl_sgpo.data.classes import merge_small_classes, problem_classes
+from trl_sgpo.data.families import generated_again, read_reference
+from trl_sgpo.data.tasks import load_problems
+from trl_sgpo.data.worked import worked_traces
 from trl_sgpo.errors import BankError, DataError
 from trl_sgpo.evaluation.transfer_plan import plan_transfer
 
@@ -27,9 +35,9 @@ def in_ten_seconds(ten_seconds_each: Callable[[], object]) -> None:
 
 
 def test_a_class_with_a_long_name() -> None:
-    rows = Dataset.from_list([{"prompt": "p", "problem_class": name} for name in ("a", "b" * 201)])
+    data = Dataset.from_list([{"prompt": "p", "problem_class": name} for name in ("a", "b" * 201)])
     with pytest.raises(DataError, match="more than 200 characters"):
-        problem_classes(rows, None, lambda texts: np.ones((len(texts), 2)), 2, 0, 1)
+        problem_classes(data, None, lambda texts: np.ones((len(texts), 2)), 2, 0, 1)
 
 
 @pytest.mark.usefixtures("in_ten_seconds")
@@ -44,8 +52,8 @@ def test_many_small_classes_are_merged() -> None:
 
 @pytest.mark.usefixtures("in_ten_seconds")
 def test_many_classes_of_a_transfer_report() -> None:
-    rows = [{"prompt": f"p{row}", "problem_class": str(row // 4), "solution": str(row)} for row in range(40_000)]
-    plan = plan_transfer(rows, "problem_class", 2, 2, seed=0, pairs_per_cell=0)
+    data = [{"prompt": f"p{row}", "problem_class": str(row // 4), "solution": str(row)} for row in range(40_000)]
+    plan = plan_transfer(data, "problem_class", 2, 2, seed=0, pairs_per_cell=0)
     others = [(each.writer // 4, each.problem // 4) for each in plan.executions if each.condition == "other"]
     assert len(plan.classes) == 10_000 and len(others) == 40_000 and all(a != b for a, b in others)
 
@@ -88,3 +96,46 @@ def test_a_ledger_with_a_long_text(tmp_path: Path) -> None:
         ledger.commit()
     with pytest.raises(BankError, match="a text has more than 16,384 characters"):
         StrategyBank(tmp_path, hashed_words)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gcd", "size=10&seed=1&min_value=1000000000000&max_value=10000000000000"),
+        ("lcm", "size=10&seed=1&min_value=3000000000&max_value=4000000000"),
+        ("chain_sum", "size=10&seed=1&min_terms=2&max_terms=2&min_digits=5000&max_digits=5000"),
+        ("products", "size=10&seed=1&min_terms=2&max_terms=2&min_digits=5000&max_digits=5000"),
+    ],
+)
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_a_worked_solution_of_huge_numbers(family: str, settings: str) -> None:
+    entry = f"reasoning_gym/{family}?{settings}#0"
+    problem = generated_again(read_reference(entry))
+    row = {"prompt": "p", "solution": problem["answer"] if problem else "1", "problem_class": "a", "entry": entry}
+    assert worked_traces(row, random.Random(0)) is None
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "nothing.parquet"])
+def test_a_file_of_many_rows_without_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of nothing take no room in a file, and each takes memory once it is read."""
+    monkeypatch.setattr(rows, "MAX_ROWS", 1000)
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        path.write_text("question,answer\n" + "a\n" * 1001)
+    elif name.endswith(".jsonl"):
+        path.write_text('{"question": "a", "answer": "1"}\n' * 1001)
+    else:
+        texts = pa.nulls(1001, pa.string()) if name.startswith("nothing") else pa.array(["a"] * 1001)
+        parquet.write_table(pa.table({"question": texts, "answer": texts}), path)
+    with pytest.raises(DataError, match="more than 1,000 rows or 100,000,000 cells: keep the rows"):
+        load_problems(str(path))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_file_of_many_cells(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_CELLS", 10_000)
+    columns = ["question", "answer", *(f"c{number}" for number in range(100))]
+    first = ",".join(columns) + "\n" if name.endswith(".csv") else json.dumps(dict.fromkeys(columns, "1")) + "\n"
+    (tmp_path / name).write_text(first + ("a\n" if name.endswith(".csv") else "{}\n") * 200)
+    with pytest.raises(DataError, match="or 10,000 cells: keep the rows and columns"):
+        load_problems(str(tmp_path / name))

@@ -101,7 +101,10 @@ class CheckProcess:
                 if name in _FAILED and name not in self._told:
                     self._told.add(name)
                     logger.warning(f"{_FAILED[name]} Later cases are not logged.")
-            return None if reply is None else json.loads(reply)
+            try:
+                return None if reply is None else json.loads(reply)
+            except ValueError:  # a number of more digits than Python reads
+                return None
 
     def close(self) -> None:
         """Ends the process."""

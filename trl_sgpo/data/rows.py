@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 1000  # rows that are converted at a time
 MAX_COLUMNS = 1_000  # and keys within them, of JSON files: others stay JSON
 MAX_LEAVES = 10_000  # columns of Parquet files, with those within them
+MAX_ROWS, MAX_CELLS = 2_000_000, 100_000_000  # empty ones take no room in a file, and the same time and memory
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def _convert(files: RowFiles, most: int, target: Path, written: Path) -> None:
                 types[name] = ColumnType()
             types[name].add(value)
         _check_number(files, len(types))
+        _check_rows(files, size, len(types))
 
     def write(path: Path, kinds: Mapping[str, Kind]) -> None:
         rows = iter(tqdm(_rows(files), desc=f"Rows of {files.name}", unit=" rows", total=size, delay=5))
@@ -202,6 +204,14 @@ def _convert(files: RowFiles, most: int, target: Path, written: Path) -> None:
 def _check_number(files: RowFiles, columns: int, most: int = MAX_COLUMNS) -> None:
     if columns > most:
         raise DataError(f"{files.name} has more than {most:,} columns: leave out those that are not needed.")
+
+
+def _check_rows(files: RowFiles, rows: int, columns: int) -> None:
+    if not files.own and (rows > MAX_ROWS or rows * columns > MAX_CELLS):
+        raise DataError(
+            f"{files.name} has more than {MAX_ROWS:,} rows or {MAX_CELLS:,} cells: keep the rows and columns that are "
+            "needed."
+        )
 
 
 def _rows(files: RowFiles, warn: bool = False) -> Iterator[dict[str, Any]]:
@@ -230,6 +240,7 @@ def _tables(files: RowFiles, most: int) -> "tuple[pa.Schema, Iterator[list[pa.Ar
         _check_number(files, len(stored))
         if files.form == "parquet":
             _check_number(files, opened[0].metadata.num_columns, MAX_LEAVES)
+            _check_rows(files, sum(each.metadata.num_rows for each in opened), len(stored))
         chosen = [field for field in stored if files.columns is None or field.name in files.columns]
         readable = [field for field in chosen if not _has(field.type, pa.types.is_map)]
         if left_out := [f"`{field.name}`" for field in chosen if field not in readable]:
@@ -244,9 +255,12 @@ def _tables(files: RowFiles, most: int) -> "tuple[pa.Schema, Iterator[list[pa.Ar
         raise _unreadable(files, files.paths[0], error) from error
 
     def batches() -> "Iterator[list[pa.Array]]":
+        rows = 0
         for path, file in zip(files.paths, opened, strict=True):
             try:
                 for batch in file if files.form == "arrow" else file.iter_batches(_BATCH, columns=schema.names):
+                    rows += len(batch)
+                    _check_rows(files, rows, len(schema))
                     if sum(map(_bytes_of_texts, batch.columns)) > most:
                         raise _too_large(files, most)
                     columns = [_in_decimal(batch.column(name)) for name in schema.names]

@@ -14,6 +14,7 @@ from .families import generated_again, read_reference
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_MAX_NUMBER, _MAX_EXPRESSION = 10**6, 1000  # steps count up to a number, and a row of a stranger may name any
 _MAX_CHARACTERS = 64  # characters of an execution, about 45 tokens: small models make errors in longer ones
 
 
@@ -95,7 +96,11 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
     family, entry = reference.family, generated_again(reference)
     if entry is None or entry["answer"] != problem["solution"]:
         return None
+    if len(entry["metadata"].get("expression", "")) > _MAX_EXPRESSION:
+        return None
     numbers = _numbers(entry["metadata"])
+    if max(map(abs, numbers), default=0) >= _MAX_NUMBER:
+        return None
     if family != "chain_sum" and (len(numbers) != 2 or min(numbers) < 0):
         return None
     answer = str(_ANSWERS[family](*numbers))
