@@ -248,3 +248,25 @@ def test_links_into_other_parts_of_the_cache(place: str, tiny: Path) -> None:
     (tiny / "tokenizer.json").symlink_to(other / "secret")
     with pytest.raises(ModelError, match="is a link out"):
         load_tokenizer(tiny)
+
+
+@pytest.mark.parametrize("pushed", [False, True], ids=["model", "pushed run"])
+def test_an_export_downloads_the_files_of_a_model_only(
+    pushed: bool, tiny: Path, tmp_path: Path, hub: HubServer
+) -> None:
+    for name in ("evil.py", "pytorch_model.bin", "huge.dat", "folder/huge.dat"):
+        (tiny / name).parent.mkdir(exist_ok=True)
+        (tiny / name).write_text("x")
+    if pushed:
+        (tiny / "sgpo.json").write_text("{}")
+    upload(hub, tiny)
+    assert main(["export", "--model", REPO, "--merge", "--output_dir", str(tmp_path / "export")]) == 0
+    assert weights_asked(hub)
+    asked = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+    assert asked and not [path for path in asked if path.endswith((".py", ".bin", ".dat"))]
+
+
+def test_an_export_of_a_model_of_a_billion_layers(big: Path, tmp_path: Path, hub: HubServer) -> None:
+    upload(hub, big)
+    assert main(["export", "--model", REPO, "--merge", "--output_dir", str(tmp_path / "export")]) == 2
+    assert not weights_asked(hub)

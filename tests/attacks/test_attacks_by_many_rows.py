@@ -20,9 +20,9 @@ from trl_sgpo import StrategyBank
 from trl_sgpo.bank.policy import near_copies
 from trl_sgpo.bank.statistics import transfer
 from trl_sgpo.bank.strategy import Execution, Strategy
-from trl_sgpo.data import rows
+from trl_sgpo.data import families, rows
 from trl_sgpo.data.classes import merge_small_classes, problem_classes
-from trl_sgpo.data.families import generated_again, read_reference
+from trl_sgpo.data.families import Reference, generated_again, read_reference
 from trl_sgpo.data.tasks import load_problems
 from trl_sgpo.data.worked import worked_traces
 from trl_sgpo.errors import BankError, DataError
@@ -139,3 +139,12 @@ def test_a_file_of_many_cells(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / name).write_text(first + ("a\n" if name.endswith(".csv") else "{}\n") * 200)
     with pytest.raises(DataError, match="or 10,000 cells: keep the rows and columns"):
         load_problems(str(tmp_path / name))
+
+
+def test_rows_whose_problems_take_long_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(families.CHECKS, "ask", lambda *request: asked.append(request))
+    monkeypatch.setattr(families, "_REFUSED", set())
+    for seed in range(100):
+        assert generated_again(Reference("gcd", json.dumps({"size": 1, "seed": seed}), 0)) is None
+    assert len(asked) == 16

@@ -30,6 +30,7 @@ _REFERENCE = re.compile(rf"{GYM}(\w{{1,60}})\?([\w.=&+-]{{0,1000}})#(\d{{1,9}})"
 _POINTS = 8
 MAX_LENGTH = 10_000
 _REFUSED: set[tuple[str, str]] = set()  # families and settings that gave no problem in time
+_MOST_REFUSED = 16  # each may take seconds
 _TOLD: set[tuple[str, str]] = set()
 
 # Families whose module evaluates text as code: their verifiers are never called
@@ -120,7 +121,7 @@ def setting(value: str) -> int | float | bool | str:
 @lru_cache(512)
 def generated_again(reference: Reference) -> dict[str, Any] | None:
     """The reasoning-gym entry of a problem, `None` if there is none."""
-    if (reference.family, reference.settings) in _REFUSED:
+    if (reference.family, reference.settings) in _REFUSED or len(_REFUSED) >= _MOST_REFUSED:
         return None
     entry = CHECKS.ask("entry", reference.family, reference.settings, reference.index)
     if entry is None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -25,6 +24,8 @@ from ..bank.snapshot import open_read_only
 from ..compare.lab.model import fetch_model
 from ..errors import ConfigError, ModelError
 from ..files import unfinished_directory
+from ..hub.pull import pull_run
+from ..inference.checked import checked_folder
 from ..inference.loading import ADAPTER_FILE, base_of, is_adapter, load_base
 from ..inference.pretrained import load_adapter, load_adapter_config, load_config, load_model, load_tokenizer, loading
 from ..inference.settings import TwoPhaseSettings
@@ -292,8 +293,11 @@ def _check_output(output: Path, plan: ExportPlan) -> None:
 
 
 def _local(name: str) -> str:
+    """The folder of a model. Of a repository on the Hub, only the files of a model are downloaded."""
     source = fetch_model(name)
-    return source if os.path.isdir(source) else snapshot_download(source)
+    if os.path.isdir(source):
+        return source
+    return str(pull_run(source) or checked_folder(source, {}, weights=True)[0])
 
 
 def _check_convertible(plan: ExportPlan, config: Any, tokenizer: Any) -> None:
