@@ -16,7 +16,7 @@ from trl_sgpo.cli import compare as command
 from trl_sgpo.cli.main import main
 
 
-METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "sgpo", "joint", "internalize_wrong")
+METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "grpo_best", "sgpo", "joint", "internalize_wrong")
 
 
 def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
@@ -98,6 +98,7 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
     arms["rlhf"]["label_share"] = arms["prm"]["label_share"] = 0.5
     arms["prm"]["step_separator"] = " "
     arms["internalize_wrong"]["internalize"] = "distill"
+    arms["grpo_best"] |= {"validation": "list_functions/seen?size=16&seed=7", "validation_points": 2}
     config = _write(tmp_path, arms)
     status, out, err = compare("--config", config)
     assert status == 0, out + err
@@ -120,6 +121,8 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
         assert name in ("sgpo", "joint", "internalize_wrong") or plain[0] == plain[1]
     assert "| seen accuracy | seen plain accuracy |" in (tmp_path / "results" / "table.md").read_text()
     assert all(len(table["curves"][name][0]) == 2 for name in ("grpo", "sgpo", "joint"))
+    chosen = json.loads((tmp_path / "runs" / "grpo_best" / "seed-1" / "result.json").read_text())
+    assert len(chosen["validation"]) == 2 and not chosen["curve"]
     result = tmp_path / "runs" / "sgpo" / "seed-1" / "result.json"
     before = result.stat().st_mtime_ns
 
@@ -136,6 +139,21 @@ def test_strategies_of_other_classes_need_a_way_to_teach_them(kind: str, tmp_pat
     arms = {"wrong": {"method": "internalize_wrong"} | ({} if kind == "none" else {"internalize": kind})}
     status, _, err = compare("--config", _write(tmp_path, arms))
     assert status == 2 and f"set `internalize` to one of them, not {kind}" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "name the problems that choose its weights as `validation`"),
+        ({"validation": "list_functions/seen?size=32&shortcuts=0.5"}, "are trained on: name others, or another seed"),
+        ({"validation": "nothing.jsonl"}, "The suite validation cannot be loaded"),
+        ({"validation": "list_functions/seen?seed=7", "validation_points": 0}, "a whole number of at least 1"),
+    ],
+)
+def test_problems_that_choose_weights(settings: Any, message: str, tmp_path: Path, compare: Any) -> None:
+    status, _, err = compare("--config", _write(tmp_path, {"best": {"method": "grpo_best"} | settings}))
+    assert status == 2 and message in err
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,13 +5,14 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..bank import StrategyBank
 from ..bank.files import BANK_DIRECTORY
+from ..bank.strategy import problem_id
 from ..checks.command import run_command
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
@@ -22,13 +23,14 @@ from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, DataError
 from ..evaluation.digest import Record, changes, depends_on, digest, digest_of_files
 from ..evaluation.runner import Protocol, evaluate_plain, evaluate_suite, way_figures
-from ..evaluation.suites import LoadedSuite, load_suites
+from ..evaluation.suites import LoadedSuite, Suite, load_suites
 from ..evaluation.transfer_plan import plan_transfer
 from ..evaluation.transfer_score import transfer_report
 from ..files import write_file
 from ..inference.model import Decoding, TwoPhaseModel
 from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import verify
+from ..method.prompts import Prompt
 from ..recipe import Recipe, read_recipe, resume_point
 from .config import Arm, Comparison, read_comparison
 from .lab.model import fetch_model
@@ -163,6 +165,9 @@ def check(comparison: Comparison) -> None:
                 f"The arm {arm.name!r} teaches strategies of other classes by `distill` or `contrast`: set "
                 f"`internalize` to one of them, not {recipe.training.internalize}."
             )
+        if validation := arm.settings.get("validation"):
+            dataset = load_data(recipe)[recipe.script.dataset_train_split]
+            _validation_suite(validation, dataset["prompt"], recipe)
     verifier = _verifier(comparison, comparison.seeds[0])
     suites = load_suites(comparison.parsed_suites)
     for loaded in suites:
@@ -240,7 +245,11 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain
     rows = training.per_device_train_batch_size * training.steps_per_generation
     transfer_suite = next(loaded for loaded in suites if loaded.suite.name == comparison.transfer["suite"])
-    curve_suite = replace(transfer_suite, rows=transfer_suite.rows[: comparison.curve_problems])
+    dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], training)
+    if validation := arm.settings.get("validation"):
+        curve_suite = _validation_suite(validation, dataset["prompt"], recipe)
+    else:
+        curve_suite = replace(transfer_suite, rows=transfer_suite.rows[: comparison.curve_problems])
 
     def measure(trainer: Any) -> float:
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
@@ -249,10 +258,11 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         trainer.model.train()
         return accuracy
 
-    points = [comparison.budget * (i + 1) // comparison.curve_points for i in range(comparison.curve_points)]
-    dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], training)
+    number = arm.settings.get("validation_points", comparison.curve_points)
+    points = [comparison.budget * (i + 1) // number for i in range(number)]
     warm = warm_start(comparison, seed)
-    trained = train_arm(Task(arm, recipe, warm, dataset, comparison.budget, points, measure, checkpoint))
+    task = Task(arm, recipe, warm, dataset, comparison.budget, points, measure, checkpoint, keep_best=bool(validation))
+    trained = train_arm(task)
     seconds = time.monotonic() - started
     model = TwoPhaseModel.from_pretrained(trained.model, settings, batch_size=rows)
     bank = _bank(recipe, arm, directory)
@@ -265,11 +275,23 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         "arm": arm.name,
         "method": arm.method,
         "seed": seed,
-        "curve": trained.curve,
+        "curve": [] if validation else trained.curve,
+        "validation": trained.curve if validation else [],
         "training_seconds": round(seconds, 1),
     }
     write_file(directory / RESULT_FILE, json.dumps(result, indent=1))
     return result
+
+
+def _validation_suite(path: str, trained_on: Sequence[Prompt], recipe: Recipe) -> LoadedSuite:
+    """Problems that choose weights, without those that are trained on."""
+    (loaded,) = load_suites([Suite("validation", path, split="train")])
+    loaded = loaded.with_system_prompt(recipe.script.system_prompt)
+    known = {problem_id(prompt) for prompt in trained_on}
+    rows = [row for row in loaded.rows if problem_id(row["prompt"]) not in known]
+    if not rows:
+        raise DataError(f"All problems of `validation` ({path}) are trained on: name others, or another seed.")
+    return replace(loaded, rows=rows)
 
 
 def _sampled(model: TwoPhaseModel, loaded: LoadedSuite, verifier: Any, arm: Arm, seed: int) -> float:

@@ -15,10 +15,11 @@ from ..yaml_files import check_keys, read_mapping
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OTHER_DIRECTORIES = ("warmstart", "logs")
 _TRANSFER = ("suite", "classes", "problems", "executions", "pairs_per_cell")
-METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "sgpo", "joint", "internalize_wrong")
+METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "grpo_best", "sgpo", "joint", "internalize_wrong")
 _OF_METHOD: dict[str, dict[str, float | int | str]] = {
     "sft": {"sft_learning_rate": 1e-4},
     "rft": {"sft_learning_rate": 1e-4},
+    "grpo_best": {"validation": "", "validation_points": 10},
     "rlhf": {"label_share": 0.2, "reward_learning_rate": 1e-4, "reward_epochs": 1.0},
     "prm": {
         "label_share": 0.2,
@@ -41,14 +42,16 @@ class Arm:
             Name in the table.
         method (`str`):
             `"base"` (the warm start as it is), `"sft"`, `"rft"` (supervised steps on its own right plain answers),
-            `"rlhf"`, `"prm"`, `"grpo"`, `"sgpo"`, `"joint"` (SGPO's rollouts with one advantage a row), or
-            `"internalize_wrong"` (SGPO whose plain answers learn from strategies of another class).
+            `"rlhf"`, `"prm"`, `"grpo"`, `"grpo_best"` (GRPO's weights at the best accuracy on validation problems),
+            `"sgpo"`, `"joint"` (SGPO's rollouts with one advantage a row), or `"internalize_wrong"` (SGPO whose plain
+            answers learn from strategies of another class).
         overrides (`dict`):
             Keys of the recipe that this arm sets.
         settings (`dict`):
-            Settings of the method: `sft_learning_rate` for SFT and RFT; for reward models `label_share` (part of the
-            budget spent on labels), `reward_learning_rate`, `reward_epochs`; for step rewards `step_separator`,
-            `step_rollouts` and `step_aggregation` (`"min"` or `"mean"`).
+            Settings of the method: `sft_learning_rate` for SFT and RFT; for `grpo_best` `validation` (problems, of
+            the split `train`) and `validation_points` (how often they are measured within the budget); for reward
+            models `label_share` (part of the budget spent on labels), `reward_learning_rate`, `reward_epochs`; for
+            step rewards `step_separator`, `step_rollouts` and `step_aggregation` (`"min"` or `"mean"`).
     """
 
     name: str
@@ -205,4 +208,9 @@ def _arm(name: Any, values: Any) -> Arm:
     settings |= {key: values.pop(key) for key in list(values) if key in settings}
     if settings.get("step_aggregation", "min") not in ("min", "mean"):
         raise ConfigError(f"The arm {name!r}: `step_aggregation` must be min or mean.")
+    points = settings.get("validation_points", 1)
+    if method == "grpo_best" and not (isinstance(settings["validation"], str) and settings["validation"]):
+        raise ConfigError(f"The arm {name!r}: name the problems that choose its weights as `validation`.")
+    if type(points) is not int or points < 1:
+        raise ConfigError(f"The arm {name!r}: `validation_points` must be a whole number of at least 1.")
     return Arm(name, method, overrides=values, settings=settings)

@@ -65,6 +65,9 @@ class Task:
             Returns the model's accuracy.
         checkpoint (`str`, *optional*):
             Checkpoint to resume from.
+        keep_best (`bool`, *optional*, defaults to `False`):
+            Whether the weights at the point with the best accuracy are kept, the first of equal ones, and not the
+            last weights.
     """
 
     arm: Arm
@@ -75,6 +78,7 @@ class Task:
     points: list[int]
     measure: Measure
     checkpoint: str | None = None
+    keep_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -333,11 +337,19 @@ def _train_sgpo(task: Task, trainer_class: type[SGPOTrainer]) -> TrainedArm:
 
 def _train(task: Task, trainer: GRPOTrainer, labelled: int, details: dict[str, Any]) -> TrainedArm:
     trainer.remove_callback(PrinterCallback)
-    budget = TokenBudget(task.budget, labelled, task.points, lambda: task.measure(trainer)).count_in(trainer)
+    directory = Path(trainer.args.output_dir, "model")
+
+    def measured() -> float:
+        accuracy = task.measure(trainer)
+        if task.keep_best and accuracy > max((point["accuracy"] for point in budget.curve), default=-1.0):
+            trainer.save_model(str(directory))
+        return accuracy
+
+    budget = TokenBudget(task.budget, labelled, task.points, measured).count_in(trainer)
     with project_labelled_tokens_only(trainer.accelerator.device):  # a faster LM head on CPUs, as in SGPO
         trainer.train(resume_from_checkpoint=task.checkpoint)
-    directory = Path(trainer.args.output_dir, "model")
-    trainer.save_model(str(directory))
+    if not task.keep_best:
+        trainer.save_model(str(directory))
     return TrainedArm(
         str(directory),
         generated=budget.spent,
@@ -356,6 +368,7 @@ _METHODS: dict[str, Callable[[Task], TrainedArm]] = {
     "rlhf": _rlhf,
     "prm": _prm,
     "grpo": _grpo,
+    "grpo_best": _grpo,
     "sgpo": _sgpo,
     "joint": _joint,
     "internalize_wrong": _internalize_wrong,

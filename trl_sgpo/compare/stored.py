@@ -32,13 +32,15 @@ def run_result(comparison: Comparison, seed: int) -> Check:
             "tokens": record(dict.fromkeys(_SPENT, count), closed=True),
             "training_seconds": number(),
             "details": record({}),
-        }
+        },
+        optional={"validation": listing(record({"accuracy": RATE, "generated_tokens": count}))},
     )
 
     def check(result: Any, place: str) -> None:
         parts(result, place)
         classes = len(result["transfer"]["classes"])
-        points = comparison.curve_points if "steps" in result["details"] else 0  # only trainers measure a curve
+        trained = "steps" in result["details"]  # only trainers measure a curve, on validation problems or on others
+        points = comparison.curve_points if trained and not result.get("validation") else 0
         record(
             {
                 "transfer": record({"matrix": listing(listing(either(nothing, RATE), classes), classes)}),
