@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from trl_sgpo import StrategyBank
+from trl_sgpo.bank import Outcome, neighbourhood
+from trl_sgpo.bank.neighbourhood import Neighbourhoods
 from trl_sgpo.bank.policy import near_copies
 from trl_sgpo.bank.statistics import transfer
 from trl_sgpo.bank.strategy import Execution, Strategy
@@ -148,3 +150,25 @@ def test_rows_whose_problems_take_long_each(monkeypatch: pytest.MonkeyPatch) -> 
     for seed in range(100):
         assert generated_again(Reference("gcd", json.dumps({"size": 1, "seed": seed}), 0)) is None
     assert len(asked) == 16
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_many_executions_on_a_problem_of_many_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbourhood, "_MAX_PAIRS", 100_000)
+    words = " ".join(f"word{chr(65 + number % 26)}{chr(65 + number // 26)}" for number in range(600))
+    old = [(Execution(f"old{number}", "p", "c", 1, 0.0, 0.9), words) for number in range(1_000)]
+    new = [
+        (Execution("new", f"q{number}", "c", 1, float(number > 3), 0.9), "Maria" * (number < 4))
+        for number in range(60)
+    ]
+    assert Neighbourhoods([*old, *new]).near("Maria")[0]["new"] == (4, 4)
+
+
+def test_a_long_text_of_a_problem_in_a_ledger(tmp_path: Path) -> None:
+    strategy = make("a")
+    with StrategyBank(tmp_path, hashed_words) as bank:
+        bank.add([strategy])
+        bank.update([Outcome(strategy.id, "p", 1.0, 1, 0.5, text="word")])
+        bank._store.ledger._connection.execute("UPDATE problems SET text = ?", ("word " * 10_000,))
+        ((_, text),) = bank._store.ledger.executions_with_texts(strategy.problem_class)
+    assert len(text) == 2_000

@@ -17,6 +17,7 @@ from trl_sgpo.checks.splitting import MAX_WAYS, ways_of_matching
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ModelError
 from trl_sgpo.inference.pretrained import load_tokenizer
+from trl_sgpo.inference.settings import TwoPhaseSettings
 
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,39 @@ GROWING: list[dict[str, Any]] = [
 def test_a_tokenizer_that_makes_texts_longer(parts: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="use another model"):
         check_growth("evil", parts)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9},
+        {"vocab": {"a": 0}, "max_input_chars_per_word": "x"},
+        {"type": "Unigram", "vocab": [["a" * 129, -1.0]]},
+    ],
+)
+def test_a_model_of_a_tokenizer_that_takes_long_for_a_word(model: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="for which its kind takes too long"):
+        check_growth("evil", {"model": model})
+
+
+def test_a_template_of_two_megabytes(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{# " + "a" * 2**21 + " #}{{ messages }}")
+    with pytest.raises(ModelError, match="has more than 1,048,576 characters"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_many_tokens_that_a_template_writes_after_a_reply(tmp_path: Path, ten_seconds_each: Any) -> None:
+    save_tiny_model(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    loaded.add_tokens([f"token{number}" for number in range(2_000)])
+    loaded.chat_template = (
+        "{% for message in messages %}{{ message.content }} {% endfor %}"
+        "{% if not add_generation_prompt %}{{ 'ab ' * 100000 }}{% endif %}"
+    )
+    conversation = TwoPhaseSettings().conversation(loaded)
+    ten_seconds_each()
+    assert conversation.turn([{"role": "user", "content": "1 + 2"}]).end == loaded.eos_token_id
 
 
 def test_a_tokenizer_that_prepends_is_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

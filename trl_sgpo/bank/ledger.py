@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import BankError, BankStorageError
 from ..files import durable_replace, unfinished_file
+from .neighbourhood import TEXT_LIMIT
 from .stored import FIELDS, to_embeddings, to_execution, to_fingerprint, to_strategy, to_text
 from .strategy import UNVERIFIED, Execution, Strategy
 
@@ -345,7 +346,7 @@ class Ledger:
             if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'problems'").fetchone():
                 return []
             rows = self._connection.execute(query, (problem_class,))
-            return [(to_execution(row[:-1]), to_text(row[-1], "a problem")) for row in rows]
+            return [(to_execution(row[:-1]), to_text(row[-1], "a problem")[:TEXT_LIMIT]) for row in rows]
 
     def damage(self) -> list[str]:
         """

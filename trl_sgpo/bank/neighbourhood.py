@@ -38,6 +38,7 @@ _WORDS = re.compile(r"[^\W\d]+|[^\w\s]")
 _NUMBERS = re.compile(r"\d{1,15}")
 _NUMBERS_READ = 4
 _PARTS = 8
+_MAX_PAIRS = 10_000_000  # of an execution and a region, which take about a gigabyte; earlier executions do not count
 
 Region = Hashable
 Cuts = list[list[np.ndarray]]  # for each number of a text, the bounds of its ranges, in two divisions
@@ -135,15 +136,17 @@ class Neighbourhoods:
             self._count([each for each, _ in told], texts)
 
     def _count(self, executions: list[Execution], texts: dict[str, str]) -> None:
-        strategies, strategy_of = np.unique([each.strategy_id for each in executions], return_inverse=True)
-        wrong = np.array([each.successes < 0.5 * each.trials for each in executions])
         number: dict[Region, int] = {}
         regions_of = {
             problem: np.array([number.setdefault(r, len(number)) for r in regions(text, self._cuts)], dtype=np.int64)
             for problem, text in texts.items()
         }
+        pairs_after = np.cumsum([len(regions_of[each.problem]) for each in reversed(executions)])[::-1]
+        executions = executions[int((pairs_after > _MAX_PAIRS).sum()) :]
         lists = [regions_of[each.problem] for each in executions]
         lengths = np.array([len(each) for each in lists])
+        strategies, strategy_of = np.unique([each.strategy_id for each in executions], return_inverse=True)
+        wrong = np.array([each.successes < 0.5 * each.trials for each in executions])
         pairs, pair_of = np.unique(
             np.repeat(strategy_of, lengths) * len(number) + np.concatenate(lists), return_inverse=True
         )

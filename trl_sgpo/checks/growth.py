@@ -14,6 +14,8 @@ from ..errors import ModelError
 
 MAX_GROWTH = 20_000  # characters or tokens for each character, and characters for each token
 MAX_STEPS = 1_000
+MAX_WORD, MAX_PIECE = 500, 128  # characters of a word of WordPiece, and of a token of Unigram
+MAX_TEMPLATE = 2**20
 
 # For one character, at most. What else makes a text longer has a field that says with what.
 _FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNormalizer": 24, "ByteLevel": 5}
@@ -21,7 +23,8 @@ _FORMS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNorma
 
 def check_growth(source: str | Path, tokenizer: dict[str, Any]) -> None:
     """
-    Checks how much longer the steps of a tokenizer may make a text.
+    Checks how much longer the steps of a tokenizer may make a text, and that its model takes a short time for it:
+    WordPiece takes the cube of a word's length, and Unigram the length of a token, for each character.
 
     Args:
         source (`str` or `Path`):
@@ -30,8 +33,18 @@ def check_growth(source: str | Path, tokenizer: dict[str, Any]) -> None:
             Content of its `tokenizer.json`.
 
     Raises:
-        [`ModelError`]: A character may become more than 20,000, or a token has more, or there are too many steps.
+        [`ModelError`]: A character may become more than 20,000, or a token has more, or there are too many steps, or
+            words of WordPiece may have more than 500 characters, or tokens of Unigram more than 128.
     """
+    model = tokenizer.get("model")
+    if isinstance(model, dict):
+        word = model.get("max_input_chars_per_word", 0)
+        pieces = map(len, _tokens({"model": model})) if not isinstance(model.get("vocab"), dict) else ()
+        if not isinstance(word, int) or word > MAX_WORD or max(pieces, default=0) > MAX_PIECE:
+            raise ModelError(
+                f"The tokenizer of {source} has words of more than {MAX_WORD} or tokens of more than {MAX_PIECE} "
+                "characters, for which its kind takes too long: use another model."
+            )
     for names in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
         steps = list(chain.from_iterable(_mappings(tokenizer.get(name)) for name in names))
         if len(steps) > MAX_STEPS or math.prod(map(_growth, steps)) > MAX_GROWTH:
@@ -55,6 +68,10 @@ def check_loaded(source: str | Path, tokenizer: Any, from_json: bool) -> None:
         [`ModelError`]: As [`check_growth`].
     """
     _check_longest(source, tokenizer.get_added_vocab())
+    if len(str(tokenizer.chat_template)) > MAX_TEMPLATE:
+        raise ModelError(
+            f"The chat template of {source} has more than {MAX_TEMPLATE:,} characters: use another model."
+        )
     if from_json:
         return
     if tokenizer.is_fast:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 
 SECONDS = {"equal": 2, "entry": 5, "accepts": 5, "render": 2, "patterns": 2, "opens": 60, "decodes": 300}
-MAX_RENDERED, MAX_PRINTED, MAX_ENTRY = 2**24, 2**20, 2**18
+MAX_RENDERED, MAX_PRINTED, MAX_ENTRY = 2**22, 2**20, 2**18
 DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 SAMPLE = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f642"
 FORMS = "PATTERN", r"(.*\.)?(PATTERN)$", r"(^|.*\.)PATTERN($|\..*)", r"(?:^|.*?\.)PATTERN\.(?P<idx>\d+)\."

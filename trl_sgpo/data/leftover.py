@@ -21,7 +21,7 @@ MIN_VARIED = 3  # different values
 _READ = ("worked_solution", "problem_class", "subject", "entry")
 _SOLUTION = re.compile(
     r"solution|answer|rationale|explanation|reason|thought|cot|response|completion|output|generat|chosen|rejected"
-    r"|equation|formula|label|target|result|grade|program|code",
+    r"|equation|formula|label|target|result|grade|program|code|strateg",
     re.IGNORECASE,
 )
 _PART = re.compile(r"choices?|options?|opt?(ion)?_?[a-e1-5]|[a-e]|body|context|passage|input", re.IGNORECASE)

@@ -158,10 +158,17 @@ def measured_weights(results: Record) -> str | None:
     return results.get("settings", {}).get("weights")
 
 
-def of_other_weights(results: Record, directory: Path) -> bool:
-    """Whether the content of `results.json` is, as far as it says, of other weights than those in a folder."""
+def of_other_weights(results: Record, directory: Path, digest_of: Callable[[Path], str] | None = None) -> bool:
+    """
+    Whether the content of `results.json` is, as far as it says, of other weights than those in a folder. `digest_of`
+    may remember the digest of a folder for several results.
+    """
     measured = measured_weights(results)
-    return measured is not None and bool(_files(directory, WEIGHTS)) and measured != weights_digest(directory)
+    return (
+        measured is not None
+        and bool(_files(directory, WEIGHTS))
+        and measured != (digest_of or weights_digest)(directory)
+    )
 
 
 def _directory(name: str, revision: str | None) -> Path:

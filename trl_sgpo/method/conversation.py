@@ -295,7 +295,7 @@ class Conversation:
         """Marks of a reasoning part that are special tokens, which decoding would leave out."""
         added = self.tokenizer.get_added_vocab()
         marks = {added[mark]: mark for mark in (REASONING_START, REASONING_END) if mark in added}
-        return {token: mark for token, mark in marks.items() if self._is_special(token)}
+        return {token: mark for token, mark in marks.items() if token in self._special_ids}
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return _encoded(self._encoder, prompt, self.chat_template_kwargs)
@@ -330,7 +330,7 @@ class Conversation:
         saved = None if self.plain_text else self.turn_end
         if saved is not None and saved in self.tokenizer.get_added_vocab():
             return self.tokenizer.convert_tokens_to_ids(saved)
-        return next(filter(self._is_special, self._after_reply), self._eos)
+        return next((token for token in self._after_reply if token in self._special_ids), self._eos)
 
     @property
     def _before_end(self) -> list[int]:
@@ -345,9 +345,9 @@ class Conversation:
         text = self._rendered(messages, add_generation_prompt=False).partition(_MARK)[2]
         return self._encoder.raw_ids(text, after=_MARK)
 
-    def _is_special(self, token: int) -> bool:
-        added = self.tokenizer.added_tokens_decoder
-        return token in added and added[token].special
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special)
 
     @cached_property
     def _template_opens_reasoning(self) -> bool:

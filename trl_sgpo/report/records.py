@@ -5,7 +5,7 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ..checks.repositories import is_within
 from ..checks.secrets import redacted
 from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
-from ..evaluation.digest import of_other_weights
+from ..evaluation.digest import of_other_weights, weights_digest
 from ..method.prompts import problem_text
 from .run_files import EARLIER_DIRECTORY, REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
 from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
@@ -214,6 +214,7 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
     inside = [path.parent for path in results if EARLIER_DIRECTORY not in path.relative_to(run.path).parts]
     folders = list({folder.resolve(): folder for folder in (*inside, *map(Path, named))}.values())
     names = Counter(folder.resolve().name for folder in folders)
+    digest_of = cache(weights_digest)
     for folder in folders:
         found = _read_json(folder / RESULTS_FILE)
         if found is None:
@@ -221,7 +222,7 @@ def _read_evaluations(run: Run, named: Sequence[str]) -> None:
         if is_evaluation(found):
             name = folder.resolve().name
             name = str(folder) if names[name] > 1 else name
-            others = " (of other weights than the run's)" if of_other_weights(found, run.path) else ""
+            others = " (of other weights than the run's)" if of_other_weights(found, run.path, digest_of) else ""
             run.evaluations[name + others] = found
         elif {"suites", "transfer"} <= found.keys():
             file = folder.relative_to(run.path) / RESULTS_FILE
