@@ -111,7 +111,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
             the step's right executions, weighted by how far a problem's plain answers fall short of its guided ones.
         internalize_weight (`float`, *optional*):
             Weight of the loss of `"distill"` or `"kl"`, a mean over all rows, 0 for rows that teach nothing, or the
-            largest change of an advantage by `"contrast"`. If `None`, 0.1 for `"distill"`, 0.5 for the others.
+            largest change of an advantage by `"contrast"`. If `None`, 1 for `"distill"`, 0.5 for the others.
         internalize_contrasts (`int`, *optional*, defaults to `4`):
             Wrong strategies at most that `"contrast"` compares with the right one.
         internalize_snapshot_steps (`int`, *optional*, defaults to `10`):
@@ -267,7 +267,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     )
     internalize_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of what plain answers learn. If `None`, 0.1 for `distill`, else 0.5."},
+        metadata={"help": "Weight of what plain answers learn. If `None`, 1 for `distill`, else 0.5."},
     )
     internalize_contrasts: int = field(
         default=4, metadata={"help": "Wrong strategies at most that `contrast` compares with the right one."}
@@ -336,7 +336,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
     @property
     def internalize_scale(self) -> float:
         """`internalize_weight`, or its default."""
-        defaults = {"none": 0.0, "distill": 0.1, "contrast": 0.5, "kl": 0.5}
+        defaults = {"none": 0.0, "distill": 1.0, "contrast": 0.5, "kl": 0.5}
         return defaults[self.internalize] if self.internalize_weight is None else self.internalize_weight
 
     @property

@@ -1,0 +1,80 @@
+"""Figures in the docs are those in the result files beside the commands that make them."""
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+BUILDS = ("lab", "lab_1")
+GUIDED, PLAIN = "held_out accuracy", "held_out plain accuracy"
+T = 2.776445  # 97.5% of Student's t with 4 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def arms() -> dict[str, dict[str, Any]]:
+    return {b: json.loads((DOCS / "results" / f"internalize_{b}.json").read_text())["arms"] for b in BUILDS}
+
+
+def in_brackets(figure: dict[str, Any]) -> str:
+    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def difference(arms: dict[str, Any], first: str, second: str, kinds: tuple[str, str] = (PLAIN, PLAIN)) -> str:
+    """Mean difference over seeds with its interval."""
+    pairs = zip(arms[first][kinds[0]]["values"], arms[second][kinds[1]]["values"], strict=True)
+    values = [one - other for one, other in pairs]
+    half = T * stdev(values) / math.sqrt(len(values))
+    return f"{fmean(values):.2f} [{fmean(values) - half:.2f}, {fmean(values) + half:.2f}]"
+
+
+def without_signs(text: str) -> str:
+    return re.sub(r"\s+", " ", text.replace("+", "").replace("-0.00", "0.00"))
+
+
+def test_plain_answers(arms: dict[str, dict[str, Any]]) -> None:
+    text = (DOCS / "plain_answers.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ((?:[^|]+ \| ){3}[^|]+) \|$", text, re.MULTILINE))
+    assert list(rows) == list(arms["lab"])
+    for name, cells in rows.items():
+        two_phase = f"{GUIDED} without the bank" in arms["lab"][name]
+        wanted = [
+            figure for b in BUILDS for figure in (in_brackets(arms[b][name][GUIDED]) if two_phase else "–",
+                                                  in_brackets(arms[b][name][PLAIN]))
+        ]  # fmt: skip
+        assert cells.split(" | ") == wanted
+
+
+@pytest.mark.parametrize("page", ["plain_answers.md", "hypotheses.md"])
+def test_differences(page: str, arms: dict[str, dict[str, Any]]) -> None:
+    """Each interval that a page names is one between two arms, on plain or on guided answers."""
+    pairs = [(a, b) for a in arms["lab"] for b in arms["lab"] if a != b]
+    known = {difference(arms[b], *pair) for b in BUILDS for pair in pairs}
+    known |= {difference(arms[b], *pair, kinds=(GUIDED, GUIDED)) for b in BUILDS for pair in pairs}
+    known |= {difference(arms[b], name, name, (GUIDED, PLAIN)) for b in BUILDS for name in arms["lab"]}
+    known |= {in_brackets(arms[b][name][kind]) for b in BUILDS for name in arms["lab"] for kind in (GUIDED, PLAIN)}
+    known = {without_signs(each) for each in known}
+    named = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", without_signs((DOCS / page).read_text()))
+    assert len(named) >= 10 and not [each for each in named if each not in known]
+
+
+def test_readme() -> None:
+    pooled = json.loads((DOCS / "results" / "internalize.json").read_text())
+    text = (DOCS.parent / "README.md").read_text()
+    named = {"SFT": "sft", "GRPO": "grpo", "**SGPO**": "sgpo", "SGPO, `internalize: distill`": "distill"}
+    named |= {"RFT (its own right answers)": "rft", "The same, taught strategies of other classes": "wrong"}
+    table = text.partition("| Two models, 5 seeds each | Guided | Plain |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert {row[0] for row in rows} == named.keys()
+    for name, guided, plain in rows:
+        figures = pooled["arms"][named[name]]
+        assert plain == in_brackets(figures[PLAIN])
+        assert guided == (in_brackets(figures[GUIDED]) if f"{GUIDED} without the bank" in figures else "–")
+    gain = pooled["differences"]["distill"][PLAIN]
+    assert f"`distill` adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers" in text
+    assert pooled["arms"]["grpo"][PLAIN]["collapsed"] == pooled["arms"]["grpo"][PLAIN]["runs"] == 10
