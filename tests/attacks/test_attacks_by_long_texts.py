@@ -32,10 +32,10 @@ from trl_sgpo.recipe import resume_point
 MILLION = 1_000_000
 # Repeated, these keep a pattern that takes the square of a text's length busy for minutes
 UNITS = [
-    " ", "\n", "0", "a", ".", ". ", "$", ".$", "#", "=", "^ ", "<<", "**", "{", "(", "'", '"', "- ", "1,", "1 ", "1/",
-    "step 1. ", "answer is ", "\\boxed{", "<answer>", "\\text{", "_", "\\frac", "\\^ ", "\u200b", "because ", "\ufdfa",
+    " ", "\n", "0", "a", ". ", ".$", "#", "^ ", "<<", "**", "{", "(", "'", "1,", "1/", "step 1. ", "answer is ",
+    "\\boxed{", "\\frac", "\u200b", "\ufdfa",
 ]  # fmt: skip
-BEFORE = ["", "#### ", "\\^", "the answer is ", "<<1+1=2>>=", "if "]
+BEFORE = ["", "\\^", "the answer is ", "<<1+1=2>>="]
 
 
 def rewards_of(text: str) -> None:
@@ -65,7 +65,7 @@ def test_texts_of_a_stranger_are_read_in_a_time_that_grows_with_them(
 ) -> None:
     for before, unit in itertools.product(BEFORE, UNITS):
         ten_seconds_each()
-        READERS[reader](before + unit * (300_000 // len(unit)) + "\x01x")
+        READERS[reader](before + unit * (100_000 // len(unit)) + "\x01x")
 
 
 @pytest.mark.parametrize("brackets", ["[]", "()", "{}"])
