@@ -22,7 +22,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trl_sgpo.checks.adapters import check_adapter_settings
+from trl_sgpo.checks.adapters import check_adapter_patterns, check_adapter_settings
 from trl_sgpo.errors import ModelError
 from trl_sgpo.inference.pretrained import load_adapter
 
@@ -158,3 +158,17 @@ def test_an_adapter_without_its_weights_is_not_the_bare_base(base: str, tmp_path
         save_file(left, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ModelError, match="has not all weights that its settings describe"):
             load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["depth", "num_cayley_neumann_terms", "psoft_svd_lowrank_niter", "loftq_iter"])
+def test_steps_that_an_adapter_repeats(key: str) -> None:
+    check_adapter_settings("adapter", {key: 100})
+    with pytest.raises(ModelError, match=f"`{key}` repeats more"):
+        check_adapter_settings("adapter", {"config": {key: 101}} if key == "loftq_iter" else {key: 101})
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_long_names_of_modules(key: str) -> None:
+    check_adapter_patterns("adapter", {key: {"a" * 200: 4}}, ["model.layers.0.q_proj"])
+    with pytest.raises(ModelError, match="names a module in more than 200 characters"):
+        check_adapter_patterns("adapter", {key: {"a" * 201: 4}}, ["model.layers.0.q_proj"])

@@ -53,6 +53,15 @@ def test_many_small_classes_are_merged() -> None:
 
 
 @pytest.mark.usefixtures("in_ten_seconds")
+def test_many_small_classes_are_merged_into_many_large_ones() -> None:
+    classes = [str(row // 2) for row in range(40_000)] + [f"alone {row}" for row in range(20_000)]
+    vectors = np.random.default_rng(0).normal(size=(len(classes), 8)).astype(np.float32)
+    merged = merge_small_classes(classes, 2, "merge", lambda: vectors)
+    own = merge_small_classes([*classes[:40_000], classes[-1]], 2, "merge", lambda: vectors[[*range(40_000), -1]])
+    assert merged[:40_000] == classes[:40_000] and set(merged[40_000:]) <= set(classes) and merged[-1] == own[-1]
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
 def test_many_classes_of_a_transfer_report() -> None:
     data = [{"prompt": f"p{row}", "problem_class": str(row // 4), "solution": str(row)} for row in range(40_000)]
     plan = plan_transfer(data, "problem_class", 2, 2, seed=0, pairs_per_cell=0)

@@ -18,6 +18,7 @@ OTHER_MODELS = (
     "prompt_tuning_init_state_dict_path",
     "megatron_config",
 )
+_BY_MODULE, MAX_MODULE = ("rank_pattern", "alpha_pattern"), 200  # peft compiles each name again for each module
 MAX_RANK, MAX_NUMBER, MAX_LAYERS, MAX_TEXTS = 2**15, 10**6, 10_000, 2_000
 MAX_DEPTH = 20  # of lists and mappings in each other
 MAX_PRODUCTS = {2: 2**28, 3: 2**33}  # of that many sizes: those of a prompt on a base of 70 billion weights are less
@@ -26,6 +27,7 @@ _NO_SIZE = re.compile(r"seed|prng_key|total_step|tinit|tfinal|deltaT")
 _NO_FACTOR = re.compile(r"alpha|heads|tinit|tfinal|deltaT|warmup|interval")
 _ENCODER = "encoder_hidden_size"
 _ITERATIONS = re.compile(r"\d{4,}")
+_REPEATS, MAX_REPEATS = re.compile(r"iter|depth|terms"), 100
 
 
 def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
@@ -67,6 +69,8 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
             refuse(key, "is larger than that of any adapter")
         if key.endswith("layers") and abs(number) > MAX_LAYERS:
             refuse(key, "is more than any model has")
+    for key in _repeating(settings):
+        refuse(key, "repeats more than that of any adapter")
     if large := _large_product(settings):
         refuse(large, "is larger than that of any adapter")
 
@@ -102,11 +106,17 @@ def check_adapter_patterns(directory: object, settings: dict[str, Any], names: I
             Names of the modules.
 
     Raises:
-        [`ModelError`]: It takes more than 5 seconds, or the texts are too many.
+        [`ModelError`]: It takes more than 5 seconds, or the texts are too many or too long.
     """
     texts = [(key, text) for key, value in settings.items() for text in _texts(value)]
     if len(texts) > MAX_TEXTS:
         raise ModelError(f"The adapter in {directory} is not loaded: it names more than {MAX_TEXTS:,} modules.")
+    of_modules = [name for key in _BY_MODULE for name in _texts(settings.get(key))]
+    if max(map(len, of_modules), default=0) > MAX_MODULE:
+        raise ModelError(
+            f"The adapter in {directory} is not loaded: `{'` or `'.join(_BY_MODULE)}` names a module in more than "
+            f"{MAX_MODULE} characters."
+        )
     patterns = {text: key for key, text in texts if _PLAIN.fullmatch(text) is None}
     if patterns and CHECKS.ask("patterns", list(patterns), list(names)) is None:
         keys = ", ".join(f"`{key}`" for key in dict.fromkeys(patterns.values()))
@@ -158,6 +168,14 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list | tuple | set):
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from _texts(part)
+
+
+def _repeating(value: Any) -> Iterator[str]:
+    """Keys, at any depth, of numbers of steps that no adapter has."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else []):
+        if isinstance(each, int | float) and _REPEATS.search(str(key)) is not None and abs(each) > MAX_REPEATS:
+            yield str(key)
+        yield from _repeating(each)
 
 
 def _numbers(value: Any, key: str = "") -> list[tuple[str, float]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_AT_A_TIME = 256  # small classes that are compared with all large ones
 CLASS_COLUMN = "transfer_class"
 """Column that [`with_classes`] adds."""
 
@@ -142,7 +143,11 @@ def merge_small_classes(
     centroids = np.zeros((len(places), vectors.shape[1]), dtype=vectors.dtype)
     np.add.at(centroids, [places[name] for name in classes], vectors)  # sums, whose directions are those of means
     directions = centroids[: len(large)] / np.linalg.norm(centroids[: len(large)], axis=1, keepdims=True)
-    nearest = {name: large[int(np.argmax(directions @ centroids[places[name]]))] for name in small}
+    nearest: dict[str, str] = {}
+    for start in range(0, len(small), _AT_A_TIME):
+        some = small[start : start + _AT_A_TIME]
+        found = (directions @ centroids[len(large) + start :][: len(some)].T).argmax(axis=0)
+        nearest |= {name: large[place] for name, place in zip(some, found.tolist(), strict=True)}
     return [nearest.get(name, name) for name in classes]
 
 
