@@ -38,7 +38,7 @@ def without_signs(text: str) -> str:
 
 
 def test_plain_answers(arms: dict[str, dict[str, Any]]) -> None:
-    text = (DOCS / "plain_answers.md").read_text()
+    text = (DOCS / "plain_answers.md").read_text().partition("Ablations, ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ((?:[^|]+ \| ){3}[^|]+) \|$", text, re.MULTILINE))
     assert list(rows) == list(arms["lab"])
     for name, cells in rows.items():
@@ -47,6 +47,20 @@ def test_plain_answers(arms: dict[str, dict[str, Any]]) -> None:
             figure for b in BUILDS for figure in (in_brackets(arms[b][name][GUIDED]) if two_phase else "–",
                                                   in_brackets(arms[b][name][PLAIN]))
         ]  # fmt: skip
+        assert cells.split(" | ") == wanted
+
+
+def test_ablations(arms: dict[str, dict[str, Any]]) -> None:
+    text = (DOCS / "plain_answers.md").read_text().partition("Ablations, ")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ((?:[^|]+ \| ){3}[^|]+) \|$", text, re.MULTILINE))
+    assert len(rows) == 9
+    for name, cells in rows.items():
+        wanted = []
+        for build in BUILDS:
+            changed = json.loads((DOCS / "results" / f"internalize_ablations_{build}.json").read_text())["arms"]
+            for kind in (GUIDED, PLAIN):
+                values = (changed | arms[build])[name][kind]["values"][:3]
+                wanted.append(f"{fmean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})")
         assert cells.split(" | ") == wanted
 
 

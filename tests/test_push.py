@@ -573,7 +573,7 @@ class TestCard:
             if internalize == "distill":
                 assert said[0] == pipeline(problem, plain=True).execution + "\n" and blocks[0] == codes[0]
         assert len(codes) == (2 if internalize == "distill" else 1)
-        assert ("without being asked for a strategy" in card(hub).text) == (internalize == "distill")
+        assert ("Plain answers, without a strategy, were trained too" in card(hub).text) == (internalize == "distill")
 
     @pytest.mark.parametrize("internalize", ["kl", "contrast"])
     def test_which_method_was_used(self, hub: HubServer, run: Path, internalize: str) -> None:

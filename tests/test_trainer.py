@@ -1288,6 +1288,7 @@ OTHER_SETTINGS = {
     "bank rollouts": (REUSED, {"per_device_train_batch_size": 10, "num_generations": 5, "num_bank_rollouts": 1}, 1),
     "a reference model": (REUSED, REUSED | {"beta": 0.1}, 1),
     "temperature": (REUSED, REUSED | {"temperature": 0.7}, 1),
+    "another way to teach plain answers": (REUSED | {"internalize": "distill"}, REUSED | {"internalize": "kl"}, 1),
 }
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import tokenizer
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from trl_sgpo.errors import ModelError
@@ -145,4 +147,17 @@ def test_the_base_of_an_adapter(place: str, model: Path, tmp_path: Path) -> None
     assert load_sentence_transformer(str(model)).encode(["1 + 2"]).shape == (1, 32)
     change(base / place / "config.json", num_hidden_layers=10**9)
     with pytest.raises(ModelError, match="num_hidden_layers"):
+        load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize("sizes", [(200_000, 200_000), ("x", 4)], ids=str)
+def test_a_layer_that_is_larger_than_its_weights(sizes: tuple[Any, int], model: Path) -> None:
+    modules = json.loads((model / "modules.json").read_text())
+    path = "2_Dense"
+    modules.append({"idx": 2, "name": "2", "path": path, "type": "sentence_transformers.models.Dense"})
+    (model / "modules.json").write_text(json.dumps(modules))
+    (model / path).mkdir()
+    change(model / path / "config.json", in_features=sizes[0], out_features=sizes[1])
+    save_file({"linear.weight": torch.zeros(4, 4)}, model / path / "model.safetensors")
+    with pytest.raises(ModelError, match="is larger than its weights"):
         load_sentence_transformer(str(model))

@@ -99,6 +99,14 @@ def test_buffers_that_a_model_makes(config: dict[str, Any], tmp_path: Path) -> N
         check_model_folder(tmp_path, "user/evil")
 
 
+@pytest.mark.parametrize("key", ["n_recurrent_loops", "pretraining_tp", "hc_sinkhorn_iters", "loop_num_passes"])
+def test_steps_of_a_forward_pass(key: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    put(tmp_path / "config.json", **{key: 10**9})
+    with pytest.raises(ModelError, match=f"`{key}: 1e\\+09`: name a model of real size"):
+        check_model_folder(tmp_path, "user/evil")
+
+
 @pytest.mark.usefixtures("unopened")
 def test_a_model_that_earlier_ones_left_no_memory_for_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -149,6 +149,36 @@ def test_the_teacher_is_a_snapshot(make: Callable[..., SGPOTrainer]) -> None:
     assert {name: weight.data_ptr() for name, weight in weights.items()} == held
 
 
+def test_contrast_is_logged_with_its_step(make: Callable[..., SGPOTrainer]) -> None:
+    """It came one generation late, and as a metric of evaluation where there was one."""
+    trainer = make(internalize="contrast", max_steps=2, logging_steps=1, per_device_eval_batch_size=28)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and all({"sgpo/contrast", "sgpo/contrast_rows"} <= entry.keys() for entry in logs)
+    assert not [key for key in trainer.evaluate(problems()) if "contrast" in key]
+
+
+@pytest.mark.parametrize("method", ["contrast", "kl"])
+def test_a_second_training_has_a_new_teacher(method: str, make: Callable[..., SGPOTrainer]) -> None:
+    """That of the first one had a later step, and was not taken over again."""
+    trainer = make(internalize=method, internalize_snapshot_steps=2, max_steps=3)
+    trainer.train()
+    first = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    taken: list[int] = []
+    internalize = trainer.internalize
+
+    def noting(*args: Any) -> dict[str, Any]:
+        found = internalize(*args)
+        taken.append(trainer.teacher.step)
+        if len(taken) == 1:
+            assert all(weight.equal(first[name]) for name, weight in trainer.teacher.weights.items())
+        return found
+
+    trainer.internalize = noting  # type: ignore[method-assign]
+    trainer.train()
+    assert taken == [0, 0, 2]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "phi"])
 def test_divergence_has_the_gradient_of_its_definition(
     make: Callable[..., SGPOTrainer], monkeypatch: pytest.MonkeyPatch, architecture: str

@@ -15,7 +15,8 @@ GIVEN = {"strategy_column": "strategy", "use_bank": False, "transfer_block_size"
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"internalize": "contrast"}, "set `num_plain_rollouts` to at least 1"),
+        ({"internalize": "contrast"}, "set `num_plain_rollouts` to at least 2"),
+        ({"internalize": "contrast", "num_plain_rollouts": 1, "num_generations": 5}, "one alone has no advantage"),
         ({"internalize": "contrast", "num_plain_rollouts": 2, "transfer_block_size": 1}, "block_size` to at"),
         ({"internalize": "contrast"} | PLAIN, "below `num_generations`"),
         ({"internalize": "distill"} | PLAIN, "no row writes one.*lower `num_plain_rollouts`"),

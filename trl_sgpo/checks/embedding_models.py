@@ -1,5 +1,6 @@
 """Folders of embedding models of sentence-transformers, which have a folder for each of their modules."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from .repositories import check_model_folder, check_model_settings, is_within
 
 
 MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
+MAX_LAYER = 10**7  # weights that may be missing
 MAX_PROMPT = 2_000  # characters that are put before each text
 _ARGUMENTS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
 _NAMES = ("file", "folder", "path", "vocab", "merges", "kwargs")
@@ -44,6 +46,7 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
                 raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
             if folder != directory and folder.is_dir():
                 check_model_folder(folder, source)
+                _check_sizes(source, folder)
                 folders.append(folder)
     for path in (path for folder in folders for path in folder.glob("sentence_*_config.json")):
         _check_arguments(source, parse_json(path.read_text(encoding="utf-8")))
@@ -52,6 +55,18 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
     if any(len(text) > MAX_PROMPT for text in texts_in(prompts)):
         raise ModelError(f"The embedding model {source} has a prompt of more than 2,000 characters: use another one.")
     return folders
+
+
+def _check_sizes(source: str, folder: Path) -> None:
+    """A layer is made at the size that its settings name, before its weights are read."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    settings = parse_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    sizes = [settings.get(key, 1) for key in ("in_features", "out_features")] if isinstance(settings, dict) else [1]
+    there = weights.stat().st_size if weights.is_file() else 0
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > there + MAX_LAYER:
+        raise ModelError(
+            f"A module of the embedding model {source} is larger than its weights in {folder}: use another."
+        )
 
 
 def _check_kind(source: str, kind: str) -> None:

@@ -24,6 +24,10 @@ _MAX_CLASS = 200  # characters of a name
 MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 
+_LOOPS, MAX_LOOPS = (
+    re.compile(r".*(?:loops?|passes|cycles|iters?|iterations|pretraining_tp)"),
+    1000,
+)  # of a forward pass
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
 _TEMPLATE = re.compile(r"\w[\w.\-]{0,99}")  # its name, of which a file is made when the tokenizer is saved
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -221,6 +225,8 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                 raise ModelError(f"The config of {source} has `{key}: {value}`: {AGAIN}")
             if key == "sliding_window" and not (value is None or (isinstance(value, int) and value >= 0)):
                 raise ModelError(f"The config of {source} has `{key}: {value!r}`: {AGAIN}")
+            if isinstance(value, int) and value > MAX_LOOPS and _LOOPS.fullmatch(str(key)) is not None:
+                raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:

@@ -275,7 +275,8 @@ def _use(directory: Path, repo_id: str, facts: TrainingFacts, adapter: bool) -> 
     plain = ""
     if facts.settings.get("internalize", "none") != "none":
         plain = f"""\
-It was trained to answer well without being asked for a strategy, so {needs} are enough:
+Plain answers, without a strategy, were trained too. The table of results, if there is one, says how good they
+are. For them {needs} are enough:
 
 ```python
 {plain_snippet(repo_id, settings, chat=chat).strip()}

@@ -67,6 +67,10 @@ class InternalizingTrainer(SharedPromptGRPOTrainer):
         if self.args.internalize == "kl" and isinstance(head, BaseTunerLayer):
             raise ConfigError("`internalize: kl` reads the LM head, which has an adapter: leave the head without one.")
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._teacher = None  # that of an earlier call is of a later step
+        return super().train(*args, **kwargs)
+
     def internalize(
         self, output: dict[str, Any], rollouts: Sequence[Rollout], credit: Credit, batch: RolloutBatch
     ) -> dict[str, Any]:
@@ -116,6 +120,7 @@ class InternalizingTrainer(SharedPromptGRPOTrainer):
         """Weights of the teacher: those of the student, at most `internalize_snapshot_steps` ago."""
         if self._teacher is None:
             self._teacher = WeightSnapshot(self.model)
+            self._teacher.step = self.state.global_step
         if self.state.global_step - self._teacher.step >= self.args.internalize_snapshot_steps:
             self._teacher.take(self.state.global_step)
         return self._teacher
@@ -154,8 +159,10 @@ class InternalizingTrainer(SharedPromptGRPOTrainer):
         advantages[plain, :width] = with_contrast(advantages[plain, :width], rewards)
         lengths = torch.tensor([len(answer) for answer in answers], device=right.device)
         tokens = torch.arange(width, device=right.device) < lengths.unsqueeze(1)
-        self._log_metric("sgpo/contrast_rows", whole.float().mean().item())
-        self._log_metric("sgpo/contrast", found[tokens].mean().item())
+        # TRL's `_log_metric` would add them to the next batch: it has logged the rewards of this one
+        for name, value in (("contrast_rows", whole.float().mean()), ("contrast", found[tokens].mean())):
+            mean = self.accelerator.gather(value).float().mean().item()
+            self._metrics["train" if self.model.training else "eval"][f"sgpo/{name}"].append(mean)
         return advantages
 
     @torch.no_grad()

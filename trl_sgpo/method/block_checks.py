@@ -92,10 +92,11 @@ def _check_plain_answers(args: Any) -> None:
             "`internalize: kl` learns from rows with strategies, and all rows are plain: set `num_plain_rollouts` "
             "below `num_generations`."
         )
-    if kind == "contrast" and (m < 1 or own < 1 or args.transfer_block_size < 2):
+    if kind == "contrast" and (m < 2 or own < 1 or args.transfer_block_size < 2):
         raise ConfigError(
             "`internalize: contrast` changes plain rows by strategies that solve other problems of their class: set "
-            "`num_plain_rollouts` to at least 1 and below `num_generations`, and `transfer_block_size` to at least 2."
+            "`num_plain_rollouts` to at least 2 (one alone has no advantage to change) and below `num_generations`, "
+            "and `transfer_block_size` to at least 2."
         )
 
 

@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 _SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "num_generations", "transfer_block_size", "num_bank_rollouts", "num_plain_rollouts", "world_size", "beta",
-    "temperature", "use_vllm",
+    "temperature", "use_vllm", "internalize",
 )  # fmt: skip
 """Settings that say which micro-batches a generation has, which step trains on them, and what they hold."""
 
