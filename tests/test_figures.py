@@ -92,3 +92,16 @@ def test_readme() -> None:
     gain = pooled["differences"]["distill"][PLAIN]
     assert f"`distill` adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers" in text
     assert pooled["arms"]["grpo"][PLAIN]["collapsed"] == pooled["arms"]["grpo"][PLAIN]["runs"] == 10
+
+
+def test_ceiling() -> None:
+    rows = json.loads((DOCS / "results" / "plain_ceiling.json").read_text())
+    text = " ".join((DOCS / "plain_answers.md").read_text().split())
+    best = {
+        (fresh, build): max(row["plain"] for row in rows if (row["fresh_problems"], row["run"][:2]) == (fresh, build))
+        for fresh in (None, 0, 768, 4096)
+        for build in ("b0", "b1")
+    }
+    for fresh, before in ((None, "from"), (0, "to"), (768, "to"), (4096, "to")):
+        assert f"{before} {best[fresh, 'b0']:.2f} and {best[fresh, 'b1']:.2f} " in text
+    assert f"The lowest figure of guided ones is {min(row['guided'] for row in rows):.2f}" in text
