@@ -99,6 +99,7 @@ def loss_and_gradients(trainer, batch):
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_load_rng_state", ["self", "checkpoint"]),
+        ("_prepare_for_training", ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]),
         ("_load_best_model", ["self"]),
         ("init_hf_repo", ["self", "token", "private"]),
         ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),

@@ -469,7 +469,7 @@ def test_the_process_is_started_again():
 def test_memory_that_earlier_requests_took_fails_no_request(loaded):
     import resource
 
-    messages, template = [{"role": "user", "content": "2+2"}], {"chat_template": "{{ 'x' * 8000000 }}"}
+    messages, template = [{"role": "user", "content": "2+2"}], {"chat_template": "{{ 'x' * 4000000 }}"}
     process = CheckProcess()
     try:
         if loaded:

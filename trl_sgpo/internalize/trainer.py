@@ -11,8 +11,8 @@ The teacher of both is a snapshot of the model (`snapshot.py`). All end where pl
 (`retirement.py`).
 
 What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.py`): `_metrics`, `_save_checkpoint`,
-`_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`, and that `compute_loss` divides the loss by
-`current_gradient_accumulation_steps`.
+`_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`, `_prepare_for_training`, which comes before it,
+and that `compute_loss` divides the loss by `current_gradient_accumulation_steps`.
 """
 
 from collections.abc import Sequence
@@ -67,9 +67,9 @@ class InternalizingTrainer(SharedPromptGRPOTrainer):
         if self.args.internalize == "kl" and isinstance(head, BaseTunerLayer):
             raise ConfigError("`internalize: kl` reads the LM head, which has an adapter: leave the head without one.")
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._teacher = None  # that of an earlier call is of a later step
-        return super().train(*args, **kwargs)
+    def _prepare_for_training(self, *args: Any) -> Any:
+        self._teacher = None  # that of an earlier call of `train` is of a later step
+        return super()._prepare_for_training(*args)
 
     def internalize(
         self, output: dict[str, Any], rollouts: Sequence[Rollout], credit: Credit, batch: RolloutBatch
