@@ -90,7 +90,10 @@ def test_readme() -> None:
         assert plain == in_brackets(figures[PLAIN])
         assert guided == (in_brackets(figures[GUIDED]) if f"{GUIDED} without the bank" in figures else "–")
     gain = pooled["differences"]["distill"][PLAIN]
-    assert f"`distill` adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers" in text
+    assert (
+        f"`distill` adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers"
+        in " ".join(text.split())
+    )
     assert pooled["arms"]["grpo"][PLAIN]["collapsed"] == pooled["arms"]["grpo"][PLAIN]["runs"] == 10
 
 

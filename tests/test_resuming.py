@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from trl_sgpo import SGPOTrainer
 from trl_sgpo.errors import ConfigError
+from trl_sgpo.run.resuming import OptimizerBefore
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,16 @@ def test_a_state_of_the_trainer_of_other_types_is_refused(model, stopped, tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: "x"}))
     with pytest.raises(ConfigError, match=r"trainer_state\.json is damaged"):
         resumed(model, out, None, True, max_steps=2)
+
+
+def test_a_schedule_with_infinite_bounds_goes_on():
+    """That of `reduce_lr_on_plateau` has a best value of infinity until the first evaluation."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight])
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    before = OptimizerBefore(optimizer, schedule)
+    schedule.load_state_dict(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer).state_dict())
+    before.check("checkpoint-1")
+    schedule.best = float("nan")
+    with pytest.raises(ConfigError, match="no valid `best`"):
+        before.check("checkpoint-1")

@@ -152,17 +152,19 @@ def test_a_file_of_many_cells(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         load_problems(str(tmp_path / name))
 
 
-def test_rows_whose_problems_take_long_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_whose_problems_take_long_each(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     asked = []
     monkeypatch.setattr(families.CHECKS, "ask", lambda *request: asked.append(request))
     monkeypatch.setattr(families, "_REFUSED", set())
     for seed in range(100):
         assert generated_again(Reference("gcd", json.dumps({"size": 1, "seed": seed}), 0)) is None
-    assert len(asked) == 16
+    assert len(asked) == 16 and caplog.text.count("no further problem is generated again") == 1
 
 
 @pytest.mark.usefixtures("in_ten_seconds")
-def test_many_executions_on_a_problem_of_many_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_executions_on_a_problem_of_many_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(neighbourhood, "_MAX_PAIRS", 100_000)
     words = " ".join(f"word{chr(65 + number % 26)}{chr(65 + number // 26)}" for number in range(600))
     old = [(Execution(f"old{number}", "p", "c", 1, 0.0, 0.9), words) for number in range(1_000)]
@@ -171,6 +173,7 @@ def test_many_executions_on_a_problem_of_many_words(monkeypatch: pytest.MonkeyPa
         for number in range(60)
     ]
     assert Neighbourhoods([*old, *new]).near("Maria")[0]["new"] == (4, 4)
+    assert "executions of a class are no evidence of harm" in caplog.text
 
 
 def test_a_long_text_of_a_problem_in_a_ledger(tmp_path: Path) -> None:

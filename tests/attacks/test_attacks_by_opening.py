@@ -105,6 +105,8 @@ def test_steps_of_a_forward_pass(key: str, tmp_path: Path) -> None:
     put(tmp_path / "config.json", **{key: 10**9})
     with pytest.raises(ModelError, match=f"`{key}: 1e\\+09`: name a model of real size"):
         check_model_folder(tmp_path, "user/evil")
+    put(tmp_path / "config.json", **{key: 1, "train_iters": 500_000, "max_iters": 600_000})  # left by other tools
+    check_model_folder(tmp_path, "user/model")
 
 
 @pytest.mark.usefixtures("unopened")

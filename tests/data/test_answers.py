@@ -532,3 +532,12 @@ def test_a_package_is_missing(monkeypatch):
 def test_numbers_and_words_need_no_mathematics(answer, monkeypatch):
     monkeypatch.setattr("trl_sgpo.data.answers.equal_expressions", lambda gold, answer: pytest.fail("mathematics"))
     assert answer_reward([f"#### {answer}"], ["12"]) == [0.0]
+
+
+@pytest.mark.parametrize("item", ["{0}.0", "{0}.00", "${0}$"])
+def test_sets_of_many_numbers_are_compared_as_numbers(item):
+    first = [str(number) for number in range(10, 30)]
+    second = [item.format(number) for number in reversed(first)]
+    assert answer_reward([f"#### {{{', '.join(second)}}}"], [f"{{{', '.join(first)}}}"]) == [1.0]
+    second[0] = "99"
+    assert answer_reward([f"#### {{{', '.join(second)}}}"], [f"{{{', '.join(first)}}}"]) == [0.0]

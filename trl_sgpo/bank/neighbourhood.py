@@ -20,6 +20,7 @@ chosen by the trigger "a digit" alone:
 Measured, 1 does not hold for a range of a number. The figures are in `docs/bank.md`.
 """
 
+import logging
 import math
 import re
 from collections import defaultdict
@@ -29,6 +30,8 @@ import numpy as np
 
 from .strategy import Execution
 
+
+logger = logging.getLogger(__name__)
 
 AFFECTED = 0.2  # prior probability that a strategy has another error rate in a suspect region
 BY_CHANCE = 10  # bound of the expected number of regions of a class that are suspect by chance
@@ -142,7 +145,13 @@ class Neighbourhoods:
             for problem, text in texts.items()
         }
         pairs_after = np.cumsum([len(regions_of[each.problem]) for each in reversed(executions)])[::-1]
-        executions = executions[int((pairs_after > _MAX_PAIRS).sum()) :]
+        left_out = int((pairs_after > _MAX_PAIRS).sum())
+        if left_out:
+            logger.warning(
+                f"{left_out:,} executions of a class are no evidence of harm: only the last {_MAX_PAIRS:,} words of "
+                "problems with their executions are compared."
+            )
+        executions = executions[left_out:]
         lists = [regions_of[each.problem] for each in executions]
         lengths = np.array([len(each) for each in lists])
         strategies, strategy_of = np.unique([each.strategy_id for each in executions], return_inverse=True)

@@ -27,7 +27,7 @@ _NO_SIZE = re.compile(r"seed|prng_key|total_step|tinit|tfinal|deltaT")
 _NO_FACTOR = re.compile(r"alpha|heads|tinit|tfinal|deltaT|warmup|interval")
 _ENCODER = "encoder_hidden_size"
 _ITERATIONS = re.compile(r"\d{4,}")
-_REPEATS, MAX_REPEATS = re.compile(r"iter|depth|terms"), 100
+_REPEATS, MAX_REPEATS = re.compile(r"(?:^|_)n?iters?(?:_|$)|depth|terms"), 100
 
 
 def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:

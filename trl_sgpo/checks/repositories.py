@@ -25,7 +25,7 @@ MAX_BYTES = 2**28  # of a file other than weights
 MAX_HEADER = 2**25  # of a file of weights
 
 _LOOPS, MAX_LOOPS = (
-    re.compile(r".*(?:loops?|passes|cycles|iters?|iterations|pretraining_tp)"),
+    re.compile(r".*(?:loops|passes|cycles|sinkhorn_iters)|pretraining_tp"),
     1000,
 )  # of a forward pass
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")

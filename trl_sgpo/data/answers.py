@@ -317,8 +317,7 @@ def _same_items(answer: AnswerList, gold: AnswerList, equal: Callable[[str, str]
     if gold.brackets != "{}" and not (answer.labelled and gold.labelled):
         return all(same(*pair) for pair in zip(answer.items, gold.items, strict=True))
     if len(gold.items) > (_MAX_UNORDERED[depth] if depth < len(_MAX_UNORDERED) else 0):
-        folded = (Counter(_folded(plain_text(item)) for item in each.items) for each in (answer, gold))
-        return next(folded) == next(folded)
+        return Counter(map(_key, answer.items)) == Counter(map(_key, gold.items))
     left = list(gold.items)
     for item in answer.items:
         place = next((index for index, other in enumerate(left) if same(item, other)), None)
@@ -326,6 +325,13 @@ def _same_items(answer: AnswerList, gold: AnswerList, equal: Callable[[str, str]
             return False
         del left[place]
     return True
+
+
+def _key(item: str) -> Any:
+    """The number that an item of a large set is, or its text."""
+    text = plain_text(item)
+    number = read_number(text, spaced=False)
+    return number.value if number is not None and number.label is None else _folded(text)
 
 
 def _is_mathematics(text: str) -> bool:

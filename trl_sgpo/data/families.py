@@ -126,6 +126,12 @@ def generated_again(reference: Reference) -> dict[str, Any] | None:
     entry = CHECKS.ask("entry", reference.family, reference.settings, reference.index)
     if entry is None:
         _REFUSED.add((reference.family, reference.settings))
+        if len(_REFUSED) == _MOST_REFUSED:
+            logger.warning(
+                f"{_MOST_REFUSED} settings of reasoning-gym families gave no problem within their limits: no further "
+                "problem is generated again, and of rows that name one only the written solution is right. Remove "
+                "these rows."
+            )
     return entry
 
 

@@ -222,7 +222,7 @@ def _alike(before: Any, after: Any) -> bool:
     if type(before) is bool:
         return after is None or type(after) is bool
     if type(before) in (int, float):
-        return type(after) in (int, float) and math.isfinite(after)
+        return type(after) in (int, float) and (math.isfinite(after) or after == before)
     if type(before) in (tuple, list):
         return type(after) in (tuple, list) and len(after) == len(before) and all(map(_alike, before, after))
     return before is None or isinstance(after, type(before))
