@@ -67,9 +67,9 @@ class InternalizingTrainer(SharedPromptGRPOTrainer):
         if self.args.internalize == "kl" and isinstance(head, BaseTunerLayer):
             raise ConfigError("`internalize: kl` reads the LM head, which has an adapter: leave the head without one.")
 
-    def _prepare_for_training(self, *args: Any) -> Any:
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._teacher = None  # that of an earlier call of `train` is of a later step
-        return super()._prepare_for_training(*args)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def internalize(
         self, output: dict[str, Any], rollouts: Sequence[Rollout], credit: Credit, batch: RolloutBatch
