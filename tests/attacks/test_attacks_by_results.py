@@ -230,7 +230,11 @@ class TestComparison:
     ) -> None:
         read = read_comparison(command[2])
         records = run_records(read, [(read.arms[0], seed) for seed in read.seeds], with_models=False)
-        for name, known in (("table.picture", None), ("arm_run.check", None), ("arm_run.run_records", records)):
+        for name, known in (
+            ("table.draw_comparison", None),
+            ("arm_run.check", None),
+            ("arm_run.run_records", records),
+        ):
             monkeypatch.setattr(f"trl_sgpo.compare.{name}", lambda *_, known=known, **__: known)  # once
         assert main(command) == 0
         file, every = tmp_path / "runs" / "sgpo" / "seed-1" / "result.json", result(1)

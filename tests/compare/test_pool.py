@@ -19,11 +19,17 @@ NAME = "held_out accuracy"
 
 def summary(model: str, **runs: list[float]) -> dict[str, Any]:
     return {
-        "settings": {"budget": 100, "suites": [{"name": "held_out"}], "overrides": {"model_name_or_path": model}},
+        "settings": {
+            "budget": 100,
+            "suites": [{"name": "held_out"}],
+            "transfer": {"suite": "held_out"},
+            "overrides": {"model_name_or_path": model},
+        },
         "reference": "sgpo",
         "arms": {arm: {NAME: {"values": values}} for arm, values in runs.items()},
         "seeds": {arm: list(range(1, len(values) + 1)) for arm, values in runs.items()},
         "problems": {"held_out": 384},
+        "curves": {arm: [[{"accuracy": value, "generated_tokens": 90}] for value in runs[arm]] for arm in runs},
     }
 
 
@@ -80,6 +86,19 @@ def test_runs_are_paired_by_seed_and_incomplete_arms_are_left_out() -> None:
     assert "\x1b" not in markdown(pooled(summaries))
 
 
+def test_learning_curves_are_named_by_their_tokens() -> None:
+    summaries = copy.deepcopy(BOTH)
+    for each in summaries:
+        for figures in each["arms"].values():
+            figures["curve 1"] = dict(figures[NAME])
+    summed = pooled(summaries)
+    assert "## held_out accuracy after about 100 tokens, on its first problems" in markdown(summed)
+    figures = summed["arms"]["sgpo"]
+    assert figures["curve 1"]["mean"] == figures[NAME]["mean"]  # its problems are not drawn anew
+    assert figures["curve 1"]["high"] - figures["curve 1"]["low"] < figures[NAME]["high"] - figures[NAME]["low"]
+    assert [run[0]["accuracy"] for run in summed["curves"]["grpo"]] == [0.7, 0.01, 0.7, 0.0, 0.1]
+
+
 def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, one in zip(files, BOTH, strict=True):
@@ -87,6 +106,7 @@ def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compare", "--pool", *map(str, files), "--results", str(tmp_path / "both")]) == 0
     assert "# Comparison over 2 models" in capsys.readouterr().out
     assert json.loads((tmp_path / "both.json").read_text())["models"] == ["a", "b"]
+    assert (tmp_path / "both.png").stat().st_size > 1000
     assert main(["compare", "--pool", str(files[0])]) == 2 and "--results" in capsys.readouterr().err
     assert (
         main(["compare", "--pool", str(files[0]), "--results", str(tmp_path / "a"), "--seeds", "1", "--beta", "2"])
@@ -113,5 +133,5 @@ def test_what_cannot_be_pooled(tmp_path: Path, change: dict[str, Any], said: str
     with pytest.raises(ConfigError, match=said):
         read_summaries(list(map(str, files)))
     files[1].unlink()
-    with pytest.raises(ConfigError, match="there is no such file"):
+    with pytest.raises(ConfigError, match=r"There is no file .*`--pool` reads the tables"):
         read_summaries(list(map(str, files)))

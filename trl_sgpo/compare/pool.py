@@ -8,8 +8,10 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.shapes import count, listing, mapping, number, record, text
 from ..errors import ConfigError
+from ..evaluation.stored import RATE
 from ..evaluation.tables import in_markdown
 from ..files import write_file
+from .pictures import Bar, draw_comparison
 from .table import table_lines
 
 
@@ -20,13 +22,22 @@ COLLAPSED = 0.2
 """Accuracy below which a run has collapsed."""
 
 _REPLICATES = 10_000
+_OF_TRANSFER = ("transfer score", "own strategy", "other class's strategy", "no strategy")
 _SUMMARY = record(
     {
-        "settings": record({"budget": count, "suites": listing(record({"name": text})), "overrides": record({})}),
+        "settings": record(
+            {
+                "budget": count,
+                "suites": listing(record({"name": text})),
+                "transfer": record({"suite": text}),
+                "overrides": record({}),
+            }
+        ),
         "reference": text,
         "arms": mapping(mapping(record({"values": listing(number(-1e12, 1e12))}))),
         "seeds": mapping(listing(count)),
         "problems": mapping(number(1)),
+        "curves": mapping(listing(listing(record({"accuracy": RATE, "generated_tokens": count})))),
     }
 )
 
@@ -40,13 +51,14 @@ def read_summaries(paths: list[str]) -> list[dict[str, Any]]:
             Their `.json` files, as `trl-sgpo compare` writes them.
 
     Raises:
-        [`ConfigError`]: A file is none, they differ in budget, suites or arms, or two are of one model.
+        [`ConfigError`]: A file is missing or no summary, they differ in budget, suites or arms, or two are of
+            one model.
     """
     summaries = []
     for path in paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"There is no file {path}: `--pool` reads the tables (.json) that `compare` writes.")
         with expect_readable(path, "write it again by `trl-sgpo compare --table_only`"):
-            if not Path(path).is_file():
-                raise ValueError("there is no such file")
             summary = read_json(Path(path))
             _SUMMARY(summary, "it")
             summaries.append(summary)
@@ -71,7 +83,8 @@ def pooled(summaries: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
     Pools comparisons.
 
     Intervals are from a bootstrap: models are drawn with replacement, for each its seeds, and for each run the number
-    of its right answers. Runs of two arms are paired by model and seed.
+    of its right answers, except for figures of transfer and learning curves. Runs of two arms are paired by model and
+    seed.
 
     Args:
         summaries (`list[dict]`):
@@ -80,11 +93,11 @@ def pooled(summaries: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
             Seed of the draws.
 
     Returns:
-        `dict`: `models`, `arms` with the figures of each arm, `differences` (reference minus arm).
+        `dict`: `models`, `arms` with the figures of each arm, `differences` (reference minus arm), `curves`.
     """
     suites, reference = summaries[0]["problems"], summaries[0]["reference"]
-    kinds = [name for name in _figures(summaries) if any(name.startswith(f"{suite} ") for suite in suites)]
-    problems = {name: next(n for suite, n in suites.items() if name.startswith(f"{suite} ")) for name in kinds}
+    kinds = _figures(summaries)
+    problems = {name: next((n for suite, n in suites.items() if name.startswith(f"{suite} ")), None) for name in kinds}
     arms: dict[str, Any] = {}
     differences: dict[str, Any] = {}
     for arm in summaries[0]["arms"]:
@@ -103,12 +116,20 @@ def pooled(summaries: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         "reference": reference,
         "arms": arms,
         "differences": differences,
+        "curves": {
+            arm: [run for summary in summaries for run in summary["curves"].get(arm, [])]
+            for arm in summaries[0]["arms"]
+        },
     }
 
 
 def _figures(summaries: list[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for summary in summaries for arm in summary["arms"].values() for name in arm)
-    return [name for name in names if "accuracy" in name and not name.endswith("greedy")]
+    return [
+        name
+        for name in names
+        if name in _OF_TRANSFER or ((name.startswith("curve ") or "accuracy" in name) and not name.endswith("greedy"))
+    ]
 
 
 def _runs(summary: dict[str, Any], arm: str, name: str) -> dict[int, float]:
@@ -122,12 +143,12 @@ def _pairs(summary: dict[str, Any], reference: str, arm: str, name: str) -> list
     return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
 
 
-def _drawn(values: "np.ndarray", problems: int, draw: "np.random.Generator") -> "np.ndarray":
-    """Accuracies of runs with as many problems drawn anew."""
-    return draw.binomial(problems, values) / problems
+def _drawn(values: "np.ndarray", problems: int | None, draw: "np.random.Generator") -> "np.ndarray":
+    """Accuracies of runs with as many problems drawn anew, as they are where the number is not known."""
+    return values if problems is None else draw.binomial(problems, values) / problems
 
 
-def _replicates(models: list["np.ndarray"], problems: int, seed: int) -> "np.ndarray":
+def _replicates(models: list["np.ndarray"], problems: int | None, seed: int) -> "np.ndarray":
     """Means of replicates, of runs of shape `(seeds, arms)` for each model: shape `(replicates, arms)`."""
     import numpy as np
 
@@ -150,7 +171,7 @@ def _ends(replicates: "np.ndarray") -> dict[str, float]:
     return {"low": float(low), "high": float(high)}
 
 
-def _pooled(models: list[list[float]], problems: int, seed: int) -> dict[str, Any]:
+def _pooled(models: list[list[float]], problems: int | None, seed: int) -> dict[str, Any]:
     import numpy as np
 
     runs = [value for values in models for value in values]
@@ -164,7 +185,7 @@ def _pooled(models: list[list[float]], problems: int, seed: int) -> dict[str, An
     }
 
 
-def _difference(pairs: list[list[tuple[float, float]]], problems: int, seed: int) -> dict[str, Any]:
+def _difference(pairs: list[list[tuple[float, float]]], problems: int | None, seed: int) -> dict[str, Any]:
     import numpy as np
 
     replicates = _replicates([np.array(each) for each in pairs], problems, seed)
@@ -188,7 +209,7 @@ def markdown(summed: dict[str, Any]) -> str:
         "Runs are listed by model, in the order of their seeds.",
     ]
     for name in names:
-        lines += ["", f"## {in_markdown(name)}", ""]
+        lines += ["", f"## {in_markdown(_title(name, summed))}", ""]
         rows = []
         for arm, figures in summed["arms"].items():
             if name in figures:
@@ -203,15 +224,38 @@ def markdown(summed: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _title(name: str, summed: dict[str, Any]) -> str:
+    """The name of a figure, and that of a point of the learning curves by its tokens."""
+    if not name.startswith("curve "):
+        return name
+    points = max(len(run) for runs in summed["curves"].values() for run in runs)
+    tokens = summed["settings"]["budget"] * int(name.removeprefix("curve ")) // points
+    return f"{summed['settings']['transfer']['suite']} accuracy after about {tokens:,} tokens, on its first problems"
+
+
 def _cell(figure: dict[str, Any], sign: str = "") -> str:
     mean, low, high = (f"{figure[key]:{sign}.2f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
 def write(summed: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes a pooled comparison beside `stem` as `.json` and `.md`."""
+    """Writes a pooled comparison beside `stem` as `.json`, `.md` and `.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".json", ".md")]
+    paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
     write_file(paths[0], json.dumps(summed, indent=1) + "\n")
     write_file(paths[1], markdown(summed))
+    known = {name for figures in summed["arms"].values() for name in figures}
+    shown = [f"{suite['name']} accuracy" for suite in summed["settings"]["suites"]] + ["transfer score"]
+    panels = {
+        name: {arm: _bar(figures[name]) for arm, figures in summed["arms"].items() if name in figures}
+        for name in shown
+        if name in known
+    }
+    title = f"{summed['settings']['transfer']['suite']} accuracy by thousand tokens"
+    draw_comparison(paths[2], panels, summed["curves"], title, summed["reference"])
     return paths
+
+
+def _bar(figure: dict[str, Any]) -> Bar:
+    note = f"{figure['collapsed']} of {figure['runs']} collapsed" if figure["collapsed"] else ""
+    return Bar(figure["mean"], figure["low"], figure["high"], figure["values"], note)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.secrets import redacted
-from ..evaluation.plots import label
 from ..evaluation.tables import in_markdown
-from ..files import durable_replace, unfinished_file, write_file
+from ..files import write_file
 from .config import Comparison
+from .pictures import Bar, draw_comparison
 
 
 APART = 0.3
@@ -271,60 +271,21 @@ def cell(figure: dict[str, Any], signed: bool = False) -> str:
     return f"{mean} ({low_text} to {high_text})" if high - low > APART else mean
 
 
-def picture(summed: dict[str, Any], path: Path) -> None:
-    """Draws accuracy of the suites and transfer score, with a grey point for each seed, and learning curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    suites = [suite["name"] for suite in summed["settings"]["suites"]]
-    panels = [f"{name} accuracy" for name in suites] + ["transfer score"]
-    names = list(summed["arms"])
-    figure, axes = plt.subplots(
-        1,
-        len(panels) + 1,
-        figsize=(3 * len(panels) + 5, 0.32 * len(names) + 2),
-        width_ratios=[*[1] * len(panels), 1.6],
-    )
-    for axis, panel in zip(axes[:-1], panels, strict=True):
-        for position, name in enumerate(names):
-            value = summed["arms"][name][panel]
-            colour = "#c44e52" if name == summed["reference"] else "#4c72b0"
-            low, high = _ends(value)
-            spread = [[max(value["mean"] - low, 0.0)], [max(high - value["mean"], 0.0)]]
-            axis.errorbar([value["mean"]], [position], xerr=spread, fmt="o", color=colour, capsize=3, markersize=4)
-            axis.scatter(value["values"], [position + 0.25] * len(value["values"]), s=5, color="#888888")
-        axis.set_title(label(panel), fontsize=9)
-        axis.set_xlim(-0.05, 1.05)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
-        axis.grid(axis="x", alpha=0.3)
-    axes[-1].set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
-    for name, runs in summed["curves"].items():
-        if not runs[0]:
-            continue
-        points = list(zip(*runs, strict=False))
-        tokens = [sum(run["generated_tokens"] for run in point) / len(point) / 1000 for point in points]
-        accuracy = [sum(run["accuracy"] for run in point) / len(point) for point in points]
-        axes[-1].plot(tokens, accuracy, marker=".", label=name, linewidth=2.5 if name == summed["reference"] else 1)
-    axes[-1].set_title(f"{summed['settings']['transfer']['suite']} accuracy by thousand tokens", fontsize=9)
-    axes[-1].set_ylim(0, 1)
-    axes[-1].grid(alpha=0.3)
-    if axes[-1].get_lines():
-        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    with unfinished_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-        durable_replace(temporary, path)
-    plt.close(figure)
-
-
 def write(summed: dict[str, Any], stem: Path) -> list[Path]:
     """Writes a summary beside `stem` as `.json`, `.md` and `.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
     write_file(paths[0], json.dumps(summed, indent=1) + "\n")
     write_file(paths[1], markdown(summed))
-    picture(summed, paths[2])
+    suites = [suite["name"] for suite in summed["settings"]["suites"]]
+    panels = {
+        name: {arm: _bar(figures[name]) for arm, figures in summed["arms"].items()}
+        for name in [*(f"{suite} accuracy" for suite in suites), "transfer score"]
+    }
+    title = f"{summed['settings']['transfer']['suite']} accuracy by thousand tokens"
+    draw_comparison(paths[2], panels, summed["curves"], title, summed["reference"])
     return paths
+
+
+def _bar(figure: dict[str, Any]) -> Bar:
+    return Bar(figure["mean"], *_ends(figure), runs=[figure["values"]])
