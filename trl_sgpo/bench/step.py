@@ -2,7 +2,7 @@
 
 from ..checks.arguments import Parser, path_option
 from ..recipe import read_recipe
-from .arms import STEP_ARMS, UNTAUGHT, report
+from .arms import STEP_ARMS, UNTAUGHT, report, write
 from .memory import peaks
 from .throughput import add_step_options, step_figures, step_settings, take_turns
 
@@ -25,10 +25,9 @@ def main(argv: list[str]) -> int:
 
     arms = STEP_ARMS if recipe.training.internalize == "none" else (*STEP_ARMS, UNTAUGHT)
     rows = take_turns(recipe, options, arms)
-    figures = step_figures(rows) | peaks(arguments, equal_lengths=False, arms=arms)
-    report(
-        "SGPO against GRPO, medians",
-        figures | {"settings": step_settings(recipe, options), "rows": rows},
-        options.output,
-    )
+    raw = {"settings": step_settings(recipe, options), "rows": rows}
+    figures = step_figures(rows)
+    write(figures | raw, options.output)  # what takes long follows
+    figures |= peaks(arguments, equal_lengths=False, arms=arms)
+    report("SGPO against GRPO, medians", figures | raw, options.output)
     return 0
