@@ -1,5 +1,5 @@
 """
-Accuracy on held-out compositions against the share of planted shortcuts, by the comparisons of `recipes/lab/dose.yaml`.
+Accuracy on held-out compositions by the share of planted shortcuts, from the comparisons of `recipes/lab/dose.yaml`.
 
     PYTHONPATH=tests python -m benchmarks.dose runs/dose/*.json --output docs/results/dose
 """
