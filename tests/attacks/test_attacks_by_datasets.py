@@ -131,7 +131,16 @@ def test_a_setting_that_changes_what_is_read(form: str, setting: str, folder: Pa
         load_problems(str(folder))
 
 
+@pytest.mark.parametrize("encoding", ["utf-7", "UTF7", "idna", "punycode", "base64", "unicode_escape", "none-such"])
+def test_an_encoding_that_is_decoded_again_with_each_block(encoding: str, folder: Path) -> None:
+    (folder / "train.json").write_bytes(b"")
+    card(folder, "train.json", f"encoding: {encoding}")
+    with pytest.raises(DataError, match="save the files as UTF-8"):
+        load_problems(str(folder))
+
+
 KEPT = [
+    ("csv", "encoding: latin-1", "question,answer,x\n1 + 2,007,1\n2 + 2,12.50,2\n"),
     ("csv", "sep: ';'", "question;answer;x\n1 + 2;007;1\n2 + 2;12.50;2\n"),
     ("csv", "delimiter: ';'", "question;answer;x\n1 + 2;007;1\n2 + 2;12.50;2\n"),
     ("csv", "chunksize: 7", "question,answer,x\n1 + 2,007,1\n2 + 2,12.50,2\n"),

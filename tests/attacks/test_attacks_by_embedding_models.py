@@ -126,7 +126,89 @@ def test_arguments_that_name_files_or_models(settings: dict[str, Any], model: Pa
     (model / "0_Transformer" / "sentence_bert_config.json").write_text(
         text.replace("OUTSIDE", str(tmp_path / "outside"))
     )
-    with pytest.raises(ModelError, match=r"may name files or models|num_hidden_layers|attn_implementation"):
+    with pytest.raises(ModelError, match=r"may name files, models or code|num_hidden_layers|attn_implementation"):
+        load_sentence_transformer(str(model))
+
+
+class Touch:
+    """Its pickle makes a file where it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "payload.txt"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_model_in_place_of_a_processor(pickled: str, named: bool, model: Path, tmp_path: Path) -> None:
+    """Transformers takes any of its classes as a processor, and the arguments that the folder gives it."""
+    folder, arguments = model / "0_Transformer", {"weights_only": False, "use_safetensors": False, "dtype": "auto"}
+    torch.save({"weight": Touch(tmp_path / "ran")}, folder / pickled)
+    if pickled == "payload.txt":
+        index = {"metadata": {}, "weight_map": {"weight": pickled}}
+        (folder / "pytorch_model.bin.index.evil.json").write_text(json.dumps(index))
+        arguments["variant"] = "evil"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "dtype"}))
+    change(folder / "tokenizer_config.json", processor_class="BertModel")
+    if named:
+        change(folder / "sentence_bert_config.json", processor_kwargs=arguments)
+    with pytest.raises(ModelError, match=r"may name files, models or code|processor_class|files of safetensors"):
+        load_sentence_transformer(str(model))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_processors_of_other_inputs(name: str, model: Path) -> None:
+    change(model / "0_Transformer" / name, processor_class="CLIPProcessor")
+    with pytest.raises(ModelError, match=f"has the file {name}"):
+        load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize("form", ["message", "text"])
+def test_texts_that_a_template_would_render(form: str, model: Path) -> None:
+    forms = {form: {"method": "forward", "method_output_name": "last_hidden_state"}}
+    change(
+        model / "0_Transformer" / "sentence_bert_config.json",
+        modality_config=forms,
+        module_output_name="token_embeddings",
+    )
+    if form == "text":
+        assert load_sentence_transformer(str(model)).encode(["1 + 2"]).shape == (1, 32)
+        return
+    with pytest.raises(ModelError, match="use one that embeds texts"):
+        load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"processing_kwargs": {"text": {"max_length": 10**9}}}, {"backend": "onnx"}], ids=str
+)
+def test_settings_that_are_not_known(settings: dict[str, Any], model: Path) -> None:
+    change(model / "0_Transformer" / "sentence_bert_config.json", **settings)
+    with pytest.raises(ModelError, match="leave it out"):
+        load_sentence_transformer(str(model))
+
+
+def test_the_activation_of_a_module(model: Path) -> None:
+    modules = json.loads((model / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (model / "modules.json").write_text(json.dumps(modules))
+    (model / "2_Dense").mkdir()
+    sizes = {"in_features": 32, "out_features": 8, "bias": False}
+    save_file({"linear.weight": torch.ones(8, 32)}, model / "2_Dense" / "model.safetensors")
+    settings = model / "2_Dense" / "config.json"
+    change(settings, **sizes, activation_function="torch.nn.modules.activation.Tanh")
+    assert load_sentence_transformer(str(model)).encode(["1 + 2"]).shape == (1, 8)
+    change(settings, activation_function="torch.utils.collect_env.main")  # the library imports it
+    with pytest.raises(ModelError, match=r"use one of torch\.nn"):
+        load_sentence_transformer(str(model))
+
+
+def test_a_model_of_another_kind(model: Path) -> None:
+    change(model / "config_sentence_transformers.json", model_type="MultiVectorEncoder")
+    with pytest.raises(ModelError, match="is no embedding model but a MultiVectorEncoder"):
         load_sentence_transformer(str(model))
 
 

@@ -11,6 +11,7 @@ import transformers.utils.hub
 from hub_server import HubServer
 from models import save_tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.utils.hub import cached_file, cached_files
 
@@ -124,6 +125,27 @@ def test_the_tokenizers_of_all_types_of_models() -> None:
         else:
             with pytest.raises(ModelError, match="loads other"):
                 check_model_settings(kind, {"encoder": {"model_type": kind}})
+
+
+@pytest.mark.parametrize("file", [SETTINGS, "config.json", "preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("name", ["BertModel", "RagRetriever", "AutoProcessor", "BarkProcessor", "a.Processor"])
+def test_a_processor_that_is_another_class(name: str, file: str, tiny: Path) -> None:
+    put(tiny / file, processor_class=name)
+    with pytest.raises(ModelError, match="as `processor_class`, which is none"):
+        check_model_folder(tiny, "user/evil")
+
+
+@pytest.mark.parametrize("key", ["image_processor_type", "video_processor_type", "feature_extractor_type"])
+def test_a_processor_of_images_that_is_another_class(key: str, tiny: Path) -> None:
+    put(tiny / "processor_config.json", part={key: "BertModel"})
+    with pytest.raises(ModelError, match=f"as `{key}`, which is none"):
+        check_model_folder(tiny, "user/evil")
+
+
+def test_the_processors_of_all_types_of_models() -> None:
+    for name in PROCESSOR_MAPPING_NAMES.values():
+        if name.endswith("Processor") and name != "BarkProcessor":
+            check_tokenizer_settings("user/good", {"processor_class": name}, Path())
 
 
 NAMES = ["LlamaTokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "QWenTokenizer", "X"]

@@ -1,7 +1,7 @@
 """Folders of embedding models of sentence-transformers, which have a folder for each of their modules."""
 
 import math
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,17 @@ from .repositories import check_model_folder, check_model_settings, is_within
 MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 MAX_LAYER = 10**7  # weights that may be missing
 MAX_PROMPT = 2_000  # characters that are put before each text
+# What settings may say of how the library loads a model. Others choose files, classes and how weights are read
+_SETTINGS = (
+    "max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs",
+    "query_length", "document_length",
+)  # fmt: skip
 _ARGUMENTS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
-_NAMES = ("file", "folder", "path", "vocab", "merges", "kwargs")
+_OF_ARGUMENTS = (
+    "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer", "padding_side", "model_max_length",
+)  # fmt: skip
+_OF_OTHER_INPUTS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_ACTIVATION = re.compile(r"torch\.nn\.modules\.(?:activation|linear)\.\w+")
 
 
 def check_embedding_folder(source: str, directory: Path) -> list[Path]:
@@ -42,16 +51,20 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
             _check_kind(source, str(module["type"]))
             if not is_within(folder, directory):
                 raise ModelError(f"The embedding model {source} has a module in {folder}, which is not in its folder.")
-            if (folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").is_file():
+            if any(folder.glob("pytorch_model*")) and not (folder / "model.safetensors").is_file():
                 raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
             if folder != directory and folder.is_dir():
                 check_model_folder(folder, source)
                 _check_sizes(source, folder)
                 folders.append(folder)
+    for folder in folders:
+        _check_one_input(source, folder)
     for path in (path for folder in folders for path in folder.glob("sentence_*_config.json")):
         _check_arguments(source, parse_json(path.read_text(encoding="utf-8")))
     path = directory / "config_sentence_transformers.json"
     prompts = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if isinstance(prompts, dict) and prompts.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise ModelError(f"{source} is no embedding model but a {prompts['model_type']}: use a SentenceTransformer.")
     if any(len(text) > MAX_PROMPT for text in texts_in(prompts)):
         raise ModelError(f"The embedding model {source} has a prompt of more than 2,000 characters: use another one.")
     return folders
@@ -61,6 +74,9 @@ def _check_sizes(source: str, folder: Path) -> None:
     """A layer is made at the size that its settings name, before its weights are read."""
     config, weights = folder / "config.json", folder / "model.safetensors"
     settings = parse_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    activation = settings.get("activation_function") if isinstance(settings, dict) else None
+    if activation is not None and _ACTIVATION.fullmatch(str(activation)) is None:
+        raise ModelError(f"A module of {source} has the activation {activation!r}: use one of torch.nn.")
     sizes = [settings.get(key, 1) for key in ("in_features", "out_features")] if isinstance(settings, dict) else [1]
     there = weights.stat().st_size if weights.is_file() else 0
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > there + MAX_LAYER:
@@ -79,25 +95,38 @@ def _check_kind(source: str, kind: str) -> None:
 
 
 def _check_arguments(source: str, settings: dict[str, Any]) -> None:
-    """Arguments with which transformers loads the model must name nothing that it reads or writes."""
     check_model_settings(source, settings)
-    methods = {method for _, method in _values("method", settings)} | {settings.get("transformer_task")}
-    if not methods <= {None, "forward", "feature-extraction"}:
-        raise ModelError(f"The embedding model {source} calls other methods of its model: use one that embeds.")
-    given = {"tokenizer_name_or_path": settings.get("tokenizer_name_or_path")}
+    forms, task = settings.get("modality_config"), settings.get("transformer_task")
+    if not (forms is None or _is_of_texts(forms)) or task not in (None, "feature-extraction"):
+        raise ModelError(f"The embedding model {source} calls other methods of its model: use one that embeds texts.")
+    given = {key: value for key, value in settings.items() if key not in (*_SETTINGS, *_ARGUMENTS)}
     for name in _ARGUMENTS:
-        given |= settings.get(name) or {}
-    for key, value in given.items():
-        names = value is not None and key.rpartition("_")[2] in _NAMES
-        if names or any("/" in text for text in texts_in(value)):
-            raise ModelError(
-                f"The embedding model {source} is loaded with `{key}`, which may name files or models: leave it out."
-            )
+        arguments = settings.get(name) or {}
+        given |= {key: value for key, value in arguments.items() if key not in _OF_ARGUMENTS}
+        given |= {key: value for key, value in arguments.items() if not isinstance(value, str | int)}
+    if others := [key for key, value in given.items() if value not in (None, {}, [])]:
+        raise ModelError(
+            f"The embedding model {source} is loaded with `{others[0]}`, which may name files, models or code: leave "
+            "it out."
+        )
 
 
-def _values(name: str, settings: Any) -> Iterator[tuple[str, Any]]:
-    """All values under a key, at any depth."""
-    if isinstance(settings, dict):
-        yield from ((key, value) for key, value in settings.items() if key == name)
-    for part in settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ():
-        yield from _values(name, part)
+def _is_of_texts(forms: Any) -> bool:
+    """Whether a `modality_config` has texts as they are. As messages alone they would go through a template."""
+    return (
+        isinstance(forms, dict)
+        and "text" in forms
+        and forms.keys() <= {"text", "message"}
+        and all(isinstance(form, dict) and form.get("method") == "forward" for form in forms.values())
+    )
+
+
+def _check_one_input(source: str, folder: Path) -> None:
+    """A model of texts has a tokenizer alone. As a processor, a library takes any of its classes."""
+    for name in _OF_OTHER_INPUTS:
+        if (folder / name).exists():
+            raise ModelError(f"The embedding model {source} has the file {name}: use a model that embeds texts.")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = parse_json((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+        if isinstance(settings, dict) and settings.get("processor_class") is not None:
+            raise ModelError(f"The embedding model {source} names a `processor_class` in {name}: leave it out.")

@@ -45,6 +45,12 @@ _READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".bpe", ".codes", ".spm", ".
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_ADDED_TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type", "id"}
+_PROCESSORS = {
+    "processor_class": re.compile(r"\w{1,80}Processor"),
+    "image_processor_type": re.compile(r"\w{1,80}ImageProcessor(?:Fast|Pil)?|\w{1,80}FeatureExtractor"),
+    "video_processor_type": re.compile(r"\w{1,80}VideoProcessor"),
+    "feature_extractor_type": re.compile(r"\w{1,80}FeatureExtractor|\w{1,80}ImageProcessor(?:Fast|Pil)?"),
+}
 _TEXTS = ("chat_template", "added_tokens_decoder")
 
 
@@ -110,7 +116,7 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
     files = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     for path in files:
         _check_file(path, directory)
-    for path in directory.glob("*.index.json"):
+    for path in directory.glob("*.index*.json"):  # and of variants
         _check_index(path)
     for name, check in (
         (_CONFIG, check_model_settings),
@@ -120,6 +126,8 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
         (_VOCABULARY, check_splitting),
         ("tekken.json", check_splitting),
         ("processor_config.json", _check_processor),
+        ("preprocessor_config.json", _check_processor),
+        ("video_preprocessor_config.json", _check_processor),
         (ADAPTER_FILE, check_adapter_settings),
     ):
         if (directory / name).is_file():
@@ -217,6 +225,8 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                 )
             if key == "tokenizer_class":
                 _check_tokenizer_class(source, value)
+            if key in _PROCESSORS and value is not None:
+                _check_processor_class(source, key, value)
             if key == "model_type" and value == "rag":
                 raise ModelError(f"{source} is a model of the type `rag`, whose tokenizer loads others: {OTHER_MODEL}")
             # Where it is the part of a head with positions, there may be none
@@ -251,6 +261,8 @@ def check_tokenizer_settings(source: str | Path, settings: dict[str, Any], direc
             added token has unknown keys.
     """
     _check_tokenizer_class(source, settings.get("tokenizer_class"))
+    if settings.get("processor_class") is not None:
+        _check_processor_class(source, "processor_class", settings["processor_class"])
     if any(token.keys() - _OF_ADDED_TOKEN for token in _added_tokens(settings)):
         # The tokenizer's library would print them, past all escaping
         raise ModelError(f"The tokenizer of {source} has added tokens with unknown keys: {AGAIN}")
@@ -300,6 +312,13 @@ def _check_special_tokens(source: str | Path, settings: dict[str, Any], director
 def _check_processor(source: str | Path, settings: dict[str, Any]) -> None:
     if settings.get("audio_tokenizer"):
         raise ModelError(f"The processor of {source} names a model as `audio_tokenizer`, which is not loaded.")
+    check_model_settings(source, settings)
+
+
+def _check_processor_class(source: str | Path, key: str, name: Any) -> None:
+    """A library takes any of its classes, models too, which read weights in their own way."""
+    if not (isinstance(name, str) and _PROCESSORS[key].fullmatch(name)) or name.startswith(("Auto", "Bark")):
+        raise ModelError(f"{source} names {name!r:.80} as `{key}`, which is none: use a model that has its own.")
 
 
 def _added_tokens(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

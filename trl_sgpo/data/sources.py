@@ -1,9 +1,11 @@
 """Where rows come from: generated problems, a local file, or a repository on the Hub or in a folder."""
 
+import codecs
 import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 # Settings of a card that name its files, or change nothing here, where texts stay texts and empty cells are missing
 _FIELDS = {"name", "version", "data_dir", "data_files", "description", "features"}
 _FIELDS |= {"batch_size", "block_size", "chunksize", "engine", "memory_map", "use_threads", "verbose"}
+_ENCODINGS = re.compile(
+    r"utf-(?:8(?:-sig)?|(?:16|32)(?:-[lb]e)?)|ascii|iso8859-\d+|cp\d+|koi8-\w|mac-\w+|gb2312|gbk|gb18030|big5|"
+    r"shift_jis|euc_\w+"
+)
 _FIELDS |= {"float_precision", "keep_default_na", "na_filter", "on_mixed_types", "parse_agent_traces"}
 
 
@@ -187,7 +193,10 @@ def _settings(builder: "DatasetBuilder", path: str) -> dict[str, Any]:
         raise DataError(f"The card of {path} sets `sep` to {separator!r:.40}: set it to one character.")
     changed.pop("delimiter", None)  # which the library has made `sep`
     texts = {key: changed.pop(key) for key in ("encoding", "field") if isinstance(changed.get(key), str)}
-    if texts.get("encoding") == "utf-8":
+    encoding = texts.get("encoding")
+    if encoding is not None and not _is_plain(encoding):
+        raise DataError(f"The card of {path} sets `encoding` to {encoding!r:.40}: save the files as UTF-8.")
+    if encoding == "utf-8":
         del texts["encoding"]  # which may have a byte order mark
     columns = changed.get("columns")
     if isinstance(columns, list) and all(isinstance(column, str) for column in columns):
@@ -200,6 +209,14 @@ def _settings(builder: "DatasetBuilder", path: str) -> dict[str, Any]:
             "that needs no settings, and name that file."
         )
     return texts | {"separator": separator}
+
+
+def _is_plain(encoding: str) -> bool:
+    """Whether an encoding is of a few bytes a character. Others decode what they have kept again with each block."""
+    try:
+        return _ENCODINGS.fullmatch(codecs.lookup(encoding).name) is not None
+    except (LookupError, ValueError):
+        return False
 
 
 def _kept_files(builder: "DatasetBuilder", path: str, base: str) -> RowFiles:
