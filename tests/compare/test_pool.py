@@ -124,6 +124,8 @@ def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"arms": {"sgpo": {NAME: {"values": ["x"]}}}}, "is damaged"),
         ({"problems": {"held_out": 0}}, "is damaged"),
         ({"seeds": 5}, "is damaged"),
+        ({"arms": {"sgpo": {NAME: {"values": [0.5] * 50_001}}}}, "more than 1000 seeds or 50,000 values"),
+        ({"seeds": {"sgpo": list(range(1001))}}, "more than 1000 seeds or 50,000 values"),
     ],
 )
 def test_what_cannot_be_pooled(tmp_path: Path, change: dict[str, Any], said: str) -> None:

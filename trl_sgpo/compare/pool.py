@@ -22,6 +22,7 @@ COLLAPSED = 0.2
 """Accuracy below which a run has collapsed."""
 
 _REPLICATES = 10_000
+_MAX_SEEDS, _MAX_VALUES = 1_000, 50_000  # of a comparison, of each of which replicates are drawn
 _OF_TRANSFER = ("transfer score", "own strategy", "other class's strategy", "no strategy")
 _SUMMARY = record(
     {
@@ -61,6 +62,9 @@ def read_summaries(paths: list[str]) -> list[dict[str, Any]]:
         with expect_readable(path, "write it again by `trl-sgpo compare --table_only`"):
             summary = read_json(Path(path))
             _SUMMARY(summary, "it")
+            values = sum(len(figure["values"]) for arm in summary["arms"].values() for figure in arm.values())
+            if values > _MAX_VALUES or max(map(len, summary["seeds"].values()), default=0) > _MAX_SEEDS:
+                raise ValueError(f"it has more than {_MAX_SEEDS} seeds or {_MAX_VALUES:,} values")
             summaries.append(summary)
     first, models = summaries[0]["settings"], [model_of(summary) for summary in summaries]
     for path, summary in zip(paths, summaries, strict=True):
