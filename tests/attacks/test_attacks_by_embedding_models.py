@@ -213,22 +213,11 @@ def test_a_model_of_another_kind(model: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "0_Transformer"])
-def test_the_base_of_an_adapter(place: str, model: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(model / "0_Transformer", base)
-    shutil.copytree(model / "0_Transformer", base / "0_Transformer")
-    adapted = get_peft_model(BertModel.from_pretrained(base), LoraConfig(target_modules=["query"]))
-    (model / "0_Transformer" / "model.safetensors").unlink()
-    (model / "0_Transformer" / "config.json").unlink()
-    shutil.move(model / "0_Transformer", model / "moved")
-    shutil.copytree(model / "moved", model / place, dirs_exist_ok=True)
+def test_an_adapter(place: str, model: Path) -> None:
+    """Transformers would put it on the base that it names, with patterns that may match for ever."""
+    adapted = get_peft_model(BertModel.from_pretrained(model / "0_Transformer"), LoraConfig(target_modules=["query"]))
     adapted.save_pretrained(model / place)
-    modules = json.loads((model / "modules.json").read_text())
-    modules[0]["path"] = place
-    (model / "modules.json").write_text(json.dumps(modules))
-    assert load_sentence_transformer(str(model)).encode(["1 + 2"]).shape == (1, 32)
-    change(base / place / "config.json", num_hidden_layers=10**9)
-    with pytest.raises(ModelError, match="num_hidden_layers"):
+    with pytest.raises(ModelError, match="is an adapter: merge it into its base"):
         load_sentence_transformer(str(model))
 
 

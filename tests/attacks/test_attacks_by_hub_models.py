@@ -126,19 +126,22 @@ def test_the_revision_of_a_warm_start(tiny: Path, big: Path, hub: HubServer, tmp
         warmstart(REPO, traces, args, tmp_path / "out", model_init_kwargs={"revision": "v1"})
 
 
-def test_the_base_that_a_library_follows_an_adapter_to(tiny: Path, big: Path, hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_that_a_library_would_put_on_its_base(
+    with_config: bool, tiny: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    """Its pattern would match for ever."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": "user/base"})
-    )
+    settings |= {"base_model_name_or_path": "user/base", "target_modules": r"((\w|\.)+)+!"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    if with_config:
+        shutil.copy(tiny / "config.json", tmp_path / "adapter")
     upload(hub, tmp_path / "adapter")
-    upload(hub, big, "user/base")
-    with pytest.raises(ModelError, match="user/base has `num_hidden_layers"):
-        load_model(REPO)
     upload(hub, tiny, "user/base")
-    assert load_model(REPO).peft_config
+    with pytest.raises(ModelError, match=f"is an adapter, .*`trl-sgpo pull {REPO}`"):
+        load_model(REPO)
 
 
 def test_a_header_of_weights_on_the_hub(tiny: Path, hub: HubServer) -> None:

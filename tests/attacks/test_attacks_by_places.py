@@ -6,6 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import pytest
 import transformers.utils.hub
 from hub_server import HubServer
@@ -15,10 +17,12 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.utils.hub import cached_file, cached_files
 
+from trl_sgpo.bank.index import Index
 from trl_sgpo.checks import opening
 from trl_sgpo.checks.repositories import check_model_folder, check_model_settings, check_tokenizer_settings
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ModelError
+from trl_sgpo.evaluation.plots import draw_bars
 from trl_sgpo.inference import checked, pretrained
 from trl_sgpo.inference.pretrained import load_config, load_model, load_tokenizer
 
@@ -243,3 +247,16 @@ def test_another_model_as_a_part(tiny: Path, nested: bool, monkeypatch: pytest.M
     with pytest.raises(ModelError, match="names another model as `backbone`: use one whose parts are in its own"):
         load_config(tiny)
     assert asked == []
+
+
+def test_settings_where_a_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """chromadb would take a server and its own modules from `.env`, and matplotlib have LaTeX set its texts."""
+    monkeypatch.chdir(tmp_path)
+    server = "chroma_api_impl=chromadb.api.fastapi.FastAPI\nchroma_server_host=127.0.0.1\nchroma_server_http_port=9\n"
+    (tmp_path / ".env").write_text(f"{server}chroma_sysdb_impl=evil.Module\n")
+    index = Index.rebuild(tmp_path / "index", 4, ["a"], np.eye(4, dtype=np.float32)[:1], [{"problem_class": "x"}])
+    assert index.query(np.eye(4, dtype=np.float32)[:1], 1)
+    index.close()
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # as read from `matplotlibrc`
+    draw_bars(tmp_path / "bars.png", "title", {"a": {"value": 0.5, "low": 0.4, "high": 0.6}})
+    assert (tmp_path / "bars.png").stat().st_size > 1000 and not matplotlib.rcParams["text.usetex"]

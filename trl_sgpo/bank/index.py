@@ -52,7 +52,9 @@ class Index:
         with self._readable_errors():
             try:
                 self._client = chromadb.PersistentClient(
-                    str(self.directory), chromadb.Settings(anonymized_telemetry=False)
+                    str(self.directory),
+                    # Not `.env` where the command runs, which could name a server, or modules
+                    chromadb.Settings(_env_file=None, anonymized_telemetry=False),
                 )
             except chromadb.errors.ChromaError:
                 # Chroma caches a client that failed to start and would return it again for the same path

@@ -75,20 +75,24 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
         refuse(large, "is larger than that of any adapter")
 
 
-def check_whole(directory: str | Path) -> None:
+def check_whole(directory: str | Path, source: str | Path | None = None) -> None:
     """
     Checks that a folder is no adapter.
 
     Args:
         directory (`str` or `Path`):
-            The folder. A Hub id is none.
+            The folder.
+        source (`str` or `Path`, *optional*):
+            How the user named it.
 
     Raises:
         [`ModelError`]: It is one. transformers would put it on its base, and neither of them would be checked.
     """
     if Path(directory, ADAPTER_FILE).is_file():
+        get = "" if source is None or Path(source).is_dir() else f"get it with `trl-sgpo pull {source}`, and "
         raise ModelError(
-            f"{directory} is an adapter, where a whole model is needed: merge it with `trl-sgpo export --merge`."
+            f"{source or directory} is an adapter, where a whole model is needed: {get}merge it with "
+            "`trl-sgpo export --merge`."
         )
 
 

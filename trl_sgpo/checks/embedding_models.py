@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .adapters import ADAPTER_FILE
 from .json_text import parse_json, texts_in
 from .repositories import check_model_folder, check_model_settings, is_within
 
@@ -58,6 +59,8 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
                 _check_sizes(source, folder)
                 folders.append(folder)
     for folder in folders:
+        if (folder / ADAPTER_FILE).is_file():  # which transformers would put on its base, unchecked
+            raise ModelError(f"The embedding model {source} is an adapter: merge it into its base, and save that.")
         _check_one_input(source, folder)
     for path in (path for folder in folders for path in folder.glob("sentence_*_config.json")):
         _check_arguments(source, parse_json(path.read_text(encoding="utf-8")))

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.plots import label
-from ..files import durable_replace, unfinished_file
+from ..evaluation.plots import label, new_figure, save
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,9 @@ def draw_comparison(
         reference (`str`):
             Arm that is drawn in another colour.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(arm for bars in panels.values() for arm in bars))
-    figure, axes = plt.subplots(
-        1,
-        len(panels) + 1,
-        figsize=(3 * len(panels) + 5, 0.32 * len(names) + 2),
-        width_ratios=[*[1] * len(panels), 1.6],
-    )
+    figure = new_figure(3 * len(panels) + 5, 0.32 * len(names) + 2)
+    axes = figure.subplots(1, len(panels) + 1, width_ratios=[*[1] * len(panels), 1.6])
     for axis, (panel, bars) in zip(axes[:-1], panels.items(), strict=True):
         for arm, bar in bars.items():
             position = names.index(arm)
@@ -84,11 +74,7 @@ def draw_comparison(
         axis.grid(axis="x", alpha=0.3)
     _draw_curves(axes[-1], curves, reference)
     axes[-1].set_title(label(curve_title), fontsize=9)
-    figure.tight_layout()
-    with unfinished_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-        durable_replace(temporary, path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _draw_curves(axis: Any, curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], reference: str) -> None:

@@ -21,6 +21,34 @@ def label(text: str) -> str:
     return printable(text)[:LONGEST_NAME].replace("$", r"\$")
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """
+    An empty figure with the library's own settings. A `matplotlibrc` where the command runs could have texts set by
+    LaTeX.
+
+    Args:
+        width (`float`):
+            In inches.
+        height (`float`):
+            In inches.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matplotlib.rcdefaults()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure as PNG."""
+    with unfinished_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+        durable_replace(temporary, path)
+
+
 def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
     """
     Draws means with their intervals.
@@ -33,11 +61,7 @@ def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
         bars (`dict[str, dict]`):
             `value`, `low` and `high` of each bar.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 1.1 * max(len(bars), 3), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.5 + 1.1 * max(len(bars), 3), 4)
     axes = figure.subplots()
     values = [bar["value"] for bar in bars.values()]
     below = [max(0.0, bar["value"] - bar["low"]) for bar in bars.values()]
@@ -47,7 +71,7 @@ def draw_bars(path: Path, title: str, bars: dict[str, Figures]) -> None:
     axes.set_ylim(min(0.0, *(bar["low"] for bar in bars.values())), 1)
     axes.set_ylabel("mean outcome, 95% interval")
     axes.set_title(label(title))
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[float | None]]) -> None:
@@ -64,12 +88,8 @@ def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[fl
         matrix (`list[list[float | None]]`):
             Mean outcomes by class of the strategy (rows) and class of the problem (columns).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     size = 2.5 + 0.7 * len(classes)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size + 1, size)
     axes = figure.subplots()
     values = [[math.nan if value is None else value for value in row] for row in matrix]
     picture = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
@@ -84,10 +104,4 @@ def draw_matrix(path: Path, title: str, classes: list[str], matrix: list[list[fl
     axes.set_ylabel("class of the strategy")
     axes.set_title(label(title))
     figure.colorbar(picture, ax=axes, label="mean outcome")
-    _save(figure, path)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    with unfinished_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-        durable_replace(temporary, path)
+    save(figure, path)

@@ -6,9 +6,10 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from ..checks.repositories import base_of_adapter, check_model_folder, weights_in
+from ..checks.adapters import check_whole
+from ..checks.repositories import check_model_folder, weights_in
 from ..errors import ModelError
-from .model_files import ADAPTER_WEIGHTS, CONFIG
+from .model_files import ADAPTER_WEIGHTS
 
 
 # Weights of adapters are small
@@ -36,18 +37,20 @@ def checked(source: str | Path, kwargs: dict[str, Any], weights: bool = False) -
         kwargs (`dict`):
             What will be passed to `from_pretrained`.
         weights (`bool`, *optional*, defaults to `False`):
-            Whether weights will be loaded: then a library follows an adapter to its base, which is checked, too.
+            Whether weights will be loaded.
 
     Returns:
         `dict`: The same arguments. For a Hub id, the commit that was checked is their `revision`, and nothing more is
         downloaded.
 
     Raises:
-        [`ModelError`]: There is no such model, or [`~trl_sgpo.checks.repositories.check_model_folder`] refuses it.
+        [`ModelError`]: There is no such model, [`~trl_sgpo.checks.repositories.check_model_folder`] refuses it, or
+            weights will be loaded and it is an adapter.
     """
     directory, pinned = checked_folder(source, kwargs, weights)
-    if weights and not (Path(source) / CONFIG).is_file() and (base := base_of_adapter(directory)) is not None:
-        checked_folder(base, kwargs, weights)
+    if weights:
+        check_whole(directory, source)
+        check_whole(directory / (kwargs.get("subfolder") or ""), source)
     return pinned
 
 

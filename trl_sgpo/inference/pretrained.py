@@ -11,12 +11,12 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks.adapters import check_adapter_patterns, check_whole
+from ..checks.adapters import check_adapter_patterns
 from ..checks.embedding_models import check_embedding_folder
 from ..checks.growth import check_loaded
 from ..checks.json_text import parse_json
 from ..checks.remote_code import remote_code_problems
-from ..checks.repositories import AGAIN, base_of_adapter
+from ..checks.repositories import AGAIN
 from ..errors import ConfigError, ModelError
 from ..speed.patches import CountedPatch
 from .adapter_size import check_adapter_size
@@ -193,7 +193,6 @@ def load_model(source: str | Path, kind: Any = None, **kwargs: Any) -> "PreTrain
     kwargs = _safe(kwargs) | {"use_safetensors": True}
     kwargs = checked(source, kwargs, weights=True)
     with loading(source), readable_weights(source):
-        check_whole(source)
         model = (kind or AutoModelForCausalLM).from_pretrained(source, **kwargs)
     model.config.return_dict = True
     if kind is None:
@@ -270,9 +269,6 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
         directory = Path(snapshot_download(repository, allow_patterns=_OF_EMBEDDING_MODELS))
     for folder in check_embedding_folder(source, directory):
         _check_weights(folder)
-        if base := base_of_adapter(folder):  # of which the folder of the same name is read
-            place = "" if folder == directory else str(folder.relative_to(directory))
-            checked(base, {"subfolder": place}, weights=True)
     with loading(source), readable_weights(directory):
         return SentenceTransformer(
             str(directory),
