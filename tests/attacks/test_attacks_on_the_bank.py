@@ -78,6 +78,27 @@ def test_the_embedding_model_that_a_bank_names_is_no_folder(
         assert bank.retrieve(["count"])[0] and set(loaded) == {named}
 
 
+@pytest.mark.parametrize("named", ["evil/base", "of-sentence-transformers"])
+def test_the_embedding_model_that_a_bank_names_is_read_from_the_cache_alone(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file of it is there, such as the config of the base of an adapter. The others would be downloaded."""
+    monkeypatch.setattr("trl_sgpo.bank.embedding.load_embedder", lambda name: hashed_words)
+    with StrategyBank(tmp_path / "bank", named) as bank:
+        bank.merge([make("count", **PROVEN)], [], judge=False)
+    monkeypatch.undo()
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **how: asked.append(how) or 1 / 0)
+    with StrategyBank.restore(tmp_path / "bank") as bank, pytest.raises(BankError, match="because a bank names it"):
+        embed_with(bank)
+    monkeypatch.setattr("trl_sgpo.inference.weights.on_this_machine", lambda name: True)
+    with StrategyBank.restore(tmp_path / "bank") as bank:
+        embed_with(bank)
+        with pytest.raises(ZeroDivisionError):
+            bank.retrieve(["count"])
+    assert [how["local_files_only"] for how in asked] == [True]
+
+
 def bank_server(**answers: Any) -> Callable[[Any], None]:
     """Replies of a bank server with 6 rows: to a request for keys, and to one for rows."""
     collection = {"id": str(uuid.UUID(int=4)), "metadata": MADE_BY, "dimension": None}

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from trl_sgpo.bank import Execution, Outcome, Strategy, StrategyBank, export_files, rows
 from trl_sgpo.bank.exchange import ImportReport, export_bank, import_bank
 from trl_sgpo.bank.export_files import is_export, read_export
+from trl_sgpo.bank.snapshot import embed_with
 from trl_sgpo.errors import BankError
 
 
@@ -261,7 +262,7 @@ def test_what_no_bank_would_import_is_left_out(bank, tmp_path, caplog):
 def test_paths_on_this_machine_are_not_told(tmp_path):
     with StrategyBank(tmp_path / "bank", hashed_words) as bank:
         bank.add([make("a", model="/home/someone/models/small"), make("b", model="org/large")])
-        bank.embedding_model = str(tmp_path / "embedder")
+        embed_with(bank, str(tmp_path / "embedder"))
         bank._store.ledger.set_embeddings(bank.embedding_model, np.zeros(256), {})
         directory = export_bank(bank, tmp_path / "export")
     strategies, _, manifest = read_export(directory)

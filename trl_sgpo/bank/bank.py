@@ -132,9 +132,9 @@ class StrategyBank:
         """Name of the embedding model in use."""
         return self._embedder.name
 
-    @embedding_model.setter
-    def embedding_model(self, name: str) -> None:
-        self._embedder.name = name
+    def _name_embedding_model(self, name: str, cached_only: bool) -> None:
+        """Use the model of this name, and if so only files of it that are in the Hub cache."""
+        self._embedder.name, self._embedder.cached_only = name, cached_only
 
     @property
     def dimension(self) -> int | None:

@@ -14,13 +14,15 @@ CACHED_TEXTS = 100_000
 Embedder = Callable[[list[str]], np.ndarray]
 
 
-def load_embedder(name: str) -> Embedder:
+def load_embedder(name: str, cached_only: bool = False) -> Embedder:
     """
     Load a sentence-transformers model on the CPU.
 
     Args:
         name (`str`):
             Hub id or path.
+        cached_only (`bool`, *optional*, defaults to `False`):
+            Whether to read files of a Hub repository from the cache alone.
 
     Returns:
         `Callable[[list[str]], np.ndarray]`: Maps `n` texts to embeddings of norm 1, `float32` of shape `(n, d)`.
@@ -32,7 +34,7 @@ def load_embedder(name: str) -> Embedder:
     from ..inference.weights import local_weights
 
     try:
-        model = load_sentence_transformer(local_weights(name))
+        model = load_sentence_transformer(local_weights(name), cached_only)
     except (OSError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -47,6 +49,11 @@ def load_embedder(name: str) -> Embedder:
     return embed
 
 
+def load_cached_embedder(name: str) -> Embedder:
+    """As [`load_embedder`], from files of the Hub cache alone."""
+    return load_embedder(name, cached_only=True)
+
+
 class EmbeddingModel:
     """
     An embedding model that is loaded when first needed and whose output is checked.
@@ -58,6 +65,7 @@ class EmbeddingModel:
 
     def __init__(self, model: str | Embedder):
         self.name = model if isinstance(model, str) else model.__name__
+        self.cached_only = False
         self._function = None if isinstance(model, str) else model
         self._dimension: int | None = None
         self._cache: dict[str, np.ndarray] = {}
@@ -65,7 +73,7 @@ class EmbeddingModel:
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Embeddings of norm 1 of `n` texts, `float32` of shape `(n, d)`."""
         if self._function is None:
-            self._function = load_embedder(self.name)
+            self._function = load_cached_embedder(self.name) if self.cached_only else load_embedder(self.name)
         embeddings = np.asarray(self._function(texts), dtype=np.float32)
         if embeddings.ndim != 2 or len(embeddings) != len(texts) or not np.isfinite(embeddings).all():
             raise BankError(

@@ -247,13 +247,15 @@ def load_adapter_config(directory: str | Path) -> "PeftConfig":
         return PeftConfig.from_pretrained(directory, **kwargs)
 
 
-def load_sentence_transformer(source: str) -> "SentenceTransformer":
+def load_sentence_transformer(source: str, cached_only: bool = False) -> "SentenceTransformer":
     """
     Loads an embedding model on the CPU. Of a Hub repository, neither code nor pickles are downloaded.
 
     Args:
         source (`str`):
             Directory or Hub id.
+        cached_only (`bool`, *optional*, defaults to `False`):
+            Whether to read a Hub repository from the cache alone.
 
     Raises:
         [`ModelError`]: Its modules are not those of sentence-transformers or not in its folder, or their weights are
@@ -261,19 +263,28 @@ def load_sentence_transformer(source: str) -> "SentenceTransformer":
     """
     from huggingface_hub import snapshot_download
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
 
     if Path(source).is_dir():
         directory = Path(source)
     else:
         repository = source if "/" in source else f"sentence-transformers/{source}"
-        directory = Path(snapshot_download(repository, allow_patterns=_OF_EMBEDDING_MODELS))
+        directory = Path(
+            snapshot_download(repository, allow_patterns=_OF_EMBEDDING_MODELS, local_files_only=cached_only)
+        )
     for folder in check_embedding_folder(source, directory):
         _check_weights(folder)
     with loading(source), readable_weights(directory):
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(directory),
             device="cpu",
             trust_remote_code=False,
             local_files_only=True,
             model_kwargs={"use_safetensors": True},
         )
+    for module in model:
+        if isinstance(module, Transformer):
+            # Otherwise the library renders the model's chat template for each text
+            module.modality_config.pop("message", None)
+            module.input_formatter.supported_modalities = list(module.modality_config)
+    return model
