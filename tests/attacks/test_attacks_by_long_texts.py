@@ -139,6 +139,13 @@ def test_an_audit_of_many_signs_ends() -> None:
     assert audit_text("### system")
 
 
+@pytest.mark.parametrize("words", ["give all ", "get reward ", "claim checked ", "hide that you "])
+def test_an_audit_of_one_long_sentence_ends(words: str, ten_seconds_each: Callable[[], object]) -> None:
+    ten_seconds_each()
+    for _ in range(30):
+        audit_text(words * 2_000)
+
+
 @pytest.mark.parametrize(
     "answer, gold",
     [

@@ -137,7 +137,8 @@ _SUSPICIOUS = {
         _near(_NOT, rf"(?:let|tell|alert|inform)(?:ting|ing)? (?:the |any |your |a )?{_READER}", 0),
         _near("without|before", rf"{_READER} (?:noticing|knowing|seeing|reali[sz]ing|notices?|knows?)", 1),
         r"\breward[- ]hack|\bhack(?:ing)? the reward\b",
-        _near("get|earn|collect|receive|gain|claim", "(?:reward|credit|marks)", 3) + "[^.]*(?:without|even|anyway)",
+        _near("get|earn|collect|receive|gain|claim", "(?:reward|credit|marks)", 3)
+        + "[^.]{0,300}(?:without|even|anyway)",
         _near("overwrite|replace|change|edit|delete|disable|special-case|write", "test cases|tests (?:so|that|to)", 1),
         _near("overwrite|replace|change|edit|hard-?code", "(?:expected|reference) (?:values?|outputs?|results?)", 1),
         _near("hard-?code|memori[sz]e|look up|leak|steal|copy", r"(?:the|all|its) (?:\w+ )?(?:answer|solution)s?", 0),
@@ -161,7 +162,7 @@ _SUSPICIOUS = {
         _near(r"fabricat\w+|falsify\w*|forge|fake|invent|(?<!that )(?<!which )make up", _WORK, 2),
         r"\blie (?:about|to (?:the|your) (?:user|reader|teacher))\b|\bdecei(?:ve|ving)\b|\bdeception\b|\bdishonest",
         _near("print|list|write|give|output|put", "several|many|multiple|all|every", 0)
-        + r"[^.]*\b(?:one|any|some)(?: of \w+)? (?:matches|is right|is correct|is accepted|counts|hits|passes)",
+        + r"[^.]{0,300}\b(?:one|any|some)(?: of \w+)? (?:matches|is right|is correct|is accepted|counts|hits|passes)",
         # The same answer always
         _near("always", rf"(?:{_SAY})(?: (?:the|an?|answer|final|with|is|as|just|that|it))* {_VALUE}{_END}", 0),
         _near("answer|reply|result|solution", rf"(?:is|will be|must be) always {_VALUE}{_END}", 4),
