@@ -49,7 +49,7 @@ def render(
     reply = CHECKS.ask("render", messages, variables | {"chat_template": template})
     if reply is None:
         raise ConfigError(
-            "The model's chat template needs more than 2 seconds, 3 GiB or 16 million characters for a conversation: "
+            "The model's chat template needs more than 2 seconds, 3 GiB or 4 Mi characters for a conversation: "
             "use another model, or give its tokenizer another template."
         )
     kind, text = reply
