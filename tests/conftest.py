@@ -12,7 +12,10 @@ from footprint import files
 
 
 ROOT = Path(__file__).parents[1]
-SLOWEST = ("test_docs.py", "test_cli_compare.py", "test_cli.py", "test_distributed.py", "test_release.py")
+SLOWEST = (
+    *("test_docs.py", "test_cli_compare.py", "test_cli.py", "test_distributed.py", "test_release.py"),
+    *("test_trainer.py", "test_estimate.py", "test_internalize_training.py", "test_same_policy.py", "test_runs.py"),
+)
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it inherits the environment that is made here
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
 HOMES = {Path(os.environ.get("HF_HOME", CACHE / "huggingface")).expanduser(), CACHE / "huggingface"}
@@ -21,6 +24,7 @@ WATCHED = [ROOT, *HOMES, *(CACHE / name for name in ("chroma", "matplotlib", "to
 # Before libraries are imported, which read them then
 if not IS_WORKER:
     os.environ["TRL_SGPO_TESTS"] = tempfile.mkdtemp(prefix="trl_sgpo-tests-")
+    os.environ["TRL_SGPO_TESTS_PID"] = str(os.getpid())
     for name in ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"):
         os.environ[name] = os.path.join(os.environ["TRL_SGPO_TESTS"], name)
     for name in ("HF_ASSETS_CACHE", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE"):
@@ -37,8 +41,13 @@ BEFORE, NEW = pytest.StashKey[set[Path]](), pytest.StashKey[list[Path]]()
 @pytest.fixture(autouse=True)
 def isolation(tmp_path: Path) -> Iterator[None]:
     from isolation import isolated
+    from workers import forked
 
-    with tempfile.TemporaryDirectory(dir=SESSION) as home, isolated(tmp_path, Path(home), SESSION / "weights"):
+    with (
+        tempfile.TemporaryDirectory(dir=SESSION) as home,
+        isolated(tmp_path, Path(home), SESSION / "weights"),
+        forked(),
+    ):
         yield
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from isolation import hugging_face_home
+from workers import forked
 
 
 CONTEXT: Any = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "forkserver")
@@ -44,7 +45,7 @@ class Process(CONTEXT.Process):
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.working)
-        with hugging_face_home(Path(os.environ["HF_HOME"])):
+        with hugging_face_home(Path(os.environ["HF_HOME"])), forked():
             super().run()
 
 

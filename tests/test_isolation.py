@@ -73,7 +73,7 @@ def test_a_session_that_leaves_files_fails(tmp_path: Path) -> None:
     """In the checkout, or in the caches of the user's home."""
     checkout, home = tmp_path / "checkout", tmp_path / "home"
     (checkout / "tests").mkdir(parents=True)
-    for name in ("conftest.py", "footprint.py", "isolation.py"):
+    for name in ("conftest.py", "footprint.py", "isolation.py", "workers.py"):
         shutil.copy(Path(__file__).with_name(name), checkout / "tests")
     planted = "from pathlib import Path\ndef test_planted():\n    Path('in_its_directory').touch()\n"
     for left in (checkout / "runs" / "left", home / ".cache" / "huggingface" / "left"):
