@@ -33,7 +33,8 @@ def test_an_arm_with_random_rewards_is_measured_by_the_verifier(tmp_path, monkey
     comparison = {
         "recipe": str(tmp_path / "recipe.yaml"), "output_dir": str(tmp_path / "runs"), "seeds": [1], "budget": 100,
         "suites": [{"name": "seen", "path": "list_functions/seen?size=64", "kind": "in_distribution"}],
-        "transfer": {"suite": "seen"}, "curve_points": 1, "samples": 1, "reference": "coin",
+        "transfer": {"suite": "seen", "problems": 1, "executions": 1, "classes": 2}, "curve_problems": 8,
+        "curve_points": 1, "samples": 1, "reference": "coin",
         "arms": {"coin": {"method": "grpo", "reward_funcs": ["trl_sgpo.compare.controls.random_reward"]}},
     }  # fmt: skip
     (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(comparison))
