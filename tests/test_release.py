@@ -110,6 +110,20 @@ def evenness(completions, **kwargs):
     texts = [completion[0]["content"] for completion in completions]
     return [float(sum(map(text.count, "aeiou")) % 2 == 0) for text in texts]
 """
+TOGETHER = """
+import contextlib, io, json, sys
+from trl_sgpo.cli.main import main
+
+told = []
+for command in json.loads(sys.argv[1]):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = main(command)
+    if status:
+        sys.exit(f"{command}: {errors.getvalue()[-1500:]}")
+    told.append((out.getvalue(), errors.getvalue()))
+print(json.dumps(told))
+"""
 PROBLEM = "Find the Least Common Multiple (LCM) of these numbers: 10, 15"  # larger ones than in the recipe
 REPO = "tester/model"
 
@@ -162,6 +176,10 @@ class User:
     def told(self, *arguments: str) -> str:
         return self.run("trl-sgpo", *arguments).stdout
 
+    def told_together(self, *commands: list[str]) -> list[tuple[str, str]]:
+        """Output and errors of commands in one process, so that libraries are imported once."""
+        return json.loads(self.run("python", "-c", TOGETHER, json.dumps(commands)).stdout)
+
 
 class TestInstalled:
     def test_train_solve_report_search_push_and_pull(self, wheel: Path, tmp_path: Path) -> None:
@@ -191,30 +209,37 @@ class TestInstalled:
             run = user.folder / "run"
             assert (run / "adapter_model.safetensors").is_file() and (run / "warmstart").is_dir()
 
-            found = json.loads(user.told("bank", "search", "run", PROBLEM, "-k", "2", "--json"))
+            arguments = ["--num_retrieved", "2", "--temperature", "1", "--json", PROBLEM]
+            search, solve, report = user.told_together(
+                ["bank", "search", "run", PROBLEM, "-k", "2", "--json"],
+                ["solve", "--model", "run", *arguments],
+                ["report", "run"],
+            )
+            found = json.loads(search[0])
             assert len(found) == 2 and {each["trust"] for each in found} == {"trusted"}
 
-            arguments = ["--num_retrieved", "2", "--temperature", "1", "--json", PROBLEM]
-            solved = json.loads(user.told("solve", "--model", "run", *arguments))
+            solved = json.loads(solve[0])
             assert [each["id"] for each in solved["retrieved"]] == [each["id"] for each in found]
             assert solved["problem"] == PROBLEM and solved["strategy"] and solved["execution"]
 
-            assert "Written to run/report.html" in user.told("report", "run")
+            assert "Written to run/report.html" in report[0]
             page = (run / "report.html").read_text()
             assert "<title>run: SGPO report</title>" in page and "rewards.evenness" in page
             assert "Find the Least Common Multiple" in page
             assert all(f'id="s-{each["id"]}"' in page for each in found)
 
             assert not hub.requests  # all of that is local
-            told = user.told("push", "run", REPO)
+            run.rename(user.folder / "elsewhere")  # what is pulled cannot be read from it
+            push, pulled = user.told_together(
+                ["push", "elsewhere", REPO],
+                ["solve", "--model", REPO, *arguments],
+            )
             sha = hub.head(REPO)
-            assert f"Pushed to {REPO} as {sha}" in told
+            assert f"Pushed to {REPO} as {sha}" in push[0]
             files = hub.files(REPO)
             assert {"README.md", "model.safetensors", "report.json", "sgpo.json", "training.json"} < files.keys()
             pushed = [json.loads(line) for line in files["strategy_bank/strategies.jsonl"].splitlines()]
             assert {each["id"] for each in found} <= {each["id"] for each in pushed}
 
-            shutil.rmtree(run)
-            pulled = user.run("trl-sgpo", "solve", "--model", REPO, *arguments)
-            assert f"Pulled {REPO}@{sha}." in pulled.stderr
-            assert json.loads(pulled.stdout)["retrieved"] == solved["retrieved"]
+            assert f"Pulled {REPO}@{sha}." in pulled[1]
+            assert json.loads(pulled[0])["retrieved"] == solved["retrieved"]
