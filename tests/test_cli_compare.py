@@ -20,7 +20,7 @@ from trl_sgpo.cli.main import main
 METHODS = ("base", "sft", "rft", "rlhf", "prm", "grpo", "grpo_best", "sgpo", "joint", "internalize_wrong")
 
 
-def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 600) -> str:
+def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 300) -> str:
     recipe = {
         "model_name_or_path": save_tiny_model(tmp_path / "model"),
         "dtype": "float32",
@@ -111,11 +111,11 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
         if name == "base":
             assert set(tokens.values()) == {0.0}
         elif name == "sft":
-            assert tokens["generated"] == 0 and 600 <= tokens["trained"] <= 600 + 200
+            assert tokens["generated"] == 0 and 300 <= tokens["trained"] <= 300 + 200
         elif name == "rft":
-            assert 600 - most < tokens["generated"] <= 600
+            assert 300 - most < tokens["generated"] <= 300
         else:
-            assert 600 <= tokens["generated"] <= 600 + most
+            assert 300 <= tokens["generated"] <= 300 + most
             assert (tokens["labels"] > 0) == (name in ("rlhf", "prm"))
         assert 0 <= figures["transfer score"]["mean"] <= 1
         plain = [figures[f"seen {kind}"]["mean"] for kind in ("accuracy", "plain accuracy")]
@@ -164,7 +164,7 @@ def test_a_table_of_nothing_says_what_to_run(tmp_path: Path, compare: Any) -> No
 
 
 def test_a_failing_arm_is_named_and_the_others_are_kept(tmp_path: Path, compare: Any, forked: None) -> None:
-    config = _write(tmp_path, {"base": {}, "rlhf": {"label_share": 0.001}}, budget=300)
+    config = _write(tmp_path, {"base": {}, "rlhf": {"label_share": 0.001}})
     status, out, _ = compare("--config", config)
     assert status == 1
     assert "FAILED rlhf, seed 1" in out and "label_share" in out

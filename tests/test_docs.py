@@ -70,10 +70,10 @@ TINY = {
     "disable_tqdm": True,
     "report_to": "none",
 }
-TINY_COMPARISON = {"seeds": [1], "budget": 300, "processes": 1, "samples": 1, "curve_points": 1, "curve_problems": 8}
+TINY_COMPARISON = {"seeds": [1], "budget": 100, "processes": 1, "samples": 1, "curve_points": 1, "curve_problems": 8}
 INSTEAD = {
-    "--max_steps 60": "--max_steps 5",
-    "--max_steps 120": "--max_steps 6",
+    "--max_steps 60": "--max_steps 2",
+    "--max_steps 120": "--max_steps 3",
     "max_steps=100": "max_steps=1, max_strategy_length=8, max_completion_length=8, report_to='none'",
     "size=300": "size=16",
     "--num_processes 2": "--num_processes 1",  # tests/test_cli.py has the others
