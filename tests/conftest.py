@@ -25,7 +25,7 @@ WATCHED = [ROOT, *HOMES, *(CACHE / name for name in ("chroma", "matplotlib", "to
 if not IS_WORKER:
     os.environ["TRL_SGPO_TESTS"] = tempfile.mkdtemp(prefix="trl_sgpo-tests-")
     os.environ["TRL_SGPO_TESTS_PID"] = str(os.getpid())
-    for name in ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"):
+    for name in ("HF_HOME", "MPLCONFIGDIR", "TRACKIO_DIR", "XDG_CACHE_HOME"):
         os.environ[name] = os.path.join(os.environ["TRL_SGPO_TESTS"], name)
     for name in ("HF_ASSETS_CACHE", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE"):
         os.environ.pop(name, None)  # they would count more than HF_HOME

@@ -85,7 +85,7 @@ class TestOneLine:
         [
             ({"attn_implementation": "flash_attention_2"}, "`attn_implementation` is flash_attention_2.* sdpa"),
             ({"attn_implementation": "flashy"}, "`attn_implementation` is flashy.*not supported"),
-            ({"report_to": "wandb"}, "`report_to` is wandb.*pip install wandb.*none"),
+            ({"report_to": "comet_ml"}, "`report_to` is comet_ml.*pip install comet-ml.*none"),
             ({"report_to": ["wanb"]}, "`report_to` is wanb.*wandb"),
             ({"reward_weights": [1.0]}, "`reward_weights` has 1 weights for 2"),
             ({"loss_type": "grrpo"}, "`loss_type` must be one of grpo, .*got 'grrpo'"),
@@ -313,7 +313,7 @@ class TestAllAtOnce:
             "learning_rate": -1,
             "num_generations": 7,
             "output_dir": str(tmp_path / "file"),
-            "report_to": "wandb",
+            "report_to": "comet_ml",
             "warmstart_file": "none.jsonl",
             "reward_funcs": ["accuracy", "answer_reward"],
         }
@@ -327,7 +327,7 @@ class TestAllAtOnce:
             "`learning_rate` must be at least 0",
             "num_generations (7)",
             "is a file",
-            "wandb",
+            "comet_ml",
             "none.jsonl",
             "'accuracy'",
             "--seed",
@@ -337,7 +337,9 @@ class TestAllAtOnce:
         assert len(lines) == 12
 
     def test_the_command_line_wins(self, run: Callable[..., Answer]) -> None:
-        status, lines = run({"temperature": "hot", "report_to": "wandb"}, "--temperature", "0", "--report-to", "none")
+        status, lines = run(
+            {"temperature": "hot", "report_to": "comet_ml"}, "--temperature", "0", "--report-to", "none"
+        )
         assert status == 2 and len(lines) == 1 and "`temperature` must be above 0, got 0.0" in lines[0]
 
     def test_geometry_names_the_batches_it_needs(self, run: Callable[..., Answer]) -> None:
@@ -380,7 +382,8 @@ class TestAllAtOnce:
         recipe = yaml.safe_load((FIXTURES / "open_r1_grpo_demo.yaml").read_text())
         here = {key: content[key] for key in ("model_name_or_path", "dataset_name", "output_dir")}
         content.clear()
-        content.update(recipe | here)
+        assert recipe["report_to"] == ["wandb"]
+        content.update(recipe | here | {"report_to": ["comet_ml"]})  # the tests have wandb
         status, lines = run({})
         assert status == 2
         named = (
@@ -393,7 +396,7 @@ class TestAllAtOnce:
             "num_generations (7)",
             "`overwrite_output_dir` does not exist any more",
             "`push_to_hub` needs the network",
-            "`report_to` is wandb",
+            "`report_to` is comet_ml",
             "'accuracy'",
             "'format'",
             "`warmup_ratio` is now `warmup_steps`",

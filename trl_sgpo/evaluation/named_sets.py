@@ -5,11 +5,13 @@ What this file relies on in TRL 1.16 and transformers (`tests/test_trl_contract.
 `eval_` before, and `_determine_best_metric`.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 from trl import GRPOTrainer
 
 from ..errors import ConfigError
+from ..method.measuring import without_timings
 
 
 class NamedEvaluationTrainer(GRPOTrainer):
@@ -23,7 +25,8 @@ class NamedEvaluationTrainer(GRPOTrainer):
         """As [`~transformers.Trainer.evaluate`]."""
         outer, self._metric_prefix = self._metric_prefix, metric_key_prefix
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with nullcontext() if self.is_in_train else without_timings(self):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._metric_prefix = outer
 

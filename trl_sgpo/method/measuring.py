@@ -1,4 +1,4 @@
-"""A trainer's rollouts outside training, without effect on training."""
+"""A trainer's computations outside training, without effect on training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,22 @@ def measuring(trainer: GRPOTrainer, greedy: bool) -> Iterator[None]:
     trainer.model.eval()
     trainer.generation_config.do_sample = not greedy
     try:
-        yield
+        with without_timings(trainer):
+            yield
     finally:
         trainer.model.train(training)
         trainer.generation_config.do_sample = sampling
         for each, kept in zip(pending, before, strict=True):
             each.clear()
             each.update(kept)
+
+
+@contextmanager
+def without_timings(trainer: GRPOTrainer) -> Iterator[None]:
+    """TRL sends the times of its methods to trackio without asking whether a run is open, which raises an error."""
+    args = trainer.args
+    trackers, args.report_to = args.report_to, [name for name in args.report_to if name != "trackio"]
+    try:
+        yield
+    finally:
+        args.report_to = trackers

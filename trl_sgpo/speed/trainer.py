@@ -30,6 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..checks.adapters import check_whole
 from ..inference.weights import local_weights, require_model
 from ..method.conversation_trainer import ConversationGRPOTrainer
+from ..method.measuring import without_timings
 from . import start_check
 from .generation import limited, shared_prefixes, token_progress
 from .generation_settings import one_pass_per_token
@@ -176,7 +177,8 @@ class SharedPromptGRPOTrainer(ConversationGRPOTrainer):
         """
         used = [path for path, on in self._paths().items() if on]
         tried = [*used, start_check.MERGED] if self._merge_was_refused else used
-        found = StartCheck(self, self._score_rows, self.adapters).refusals(tried)
+        with without_timings(self):
+            found = StartCheck(self, self._score_rows, self.adapters).refusals(tried)
         (found,) = broadcast_object_list([found])
         self._use_only(set(tried) - found.keys())
         if self.accelerator.is_main_process:
