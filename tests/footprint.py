@@ -13,6 +13,6 @@ def files(*folders: Path) -> set[Path]:
     found = set()
     for folder in folders:
         for root, below, names in os.walk(folder):
-            below[:] = [name for name in below if name not in _TOOLS]
+            below[:] = [name for name in below if name not in _TOOLS and not name.startswith(".venv-")]
             found |= {Path(root, name) for name in names}
     return found
