@@ -101,9 +101,9 @@ def loss_and_gradients(trainer, batch):
         ("_load_rng_state", ["self", "checkpoint"]),
         ("_prepare_for_training", ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]),
         ("_load_best_model", ["self"]),
-        ("init_hf_repo", ["self", "token", "private"]),
+        ("init_hf_repo", ["self", "token"]),
         ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
-        ("push_to_hub", ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"]),
+        ("push_to_hub", ["self", "commit_message", "blocking", "token", "revision"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_finish_current_push", ["self"]),
         ("_determine_best_metric", ["self", "metrics", "trial"]),
@@ -113,7 +113,15 @@ def test_signatures(method, parameters):
     """Methods called or overridden start with these parameters, and further ones have defaults."""
     found = inspect.signature(getattr(GRPOTrainer, method)).parameters
     assert list(found)[: len(parameters)] == parameters
-    assert all(found[name].default is not inspect.Parameter.empty for name in list(found)[len(parameters) :])
+    further = [parameter for name, parameter in found.items() if name not in parameters]
+    assert all(each.default is not each.empty or each.kind == each.VAR_KEYWORD for each in further)
+
+
+def test_rollout_func_is_an_argument():
+    """Nothing here works without it. docs/design.md, "When TRL removes a hook", says what is done then."""
+    parameters = inspect.signature(GRPOTrainer.__init__).parameters
+    assert list(parameters)[:4] == ["self", "model", "reward_funcs", "args"]
+    assert "rollout_func" in parameters
 
 
 def test_a_save_pushes_through_the_methods_that_are_overridden(model, tmp_path, monkeypatch):
@@ -164,6 +172,17 @@ def test_extras_of_a_rollout_reach_inputs_and_rewards(model, tmp_path):
     trainer._generate_and_score_completions(rows)
     assert [row["extra"] for row in rows] == ["row 0", "row 1", "row 2", "row 3"]
     assert seen == {"extra": [row["extra"] for row in rows], "solution": ["0", "0", "2", "2"], "env_mask": False}
+
+
+def test_what_generate_returns(model, tmp_path):
+    """It calls `rollout_func`, and is what could be overridden without it."""
+    trainer = make(model, tmp_path)
+    prompts = [trainer.train_dataset[index]["prompt"] for index in (0, 1)]
+    given = fixed_rollout(prompts, trainer)
+    prompt_ids, completion_ids, mask, completions, log_probs, extra, *images = trainer._generate(prompts)
+    assert (prompt_ids, completion_ids, mask) == (given["prompt_ids"], given["completion_ids"], given["env_mask"])
+    assert len(completions) == 2 and log_probs is None and extra == {"extra": ["row 0", "row 1"]}
+    assert not any(images)
 
 
 def test_env_mask_becomes_tool_mask(scored):

@@ -62,7 +62,7 @@ class HubTrainer(RunTrainer):
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             claim(name, token or self.args.hub_token, self.args.hub_private_repo if private is None else private)
-        super().init_hf_repo(token, private)
+        super().init_hf_repo(token)  # the repository exists, private or not
 
     def create_model_card(
         self,
