@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 NEXT := .venv-trl-next
 NEXT_TESTS := tests/test_trl_contract.py tests/test_trainer.py tests/test_speed_trainer.py
 
-.PHONY: install quickstart test test-trl-next lint reference bench-bank
+.PHONY: install quickstart test test-trl-next lint signatures docs bench-bank
 
 install: $(VENV)/.installed
 
@@ -45,8 +45,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-reference: install
-	$(BIN)/python -m tests.api_reference
+# What is public, after a change that is meant
+signatures: install
+	$(BIN)/python -m tests.public_api
+
+# The variable leaves out a notice about versions to come
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open build/site/index.html in a browser."
 
 # For example: make bench-bank ARGS="--sections scale --output runs/bench_bank.json"
 bench-bank: install

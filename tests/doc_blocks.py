@@ -7,9 +7,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-REFERENCE = ROOT / "docs" / "api.md"  # whose blocks are signatures, compared with the code in test_public_api.py
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES.remove(REFERENCE)
 NEEDS = ("gpu", "network")
 _MARK = re.compile(r"<!-- needs: (.*) -->")
 _FENCE = re.compile(r"\s*(```+|~~~+)(.*)")

@@ -104,6 +104,7 @@ TYPED = {  # what is typed where a command asks
     "trl-sgpo solve --model runs/quickstart": "What is 2 times 3?\n",
 }
 STATUS = {"config_qlora_16gb.yaml --vram 12": 1}  # of other commands 0
+OWN_PAGES = ("your_own_data", "reward_design")
 DRAWING = set("│―Σ►")
 
 
@@ -165,11 +166,11 @@ def write_problems(directory: Path) -> None:
 
 
 def write_own_recipe(directory: Path) -> None:
-    """The recipe and the reward function of docs/your_own_data.md."""
-    page = [block for block in BLOCKS if block.page == "docs/your_own_data.md"]
-    recipe = next(yaml.safe_load(block.text) for block in page if "model_name_or_path:" in block.text)
+    """The recipe of docs/your_own_data.md and the reward function of docs/reward_design.md."""
+    pages = {page: [block.text for block in BLOCKS if block.page == f"docs/{page}.md"] for page in OWN_PAGES}
+    recipe = next(yaml.safe_load(text) for text in pages["your_own_data"] if "model_name_or_path:" in text)
     (directory / "my_recipe.yaml").write_text(yaml.safe_dump(small(recipe)))
-    rewards = next(block.text for block in page if "my_rewards.py" in block.text)
+    rewards = next(text for text in pages["reward_design"] if "my_rewards.py" in text)
     (directory / "my_rewards.py").write_text(rewards)
 
 

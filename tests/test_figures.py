@@ -108,3 +108,58 @@ def test_ceiling() -> None:
     for fresh, before in ((None, "from"), (0, "to"), (768, "to"), (4096, "to")):
         assert f"{before} {best[fresh, 'b0']:.2f} and {best[fresh, 'b1']:.2f} " in text
     assert f"The lowest figure of guided ones is {min(row['guided'] for row in rows):.2f}" in text
+
+
+def table_rows(text: str, first: str) -> dict[str, list[str]]:
+    """Rows of the table whose heading begins with a text, by their first cell."""
+    lines = text[text.index(f"| {first}") :].split("\n\n")[0].splitlines()[2:]
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)}
+
+
+def arrows(runs: list[dict[str, Any]], rollouts: bool) -> list[str]:
+    """Means over runs of the quickstart, before → after."""
+    found = [[(run["first_quarter"], run["last_quarter"]) for run in runs]] if rollouts else []
+    for mode in ("sampled", "greedy"):
+        for kind in ("accuracy", "transfer"):
+            found.append([(run["report"]["before"][mode][kind], run["report"]["after"][mode][kind]) for run in runs])
+    means = [[round(fmean(values), 6) for values in zip(*pairs, strict=True)] for pairs in found]
+    return [f"{before:.2f} → {after:.2f}" for before, after in means]
+
+
+def test_quickstart() -> None:
+    results = json.loads((DOCS / "results" / "quickstart_seeds.json").read_text())
+    this, earlier = results["seeds"]["42"], results["earlier_versions"]
+    three = [earlier["seeds"][seed] for seed in ("42", "1", "2")]
+    rows = table_rows((DOCS / "quickstart.md").read_text(), "Version, seed, precision")
+    wanted = [[this], [earlier["float32"]["seeds"]["42"]], *([run] for run in three), three]
+    assert list(rows.values()) == [arrows(runs, rollouts=True) for runs in wanted]
+    rows = table_rows((DOCS.parent / "README.md").read_text(), "80 unseen problems")
+    assert list(rows.values()) == [arrows([this], rollouts=False), arrows(three, rollouts=False)]
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"), [("README.md", "SGPO divided by"), ("docs/scaling.md", "Quickstart recipe, SGPO")]
+)
+def test_cost(page: str, heading: str) -> None:
+    ends, full, memory = (
+        json.loads((DOCS / "results" / f"bench_{name}.json").read_text())
+        for name in ("throughput_ends", "throughput", "memory")
+    )
+    both = {
+        "Time of an optimizer step": ("step_time_ratio", 2),
+        "Generated tokens": ("generated_tokens_ratio", 2),
+        "Time per generated token": ("seconds_per_generated_token_ratio", 2),
+        "Operations per generated token": ("flops_per_generated_token_ratio", 2),
+        "Share of an SGPO step spent outside the model": ("share_outside_model", 3),
+        "Share of an SGPO step spent on the bank": ("bank_share", 3),
+    }
+    wanted = {name: [f"{of[key]:.{digits}f}" for of in (ends, full)] for name, (key, digits) in both.items()}
+    wanted["Peak memory, at equal rows and total lengths"] = ["", f"{memory['peak_memory_ratio']:.2f}"]
+    wanted["The same, tensors of a step only"] = ["", f"{memory['step_memory_ratio']:.2f}"]
+    text = (DOCS.parent / page).read_text()
+    rows = table_rows(text, heading)
+    assert len(rows) >= 5 and rows == {name: wanted[name] for name in rows}
+    if page == "README.md":
+        named = [wanted[name] for name in ("Time of an optimizer step", "Generated tokens")]
+        figures = [" to ".join(sorted(each)) for each in named] + [f"{memory['peak_memory_ratio']:.2f}"]
+        assert [cells[1] for cells in list(table_rows(text, "| GRPO | SGPO |").values())[-3:]] == figures

@@ -98,7 +98,8 @@ class TestFiles:
     def test_sdist_holds_the_source_and_builds_the_same_wheel(self, wheel: Path, unpacked: Path) -> None:
         for name in ("docs", "recipes", "tests", "trl_sgpo"):
             assert tree(unpacked / name) == tree(ROOT / name)
-        given = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "pyproject.toml"}
+        given = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "mkdocs.yml"}
+        given.add("pyproject.toml")
         made = {"PKG-INFO", "setup.cfg", "trl_sgpo.egg-info"}
         folders = {"docs", "recipes", "tests", "trl_sgpo"}
         assert {path.name for path in unpacked.iterdir()} == given | made | folders
