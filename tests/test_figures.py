@@ -163,3 +163,26 @@ def test_cost(page: str, heading: str) -> None:
         named = [wanted[name] for name in ("Time of an optimizer step", "Generated tokens")]
         figures = [" to ".join(sorted(each)) for each in named] + [f"{memory['peak_memory_ratio']:.2f}"]
         assert [cells[1] for cells in list(table_rows(text, "| GRPO | SGPO |").values())[-3:]] == figures
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/geometry.md"])
+def test_two_problems_a_block(page: str) -> None:
+    table = [line for line in (DOCS / "results" / "lab.md").read_text().splitlines() if line.startswith("| k1 | +")]
+    end, quarter = (without_signs(line.split("|")[cell].strip()) for line, cell in zip(table, (3, 2), strict=True))
+    text = without_signs((DOCS.parent / page).read_text())
+    assert re.search(rf"{re.escape(quarter)} (higher than that of K = 1 )?after a quarter of the tokens", text)
+    assert re.search(rf"{re.escape(end)} (higher )?at the end", text)
+
+
+def test_bank() -> None:
+    figures = json.loads((DOCS / "results" / "bench_bank.json").read_text())
+    rows = table_rows((DOCS.parent / "README.md").read_text(), "Measured with synthetic strategies")
+    kills = f"{figures['kills']} kills, {figures['kills_while_indexing']} of them"
+    assert next(iter(rows)).startswith(kills)
+    attacked, undefended = figures["attack_success_rate"], figures["undefended_attack_success_rate"]
+    assert [cells[0] for cells in rows.values()] == [
+        f"{figures['lost']}, {figures['duplicated']}, {figures['unopenable']}",
+        f"{attacked:.1%}, {undefended:.0%}",
+        f"{figures['classes_retained']:.0%}",
+        f"{figures['retrieve_p50_ms']['100000']:.0f} ms; {figures['commit_p50_ms']['100000']:.1f} ms",
+    ]
