@@ -52,7 +52,7 @@ signatures: install
 # The variable leaves out a notice about versions to come
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "Open build/site/index.html in a browser."
+	@echo "Open build/site/index.html in a browser, or see it with search: $(BIN)/python -m http.server -d build/site"
 
 # For example: make bench-bank ARGS="--sections scale --output runs/bench_bank.json"
 bench-bank: install
