@@ -174,6 +174,21 @@ def test_two_problems_a_block(page: str) -> None:
     assert re.search(rf"{re.escape(end)} (higher )?at the end", text)
 
 
+def test_laboratory_without_the_bank() -> None:
+    lines = (DOCS / "results" / "lab.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| no_bank | -"))
+    assert f"The bank added {without_signs(row.split('|')[3].strip())}," in without_signs(
+        (DOCS.parent / "README.md").read_text()
+    )
+
+
+def test_models_built_on_two_machines() -> None:
+    """What README says of the second model stands in the table of what is withdrawn."""
+    rows = table_rows((DOCS / "comparison.md").read_text(), "Arm | Published model, seeds 1 to 5")
+    text = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert all(f" {rows[arm][1]}" in text for arm in ("GRPO", "two-phase GRPO", "SGPO"))
+
+
 def test_bank() -> None:
     figures = json.loads((DOCS / "results" / "bench_bank.json").read_text())
     rows = table_rows((DOCS.parent / "README.md").read_text(), "Measured with synthetic strategies")
