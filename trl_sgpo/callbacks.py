@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -155,4 +156,5 @@ class AdviceCallback(TrainerCallback):
     def _log_once(self, topic: str, message: str) -> None:
         if topic not in self.logged:
             self.logged.add(topic)
-            logger.warning(message)
+            with tqdm.external_write_mode():  # beneath the bars
+                logger.warning(message)

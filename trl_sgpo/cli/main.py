@@ -1,9 +1,13 @@
 """Entry point of `trl-sgpo`: runs a command and prints errors a user can act on without a traceback."""
 
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib import import_module
+from itertools import pairwise
+from typing import Any
 
 from .._version import __version__
 from ..checks.command import run_command
@@ -54,6 +58,17 @@ def usage() -> str:
     )
 
 
+def _wants_warnings(options: list[str], recipe: Mapping[str, Any]) -> bool:
+    """Whether `python -W`, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY or `log_level` asks for what libraries warn of."""
+    level = os.environ.get("TRANSFORMERS_VERBOSITY", "")
+    level = str(recipe.get("log_level", level))
+    for option, value in pairwise([*options, ""]):
+        name, _, given = option.partition("=")
+        if name in ("--log_level", "--log-level"):
+            level = given or value
+    return bool(sys.warnoptions) or level in ("info", "debug")
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Runs a command.
@@ -76,15 +91,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"trl-sgpo: error: no command {argv[0]!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    if not sys.warnoptions:  # of `python -W` and PYTHONWARNINGS
-        # Warnings of dependencies for their developers would hide messages for the user
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name, rest = argv[0], argv[1:]
 
     def run(rest: list[str]) -> int:
-        if (path := split_config(rest)[0]) is not None:
-            read_mapping(path)  # what cannot be read is told before imports that take seconds
+        path, options = split_config(rest)
+        # What cannot be read is told before imports that take seconds
+        recipe = {} if path is None else read_mapping(path)
+        if not _wants_warnings(options, recipe):
+            # Warnings of dependencies for their developers would hide messages for the user
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         return import_module(f"trl_sgpo.cli.{name}").main(rest)
 
     return run_command(f"trl-sgpo {name}", run, rest, KEPT[name])

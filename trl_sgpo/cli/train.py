@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import chain
@@ -51,6 +52,7 @@ from ..method.reward_functions import check_columns_read
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import BEFORE_FILE, REPORT_FILE
 from ..run.directory import Run, begin_run, last_checkpoint
+from ..run.step_lines import print_step_lines, training_columns, training_legend
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
 
@@ -161,6 +163,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
         [`SGPOTrainer`]: After training.
     """
     script, training = recipe.script, recipe.training
+    training.disable_tqdm = training.disable_tqdm or not sys.stderr.isatty()  # bars are no lines of a log
     rewards = load_rewards(script)
     quantization_config, peft_config = get_quantization_config(recipe.model), get_peft_config(recipe.model)
     check_memory(recipe)
@@ -201,6 +204,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+    print_step_lines(trainer, training_columns(training), training_legend(training))
     trainer.run = run
     trainer.run_record.recipe = asdict(script) | asdict(recipe.model) | asdict(recipe.mixture) | asdict(recipe.columns)
     trainer.facts = replace(

@@ -33,6 +33,7 @@ from ..method.prompts import plain_answer
 from ..method.requirements import check_saved
 from ..recipe import Recipe, model_init_kwargs
 from ..run.directory import holds_adapters
+from ..run.step_lines import WARM_START_COLUMNS, print_step_lines
 from ..sgpo_config import SGPOConfig
 from ..speed.lm_head import project_labelled_tokens_only
 from ..speed.merging import adapter_effect, base_of, fixed_log_probs, merge_is_exact
@@ -213,6 +214,7 @@ def warmstart(
                 use_cpu=config.use_cpu,
                 gradient_checkpointing=config.gradient_checkpointing,
                 disable_tqdm=config.disable_tqdm,
+                log_level=config.log_level,
                 # Batches of one length are fast, but differ too much from each other for a model trained from scratch
                 train_sampling_strategy="random" if full else "group_by_length",
                 dataset_kwargs={"skip_prepare_dataset": True},
@@ -223,6 +225,7 @@ def warmstart(
             peft_config=adapter,
         )
     check_saved(base_of(trainer.model))
+    print_step_lines(trainer, WARM_START_COLUMNS)
     with project_labelled_tokens_only(trainer.accelerator.device):
         trainer.train()
     tuned = trainer.accelerator.unwrap_model(trainer.model)

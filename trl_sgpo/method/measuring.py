@@ -6,20 +6,26 @@ from contextlib import contextmanager
 from trl import GRPOTrainer
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""Settings of which transformers warns where decoding is greedy."""
+
+
 @contextmanager
 def measuring(trainer: GRPOTrainer, greedy: bool) -> Iterator[None]:
     """Evaluation mode, greedy or sampled decoding, and no metrics or table columns from reward functions."""
-    training, sampling = trainer.model.training, trainer.generation_config.do_sample
+    training, decoding = trainer.model.training, vars(trainer.generation_config)
+    sampling = {name: decoding[name] for name in ("do_sample", *SAMPLING)}
     pending = (trainer._pending_extra_logs, trainer._pending_metrics)
     before = [dict(each) for each in pending]
     trainer.model.eval()
-    trainer.generation_config.do_sample = not greedy
+    if greedy:
+        decoding.update(dict.fromkeys(SAMPLING), do_sample=False)
     try:
         with without_timings(trainer):
             yield
     finally:
         trainer.model.train(training)
-        trainer.generation_config.do_sample = sampling
+        decoding.update(sampling)
         for each, kept in zip(pending, before, strict=True):
             each.clear()
             each.update(kept)
