@@ -121,9 +121,7 @@ def list_strategies(options: argparse.Namespace) -> int:
         for strategy in everything
         if strategy.trust in wanted and options.problem_class in (None, strategy.problem_class)
     ]
-    key = SORT_KEYS[options.sort]
-    chosen.sort(key=lambda strategy: (-key(strategy), -strategy.trials, strategy.id))
-    shown = chosen[: options.limit]
+    shown = in_order(chosen, SORT_KEYS[options.sort])[: options.limit]
     if options.json:
         print_json([_record(strategy) for strategy in shown])
         return 0
@@ -135,6 +133,17 @@ def list_strategies(options: argparse.Namespace) -> int:
         states = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
         print(f"none of {len(everything)} strategies ({states}) fits --class and --trust")
         return 0
+    print_strategies(shown, everything)
+    return 0
+
+
+def in_order(strategies: Sequence[Strategy], key: Callable[[Strategy], float]) -> list[Strategy]:
+    """The strategies, the highest by a key first."""
+    return sorted(strategies, key=lambda strategy: (-key(strategy), -strategy.trials, strategy.id))
+
+
+def print_strategies(shown: Sequence[Strategy], everything: Sequence[Strategy]) -> None:
+    """Prints strategies of a bank as a table, and what their trust states mean."""
     short = _short_ids(everything)
     print_table(
         ["id", "class", "trust", "won", "problems", "lift [bounds]", "plain lift [bounds]", "shown", "text"],
@@ -160,7 +169,6 @@ def list_strategies(options: argparse.Namespace) -> int:
         print("useful: better than plain answers to the same problems, which follow no strategy")
     if any(policy.harmful(strategy) for strategy in shown):
         print("harmful: worse than plain answers to the same problems, and not shown")
-    return 0
 
 
 def find(strategies: Sequence[Strategy], prefix: str) -> Strategy:

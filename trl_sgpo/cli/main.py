@@ -15,6 +15,7 @@ from ..yaml_files import read_mapping, split_config
 
 
 COMMANDS = {
+    "demo": "show a recorded run: a transfer block, the bank, figures before and after, in seconds",
     "init": "write a recipe, and a reward function, for your model, data and GPU",
     "train": "train a model with SGPO from a recipe",
     "warmstart": "fine-tune a model on two-phase traces, so that there is something to reinforce",

@@ -39,7 +39,6 @@ from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, DataError, SGPOError
 from ..evaluation.block_transfer import TransferScore, chosen_problems, measure_transfer
 from ..evaluation.digest import changes, depends_on, digest
-from ..evaluation.tables import before_and_after
 from ..files import write_file
 from ..hub.card_results import check_scores
 from ..hub.push import claim
@@ -55,6 +54,7 @@ from ..run.directory import Run, begin_run, last_checkpoint
 from ..run.step_lines import print_step_lines, training_columns, training_legend
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
+from .scores import print_scores
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -325,20 +325,10 @@ def _measure_before(
 
 def print_results(trainer: SGPOTrainer, scores: dict[str, Scores], recipe: Recipe) -> None:
     """Prints figures before and after training, the best strategies, and commands to run next."""
-    from rich.table import Table
-
     from ..checks.console import console
 
     terminal = console()
-    measured = scores["after"]["greedy"]
-    left_out = f", {measured['unverified']} more that the verifier does not judge" if measured["unverified"] else ""
-    table = Table(title=f"{measured['problems']} unseen problems{left_out}, with 95% intervals")
-    found = before_and_after(scores)
-    for name in found.columns:
-        table.add_column(name)
-    for row in found.rows:
-        table.add_row(*row)
-    terminal.print(table)
+    print_scores(scores)
     correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
     if len(correct) >= 4:
         quarter = len(correct) // 4
