@@ -26,7 +26,7 @@ def test_block_bank_and_figures_are_shown(capsys, monkeypatch, width):
     assert f"{demo.BEST} of {len(RUN['bank'])} strategies" in out
     after = RUN["scores"]["after"]["sampled"]
     assert f"{after['accuracy']:.2f} [" in out and f"{after['transfer']:.2f} [" in out
-    assert RUN["command"] in out
+    assert "trl-sgpo convert" in out and RUN["command"] in out
 
 
 def test_what_is_said_of_the_block_is_true():

@@ -75,6 +75,7 @@ INSTEAD = {
     "--max_steps 60": "--max_steps 2",
     "--max_steps 120": "--max_steps 3",
     "max_steps=100": "max_steps=1, max_strategy_length=8, max_completion_length=8, report_to='none'",
+    "max_steps=200": "max_steps=1, max_completion_length=8, report_to='none', bf16=False, use_cpu=True",
     "size=300": "size=16",
     "--num_processes 2": "--num_processes 1",  # tests/test_cli.py has the others
     "--num_processes 4": "--num_processes 1",
@@ -88,6 +89,7 @@ INSTEAD = {
     "/etc/ssl/certs/ca-certificates.crt": "ca-certificates.crt",
     "<output_dir>": "runs/traces",
 }
+GRPO_PAGE = "docs/coming_from_grpo.md"
 RUNS = ("runs/mine", "runs/first", "runs/second", "runs/third")
 FIRST = {
     "user/model": "trl-sgpo push runs/quickstart user/model",
@@ -174,6 +176,22 @@ def write_own_recipe(directory: Path) -> None:
     (directory / "my_rewards.py").write_text(rewards)
 
 
+def write_grpo_recipe(directory: Path) -> None:
+    """The first recipe of docs/coming_from_grpo.md, and its problems."""
+    recipe = yaml.safe_load(
+        next(block.text for block in BLOCKS if block.page == GRPO_PAGE and block.language == "yaml")
+    )
+    small = {
+        "dtype": "float32", "bf16": False, "num_generations": 4, "max_completion_length": 8, "max_steps": 1,
+        "report_to": "none",
+    }  # fmt: skip
+    (directory / "grpo.yaml").write_text(yaml.safe_dump(recipe | small))
+    problems = directory / recipe["dataset_name"]
+    problems.mkdir(parents=True)
+    rows = [{"prompt": [{"role": "user", "content": f"{a} + {a}?"}], "solution": str(2 * a)} for a in range(24)]
+    write_rows(problems / "train.jsonl", rows)
+
+
 def give_bank(run: Path) -> None:
     """A finished run whose adapter matters and whose bank has strategies that are shown."""
     adapter = run / "adapter_model.safetensors"
@@ -225,6 +243,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, substitutes: None) -> tup
     (directory / "recipes").mkdir()
     write_recipes(directory / "recipes")
     write_problems(directory)
+    write_grpo_recipe(directory)
     shutil.copy(certifi.where(), directory / "ca-certificates.crt")
     shutil.copy(certifi.where(), directory / "root.crt")
     with pytest.MonkeyPatch.context() as change:

@@ -182,6 +182,21 @@ def _parser(prog: str, all_keys: bool) -> _Parser:
     return parser
 
 
+def known_keys() -> set[str]:
+    """Keys that a recipe may have, with those of `accelerate launch`."""
+    launch = [option for action in launch_command_parser()._actions for option in action.option_strings]
+    return {
+        *(
+            action.dest
+            for action in _parser("trl-sgpo", all_keys=True)._actions
+            if action.dest not in ("help", "help_all")
+        ),
+        *(option.lstrip("-").replace("-", "_") for option in launch if option.startswith("--") and option != "--help"),
+        "accelerate_config",
+        "env",
+    }
+
+
 def _no_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return []
 

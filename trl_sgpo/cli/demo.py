@@ -1,5 +1,6 @@
 """`trl-sgpo demo`: a recorded run of the quickstart in the terminal, without training, model or network."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,7 @@ BEST = 5  # strategies of the bank that are shown
 
 def main(argv: list[str]) -> int:
     """Shows a transfer block, the bank, and figures before and after training."""
-    Parser(
-        prog="trl-sgpo demo",
-        description="Show a recorded run of the quickstart: a transfer block, the credit of its strategies, the bank, "
-        "and figures before and after training. Nothing is trained or downloaded.",
-    ).parse_args(argv)
+    _parser().parse_args(argv)
     run = json.loads(FILE.read_text(encoding="utf-8"))
     settings = run["settings"]
     _say(
@@ -34,8 +31,21 @@ def main(argv: list[str]) -> int:
 
     print("\n3. Before and after training:\n")
     print_scores(run["scores"])
-    print(f"\nNext:\n  a recipe for your problems    trl-sgpo init\n  this run, in a clone          {run['command']}")
+    print(
+        "\nNext:\n"
+        "  a recipe for your problems    trl-sgpo init\n"
+        "  one from that of `trl grpo`   trl-sgpo convert grpo.yaml\n"
+        f"  this run, in a clone          {run['command']}"
+    )
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    return Parser(
+        prog="trl-sgpo demo",
+        description="Show a recorded run of the quickstart: a transfer block, the credit of its strategies, the bank, "
+        "and figures before and after training. Nothing is trained or downloaded.",
+    )
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,7 @@ from ..yaml_files import read_mapping, split_config
 
 
 COMMANDS = {
+    "convert": "write the SGPO recipe of a GRPO recipe, and say each change",
     "demo": "show a recorded run: a transfer block, the bank, figures before and after, in seconds",
     "init": "write a recipe, and a reward function, for your model, data and GPU",
     "train": "train a model with SGPO from a recipe",
