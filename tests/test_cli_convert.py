@@ -127,6 +127,9 @@ def test_the_verifier_comes_first_with_its_weight():
     ("given", "words"),
     [
         ({"reward_funcs": ["tag_count"]}, "'tag_count'"),
+        ({"reward_funcs": 5}, "`reward_funcs` must be a list of names, got 5."),
+        ({"num_generations": {"a": 1}}, "`num_generations` must be a whole number, at least 1, got {a: 1}."),
+        ({"max_completion_length": "many"}, "`max_completion_length` must be a whole number"),
         ({"bias": "all"}, "`bias` is all"),
         ({"dataset_configs": ["a", "b"]}, "`dataset_configs` has 2 names"),
         ({"dataset_mixture": ["a"]}, "`dataset_mixture` needs `datasets`"),
@@ -143,6 +146,20 @@ def test_unknown_keys_are_named_and_nothing_is_written(convert, tmp_path):
     status, printed, recipe = convert({**BASE, "num_generation": 8, "frobnicate": 1})
     assert status == 2 and recipe is None
     assert "`num_generation`. Did you mean `num_generations`" in printed and "`frobnicate`" in printed
+
+
+def test_each_change_is_a_line_with_its_reason(convert):
+    printed = convert(
+        {**BASE, "bf16": False, "torch_dtype": "float32", "max_completion_length": 256, "vllm_device": 0}
+    )[1]
+    for line in (
+        "torch_dtype: float32 → dtype: float32  (its name in the current versions)",
+        "vllm_device: 0 → left out  (vLLM shares the GPUs of training, or is a server with `vllm_mode: server`)",
+        "max_strategy_length: set to 64  (the strategy's part of the 256 tokens of a completion)",
+        "max_completion_length: 256 → 192  (the execution's part of them)",
+        "4 other keys are as they were. Recipe: ",
+    ):
+        assert line in printed, printed
 
 
 def test_words_and_numbers_stay_as_they_were_written(convert):

@@ -9,12 +9,13 @@ from ..checks.secrets import HIDDEN, is_secret
 
 
 LONGEST = 40  # characters of a value that are shown
+NONE = "–"
 
 
 def in_short(key: str, value: Any) -> str:
     """A value in one line, as YAML writes it. That of a secret key is not shown."""
     if value is None:
-        return "–"
+        return NONE
     if is_secret(key):
         return HIDDEN
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("\n...\n")
@@ -30,19 +31,19 @@ class Conversion:
     Args:
         values (`dict[str, Any]`):
             Its keys and values.
-        changes (`list[list[str]]`):
+        changes (`list[tuple[str, str, str, str]]`):
             Key, old value, new one and reason of each change.
         problems (`list[str]`):
             What cannot be converted, with the fix.
     """
 
     values: dict[str, Any]
-    changes: list[list[str]] = field(default_factory=list)
+    changes: list[tuple[str, str, str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def said(self, key: str, before: Any, after: Any, why: str) -> None:
         """Records a change that was made."""
-        self.changes.append([key, in_short(key, before), in_short(key, after), why])
+        self.changes.append((key, in_short(key, before), in_short(key, after), why))
 
     def set(self, key: str, value: Any, why: str) -> None:
         """Sets a key, if it has another value."""
@@ -65,15 +66,20 @@ class Conversion:
         else:
             self.values[new] = value
             shown = HIDDEN if is_secret(new) else in_short(new, value)
-            self.changes.append([key, in_short(key, before), f"{new}: {shown}", why])
+            self.changes.append((key, in_short(key, before), f"{new}: {shown}", why))
 
     def number(self, key: str, default: int) -> int:
-        """The value of a key that counts something; a value that is no number is left to the check of the recipe."""
+        """The value of a key that counts something, at least 1. One that is no whole number is a problem."""
         value = self.values.get(key)
-        try:
-            return default if value is None or isinstance(value, bool) else max(int(value), 1)
-        except (TypeError, ValueError, OverflowError):
+        if value is None:
             return default
+        try:
+            if not isinstance(value, bool) and float(value) >= 1 and float(value).is_integer():
+                return int(float(value))
+        except (TypeError, ValueError):
+            pass
+        self.problems.append(f"`{key}` must be a whole number, at least 1, got {in_short(key, value)}.")
+        return default
 
     def is_on(self, key: str) -> bool:
         """Whether a key is true."""

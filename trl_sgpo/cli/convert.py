@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.arguments import Parser, path_option
+from ..checks.console import console
 from ..checks.paths import check_file
 from ..errors import ConfigError, SettingsError, refuse
 from ..files import write_file
 from ..yaml_files import read_mapping, read_texts
-from .text import print_table
+from .conversion import NONE, Conversion
 
 
 def main(argv: list[str]) -> int:
@@ -24,11 +25,11 @@ def main(argv: list[str]) -> int:
 
     from ..checks.old_names import unknown_key
     from ..recipe import known_keys
-    from .conversion import Conversion
     from .convert_keys import rename_keys
     from .convert_values import convert_values, move_outputs
 
-    conversion = Conversion(_as_written(options.recipe))
+    given = _as_written(options.recipe)
+    conversion = Conversion(dict(given))
     rename_keys(conversion)
     known = known_keys()
     conversion.problems += [unknown_key(str(key), known) for key in conversion.values if key not in known]
@@ -37,8 +38,9 @@ def main(argv: list[str]) -> int:
     refuse(options.recipe, conversion.problems)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_file(Path(output), _text(conversion.values), private=True)  # it may hold a token
-    print_table(["key", "GRPO", "SGPO", "why"], conversion.changes)
-    kept = len(conversion.values.keys() - {change[0] for change in conversion.changes})
+    for change in conversion.changes:
+        _print_change(*change)
+    kept = len(given.keys() - {change[0] for change in conversion.changes})
     print(f"{kept} other keys are as they were. Recipe: {output}")
     return _check(str(output))
 
@@ -59,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
+
+
+def _print_change(key: str, before: str, after: str, why: str) -> None:
+    """A line like `max_completion_length: 1024 → 896  (the execution's part of them)`, with colours in a terminal."""
+    from rich.text import Text
+
+    if after == NONE:
+        change = "left out" if before == NONE else f"{before} → left out"
+    else:
+        change = f"set to {after}" if before == NONE else f"{before} → {after}"
+    console().print(Text.assemble((key, "bold"), f": {change}", (f"  ({why})", "dim")), highlight=False)
 
 
 def _as_written(path: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from math import gcd, lcm
 from pathlib import Path
 
-from .conversion import Conversion
+from .conversion import Conversion, in_short
 
 
 BLOCK_SIZE = 2  # SGPO's default
@@ -54,8 +54,11 @@ def _rewards(of: Conversion) -> None:
     names = of.values.get("reward_funcs")
     if names is None:
         return
-    names = [names] if isinstance(names, str) else list(names) if isinstance(names, list) else []
-    known = [OPEN_R1_REWARDS.get(str(name), str(name)) for name in names]
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        of.problems.append(f"`reward_funcs` must be a list of names, got {in_short('reward_funcs', names)}.")
+        return
+    known = [OPEN_R1_REWARDS.get(name, name) for name in names]
     if wrong := [name for name in known if name not in REWARDS and "." not in name]:
         of.problems += [
             f"`reward_funcs` names {name!r}, which is none of {', '.join(REWARDS)}: write a function of your own as a "
@@ -70,7 +73,7 @@ def _rewards(of: Conversion) -> None:
         return
     first = next((index for index, name in enumerate(known) if name in VERIFIERS), None)
     if first is None:
-        of.said("reward_funcs", known[0] if known else None, "kept", "the first one is the verifier of outcomes")
+        of.said("reward_funcs", known[0], "kept", "the first one is the verifier of outcomes")
     elif first > 0:
         order = [first, *(index for index in range(len(known)) if index != first)]
         weights = of.values.get("reward_weights")
@@ -120,8 +123,8 @@ def _classes(of: Conversion) -> None:
 
 def move_outputs(of: Conversion, stem: str) -> None:
     """Leaves the outputs of GRPO where they are."""
-    directory = of.values.get("output_dir")
-    name = Path(str(directory)).as_posix() if directory else f"runs/{stem}"
-    of.set("output_dir", f"{name}-sgpo", "what GRPO wrote stays")
+    directory = of.values.get("output_dir") or f"runs/{stem}"
+    if isinstance(directory, str):  # another value is left to the check of the recipe
+        of.set("output_dir", f"{Path(directory).as_posix()}-sgpo", "what GRPO wrote stays")
     if isinstance(of.values.get("hub_model_id"), str):
         of.set("hub_model_id", f"{of.values['hub_model_id']}-sgpo", "what GRPO pushed stays")
