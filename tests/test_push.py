@@ -303,6 +303,27 @@ class TestFaults:
         assert hub.head(REPO) == changed[0].oid
         assert push(run, REPO) == 0 and hub.files(REPO)["NOTES.md"] == b"hello"
 
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dataset": {"id": "cais/hle", "task_id": "x"}, "value": 99.9},
+            {"dataset": {"id": "a/b", "task_id": "x"}, "value": 50.0, "verifyToken": "x"},
+            {"dataset": {"id": "no name", "task_id": "x"}, "value": 50.0},
+        ],
+        ids=["value", "key", "name"],
+    )
+    def test_results_that_no_evaluation_writes(
+        self, entry: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        evaluation = tmp_path / "eval"
+        (evaluation / "hub" / ".eval_results").mkdir(parents=True)
+        (evaluation / "hub" / ".eval_results" / "gsm8k.yaml").write_text(yaml.safe_dump([entry]))
+        figures = {"value": 0.5, "low": 0.4, "high": 0.6, "problems": 9}
+        suite = {"kind": "in_distribution", "problems": 9, "available": 10, "accuracy": figures}
+        (evaluation / "results.json").write_text(json.dumps({"suites": {"gsm8k": suite}}))
+        assert push(run, REPO, "--eval", evaluation, "--dry_run", tmp_path / "dry") == 2
+        assert "hub/.eval_results is damaged" in capsys.readouterr().err
+
     def test_leftovers_go_in_the_same_commit_and_the_users_files_stay(self, hub: HubServer, run: Path) -> None:
         hub.api().create_repo(REPO)
         old = [
@@ -440,7 +461,9 @@ class TestCard:
         hub.api().upload_file(path_or_fileobj=base_card, path_in_repo="README.md", repo_id="org/base")
         evaluation = tmp_path / "eval"
         (evaluation / "hub" / ".eval_results").mkdir(parents=True)
-        (evaluation / "hub" / ".eval_results" / "gsm8k.yaml").write_text("- value: 50\n")
+        (evaluation / "hub" / ".eval_results" / "gsm8k.yaml").write_text(
+            "- {dataset: {id: openai/gsm8k, task_id: gsm8k}, value: 50.0, notes: 'two phases'}\n"
+        )
         entry = {"task": {"type": "text-generation"}, "dataset": {"type": "openai/gsm8k", "name": "gsm8k"}}
         entry["metrics"] = [{"type": "accuracy", "value": 0.5}]  # type: ignore[assignment]
         (evaluation / "hub" / "model_index.yaml").write_text(

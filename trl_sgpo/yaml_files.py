@@ -122,13 +122,26 @@ def read_texts(path: str) -> dict[str, Any]:
     return _load(path, _TextLoader)
 
 
-def _load(path: str, loader: Any) -> dict[str, Any]:
+def read_list(path: str) -> list[Any]:
+    """
+    Reads a YAML file of entries.
+
+    Raises:
+        [`ConfigError`]: It cannot be read, is no YAML, or is no list.
+    """
+    content = _parsed(path, _Loader)
+    if not isinstance(content, list):
+        raise ConfigError(f"{path} must be a list.")
+    return content
+
+
+def _parsed(path: str, loader: Any) -> Any:
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB")
-        content = yaml.load(data.decode(), loader)
+        return yaml.load(data.decode(), loader)
     except FileNotFoundError as error:
         raise ConfigError(
             f"There is no file {path}: check the path, relative to {os.getcwd()}. `trl-sgpo init` writes a recipe."
@@ -142,6 +155,10 @@ def _load(path: str, loader: Any) -> dict[str, Any]:
         raise ConfigError(f"{path} is no valid YAML: {error.problem}{line}.") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
+
+
+def _load(path: str, loader: Any) -> dict[str, Any]:
+    content = _parsed(path, loader)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values.")
     for key, value in content.items():

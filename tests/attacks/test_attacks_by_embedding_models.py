@@ -167,6 +167,14 @@ def test_processors_of_other_inputs(name: str, model: Path) -> None:
         load_sentence_transformer(str(model))
 
 
+def test_a_type_of_model_with_a_processor(model: Path) -> None:
+    """Its `audio_tokenizer_config.json` would name any class of transformers, and its weights anywhere."""
+    change(model / "0_Transformer" / "config.json", model_type="clip")
+    (model / "0_Transformer" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="of the type `clip`, which has a processor"):
+        load_sentence_transformer(str(model))
+
+
 @pytest.mark.parametrize("form", ["message", "text"])
 def test_texts_that_a_template_would_render(form: str, model: Path) -> None:
     forms = {form: {"method": "forward", "method_output_name": "last_hidden_state"}}

@@ -10,9 +10,10 @@ import pytest
 import transformers.utils.hub
 from hub_server import HubServer
 from huggingface_hub import constants, hf_hub_download, snapshot_download
-from models import save_tiny_model
+from models import problems, save_tiny_model, tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from trl import GRPOConfig
 
 from trl_sgpo import SGPOConfig
 from trl_sgpo.cli.main import main
@@ -20,6 +21,7 @@ from trl_sgpo.data.warmstart import warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ModelError
 from trl_sgpo.inference.pretrained import load_config, load_model, load_sentence_transformer, load_tokenizer
+from trl_sgpo.method import conversation_trainer
 from trl_sgpo.method.conversation_trainer import ConversationGRPOTrainer
 from trl_sgpo.speed.trainer import SharedPromptGRPOTrainer
 
@@ -142,6 +144,70 @@ def test_an_adapter_that_a_library_would_put_on_its_base(
     upload(hub, tiny, "user/base")
     with pytest.raises(ModelError, match=f"is an adapter, .*`trl-sgpo pull {REPO}`"):
         load_model(REPO)
+
+
+def arguments_of(directory: Path) -> GRPOConfig:
+    return GRPOConfig(
+        str(directory), bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=2, num_generations=2
+    )
+
+
+@pytest.mark.parametrize("kind", [ConversationGRPOTrainer, SharedPromptGRPOTrainer])
+def test_tokenizers_of_a_commit_after_the_check(
+    kind: Any, tiny: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL would load them at the newest commit, with a file of the user as a vocabulary."""
+    reward = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).save_pretrained(reward)
+    tokenizer().save_pretrained(reward)
+    upload(hub, reward)
+    upload(hub, tiny, "user/policy")
+    other = tmp_path / "other"
+    other.mkdir()
+    secret = tmp_path / "secret.txt"
+    secret.write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nSECRET\n")
+    (other / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "vocab": str(secret)})
+    )
+    checked = conversation_trainer._checked_arguments
+
+    def then_another_commit(*arguments: Any) -> Any:
+        found = checked(*arguments)
+        for name in (REPO, "user/policy"):
+            hub.api().upload_folder(repo_id=name, folder_path=other, delete_patterns=["tokenizer.json"])
+        return found
+
+    args = GRPOConfig(
+        str(tmp_path / "out"),
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=2,
+        num_generations=2,
+    )
+    monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_another_commit)
+    with pytest.raises(ModelError, match="names a file as `vocab`"):
+        kind("user/policy", REPO, args, train_dataset=problems())
+    monkeypatch.undo()
+
+
+def test_a_processor_is_not_loaded(tiny: Path, tmp_path: Path) -> None:
+    """TRL would take any class for one."""
+    settings = json.loads((tiny / "tokenizer_config.json").read_text()) | {"processor_class": "CLIPProcessor"}
+    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
+    args = GRPOConfig(
+        str(tmp_path / "out"),
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=2,
+        num_generations=2,
+    )
+    trainer = ConversationGRPOTrainer(str(tiny), len, args, problems())
+    assert (
+        isinstance(trainer.processing_class, PreTrainedTokenizerBase)
+        and trainer.processing_class.padding_side == "left"
+    )
 
 
 def test_a_header_of_weights_on_the_hub(tiny: Path, hub: HubServer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from models import save_tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Mamba2Config, PreTrainedConfig, ProphetNetConfig
 
 from trl_sgpo.checks import opening
 from trl_sgpo.checks.process import CheckProcess
@@ -99,6 +99,24 @@ def test_buffers_that_a_model_makes(config: dict[str, Any], tmp_path: Path) -> N
         check_model_folder(tmp_path, "user/evil")
 
 
+OTHER_CLASSES = [
+    {"architectures": ["BertModel"], "hidden_size": 1024, "max_position_embeddings": 10**6},
+    {
+        "architectures": ["DebertaV2Model"], "model_type": "deberta-v2", "hidden_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 32, "pooler_hidden_size": 30_000,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", OTHER_CLASSES, ids=lambda config: config["architectures"][0])
+def test_weights_of_a_class_that_a_library_may_choose(config: dict[str, Any], tmp_path: Path) -> None:
+    """TRL loads the class that a config names as the policy, and a sequence classifier as a reward model."""
+    save_tiny_model(tmp_path)
+    put(tmp_path / "config.json", **config)
+    with pytest.raises(ModelError, match="of which most are not in its files"):
+        check_model_folder(tmp_path, "user/evil")
+
+
 @pytest.mark.parametrize("key", ["n_recurrent_loops", "pretraining_tp", "hc_sinkhorn_iters", "loop_num_passes"])
 def test_steps_of_a_forward_pass(key: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
@@ -107,6 +125,28 @@ def test_steps_of_a_forward_pass(key: str, tmp_path: Path) -> None:
         check_model_folder(tmp_path, "user/evil")
     put(tmp_path / "config.json", **{key: 1, "train_iters": 500_000, "max_iters": 600_000})  # left by other tools
     check_model_folder(tmp_path, "user/model")
+
+
+TENSORS = [
+    Mamba2Config(
+        hidden_size=32, num_heads=8, head_dim=8, n_groups=1, state_size=8, num_hidden_layers=1, vocab_size=300,
+        chunk_size=8000,
+    ),
+    ProphetNetConfig(
+        vocab_size=300, hidden_size=8, num_encoder_layers=1, num_decoder_layers=1, num_encoder_attention_heads=1,
+        num_decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=1024, ngram=200,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", TENSORS, ids=lambda config: config.model_type)
+def test_tensors_of_a_forward_pass(config: PreTrainedConfig, tmp_path: Path) -> None:
+    """A square of the length of chunks, and of the number of positions, for a folder of 100 kB."""
+    save_tiny_model(tmp_path)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"makes 1\.\d GiB beside its weights|makes [2-9]\.\d GiB"):
+        check_model_folder(tmp_path, "user/evil")
 
 
 @pytest.mark.usefixtures("unopened")

@@ -13,6 +13,7 @@ import transformers.utils.hub
 from hub_server import HubServer
 from models import save_tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.utils.hub import cached_file, cached_files
@@ -144,6 +145,26 @@ def test_a_processor_of_images_that_is_another_class(key: str, tiny: Path) -> No
     put(tiny / "processor_config.json", part={key: "BertModel"})
     with pytest.raises(ModelError, match=f"as `{key}`, which is none"):
         check_model_folder(tiny, "user/evil")
+
+
+def test_a_model_that_a_processor_loads(tiny: Path) -> None:
+    put(tiny / "audio_tokenizer_config.json", audio_tokenizer_class="LlamaModel", audio_tokenizer_name_or_path="/x")
+    with pytest.raises(ModelError, match=r"names another model in audio_tokenizer_config\.json"):
+        check_model_folder(tiny, "user/evil")
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "AutoModel", "AutoProcessor", "LlamaConfig", "pipeline"])
+def test_a_class_in_place_of_a_model(name: str, tiny: Path) -> None:
+    put(tiny / "config.json", architectures=[name])
+    with pytest.raises(ModelError, match=f"names '{name}' in `architectures`, which is no model"):
+        check_model_folder(tiny, "user/evil")
+
+
+def test_the_models_of_all_types() -> None:
+    kinds = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION"]
+    names = [name for kind in kinds for name in vars(modeling_auto)[f"MODEL_FOR_{kind}_MAPPING_NAMES"].values()]
+    assert len(names) > 400
+    check_model_settings("user/good", {"architectures": names})
 
 
 def test_the_processors_of_all_types_of_models() -> None:

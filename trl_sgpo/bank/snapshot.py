@@ -114,7 +114,7 @@ def embed_with(bank: StrategyBank, name: str | None = None) -> None:
 
 def _not_loaded(recorded: str) -> str | None:
     """Why a model that the files of a bank name is not loaded."""
-    from ..hub.model_card import HUB_NAME
+    from ..hub.card_results import HUB_NAME
     from ..inference.weights import on_this_machine
 
     if recorded == DEFAULT_EMBEDDING_MODEL:

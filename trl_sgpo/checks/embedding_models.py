@@ -126,10 +126,19 @@ def _is_of_texts(forms: Any) -> bool:
 
 def _check_one_input(source: str, folder: Path) -> None:
     """A model of texts has a tokenizer alone. As a processor, a library takes any of its classes."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
     for name in _OF_OTHER_INPUTS:
         if (folder / name).exists():
             raise ModelError(f"The embedding model {source} has the file {name}: use a model that embeds texts.")
     for name in ("config.json", "tokenizer_config.json"):
         settings = parse_json((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-        if isinstance(settings, dict) and settings.get("processor_class") is not None:
+        if not isinstance(settings, dict):
+            continue
+        if settings.get("processor_class") is not None:
             raise ModelError(f"The embedding model {source} names a `processor_class` in {name}: leave it out.")
+        if settings.get("model_type") in PROCESSOR_MAPPING_NAMES:
+            raise ModelError(
+                f"The embedding model {source} is of the type `{settings['model_type']}`, which has a processor: use "
+                "one that embeds texts."
+            )

@@ -79,7 +79,7 @@ def check_opens(source: str | Path, directory: Path, files: Sequence[Path], weig
     if buffers > MAX_BUFFERS:
         raise ModelError(
             f"The config of {source} describes a model that makes {buffers / 2**30:.1f} GiB beside its weights, such "
-            "as a mask of all its positions: use another model."
+            "as a mask of all its positions, or for a few tokens: use another model."
         )
     sizes = [path.stat().st_size for path in weights if path.is_file()]
     if 0 < len(sizes) == len(weights) and parameters > PER_BYTE * sum(sizes) + FEW:

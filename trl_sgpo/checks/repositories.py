@@ -28,6 +28,7 @@ _LOOPS, MAX_LOOPS = (
     re.compile(r".*(?:loops|passes|cycles|sinkhorn_iters)|pretraining_tp"),
     1000,
 )  # of a forward pass
+_MODELS = ("Model", "Encoder", "Decoder", "LMHead", "_V3")
 _LAYERS = re.compile(r"(?:num_|n_|.*_)?(?:layers?|blocks|stages|depths?)")
 _TEMPLATE = re.compile(r"\w[\w.\-]{0,99}")  # its name, of which a file is made when the tokenizer is saved
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -44,6 +45,7 @@ _WEIGHTS = (".safetensors", ".gguf")
 _READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".bpe", ".codes", ".spm", ".vocab", ".tiktoken", ".tokenizer")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_AUDIO = "audio_tokenizer_config.json"  # of which a library takes any class, from anywhere
 _OF_ADDED_TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type", "id"}
 _PROCESSORS = {
     "processor_class": re.compile(r"\w{1,80}Processor"),
@@ -116,6 +118,8 @@ def check_model_folder(directory: Path, source: str | Path) -> None:
     files = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
     for path in files:
         _check_file(path, directory)
+    if (directory / _AUDIO).exists():
+        raise ModelError(f"{source} names another model in {_AUDIO}, which is not loaded: remove that file.")
     for path in directory.glob("*.index*.json"):  # and of variants
         _check_index(path)
     for name, check in (
@@ -225,6 +229,8 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                 )
             if key == "tokenizer_class":
                 _check_tokenizer_class(source, value)
+            if key == "architectures":
+                _check_architectures(source, value)
             if key in _PROCESSORS and value is not None:
                 _check_processor_class(source, key, value)
             if key == "model_type" and value == "rag":
@@ -300,6 +306,14 @@ def _check_tokenizer_class(source: str | Path, name: Any) -> None:
         raise ModelError(f"{source} names its tokenizer in more than {_MAX_CLASS} characters: {OTHER_MODEL}")
     if of_others or plain in ("AutoTokenizer", "RagTokenizer"):
         raise ModelError(f"{source} names {name} as its tokenizer, which loads other files: {OTHER_MODEL}")
+
+
+def _check_architectures(source: str | Path, names: Any) -> None:
+    """TRL takes the first of them, any class of a library, and unknown ones for a language model."""
+    for name in names if isinstance(names, list) else []:
+        is_model = str(name).endswith(_MODELS) or "For" in str(name)
+        if str(name) in _library_names() and (not is_model or str(name).startswith("Auto")):
+            raise ModelError(f"The config of {source} names {name!r} in `architectures`, which is no model: {AGAIN}")
 
 
 def _check_special_tokens(source: str | Path, settings: dict[str, Any], directory: Path) -> None:

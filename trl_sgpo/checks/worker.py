@@ -9,6 +9,7 @@ standard output is the reply. It ends with its input and at its limit of memory,
 request takes too long.
 """
 
+import copy
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,18 +156,14 @@ def errors_left_to_the_caller() -> Iterator[None]:
 
 def opens(directory: str) -> tuple[bool, int | None, int | None]:
     """
-    Reads the config and the tokenizer of a model, and builds it without weights. Errors are left to the caller, who
-    does the same. Returns whether something printed control characters or without end, the number of parameters, and
-    bytes of buffers, which are made whatever the files hold. Both are `None` after an error.
+    Reads the config and the tokenizer of a model, builds it without weights, as each class that a library may load it
+    as, and runs it on a few tokens. Errors are left to the caller, who does the same. Returns whether something
+    printed control characters or without end, the largest number of parameters, and bytes of buffers and of the
+    largest tensor of a forward pass, which are made whatever the files hold. Both are `None` where no class can be
+    built.
     """
     import torch
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoTokenizer
 
     parameters = buffers = 0 if not Path(directory, "config.json").is_file() else None
     with printed() as output:
@@ -175,11 +172,12 @@ def opens(directory: str) -> tuple[bool, int | None, int | None]:
             tokenizer.decode(tokenizer(SAMPLE)["input_ids"])
         if parameters is None:
             with errors_left_to_the_caller(), torch.device("meta"):
-                config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-                kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-                model = kind.from_config(config, trust_remote_code=False)
-                parameters = sum(weight.numel() for weight in model.parameters())
-                buffers = sum(buffer.nbytes for buffer in model.buffers())
+                for build in _models(directory):
+                    with errors_left_to_the_caller():
+                        model = build()
+                        parameters = max(parameters or 0, sum(weight.numel() for weight in model.parameters()))
+                        buffers = max(buffers or 0, sum(buffer.nbytes for buffer in model.buffers()))
+                        buffers = max(buffers, _largest_tensor(model) - 8 * parameters)
         sys.stderr.flush()
         output.seek(0)
         content = output.read(MAX_PRINTED + 1)
@@ -188,6 +186,48 @@ def opens(directory: str) -> tuple[bool, int | None, int | None]:
             sign in DIRECTIONS or (unicodedata.category(sign) == "Cc" and sign not in "\t\n\r") for sign in text
         )
         return acts or len(content) > MAX_PRINTED, parameters, buffers
+
+
+def _largest_tensor(model: Any) -> int:
+    """Bytes of the largest tensor that a model makes for a few tokens, which takes no memory here."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+            return made
+
+    largest = Largest()
+    with errors_left_to_the_caller(), largest, torch.no_grad():
+        model.train(False)(input_ids=torch.ones((1, 8), dtype=torch.long))
+    return largest.bytes
+
+
+def _models(directory: str) -> Iterator[Callable[[], Any]]:
+    """
+    How a library may build a model: as a language model, as a reward model, and as the class that its config names,
+    which TRL takes whatever it is.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    kinds = [transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification]
+    kinds += [transformers.AutoModelForTokenClassification]
+    known = [kind for kind in kinds if type(config) in kind._model_mapping]
+    if kinds[0] not in known:
+        known.append(transformers.AutoModel)
+    for kind in known:
+        yield partial(kind.from_config, copy.deepcopy(config), trust_remote_code=False)
+    name = (config.architectures or [None])[0]
+    if isinstance(name, str) and name in dir(transformers):
+        named = getattr(transformers, name)
+        yield partial(named, named.config_class.from_pretrained(directory, local_files_only=True))
 
 
 def decodes(path: str, columns: list[str] | None, rows: int) -> int:

@@ -1,19 +1,25 @@
 """The results of a run in its model card, and in the metadata of the card."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.repositories import own_file
-from ..checks.shapes import count, either, exactly, listing, mapping, nothing, record, text
+from ..checks.shapes import count, either, exactly, listing, mapping, nothing, number, record, text
 from ..evaluation.chunks import RESULTS_FILE
 from ..evaluation.stored import RATE
 from ..evaluation.tables import PLAIN, WAYS, before_and_after, in_markdown, judged_of, one_line
 from ..report.run_files import REPORT_FILE
-from ..yaml_files import read_mapping
+from ..yaml_files import read_list, read_mapping
 
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+RESULTS_DIRECTORY = ".eval_results"
 
 _MAYBE = either(nothing, RATE)
 _SCORE = record(
@@ -35,6 +41,11 @@ _ENTRY = record(
         "metrics": listing(record({"type": exactly("accuracy"), "value": RATE}), 1),
     },
     closed=True,
+)
+_ON_BENCHMARK = record(
+    {"dataset": record({"id": text, "task_id": text}, closed=True), "value": number(0, 100)},
+    closed=True,
+    optional={"notes": text},
 )
 _OF_DATASET, _OF_METRIC = ("name", "type", "config", "split"), ("type", "value", "name")
 
@@ -94,6 +105,24 @@ def evaluated(evaluation: Path | None) -> list[dict[str, Any]]:
         if value != round(figures["value"], 4):
             raise ValueError(f"an accuracy of {value}, and {figures['value']} in {RESULTS_FILE}")
     return [_known(entry) for entry in entries]
+
+
+@expect_readable("hub/.eval_results")
+def on_benchmarks(evaluation: Path) -> dict[str, str]:
+    """The results on datasets of the Hub as it shows them, of what `eval` writes alone: name of a suite → YAML."""
+    folder, found = own_file(evaluation, "hub") / RESULTS_DIRECTORY, {}
+    paths = sorted(folder.glob("*.yaml"))
+    suites = _suites_of(evaluation) if paths else {}
+    for path in paths:
+        entries = read_list(str(own_file(evaluation, str(path.relative_to(evaluation)))))
+        listing(_ON_BENCHMARK, 1)(entries, path.name)
+        entry, figures = entries[0], suites[path.stem]["accuracy"]
+        if not HUB_NAME.fullmatch(entry["dataset"]["id"]) or entry["value"] != round(100 * figures["value"], 2):
+            raise ValueError(f"{path.name} has not the dataset and the accuracy of {RESULTS_FILE}")
+        texts = {key: one_line(entry[key]) for key in ("notes",) if key in entry}
+        known = {"dataset": {key: one_line(value) for key, value in entry["dataset"].items()}, "value": entry["value"]}
+        found[path.stem] = yaml.safe_dump([known | texts], sort_keys=False)
+    return found
 
 
 def _known(entry: dict[str, Any]) -> dict[str, Any]:

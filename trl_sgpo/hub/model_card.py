@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..evaluation.tables import in_code, in_markdown, one_line
 from ..files import write_file
 from ..inference.weights import lab_seed
-from .card_results import evaluated, measured, results
+from .card_results import HUB_NAME, evaluated, measured, results
 from .license import check_license
 
 
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 CARD = "README.md"
 FACTS_FILE = "training.json"
 METRICS_FILE = "metrics.json"
-RESULTS_DIRECTORY = ".eval_results"
 TAGS = ("sgpo", "strategy-bank", "trl", "trl-sgpo")
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL_DATA = ("reasoning_gym/", "list_functions/")
 _SETTINGS = (
     "max_steps",

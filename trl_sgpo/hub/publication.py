@@ -26,17 +26,9 @@ from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import TwoPhaseSettings
 from ..report.run_files import REFERENCE_FILE, REPORT_FILE, RUN_FILE, TEACHER_FILE
 from ..speed.merging import sharing_refusal
+from .card_results import HUB_NAME, RESULTS_DIRECTORY, on_benchmarks
 from .license import license_of_card
-from .model_card import (
-    CARD,
-    FACTS_FILE,
-    HUB_NAME,
-    METRICS_FILE,
-    RESULTS_DIRECTORY,
-    TrainingFacts,
-    make_card,
-    on_hub,
-)
+from .model_card import CARD, FACTS_FILE, METRICS_FILE, TrainingFacts, make_card, on_hub
 
 
 if TYPE_CHECKING:
@@ -167,7 +159,9 @@ def stage(
     _write_metrics(source, target)
     _copy(source, target, (REPORT_FILE,), link=False)
     if evaluation is not None:
-        _copy(own_file(evaluation, "hub"), target, (f"{RESULTS_DIRECTORY}/*.yaml",), link=False)
+        for name, content in on_benchmarks(evaluation).items():
+            (target / RESULTS_DIRECTORY).mkdir(exist_ok=True)
+            write_file(target / RESULTS_DIRECTORY / f"{name}.yaml", content)
     facts.save(target)
     card = make_card(target, repo_id, facts, license, adapter=base is not None, evaluation=evaluation)
     write_file(target / CARD, card)

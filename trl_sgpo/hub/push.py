@@ -17,8 +17,9 @@ from ..bank.snapshot import open_read_only
 from ..errors import ModelError
 from ..inference.model_files import MODEL_FILES
 from ..report.run_files import REPORT_FILE
+from .card_results import RESULTS_DIRECTORY
 from .errors import may_pass, readable_errors
-from .model_card import FACTS_FILE, METRICS_FILE, RESULTS_DIRECTORY, TrainingFacts
+from .model_card import FACTS_FILE, METRICS_FILE, TrainingFacts
 from .publication import stage, stage_checkpoint
 
 

@@ -19,7 +19,7 @@ from ..checks.characters import misplaced
 from ..data.final_answers import final_answer
 from ..errors import BankError, ConfigError, DataError, ModelError
 from ..evaluation.statistics import derived_seed
-from ..hub.model_card import HUB_NAME
+from ..hub.card_results import HUB_NAME
 from ..hub.pull import pull_run
 from ..method.context_length import EXECUTION, STRATEGY
 from ..method.control_tokens import TextEncoder

@@ -11,6 +11,7 @@ models are called as `reward_funcs`.
 """
 
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..files import private_file
 from ..inference.checked import checked
-from ..inference.pretrained import NO_QUESTION, readable_weights
+from ..inference.pretrained import NO_QUESTION, load_tokenizer, readable_weights
 from .conversation import answer_ids, prompts_ids
 from .prompts import Prompt
 
@@ -46,6 +47,23 @@ def _checked_arguments(args: GRPOConfig | None, model: Any, reward_funcs: Any) -
         loading = checked(model, loading, weights=True)
     args.model_init_kwargs = loading | {"local_files_only": True}
     return args
+
+
+def _tokenizers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments with the tokenizers of models that TRL loads by their names. TRL would load a processor, which can be any
+    class, and the tokenizer of a reward model at a commit that was not checked.
+    """
+    model, rewards = arguments.get("model"), arguments.get("reward_funcs")
+    found = {key: value for key, value in arguments.items() if key != "self"}
+    if isinstance(model, str) and found.get("processing_class") is None:
+        loading = found["args"].model_init_kwargs or {}
+        place = {key: loading[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in loading}
+        found["processing_class"] = load_tokenizer(model, **place, truncation_side="left", padding_side="left")
+    given = rewards if isinstance(rewards, list) else [rewards]
+    if any(isinstance(each, str) for each in given) and found.get("reward_processing_classes") is None:
+        found["reward_processing_classes"] = [load_tokenizer(r) if isinstance(r, str) else None for r in given]
+    return found
 
 
 class RewardModel:
@@ -85,8 +103,9 @@ class ConversationGRPOTrainer(GRPOTrainer):
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ):
         args = _checked_arguments(args, model, reward_funcs)
+        given = signature(GRPOTrainer.__init__).bind_partial(self, model, reward_funcs, args, *others, **kwargs)
         with NO_QUESTION, readable_weights(model) if isinstance(model, str) else nullcontext():
-            super().__init__(model, reward_funcs, args, *others, **kwargs)
+            super().__init__(**{**_tokenizers(given.arguments), "args": args})
         parts = zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)
         self.reward_funcs = [
             RewardModel(function, tokenizer, name, self.chat_template_kwargs)
