@@ -221,6 +221,22 @@ def test_policies_and_directories_that_cannot_score_steps(tmp_path, monkeypatch)
         train_process_reward_model(policy, toy_labels(True), config(tmp_path), tmp_path / "prm")
 
 
+def test_an_adapter_of_a_process_reward_model_learns_too(tmp_path):
+    policy, dataset = save_tiny_model(tmp_path / "policy"), toy_labels(True)
+    given = policy, dataset, config(tmp_path), tmp_path / "prm", 1e-2, 15
+    directory = train_process_reward_model(*given, full=False)
+    held_out = json.loads(Path(directory, "held_out.json").read_text())
+    assert held_out["accuracy"] > 0.9 and held_out["auc"] > 0.95
+    before, after = (load_file(Path(path, "model.safetensors")) for path in (policy, directory))
+    assert {name for name in before if name not in after or not torch.equal(before[name], after[name])} == {
+        *(name for name in before if "_proj." in name),
+        "lm_head.weight",
+    }
+    texts = ["add 0\nadd 1\nadd 2\n", "add 0\nbad 1\nadd 2\n"]
+    good, bad = ProcessReward(directory, "\n")(prompts=[dataset[0]["prompt"]] * 2, completions=texts)
+    assert good > 0.8 and bad < 0.2
+
+
 def test_fitting():
     assert prm._fitting([3, 0, 4, 5], 7) == 3
     assert prm._fitting([3, 4], 2) == 0

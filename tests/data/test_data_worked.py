@@ -4,8 +4,8 @@ import random
 import pytest
 from datasets import Dataset
 
-from trl_sgpo.data.tasks import answer_reward, load_problems
-from trl_sgpo.data.worked import _STRATEGIES, traces, worked_traces
+from trl_sgpo.data.tasks import answer_reward, load_problems, to_problems
+from trl_sgpo.data.worked import _STRATEGIES, solutions, traces, worked_traces
 from trl_sgpo.errors import DataError
 
 
@@ -26,6 +26,21 @@ def test_executions_are_right(problems):
     assert all(len(trace.execution) <= 64 for trace in found)
     phrasings = {phrasing for family in _STRATEGIES.values() for strategy, _ in family for phrasing in strategy}
     assert {trace.strategy for trace in found} == phrasings
+
+
+def test_worked_solutions_of_the_data_are_plain_answers(problems):
+    rows = [
+        {"question": "a?", "answer": "Half of 8 is 8/2 = <<8/2=4>>4.\n#### 4"},
+        {"question": "b?", "answer": "So it is \\boxed{7}."},
+        {"question": "c?", "answer": "9"},
+    ]
+    found = solutions(to_problems(Dataset.from_list(rows)))
+    assert [(trace.strategy, trace.execution) for trace in found] == [
+        ("", "Half of 8 is 8/2 = 4.\n#### 4"),
+        ("", "So it is \\boxed{7}.\n#### 7"),
+    ]
+    assert found[0].prompt == [{"role": "user", "content": "a?"}]
+    assert solutions(problems) == []
 
 
 def test_steps_are_right(problems):

@@ -15,7 +15,6 @@ from trl_sgpo.compare.arm_run import arm_recipe
 from trl_sgpo.compare.config import read_comparison
 from trl_sgpo.data.loading import load_data, load_rewards
 from trl_sgpo.data.tasks import to_problems
-from trl_sgpo.evaluation.suites import Suite
 from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
 from trl_sgpo.vram.architectures import architectures
 from trl_sgpo.vram.check import estimate_recipe
@@ -61,7 +60,7 @@ def test_there_are_recipes() -> None:
 def test_comparison_has_possible_arms(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     comparison = read_comparison(str(path))
-    assert [Suite(**suite).kind for suite in comparison.suites]
+    assert comparison.parsed_suites
     for arm in comparison.arms:
         recipe = arm_recipe(comparison, arm, seed=1)
         assert not recipe.launch

@@ -18,7 +18,7 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.secrets import redacted
 from ..data.classes import with_classes
-from ..data.loading import load_data, load_rewards
+from ..data.loading import load_data, load_rewards, without_long_problems
 from ..data.warmstart import warmstart_model
 from ..errors import ConfigError, DataError
 from ..evaluation.digest import Record, changes, depends_on, digest, digest_of_files
@@ -232,7 +232,7 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
         loaded.with_system_prompt(recipe.script.system_prompt) for loaded in load_suites(comparison.parsed_suites)
     ]
     training = recipe.training
-    fetch_model(recipe.model.model_name_or_path)
+    model_name = fetch_model(recipe.model.model_name_or_path)
     record = run_records(comparison, [(arm, seed)])[arm.name, seed]
     _check_record(directory, record)
     checkpoint = resume_point(training)
@@ -245,7 +245,8 @@ def run_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     settings = TwoPhaseSettings.from_config(training) if arm.form == "two_phase" else plain
     rows = training.per_device_train_batch_size * training.steps_per_generation
     transfer_suite = next(loaded for loaded in suites if loaded.suite.name == comparison.transfer["suite"])
-    dataset = with_classes(load_data(recipe)[recipe.script.dataset_train_split], training)
+    problems = load_data(recipe)[recipe.script.dataset_train_split]
+    dataset = with_classes(without_long_problems(problems, recipe.script.max_problem_tokens, model_name), training)
     if validation := arm.settings.get("validation"):
         curve_suite = _validation_suite(validation, dataset["prompt"], recipe)
     else:

@@ -20,7 +20,7 @@ from trl import GRPOTrainer, get_peft_config, get_quantization_config
 from ..data.classes import CLASS_COLUMN
 from ..data.loading import load_rewards
 from ..data.warmstart import two_phase_examples, warmstart
-from ..data.worked import Trace, traces
+from ..data.worked import Trace, solutions, traces
 from ..errors import ConfigError, DataError
 from ..inference.loading import how_trained
 from ..inference.model import Decoding, TwoPhaseModel
@@ -128,12 +128,13 @@ def _base(task: Task) -> TrainedArm:
 
 
 def _sft(task: Task) -> TrainedArm:
-    """Trains on worked solutions until the number of trained tokens reaches the budget of generated ones."""
+    """Trains on the data's worked solutions, or on made ones, until the trained tokens reach the budget."""
     training, script = task.recipe.training, task.recipe.script
     tokenizer = TwoPhaseModel.from_pretrained(task.model).tokenizer
     rounds, chosen, tokens = 0, [], 0
     while tokens < task.budget:
-        more = traces(task.dataset.shuffle(seed=training.seed + rounds), 1, seed=training.seed + 1000 + rounds)
+        shuffled = task.dataset.shuffle(seed=training.seed + rounds)
+        more = solutions(shuffled) or traces(shuffled, 1, seed=training.seed + 1000 + rounds)
         examples = two_phase_examples(more, tokenizer, training, training.seed, script.warmstart_plain_share)
         lengths = [sum(label != -100 for label in example["labels"]) for example in examples]
         for trace, length in zip(more, lengths, strict=True):
@@ -232,6 +233,7 @@ def _prm(task: Task) -> TrainedArm:
         Path(training.output_dir, "reward"),
         learning_rate=settings["reward_learning_rate"],
         epochs=settings["reward_epochs"],
+        full=not task.recipe.model.use_peft,
     )
     process = ProcessReward(reward, settings["step_separator"], settings["step_aggregation"])
     return _train_grpo(

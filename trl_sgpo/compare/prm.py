@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
@@ -16,14 +17,7 @@ from ..inference.settings import TwoPhaseSettings
 from ..inference.verifier import Verifier, verify
 from ..method.conversation import prompt_ids
 from ..method.prompts import Prompt
-from .rlhf import (
-    check_sampling,
-    fingerprint,
-    finish_directory,
-    is_made_of,
-    split_by_problem,
-    training_settings,
-)
+from .rlhf import check_sampling, fingerprint, finish_directory, is_made_of, split_by_problem, training_settings
 
 
 if TYPE_CHECKING:
@@ -207,20 +201,19 @@ def train_process_reward_model(
     output_dir: str | os.PathLike[str],
     learning_rate: float = 1e-4,
     epochs: float = 1,
+    full: bool = True,
 ) -> str:
     """
     Trains a model to predict, at the last token of each step, the probability of a right answer.
 
     It starts from the policy's weights, with a new token classification head of one logit, and minimises the cross
-    entropy to the labels. A tenth of the problems is held out. `held_out.json` beside the model has, for their steps,
-    the `accuracy` at a threshold of 0.5 and the `auc`: how often, of two steps, the one with the higher label has the
-    higher probability. The directory appears only when it is complete.
+    entropy to the labels. A tenth of the problems is held out. `held_out.json` has, for their steps, the `accuracy` at
+    a threshold of 0.5 and the `auc`: how often, of two steps, the one with the higher label has the higher one. The
+    directory appears only when it is complete.
 
     Args:
-        policy_dir (`str`):
-            Directory of the policy.
-        dataset ([`~datasets.Dataset`]):
-            See [`step_labels`].
+        policy_dir (`str`), dataset ([`~datasets.Dataset`]):
+            Directory of the policy, and labels of [`step_labels`].
         config ([`SGPOConfig`]):
             Its seed, precision, device and reporting are used.
         output_dir (`str`):
@@ -229,6 +222,8 @@ def train_process_reward_model(
             Peak learning rate, decayed linearly to 0.
         epochs (`float`, *optional*, defaults to `1`):
             Passes over the solutions.
+        full (`bool`, *optional*, defaults to `True`):
+            Whether to train the whole model, or the head and a LoRA adapter, which is merged.
 
     Returns:
         `str`: `output_dir`
@@ -243,8 +238,8 @@ def train_process_reward_model(
     from ..inference.pretrained import load_model, load_tokenizer
 
     template_kwargs = config.chat_template_kwargs
-    parts = [policy_dir, dataset.to_list(), learning_rate, epochs, config.seed]
-    made_of = fingerprint([*parts, template_kwargs] if template_kwargs else parts)
+    optional = [part for part in (template_kwargs, None if full else "adapter") if part]
+    made_of = fingerprint([policy_dir, dataset.to_list(), learning_rate, epochs, config.seed, *optional])
     if is_made_of(output_dir, made_of):
         return str(output_dir)
     tokenizer = load_tokenizer(policy_dir)
@@ -259,6 +254,11 @@ def train_process_reward_model(
             f"architecture ({str(error).splitlines()[0]}): use a Llama, Mistral, Qwen or Gemma model."
         ) from error
     disable_dropout_in_model(model)
+    if not full:
+        adapter = LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", exclude_modules=["score"], task_type="TOKEN_CLS"
+        )
+        model = get_peft_model(model, adapter)
     training, held_out = split_by_problem(dataset.to_list(), config.seed)
     trainer = Trainer(
         model=model,
@@ -272,6 +272,7 @@ def train_process_reward_model(
     trainer.train()
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
+        model = model if full else model.merge_and_unload()
         solutions = [(row["prompt"], row["completions"]) for row in held_out]
         probabilities = step_probabilities(model, tokenizer, solutions, chat_template_kwargs=template_kwargs)
         scores = torch.tensor([p for steps in probabilities for p in steps])

@@ -63,7 +63,8 @@ def two_phase_examples(
     Writes traces as token sequences: request, strategy, turn, execution. Strategy and execution are trained.
 
     Half of the requests quote another strategy of the class, as requests do once the bank holds some. Some traces
-    may be written as one plain answer instead: the problem, then strategy and execution as one completion.
+    may be written as one plain answer instead: the problem, then strategy and execution as one completion. Those
+    without a strategy are.
 
     Args:
         traces (`list[Trace]`):
@@ -87,7 +88,7 @@ def two_phase_examples(
         by_class.setdefault(trace.problem_class, []).append(trace.strategy)
     examples = []
     for trace in traces:
-        if plain_share > 0 and not trace.given and rng.random() < plain_share:
+        if not trace.strategy or (plain_share > 0 and not trace.given and rng.random() < plain_share):
             examples.append(plain_example(trace, conversation))
             continue
         shown = []

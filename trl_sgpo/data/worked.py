@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..compare.lab import list_functions
 from ..errors import DataError
+from .annotations import worked_execution
 from .families import generated_again, read_reference
 
 
@@ -27,7 +28,7 @@ class Trace:
         prompt (`list[dict[str, str]]`):
             The problem as messages.
         strategy (`str`):
-            A general way to solve problems of the class, without numbers.
+            A general way to solve problems of the class, without numbers. Empty if `execution` is a plain answer.
         execution (`str`):
             The strategy applied to the problem, with `#### answer` as last line.
         problem_class (`str`):
@@ -70,6 +71,27 @@ def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
             f"{', '.join(_STRATEGIES)}, like `reasoning_gym/{'+'.join(_STRATEGIES)}`."
         )
     return covered
+
+
+def solutions(dataset: "Dataset") -> list[Trace]:
+    """
+    The worked solutions that the data has, as plain answers.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems as loaded by [`~trl_sgpo.data.tasks.load_problems`]. The column `worked_solution` is read.
+
+    Returns:
+        `list[Trace]`: In the order of the problems. Empty if no problem has a worked solution that leads to an answer.
+    """
+    if "worked_solution" not in dataset.column_names:
+        return []
+    return [
+        Trace(row["prompt"], "", execution, "")
+        for row in dataset
+        if row["worked_solution"] is not None
+        and (execution := worked_execution(row["worked_solution"], row["solution"])) is not None
+    ]
 
 
 def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
