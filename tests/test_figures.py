@@ -97,6 +97,17 @@ def test_readme() -> None:
     assert pooled["arms"]["grpo"][PLAIN]["collapsed"] == pooled["arms"]["grpo"][PLAIN]["runs"] == 10
 
 
+def test_bank_worth() -> None:
+    found = json.loads((DOCS / "results" / "bank_worth.json").read_text())["figures"]
+    text = (DOCS / "bank.md").read_text().partition("## What it is worth")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (one|two) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 10
+    for kind, bank, accuracy, shown in rows:
+        figures = found[f"{kind} | {bank}"]
+        value, low, high = (figures["accuracy"][key] for key in ("value", "low", "high"))
+        assert (accuracy, shown) == (f"{value:.2f} [{low:.2f}, {high:.2f}]", f"{figures['strategies_shown']:.2f}")
+
+
 def test_ceiling() -> None:
     rows = json.loads((DOCS / "results" / "plain_ceiling.json").read_text())
     text = " ".join((DOCS / "plain_answers.md").read_text().split())
