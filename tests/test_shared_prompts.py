@@ -8,6 +8,7 @@ from models import ARCHITECTURES, ROWS_APART, evenness, problems, save_tiny_mode
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
+from trl_sgpo.speed import generation
 from trl_sgpo.speed.scoring import RowScorer, problems_together
 from trl_sgpo.speed.shared_prompts import packed_attention, share_prompts
 
@@ -179,8 +180,31 @@ def test_same_generation_as_apart(trainer, prompts, rest):
     handle.remove()
     assert together == apart
     prefills = [shape for shape in read if shape[1] > 1]
-    assert prefills == ([(2, 3), (4, rest)] if rest else [(2, 2), (4, 5)])
+    assert prefills == ([(2, 3), (4, rest - 1)] if rest else [(2, 2), (4, 5)])
     assert "generate" not in vars(trainer.model)
+
+
+def test_contexts_are_read_in_parts(trainer, monkeypatch):
+    """Tokens and log-probabilities are those of all contexts read at once."""
+    requests = [[5, 6, 7, 8]] * 3 + [[20, 21]] * 2
+    contexts = [request + rest for request, rest in zip(requests, [[9], [], [30, 31, 32], [40], [41, 7]], strict=True)]
+    read = []
+    embeddings = trainer.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
+    trainer.generation_config.do_sample, generated = True, []
+    for tokens in (2048, 6, 1):
+        monkeypatch.setattr(generation, "READ_TOKENS", tokens)
+        torch.manual_seed(0)
+        with trainer.fast_generation(requests):
+            generated.append(trainer.generate(contexts, 6))
+    handle.remove()
+    contexts_read = [5], [2, 2, 1], [1] * 5
+    assert [shape for shape in read if shape[1] > 1] == [(rows, 3) for parts in contexts_read for rows in [2, *parts]]
+    (ids, log_probs), *others = generated
+    for other_ids, other_log_probs in others:
+        assert other_ids == ids
+        for row, other in zip(log_probs, other_log_probs, strict=True):
+            torch.testing.assert_close(torch.tensor(other), torch.tensor(row), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_ended_are_left_out(trainer):

@@ -1,6 +1,7 @@
 """The estimate of memory: against what training allocates, against published sizes, and what it refuses."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from trl_sgpo.method.context_length import longest_requests
 from trl_sgpo.method.conversation import Conversation
 from trl_sgpo.method.rollout import Rollout
 from trl_sgpo.recipe import Recipe, model_init_kwargs, read_recipe
+from trl_sgpo.speed import generation
 from trl_sgpo.vram.advice import cheapest_change
 from trl_sgpo.vram.architectures import architectures, model_config
 from trl_sgpo.vram.check import estimate_recipe
 from trl_sgpo.vram.estimate import Estimate, Estimator, Lengths, rows_of_problems
+from trl_sgpo.vram.simulate import SimulatedModel
 
 
 SIZES = {
@@ -65,11 +68,7 @@ def small_recipe(model: str, tmp_path: Path, options: list[str]) -> Recipe:
 
 
 def trained_peak(trainer: SGPOTrainer) -> int:
-    """
-    Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states, from the profiler's
-    record of every allocation and release. Unlike the size of the process it does not depend on what the machine's
-    allocator and libraries keep.
-    """
+    """Bytes of all tensors at the peak of two steps, the first of which makes the optimizer's states."""
     standing = {}
     for module in trainer.model.modules():
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -78,8 +77,16 @@ def trained_peak(trainer: SGPOTrainer) -> int:
                 state = tensor.quant_state
                 standing[state.absmax.data_ptr()] = state.absmax.nbytes
                 standing[state.state2.absmax.data_ptr()] = state.state2.absmax.nbytes
+    return sum(standing.values()) + allocated_peak(trainer.train)
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """
+    Bytes of all new tensors at the peak, from the profiler's record of every allocation and release. Unlike the size
+    of the process it does not depend on what the machine's allocator and libraries keep.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer.train()
+        run()
     events = traverse_dfs(profile.profiler.kineto_results.experimental_event_tree())
     changes = [event for event in events if event.typed[0] == _EventType.Allocation]
     live: dict[int, int] = {}  # so that what was there before is not counted when it is released
@@ -92,7 +99,7 @@ def trained_peak(trainer: SGPOTrainer) -> int:
         else:
             total -= live.pop(address, 0)
         peak = max(peak, total)
-    return sum(standing.values()) + peak
+    return peak
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,38 @@ def test_estimate_is_what_training_on_a_cpu_allocates(
     estimate = Estimator(AutoConfig.from_pretrained(model), "cpu")(recipe, Lengths(len(request), 16, turn, 48))
     print(f"{architecture}: measured {measured}, estimated {estimate.peak} ({estimate.moment})")
     assert estimate.peak == pytest.approx(measured, rel=0.15), (estimate.parts, estimate.moments)
+
+
+def test_estimate_is_what_generation_on_a_cpu_allocates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a large LM head, which no pass copies, and contexts that are read at once and in parts."""
+    sizes = SIZES | {"vocab_size": 8192, "intermediate_size": 1024}
+    path = save_tiny_model(tmp_path / "model", "llama", **sizes)
+    args = small_recipe(path, tmp_path, FULL).training
+    trainer = SGPOTrainer(
+        path,
+        evenness,
+        args,
+        train_dataset=problems(),
+        strategy_bank=StrategyBank(tmp_path / "bank", embedding_model=hash_embedder),
+    )
+    trainer.generation_config.suppress_tokens = trainer.eos_token_ids  # full length
+    requests = [[problem] * 100 for problem in range(3, 7)]
+    contexts = [[*request, *range(10, 74)] for request in requests for _ in range(16)]
+    model = SimulatedModel(AutoConfig.from_pretrained(path), torch.float32)
+    measured = []
+    for read_tokens in (2**20, 512):
+        monkeypatch.setattr(generation, "READ_TOKENS", read_tokens)
+
+        def generate() -> None:
+            with torch.no_grad(), trainer.fast_generation(requests):
+                trainer.generate(contexts, 24)
+
+        measured.append(allocated_peak(generate))
+        logit_bytes = 6 * 4  # as in the estimate, without a copy in 32 bits and with one for the suppressed tokens
+        moments = model.generation(len(contexts), len(requests), 99, 65, 24, logit_bytes, keep_prefixes=False)
+        print(f"{read_tokens}: measured {measured[-1]}, estimated {moments}")
+        assert max(moments.values()) == pytest.approx(measured[-1], rel=0.15), moments
+    assert measured[1] < 0.5 * measured[0]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +228,46 @@ def test_change_is_the_first_that_fits_and_recipe_stays_as_it_is(tmp_path: Path)
     assert change["gradient_accumulation_steps"] == 8
     assert cheapest_change(recipe, 0.5, estimate) is None
     assert recipe.training.per_device_train_batch_size == 4 and not recipe.training.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("needed", "expected"),
+    [
+        ("max_problem_tokens", {"max_problem_tokens": 150}),
+        (
+            "num_generations",
+            {"num_generations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        ),
+    ],
+)
+def test_change_may_be_of_problems_or_of_their_rows(needed: str, expected: dict[str, int], tmp_path: Path) -> None:
+    recipe = small_recipe("any", tmp_path, [*QLORA, "--max_problem_tokens", "200", "--transfer_block_size", "1"])
+    before = recipe.script.max_problem_tokens, recipe.training.num_generations
+    values = {"max_problem_tokens": before[0], "num_generations": before[1]}
+
+    def estimate(changed: Recipe) -> Estimate:
+        now = {"max_problem_tokens": changed.script.max_problem_tokens, **vars(changed.training)}[needed]
+        return Estimate({}, {"training": (1 if now < values[needed] else 9) * 2**30}, {}, 0, 0, Lengths(1, 1, 1, 1))
+
+    found = cheapest_change(recipe, 4, estimate)
+    assert found is not None and found[0] == expected
+    assert (recipe.script.max_problem_tokens, recipe.training.num_generations) == before
+
+
+def test_rows_of_a_problem_stay_whole_blocks(tmp_path: Path) -> None:
+    """4 rows are 1 strategy of each of 2 problems and 2 plain rows, and 2 would be none."""
+    recipe = small_recipe("any", tmp_path, [*QLORA, "--num_plain_rollouts", "2"])
+    tried: list[Recipe] = []
+
+    def too_large(changed: Recipe) -> Estimate:
+        tried.append(changed)
+        return Estimate({}, {"training": 2**40}, {}, 0, 0, Lengths(1, 1, 1, 1))
+
+    assert cheapest_change(recipe, 8, too_large) is None
+    assert {changed.training.num_generations for changed in tried} == {4}
+    for changed in tried:
+        rows = changed.training.per_device_train_batch_size * changed.training.gradient_accumulation_steps
+        assert rows % 8 == 0
 
 
 def test_what_a_recipe_has_already_is_not_proposed(tmp_path: Path) -> None:

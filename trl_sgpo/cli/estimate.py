@@ -121,8 +121,8 @@ def _verdict(result: dict[str, Any]) -> str:
     start = f"Does not fit into {vram:g} GB with {HEADROOM:.0%} to spare."
     if result["change"] is None:
         return (
-            f"{start} No change of batch, precision or `max_completion_length` is enough: set a smaller "
-            "`num_generations` or `max_problem_tokens`, or take a smaller model."
+            f"{start} No change of batch, precision, `num_generations`, `max_problem_tokens` or "
+            "`max_completion_length` is enough: take a smaller model."
         )
     return f"{start} It does with {in_words(result['change'])}: {_gb(result['peak_with_change'])} GB."
 

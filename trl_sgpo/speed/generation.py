@@ -14,9 +14,16 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 
 from .generation_settings import COUNTED, active, needs_whole_prompts
 from .merging import base_of
-from .row_cache import row_cache
+from .row_cache import RowCache
 from .sampling import SampledLogProbs
 from .shared_prompts import within_window
+
+
+READ_TOKENS = 2048
+"""
+Tokens of contexts that are read at a time. More would not be faster on a GPU, and would take more memory than the keys
+and values of what is generated afterwards.
+"""
 
 
 def left_padded(
@@ -62,6 +69,38 @@ def prefix_cache(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) 
         use_cache=True,
     )
     return cache
+
+
+def rows_at_a_time(tokens: int) -> int:
+    """Number of rows that are read at a time, of which each has this many tokens."""
+    return max(1, READ_TOKENS // max(tokens, 1))
+
+
+def read_contexts(model: PreTrainedModel, cache: RowCache, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """
+    Adds all but the last token of left-padded contexts to a KV cache that holds their beginnings. Rows are read in
+    parts, because all at once would take gigabytes of activations.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that generates.
+        cache ([`~trl_sgpo.speed.row_cache.RowCache`]):
+            KV cache of the rows.
+        ids (`torch.Tensor` of shape `(B, length)`), mask (`torch.Tensor` of shape `(B, length)`):
+            The contexts and their attention mask.
+    """
+    start, stop = cache.get_seq_length(), ids.size(1) - 1
+    if stop == start:
+        return
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    for rows, part in cache.parts(rows_at_a_time(stop - start), stop - start):
+        model.get_decoder()(
+            input_ids=ids[rows, start:stop],
+            attention_mask=mask[rows, :stop],
+            position_ids=positions[rows, start:stop],
+            past_key_values=part,
+            use_cache=True,
+        )
 
 
 class _PrefixGenerate:
@@ -116,10 +155,11 @@ class _PrefixGenerate:
         rows = torch.tensor(prefix_of, device=device)
         ids = torch.cat([prefix_ids[rows], rest_ids], dim=1)
         mask = torch.cat([prefix_mask[rows], rest_mask], dim=1)
-        cache = row_cache(self.cache, rows, ids.size(1), ids.size(1) + config.max_new_tokens)
+        cache = RowCache(self.cache, rows, ids.size(1), ids.size(1) + config.max_new_tokens)
         self.calls_left -= 1
         if self.calls_left == 0:
             self.cache = None
+        read_contexts(self.base, cache, ids, mask)
         return torch.cat([input_ids, self._new_tokens(ids, mask, cache, stopping_criteria, kwargs)], dim=1)
 
     def _new_tokens(

@@ -1,4 +1,7 @@
-"""KV cache that starts from shared prefixes and grows in blocks of tokens."""
+"""KV cache that starts from shared prefixes, is filled some rows at a time and grows in blocks of tokens."""
+
+import copy
+from collections.abc import Iterator
 
 import torch
 from transformers import Cache
@@ -35,6 +38,13 @@ class _BlockLayer(DynamicLayer):
         self._show(stop)
         return self.keys, self.values
 
+    def part(self, rows: slice) -> "_BlockLayer":
+        """Some of the rows, in the same memory."""
+        layer = copy.copy(self)
+        layer._memory = [memory[rows] for memory in self._memory]
+        layer._show(self.get_seq_length())
+        return layer
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         start, length = self.get_seq_length(), self._memory[0].size(2)
         self._memory = [_allocated(states, length, indices) for states in (self.keys, self.values)]
@@ -49,7 +59,7 @@ def _allocated(states: torch.Tensor, length: int, rows: torch.Tensor | None = No
     return memory
 
 
-def row_cache(prefixes: Cache, rows: torch.Tensor, length: int, limit: int) -> Cache:
+class RowCache(Cache):
     """
     A KV cache of rows that each begin with one of N prefixes.
 
@@ -62,8 +72,29 @@ def row_cache(prefixes: Cache, rows: torch.Tensor, length: int, limit: int) -> C
             Tokens of a row before any is generated.
         limit (`int`):
             Maximum number of tokens of a row.
-
-    Returns:
-        [`~transformers.Cache`]
     """
-    return Cache(layers=[_BlockLayer(layer.keys, layer.values, rows, length, limit) for layer in prefixes.layers])
+
+    def __init__(self, prefixes: Cache, rows: torch.Tensor, length: int, limit: int):
+        super().__init__(
+            layers=[_BlockLayer(layer.keys, layer.values, rows, length, limit) for layer in prefixes.layers]
+        )
+
+    def parts(self, rows: int, new_tokens: int) -> Iterator[tuple[slice, Cache]]:
+        """
+        Fills the cache of all rows, some at a time.
+
+        Args:
+            rows (`int`):
+                Rows at a time.
+            new_tokens (`int`):
+                Tokens that are added to each row, at most `length` altogether.
+
+        Yields:
+            `tuple[slice, Cache]`: Which rows, and their cache, that the caller adds the tokens to.
+        """
+        length = self.get_seq_length() + new_tokens
+        for start in range(0, len(self.layers[0].keys), rows):
+            part = slice(start, start + rows)
+            yield part, Cache(layers=[layer.part(part) for layer in self.layers])
+        for layer in self.layers:
+            layer._show(length)

@@ -323,7 +323,8 @@ class Estimator:
 
 _RESTORED = "base weights to restore after generation"
 _EMBEDDER = 200 * 2**20  # MiniLM and a bank of thousands of strategies
-_SAMPLING_BYTES = 2 + 4 + 4  # logits, their copy in 32 bits, and probabilities
+# Logits, their copy in 32 bits, probabilities, and for log-probabilities two copies more
+_SAMPLING_BYTES = 2 + 4 + 4 + 2 * 4
 _SORTING_BYTES = 4 + 8 + 4 + 4
 
 

@@ -24,7 +24,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from ..speed.row_cache import row_cache
+from ..speed.generation import rows_at_a_time
+from ..speed.row_cache import RowCache
 from ..speed.shared_prompts import SharedPrompts, packed_attention, share_prompts
 
 
@@ -60,7 +61,7 @@ class Weights:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all live storages that operations allocate."""
+    """Counts the bytes of all live storages that operations allocate. Those that they are given are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,9 @@ class _Live(TorchDispatchMode):
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tree_map_only(torch.Tensor, lambda tensor: self.seen.add(tensor.untyped_storage()), (args, kwargs))
+        result = func(*args, **kwargs)
         tree_map_only(torch.Tensor, self._note, result)
         return result
 
@@ -315,11 +318,12 @@ class SimulatedModel:
                 self._decoder(torch.zeros(prefixes, prefix_length, dtype=torch.long), prefix_cache)
                 moments["requests"] = live.moment()
                 length = prefix_length + rest_length
-                cache = row_cache(prefix_cache, torch.zeros(rows, dtype=torch.long), length, length + new_tokens)
+                cache = RowCache(prefix_cache, torch.zeros(rows, dtype=torch.long), length, length + new_tokens)
                 moments["copies"] = live.moment()
                 if not keep_prefixes:
                     del prefix_cache
-            self._next_token(rows, rest_length, cache, logit_bytes)
+                self._read(cache, rows, rest_length - 1)
+            self._next_token(rows, 1 if prefixes else rest_length, cache, logit_bytes)
             moments["contexts"] = live.moment()
             if new_tokens > 2:
                 for index, layer in enumerate(cache.layers):
@@ -329,6 +333,12 @@ class SimulatedModel:
             moments["last token"] = live.moment()
             cached = sum(_nbytes(layer.keys) + _nbytes(layer.values) for layer in cache.layers)
         return {**moments, "cache": cached}
+
+    def _read(self, cache: RowCache, rows: int, unread: int) -> None:
+        at_a_time = rows_at_a_time(unread)
+        for part, part_cache in cache.parts(at_a_time, unread):
+            if unread and part.start == 0:  # no part is larger
+                self._decoder(torch.zeros(min(at_a_time, rows), unread, dtype=torch.long), part_cache)
 
     def _next_token(self, rows: int, length: int, cache: Cache, logit_bytes: int) -> None:
         ids = torch.zeros(rows, length, dtype=torch.long)
