@@ -3,8 +3,9 @@
 
 1. Training: rows of a prompt are packed, so that the prompt is read once, without padding, and only trained tokens are
    projected onto the vocabulary (`shared_prompts.py`, `scoring.py`).
-2. Generation: prompts are read once for all their rows, finished rows leave the batch, and LoRA adapters are merged
-   (`generation.py`, `row_cache.py`), where the settings of `generate` allow it (`generation_settings.py`).
+2. Generation: prompts are read once for all their rows, what follows them is read in parts, finished rows leave the
+   batch, and LoRA adapters are merged (`generation.py`, `row_cache.py`), where the settings of `generate` allow it
+   (`generation_settings.py`).
    Adapters that learn a prompt generate with it (`learned_prompts.py`).
 3. At the start, and after 1, 2, 4, 8, … optimizer steps, a few rows are computed by each path and compared with the
    plain one; a path that differs is not used (`start_check.py`, `equivalence.py`).
