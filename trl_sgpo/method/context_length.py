@@ -108,6 +108,7 @@ def check_context_length(
     shown: int = 0,
     virtual: int = 0,
     phases: Sequence[str] = (STRATEGY, EXECUTION),
+    vllm_limit: int | None = None,
 ) -> None:
     """
     Checks that the longest row that the prompts can lead to has positions in the model, and warns if the model reads
@@ -128,12 +129,14 @@ def check_context_length(
             Virtual tokens that an adapter puts before a row.
         phases (`Sequence[str]`, *optional*):
             Limits of what is generated, in order. With that of the execution only, prompts are answered as they are.
+        vllm_limit (`int`, *optional*):
+            Length at which vLLM ends rows.
 
     Raises:
         [`ConfigError`]: It has not. The message names the settings to lower.
     """
     limit, rotary = position_limit(config), rotary_limit(config)
-    if (limit is None and rotary is None) or not prompts:
+    if (limit is None and rotary is None and vllm_limit is None) or not prompts:
         return
     if STRATEGY in phases:
         (request,) = longest_requests(prompts, 1, conversation, settings.max_strategy_length, shown)
@@ -153,6 +156,11 @@ def check_context_length(
         raise ConfigError(
             f"A row can have {longest} tokens, and the model has {limit} positions: {counted}. {lower}, or leave out "
             "the longest problems."
+        )
+    if vllm_limit is not None and longest > vllm_limit:
+        raise ConfigError(
+            f"A row can have {longest} tokens ({counted}), and vLLM ends rows at {vllm_limit}: raise "
+            f"`vllm_max_model_length`. Or {lower[0].lower()}{lower[1:]}."
         )
     if rotary is not None and longest > rotary:
         logger.warning_once(

@@ -134,7 +134,7 @@ def check_model(trainer: GRPOTrainer) -> None:
     Raises:
         [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
             with gradient checkpointing, FSDP with sharded state dicts, rows longer than the model's table of
-            positions, or a chat template without the system role that the prompts have.
+            positions or than vLLM reads, or a chat template without the system role that the prompts have.
         [`DataError`]: A message with control tokens of the model outside its content.
         [`ModelError`]: It has settings that cannot be saved.
     """
@@ -153,6 +153,7 @@ def check_model(trainer: GRPOTrainer) -> None:
     evals = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     evaluated = [prompt for dataset in evals if dataset is not None for prompt in dataset["prompt"]]
     learns_prompt = is_prompt_learning(trainer.model)
+    colocated = trainer.use_vllm and trainer.args.vllm_mode == "colocate"
     check_context_length(
         trainer.model.config,
         trainer.conversation,
@@ -160,6 +161,7 @@ def check_model(trainer: GRPOTrainer) -> None:
         trainer.args,
         shown_strategies(trainer.args),
         trainer.model.active_peft_config.num_virtual_tokens if learns_prompt else 0,
+        vllm_limit=trainer.vllm_generation.llm.model_config.max_model_len if colocated else None,
     )
     if trainer.accelerator.is_main_process:
         _warn_of_data(trainer, [dataset for dataset in evals if dataset is not None])
