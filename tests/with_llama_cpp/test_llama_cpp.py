@@ -30,6 +30,7 @@ from trl_sgpo.export.export import TOLERANCES, ExportPlan, export, load_unmerged
 from trl_sgpo.export.gguf_tokenizer import _PROBES, _SPLITS
 from trl_sgpo.export.parity import Parity, compare, logits_on, probes
 from trl_sgpo.inference.settings import TwoPhaseSettings
+from trl_sgpo.method.prompts import strategy_prompt
 
 
 ROOT = Path(__file__).parents[2]
@@ -197,19 +198,23 @@ def server(file: Path) -> Iterator[str]:
 
 
 def test_solve_behind_its_server(tmp_path: Path, smollm2: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Greedy answers behind the server are those of the run."""
+    """Strategies behind the server are those of the run, once its penalty of repetition is that of training."""
     run, _ = smollm2
+    settings = TwoPhaseSettings.load(run)
     export(ExportPlan(run, str(tmp_path / "out"), gguf="f16"))
     (file,) = (tmp_path / "out").glob("*.gguf")
-    (tmp_path / "problems.jsonl").write_text('{"problem": "What is 2 times 3?"}\n{"problem": "What is 17 + 26?"}\n')
+    problem = "What is 2 times 3?"
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"problem": problem}) + "\n")
+    messages = strategy_prompt([{"role": "user", "content": problem}], settings.strategy_prompt, [], True)
+    request = {"messages": messages, "max_tokens": settings.max_strategy_length, "temperature": 0}
     answered = {}
     with server(file) as url:
         for name, source in (("server", ["--server", url, "--run", run]), ("run", ["--model", run])):
             output = tmp_path / f"{name}.jsonl"
             files = ["--input", str(tmp_path / "problems.jsonl"), "--output", str(output)]
             assert main(["solve", *source, *files]) == 0, capsys.readouterr().err
-            answered[name] = [json.loads(line) for line in output.read_text().splitlines()]
-    for one, other in zip(answered["server"], answered["run"], strict=True):
-        print(one)
-        assert one["strategy"].strip() and one["strategy"] == other["strategy"]
-        assert one["execution"] == other["execution"]
+            answered[name] = json.loads(output.read_text())
+        for name, more in (("server", {}), ("run", {"repeat_penalty": 1.0})):  # the server's own is 1.1
+            answer = httpx.post(f"{url}/chat/completions", json=request | more, timeout=300).json()
+            assert answer["choices"][0]["message"]["content"].strip() == answered[name]["strategy"]
+    assert all(each["strategy"] and each["execution"] for each in answered.values())
