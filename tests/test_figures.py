@@ -77,24 +77,52 @@ def test_differences(page: str, arms: dict[str, dict[str, Any]]) -> None:
     assert len(named) >= 10 and not [each for each in named if each not in known]
 
 
+LAB2 = {
+    "Warm start": "base",
+    "SFT, seed 1": "sft",
+    "GRPO": "grpo",
+    "Two-phase GRPO: the same in two phases, with nothing else of SGPO": "two_phase_grpo",
+    "Two-phase GRPO with the bank": "two_phase_grpo_bank",
+    "SGPO without bank, leak penalty and coherence": "transfer_only",
+    "SGPO with random rewards, seed 1": "random_reward",
+    "**SGPO**": "sgpo",
+}
+
+
 def test_readme() -> None:
-    pooled = json.loads((DOCS / "results" / "internalize.json").read_text())
+    found = json.loads((DOCS / "results" / "lab2.json").read_text())["arms"]
     text = (DOCS.parent / "README.md").read_text()
-    named = {"SFT": "sft", "GRPO": "grpo", "**SGPO**": "sgpo", "SGPO, `internalize: distill`": "distill"}
-    named |= {"RFT (its own right answers)": "rft", "The same, taught strategies of other classes": "wrong"}
-    table = text.partition("| Two models, 5 seeds each | Guided | Plain |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    header = "| Two models, seeds 1 to 3 | As trained | Plain | Collapsed runs |\n|---|---|---|---|\n"
+    table = text.partition(header)[2].partition("\n\n")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    assert {row[0] for row in rows} == named.keys()
-    for name, guided, plain in rows:
-        figures = pooled["arms"][named[name]]
-        assert plain == in_brackets(figures[PLAIN])
-        assert guided == (in_brackets(figures[GUIDED]) if f"{GUIDED} without the bank" in figures else "–")
-    gain = pooled["differences"]["distill"][PLAIN]
-    assert (
-        f"`distill` adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers"
-        in " ".join(text.split())
-    )
-    assert pooled["arms"]["grpo"][PLAIN]["collapsed"] == pooled["arms"]["grpo"][PLAIN]["runs"] == 10
+    assert {row[0] for row in rows} == LAB2.keys()
+    for name, *cells in rows:
+        trained, plain = (found[LAB2[name]][kind] for kind in (GUIDED, PLAIN))
+        assert cells == [in_brackets(trained), in_brackets(plain), f"{trained['collapsed']} of {trained['runs']}"]
+    words = " ".join(text.split())
+    ends = {arm: ", ".join(f"{value:.2f}" for value in found[arm][GUIDED]["values"][1]) for arm in found}
+    assert f"({ends['two_phase_grpo']} and {ends['sgpo']}), on the other all its runs collapse" in words
+    assert max(figures["longer accuracy"]["mean"] for figures in found.values()) < 0.025
+    gain = json.loads((DOCS / "results" / "internalize.json").read_text())["differences"]["distill"][PLAIN]
+    assert f"adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers" in words
+
+
+def test_over_models() -> None:
+    """The table of all arms, and the runs that the page on hypotheses names."""
+    found = json.loads((DOCS / "results" / "lab2.json").read_text())["arms"]
+    text = (DOCS / "comparison.md").read_text().partition("## Results over models")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| \**`(\w+)`[^|]* \| (.+) \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == found.keys()
+    for name, cells in rows:
+        guided, plain, transfer = (found[name][kind] for kind in (GUIDED, PLAIN, "transfer score"))
+        runs = "; ".join(" ".join(f"{value:.2f}" for value in values) for values in guided["values"])
+        quarter = in_brackets(found[name]["curve 1"]) if "curve 1" in found[name] else "–"
+        collapsed = f"{guided['collapsed']} of {guided['runs']}"
+        wanted = [in_brackets(guided), runs, collapsed, in_brackets(plain), in_brackets(transfer), quarter]
+        assert cells.split(" | ") == wanted
+    page = (DOCS / "hypotheses.md").read_text().partition("### So far")[2].partition("\n## ")[0]
+    for name, runs in re.findall(r"`(\w+)` (0\.\d\d, 0\.\d\d, 0\.\d\d)", page):
+        assert runs == ", ".join(f"{value:.2f}" for value in found[name][GUIDED]["values"][0])
 
 
 def test_bank_worth() -> None:
@@ -176,21 +204,12 @@ def test_cost(page: str, heading: str) -> None:
         assert [cells[1] for cells in list(table_rows(text, "| GRPO | SGPO |").values())[-3:]] == figures
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/geometry.md"])
-def test_two_problems_a_block(page: str) -> None:
+def test_two_problems_a_block() -> None:
     table = [line for line in (DOCS / "results" / "lab.md").read_text().splitlines() if line.startswith("| k1 | +")]
     end, quarter = (without_signs(line.split("|")[cell].strip()) for line, cell in zip(table, (3, 2), strict=True))
-    text = without_signs((DOCS.parent / page).read_text())
+    text = without_signs((DOCS / "geometry.md").read_text())
     assert re.search(rf"{re.escape(quarter)} (higher than that of K = 1 )?after a quarter of the tokens", text)
     assert re.search(rf"{re.escape(end)} (higher )?at the end", text)
-
-
-def test_laboratory_without_the_bank() -> None:
-    lines = (DOCS / "results" / "lab.md").read_text().splitlines()
-    row = next(line for line in lines if line.startswith("| no_bank | -"))
-    assert f"The bank added {without_signs(row.split('|')[3].strip())}," in without_signs(
-        (DOCS.parent / "README.md").read_text()
-    )
 
 
 def test_models_built_on_two_machines() -> None:
