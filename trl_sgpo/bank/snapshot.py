@@ -109,7 +109,8 @@ def embed_with(bank: StrategyBank, name: str | None = None) -> None:
             f"The bank was made with the embedding model {recorded}, which {reason} because a bank names it: pass "
             f"`--embedding_model {shlex.quote(recorded)}` if you trust it, or another one."
         )
-    bank._name_embedding_model(name or recorded, cached_only=name is None and recorded != DEFAULT_EMBEDDING_MODEL)
+    of_others = "/" in recorded and recorded != DEFAULT_EMBEDDING_MODEL  # a plain name is of sentence-transformers
+    bank._name_embedding_model(name or recorded, cached_only=name is None and of_others)
 
 
 def _not_loaded(recorded: str) -> str | None:
@@ -121,7 +122,6 @@ def _not_loaded(recorded: str) -> str | None:
         return None
     if Path(recorded).is_dir():
         return "is a folder and is not loaded"
-    repository = recorded if "/" in recorded else f"sentence-transformers/{recorded}"
-    if not (HUB_NAME.fullmatch(repository) and on_this_machine(repository)):
+    if "/" in recorded and not (HUB_NAME.fullmatch(recorded) and on_this_machine(recorded)):
         return "is not on this machine and is not downloaded"
     return None
