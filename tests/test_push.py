@@ -492,7 +492,8 @@ class TestCard:
         assert metrics["accuracy with the own strategy, greedy, 40 executions"] == 0.5
         assert metrics["strategy transfer score, sampled, 80 executions"] == 0.25
         assert found.data.eval_results is not None
-        assert hub.files(REPO)[".eval_results/gsm8k.yaml"] == b"- value: 50\n"
+        (published,) = yaml.safe_load(hub.files(REPO)[".eval_results/gsm8k.yaml"])
+        assert published["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and published["value"] == 50
         manifest = json.loads(hub.files(REPO)["strategy_bank/manifest.json"])
         assert manifest["license"] == "other"
         text = found.text

@@ -63,6 +63,7 @@ def test_environment_of_a_recipe(
     environment: str, named: str, recipe: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("A_TOKEN", raising=False)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # by the command itself
     before = dict(os.environ)
     assert named in line_of(["train", "--config", recipe(f"env: {environment}")], capsys)
     assert dict(os.environ) == before
