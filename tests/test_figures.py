@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import pytest
@@ -123,6 +123,16 @@ def test_over_models() -> None:
     page = (DOCS / "hypotheses.md").read_text().partition("### So far")[2].partition("\n## ")[0]
     for name, runs in re.findall(r"`(\w+)` (0\.\d\d, 0\.\d\d, 0\.\d\d)", page):
         assert runs == ", ".join(f"{value:.2f}" for value in found[name][GUIDED]["values"][0])
+
+
+def test_cost_of_contrast() -> None:
+    lines = (DOCS / "results" / "bench_contrast.txt").read_text().splitlines()
+    seconds = {
+        arm: median(float(line.split()[3]) for line in lines if line.startswith(f"{arm} step"))
+        for arm in ("sgpo", "untaught")
+    }
+    said = f"{seconds['sgpo'] / seconds['untaught']:.2f} times as long as one without ({seconds['sgpo']:.1f} and"
+    assert f"{said} {seconds['untaught']:.1f} s," in " ".join((DOCS / "plain_answers.md").read_text().split())
 
 
 def test_bank_worth() -> None:
