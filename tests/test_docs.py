@@ -139,7 +139,8 @@ def write_recipes(directory: Path) -> None:
         suite["path"] = re.sub(r"size=\d+", f"size={size}", suite["path"])
     comparison["arms"] = {name: comparison["arms"][name] for name in ("base", "grpo", "sgpo")}
     comparison["transfer"] |= {"suite": "seen", "problems": 1, "executions": 1, "classes": 2}
-    (directory / "lab" / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
+    for name in ("compare.yaml", "lab2.yaml"):
+        (directory / "lab" / name).write_text(yaml.safe_dump(comparison, sort_keys=False))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], config: str | None = None) -> None:
