@@ -177,32 +177,32 @@ def test_tokenizers_of_a_commit_after_the_check(
             hub.api().upload_folder(repo_id=name, folder_path=other, delete_patterns=["tokenizer.json"])
         return found
 
-    args = GRPOConfig(
-        str(tmp_path / "out"),
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        per_device_train_batch_size=2,
-        num_generations=2,
-    )
+    args = arguments_of(tmp_path / "out")
     monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_another_commit)
     with pytest.raises(ModelError, match="names a file as `vocab`"):
         kind("user/policy", REPO, args, train_dataset=problems())
     monkeypatch.undo()
 
 
+def test_tokenizers_are_of_the_revision_of_the_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TRL loads a reward model with the same arguments as the policy."""
+    asked: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        conversation_trainer, "load_tokenizer", lambda name, **how: asked.append((name, how.get("revision")))
+    )
+    args = arguments_of(tmp_path / "out")
+    args.model_init_kwargs = {"revision": "v1"}
+    found = conversation_trainer._tokenizers(
+        {"model": "user/policy", "reward_funcs": ["user/reward", len], "args": args}
+    )
+    assert asked == [("user/policy", "v1"), ("user/reward", "v1")] and len(found["reward_processing_classes"]) == 2
+
+
 def test_a_processor_is_not_loaded(tiny: Path, tmp_path: Path) -> None:
     """TRL would take any class for one."""
     settings = json.loads((tiny / "tokenizer_config.json").read_text()) | {"processor_class": "CLIPProcessor"}
     (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
-    args = GRPOConfig(
-        str(tmp_path / "out"),
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        per_device_train_batch_size=2,
-        num_generations=2,
-    )
+    args = arguments_of(tmp_path / "out")
     trainer = ConversationGRPOTrainer(str(tiny), len, args, problems())
     assert (
         isinstance(trainer.processing_class, PreTrainedTokenizerBase)

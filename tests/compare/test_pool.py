@@ -86,6 +86,16 @@ def test_runs_are_paired_by_seed_and_incomplete_arms_are_left_out() -> None:
     assert "\x1b" not in markdown(pooled(summaries))
 
 
+def test_only_accuracies_on_the_suite_of_transfer_tell_of_collapse() -> None:
+    summaries = copy.deepcopy(BOTH)
+    for each in summaries:
+        for figures in each["arms"].values():
+            figures["longer accuracy"] = {"values": [0.0] * len(figures[NAME]["values"])}
+    summed = pooled(summaries)
+    assert "collapsed" in summed["arms"]["grpo"][NAME] and "collapsed" not in summed["arms"]["grpo"]["longer accuracy"]
+    assert "| grpo | 0.00 [0.00, 0.00] |  |" in markdown(summed).partition("## longer accuracy")[2]
+
+
 def test_learning_curves_are_named_by_their_tokens() -> None:
     summaries = copy.deepcopy(BOTH)
     for each in summaries:

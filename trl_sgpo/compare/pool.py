@@ -100,7 +100,7 @@ def pooled(summaries: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         `dict`: `models`, `arms` with the figures of each arm, `differences` (reference minus arm), `curves`.
     """
     suites, reference = summaries[0]["problems"], summaries[0]["reference"]
-    kinds = _figures(summaries)
+    kinds, tells = _figures(summaries), (f"{summaries[0]['settings']['transfer']['suite']} ", "curve ")
     problems = {name: next((n for suite, n in suites.items() if name.startswith(f"{suite} ")), None) for name in kinds}
     arms: dict[str, Any] = {}
     differences: dict[str, Any] = {}
@@ -110,6 +110,8 @@ def pooled(summaries: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
             runs = [_runs(summary, arm, name) for summary in summaries]
             if all(runs):
                 arms[arm][name] = _pooled([list(each.values()) for each in runs], problems[name], seed)
+                if not name.startswith(tells):
+                    del arms[arm][name]["collapsed"]
         for name in kinds if arm != reference else ():
             pairs = [_pairs(summary, reference, arm, name) for summary in summaries]
             if all(pairs):
@@ -209,7 +211,8 @@ def markdown(summed: dict[str, Any]) -> str:
         f"# Comparison over {len(summed['models'])} models",
         "",
         f"{summed['settings']['budget']:,} tokens a run. Models: {models}. Means over models, "
-        f"with 95% intervals of a bootstrap over models, seeds and problems. A run has collapsed below {COLLAPSED}. "
+        f"with 95% intervals of a bootstrap over models, seeds and problems. A run has collapsed whose accuracy "
+        f"on {summed['settings']['transfer']['suite']} is below {COLLAPSED}. "
         "Runs are listed by model, in the order of their seeds.",
     ]
     for name in names:
@@ -219,7 +222,7 @@ def markdown(summed: dict[str, Any]) -> str:
             if name in figures:
                 f, other = figures[name], summed["differences"].get(arm, {}).get(name)
                 runs = "; ".join(" ".join(f"{value:.2f}" for value in values) for values in f["values"])
-                collapsed = f"{f['collapsed']} of {f['runs']}"
+                collapsed = f"{f['collapsed']} of {f['runs']}" if "collapsed" in f else ""
                 rows.append([arm, _cell(f), collapsed, "" if other is None else _cell(other, "+"), runs])
         header = ["arm", "accuracy", "collapsed", f"{summed['reference']} minus arm", "runs"]
         lines += table_lines(header, rows)
@@ -261,5 +264,5 @@ def write(summed: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _bar(figure: dict[str, Any]) -> Bar:
-    note = f"{figure['collapsed']} of {figure['runs']} collapsed" if figure["collapsed"] else ""
+    note = f"{figure['collapsed']} of {figure['runs']} collapsed" if figure.get("collapsed") else ""
     return Bar(figure["mean"], figure["low"], figure["high"], figure["values"], note)

@@ -56,13 +56,16 @@ def _tokenizers(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     model, rewards = arguments.get("model"), arguments.get("reward_funcs")
     found = {key: value for key, value in arguments.items() if key != "self"}
+    loading = (found["args"].model_init_kwargs if found.get("args") is not None else None) or {}
+    place = {key: loading[key] for key in ("revision", "token", "cache_dir") if key in loading}  # of rewards, too
     if isinstance(model, str) and found.get("processing_class") is None:
-        loading = found["args"].model_init_kwargs or {}
-        place = {key: loading[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in loading}
-        found["processing_class"] = load_tokenizer(model, **place, truncation_side="left", padding_side="left")
+        part = {"subfolder": loading["subfolder"]} if "subfolder" in loading else {}
+        found["processing_class"] = load_tokenizer(model, **place, **part, truncation_side="left", padding_side="left")
     given = rewards if isinstance(rewards, list) else [rewards]
     if any(isinstance(each, str) for each in given) and found.get("reward_processing_classes") is None:
-        found["reward_processing_classes"] = [load_tokenizer(r) if isinstance(r, str) else None for r in given]
+        found["reward_processing_classes"] = [
+            load_tokenizer(each, **place) if isinstance(each, str) else None for each in given
+        ]
     return found
 
 
