@@ -19,8 +19,11 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def solves_some(prompts: list[Any], **kwargs: Any) -> list[float]:
+def solves_some(prompts: list[Any], log_extra: Any = None, log_metric: Any = None, **kwargs: Any) -> list[float]:
     """Right for all answers to half of the problems."""
+    if log_extra is not None:
+        log_extra("own_column", [str(prompt) for prompt in prompts])
+        log_metric("own_rows", float(len(prompts)))
     return [float(len(str(prompt)) % 2 == 0 or "1" in str(prompt)) for prompt in prompts]
 
 
@@ -56,6 +59,8 @@ def test_solved_problems_are_shown_nothing(when: str, tmp_path: Path, monkeypatc
             assert all(len(row) == len(ids) for row, ids in zip(rows["logprobs"], rows["completion_ids"], strict=True))
     assert shown[False] > 0
     assert (shown[True] > 0) == (when == "always")
+    assert all(log["own_rows"] == 28 for log in trainer.state.log_history if "own_rows" in log)
+    assert [len(trainer._logs["extra"]["own_column"]), len(trainer._logs["prompt"])] == [28, 28]
     assert all(abs(log["sgpo/sampler_kl"]) < 0.02 for log in trainer.state.log_history if "sgpo/sampler_kl" in log)
 
 

@@ -15,17 +15,25 @@ def measuring(trainer: GRPOTrainer, greedy: bool) -> Iterator[None]:
     """Evaluation mode, greedy or sampled decoding, and no metrics or table columns from reward functions."""
     training, decoding = trainer.model.training, vars(trainer.generation_config)
     sampling = {name: decoding[name] for name in ("do_sample", *SAMPLING)}
-    pending = (trainer._pending_extra_logs, trainer._pending_metrics)
-    before = [dict(each) for each in pending]
     trainer.model.eval()
     if greedy:
         decoding.update(dict.fromkeys(SAMPLING), do_sample=False)
     try:
-        with without_timings(trainer):
+        with without_timings(trainer), without_records(trainer):
             yield
     finally:
         trainer.model.train(training)
         decoding.update(sampling)
+
+
+@contextmanager
+def without_records(trainer: GRPOTrainer) -> Iterator[None]:
+    """Leaves out the metrics and table columns that reward functions log."""
+    pending = (trainer._pending_extra_logs, trainer._pending_metrics)
+    before = [{name: list(values) for name, values in each.items()} for each in pending]
+    try:
+        yield
+    finally:
         for each, kept in zip(pending, before, strict=True):
             each.clear()
             each.update(kept)

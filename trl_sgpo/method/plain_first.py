@@ -8,6 +8,7 @@ import torch
 
 from ..speed.trainer import SharedPromptGRPOTrainer
 from .conversation import Conversation
+from .measuring import without_records
 from .prompts import ParsedStrategy
 from .rollout import Rollout, RolloutBatch, answer_plainly
 
@@ -50,11 +51,12 @@ def answered_first(
         Rollout("plain", ParsedStrategy(""), conversation.text(answer.ids), answer.ids or end, 0) for answer in answers
     ]
     rows = [row for row in inputs[:: geometry.executions] for _ in range(geometry.plain)]
-    rewards = reward(
-        [row | {"rollout": rollout} for row, rollout in zip(rows, rollouts, strict=True)],
-        [row["prompt"] for row in rows],
-        rollouts,
-    )
+    with without_records(trainer):  # these answers are rewarded again with the other rows
+        rewards = reward(
+            [row | {"rollout": rollout} for row, rollout in zip(rows, rollouts, strict=True)],
+            [row["prompt"] for row in rows],
+            rollouts,
+        )
     verified = rewards.split(len(rows))[trainer.accelerator.process_index][:, 0].view(len(problems), -1)
     solved = (verified.nanmean(dim=1) > 0.5).tolist()
     return replace(
