@@ -240,3 +240,29 @@ def test_a_layer_that_is_larger_than_its_weights(sizes: tuple[Any, int], model: 
     save_file({"linear.weight": torch.zeros(4, 4)}, model / path / "model.safetensors")
     with pytest.raises(ModelError, match="is larger than its weights"):
         load_sentence_transformer(str(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "settings"),
+    [
+        ("LayerNorm", "2_LayerNorm", {"dimension": 300_000_000}),
+        ("Dense", "", {"in_features": 24_000, "out_features": 24_000, "bias": False}),
+    ],
+)
+def test_a_layer_that_is_larger_than_its_weights_by_another_name_or_in_the_folder_itself(
+    kind: str, path: str, settings: dict[str, Any], model: Path
+) -> None:
+    modules = json.loads((model / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": path, "type": f"sentence_transformers.models.{kind}"})
+    (model / "modules.json").write_text(json.dumps(modules))
+    (model / path).mkdir(exist_ok=True)
+    change(model / path / "config.json", **settings)
+    with pytest.raises(ModelError, match="is larger than its weights"):
+        load_sentence_transformer(str(model))
+
+
+def test_many_modules_are_refused(model: Path) -> None:
+    modules = json.loads((model / "modules.json").read_text())
+    (model / "modules.json").write_text(json.dumps([modules[0], *modules[1:] * 10]))
+    with pytest.raises(ModelError, match="has more than 10 modules"):
+        load_sentence_transformer(str(model))

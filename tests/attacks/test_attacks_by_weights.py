@@ -181,3 +181,19 @@ def test_one_line_and_status_2(
     assert main([command, *arguments]) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"trl-sgpo {command}: error: ") and str(tiny) in line and "copy or download" in line
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["beside whole weights", "alone"])
+def test_a_distributed_checkpoint_that_lacks_most_weights(tiny: Path, whole: bool) -> None:
+    """The library reads it in place of other weights, and what it lacks is whatever was in memory."""
+    weights = load_file(tiny / WEIGHTS)
+    offsets = {name: {"saved_offsets": [len(each) - 1, *[0] * (each.dim() - 1)]} for name, each in weights.items()}
+    save_file(
+        {name: each[-1:].clone() for name, each in weights.items()},
+        tiny / "shard-00001-model-00001-of-00001.safetensors",
+        {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)},
+    )
+    if not whole:
+        (tiny / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match="is a part of a distributed checkpoint"):
+        load_model(tiny)

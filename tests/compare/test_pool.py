@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_sgpo.cli.main import main
+from trl_sgpo.compare import pictures
+from trl_sgpo.compare.pictures import Bar
 from trl_sgpo.compare.pool import markdown, pooled, read_summaries
 from trl_sgpo.errors import ConfigError
 
@@ -147,3 +149,22 @@ def test_what_cannot_be_pooled(tmp_path: Path, change: dict[str, Any], said: str
     files[1].unlink()
     with pytest.raises(ConfigError, match=r"There is no file .*`--pool` reads the tables"):
         read_summaries(list(map(str, files)))
+
+
+def test_a_picture_of_many_arms_is_of_bounded_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = {f"arm {number}": Bar(0.5, 0.4, 0.6, [[0.5]]) for number in range(200)}
+    sizes = []
+
+    def figure(width: float, height: float) -> None:
+        sizes.append((width, height))
+        raise KeyboardInterrupt  # drawing it takes seconds
+
+    monkeypatch.setattr(pictures, "new_figure", figure)
+    for panels in (1, 30):
+        with pytest.raises(KeyboardInterrupt):
+            pictures.draw_comparison(tmp_path / "x.png", {f"{n}": bars for n in range(panels)}, {}, "curves", "arm 0")
+    assert sizes == [(3 + 5, 60 * 0.32 + 2), (12 * 3 + 5, 60 * 0.32 + 2)]
+    assert "shows 1 of 1 figures and 60 of 200 arms" in caplog.text
+    assert "shows 12 of 30 figures and 60 of 200 arms" in caplog.text

@@ -108,6 +108,20 @@ class TestRecord:
         edit(place)
         assert changes(before, depends_on("model", [evenness()])) == key
 
+    @pytest.mark.parametrize("named_by", ["config", "index"])
+    def test_weights_by_another_name(self, place: Path, named_by: str) -> None:
+        model = place / "model"
+        weights = load_file(model / "model.safetensors")
+        (model / "model.safetensors").rename(model / "part.safetensors")
+        if named_by == "config":
+            edit_json(model / "config.json", transformers_weights="part.safetensors")
+        else:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "part.safetensors")}
+            (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        before = depends_on("model")
+        save_file({name: 2 * weight for name, weight in weights.items()}, model / "part.safetensors", {"format": "pt"})
+        assert changes(before, depends_on("model")) == "weights"
+
     def test_a_template_in_the_tokenizers_config(self, place: Path) -> None:
         path = place / "model" / "chat_template.jinja"
         edit_json(place / "model" / "tokenizer_config.json", chat_template=path.read_text())

@@ -12,6 +12,7 @@ from .repositories import check_model_folder, check_model_settings, is_within
 
 
 MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
+MAX_MODULES = 10
 MAX_LAYER = 10**7  # weights that may be missing
 MAX_PROMPT = 2_000  # characters that are put before each text
 # What settings may say of how the library loads a model. Others choose files, classes and how weights are read
@@ -47,16 +48,20 @@ def check_embedding_folder(source: str, directory: Path) -> list[Path]:
     check_model_folder(directory, source)
     folders = [directory]
     if (directory / "modules.json").is_file():
-        for module in parse_json((directory / "modules.json").read_text(encoding="utf-8")):
+        modules = parse_json((directory / "modules.json").read_text(encoding="utf-8"))
+        if len(modules) > MAX_MODULES:
+            raise ModelError(f"The embedding model {source} has more than {MAX_MODULES} modules: use another one.")
+        for module in modules:
             folder = directory / str(module["path"])
             _check_kind(source, str(module["type"]))
             if not is_within(folder, directory):
                 raise ModelError(f"The embedding model {source} has a module in {folder}, which is not in its folder.")
             if any(folder.glob("pytorch_model*")) and not (folder / "model.safetensors").is_file():
                 raise ModelError(f"The embedding model {source} has pickled weights: save it again as safetensors.")
-            if folder != directory and folder.is_dir():
-                check_model_folder(folder, source)
+            if folder.is_dir() and str(module["type"]).endswith(("Dense", "LayerNorm")):
                 _check_sizes(source, folder)
+            if folder.is_dir() and folder not in folders:
+                check_model_folder(folder, source)
                 folders.append(folder)
     for folder in folders:
         if (folder / ADAPTER_FILE).is_file():  # which transformers would put on its base, unchecked
@@ -80,7 +85,11 @@ def _check_sizes(source: str, folder: Path) -> None:
     activation = settings.get("activation_function") if isinstance(settings, dict) else None
     if activation is not None and _ACTIVATION.fullmatch(str(activation)) is None:
         raise ModelError(f"A module of {source} has the activation {activation!r}: use one of torch.nn.")
-    sizes = [settings.get(key, 1) for key in ("in_features", "out_features")] if isinstance(settings, dict) else [1]
+    sizes = (
+        [settings.get(key, 1) for key in ("in_features", "out_features", "dimension")]
+        if isinstance(settings, dict)
+        else [1]
+    )
     there = weights.stat().st_size if weights.is_file() else 0
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > there + MAX_LAYER:
         raise ModelError(

@@ -42,6 +42,7 @@ _PLACES = (
 _KERNELS = ("attn_implementation", "experts_implementation")
 _INERT = ("name_or_path", "tokenizer_file", "special_tokens_map_file")  # written by transformers 4, and overwritten
 _WEIGHTS = (".safetensors", ".gguf")
+_OF_A_RANK = re.compile(r"shard-\d+-")  # transformers reads such files in place of model.safetensors
 _READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".bpe", ".codes", ".spm", ".vocab", ".tiktoken", ".tokenizer")
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "tokenizer.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -169,6 +170,11 @@ def _check_file(path: Path, directory: Path) -> None:
         return
     if not path.is_file():
         raise ModelError(f"{path} is no file, such as a pipe or a device: remove it.")
+    if _OF_A_RANK.match(path.name) is not None:
+        raise ModelError(
+            f"{path} is a part of a distributed checkpoint, in which weights may be missing: save the model again "
+            "with `save_pretrained` in one process."
+        )
     if path.suffix not in _WEIGHTS:
         if path.suffix != ".md" and not is_within(path, directory) and not _is_of_the_cache(path):
             raise ModelError(f"{path} is a link out of the model's folder: replace it by the file.")

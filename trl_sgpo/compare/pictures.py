@@ -1,11 +1,17 @@
 """The picture of a comparison: accuracies with their intervals and single runs, and learning curves."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.plots import label, new_figure, save
+
+
+logger = logging.getLogger(__name__)
+
+MAX_ARMS, MAX_PANELS = 60, 12
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,19 @@ def draw_comparison(
             Title of the learning curves.
         reference (`str`):
             Arm that is drawn in another colour.
+
+    Of more than 60 arms or 12 figures, the first are drawn.
     """
     names = list(dict.fromkeys(arm for bars in panels.values() for arm in bars))
+    if len(names) > MAX_ARMS or len(panels) > MAX_PANELS:
+        figures, arms = len(panels), len(names)
+        names = names[:MAX_ARMS]
+        panels = {
+            title: {arm: bar for arm, bar in bars.items() if arm in names}
+            for title, bars in list(panels.items())[:MAX_PANELS]
+        }
+        curves = {arm: runs for arm, runs in curves.items() if arm in names}
+        logger.warning(f"{path} shows {len(panels)} of {figures} figures and {len(names)} of {arms} arms.")
     figure = new_figure(3 * len(panels) + 5, 0.32 * len(names) + 2)
     axes = figure.subplots(1, len(panels) + 1, width_ratios=[*[1] * len(panels), 1.6])
     for axis, (panel, bars) in zip(axes[:-1], panels.items(), strict=True):

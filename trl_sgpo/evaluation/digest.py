@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checks.json_text import read_object
+from ..checks.repositories import weights_in
 from ..inference.model_files import (
     ADAPTER_FILE,
     CHAT_TEMPLATE,
     CONFIG,
     GENERATION_CONFIG,
-    MODEL_FILES,
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
@@ -150,7 +150,7 @@ def model_record(name: str, revision: str | None = None) -> Record:
 
 def weights_digest(directory: Path) -> str:
     """Digest of the weights in a folder, of an adapter without those of its base."""
-    return digest_of_files(_files(directory, (*WEIGHTS, ADAPTER_FILE)))[:16]
+    return digest_of_files([*_weights(directory), *_files(directory, (ADAPTER_FILE,))])[:16]
 
 
 def measured_weights(results: Record) -> str | None:
@@ -164,20 +164,21 @@ def of_other_weights(results: Record, directory: Path, digest_of: Callable[[Path
     may remember the digest of a folder for several results.
     """
     measured = measured_weights(results)
-    return (
-        measured is not None
-        and bool(_files(directory, WEIGHTS))
-        and measured != (digest_of or weights_digest)(directory)
-    )
+    return measured is not None and bool(_weights(directory)) and measured != (digest_of or weights_digest)(directory)
 
 
 def _directory(name: str, revision: str | None) -> Path:
-    found = require_model(name)
-    if os.path.isdir(found):
-        return Path(found)
-    from huggingface_hub import snapshot_download
+    from ..inference.checked import checked_folder
 
-    return Path(snapshot_download(found, revision=revision, allow_patterns=list(MODEL_FILES)))
+    found = require_model(name)
+    place = {} if revision is None else {"revision": revision}
+    return Path(found) if os.path.isdir(found) else checked_folder(found, place, weights=True)[0]
+
+
+def _weights(directory: Path) -> list[Path]:
+    """Files of weights that a library reads from a folder, also where a config or an index names them otherwise."""
+    named = {*weights_in(directory), *_files(directory, WEIGHTS)}
+    return [path for path in named if path.is_file()]
 
 
 def _files(directory: Path, patterns: Iterable[str]) -> list[Path]:
