@@ -1,4 +1,4 @@
-"""A hostile run whose report is served: the limits are those of the file, and nothing of it is a file of the server."""
+"""A hostile run whose report is served: its limits are those of a report that is written."""
 
 import json
 import os
@@ -37,11 +37,11 @@ PROGRESS: dict[str, Callable[[Path], object]] = {
     "deep": lambda path: path.write_text("[" * 100_000 + "]" * 100_000 + "\n"),
     "no mappings": lines(5, [1]),
     "no header": lines({"step": 1}),
-    "steps that are texts": lines({"max_steps": 2}, {"step": "a"}, {"step": "b"}),
     "no step": lines({"max_steps": 2}, {"reward": 1}),
 }
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "more steps than there are": lines({"max_steps": 2}, {"step": 10**400, "reward": 1.0}),
+    "steps that are texts": lines({"max_steps": 2}, {"step": "a"}, {"step": "b"}),
     "planned steps that are a text": lines({"max_steps": "a"}, {"step": 1, "reward": 1.0}),
     "numbers whose sum is infinite": lines({"max_steps": 2}, {"step": 1, "reward": 10**400}),
 }

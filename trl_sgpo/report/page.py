@@ -203,7 +203,7 @@ def render(run: Run, other: Run | None = None, tag: str | None = None) -> str:
         run=run,
         other=other,
         names=_names(run, other),
-        waiting=tag is not None and not (run.history or run.measured),
+        waiting=tag is not None and run.has_no_step,
         verdict=verdict(run.measured, run.history),
         facts=_facts(run),
         compared=comparison(run.measured, run.history, run.evaluations),

@@ -36,6 +36,7 @@ MAX_PAGES = 512 << 20  # bytes of a file of rollouts, uncompressed
 _ROWS = 4  # that are read at a time: a dictionary makes many long texts of one
 # Settings of problems that a suite given as NAME=PATH does not have
 _NO_SUITE = ("dataset_config", "name", "test_split_size", "prompt_column", "prompt_template")
+NO_METRICS = "No metrics yet: they are written when a step is logged (`logging_steps`)."
 TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
 
 
@@ -130,6 +131,11 @@ class Run:
         return 0 < self.max_steps <= self.steps and not (self.path / PROGRESS_FILE).exists()
 
     @property
+    def has_no_step(self) -> bool:
+        """Whether nothing was logged or measured yet, and nothing that was is damaged."""
+        return not (self.history or self.measured) and self.missing.get("curves", NO_METRICS) == NO_METRICS
+
+    @property
     def is_empty(self) -> bool:
         return not (self.history or self.settings or self.bank or self.problems)
 
@@ -217,7 +223,7 @@ def _read_history(run: Run) -> None:
     if state is None:
         state, name = next(filter(None, map(_read_json, _with_checkpoints(run, STATE_FILE))), None), STATE_FILE
     if state is None:
-        run.missing["curves"] = "No metrics yet: they are written when a step is logged (`logging_steps`)."
+        run.missing["curves"] = NO_METRICS
         return
     if not is_state(state):
         run.missing["curves"] = f"The metrics cannot be read: {name} is damaged."
