@@ -313,7 +313,7 @@ class TestRuns:
         assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 1
         assert main(["report", str(output)]) == 0
         page = (output / "report.html").read_text()
-        assert "accuracy of plain answers, greedy" in page
+        assert "after, greedy" in page and not (output / "progress.jsonl").exists()
         assert "Correctness and transfer" in page and "own strategy" in page and "use_bank: false" in page
 
     def test_figures_before_training_are_of_the_same_problems(
@@ -336,7 +336,7 @@ class TestRuns:
         assert "There are no figures before training" in printed and "max_completion_length was 8, is 6" in printed
         assert main(["report", str(tmp_path / "mine")]) == 0
         page = (tmp_path / "mine" / "report.html").read_text()
-        assert "After training, on unseen problems" in page and "is damaged" not in page
+        assert "after, greedy" in page and "before, greedy" not in page and "is damaged" not in page
 
     def test_problems_that_are_trained_on_are_not_unseen(
         self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -276,6 +276,10 @@ class Shell:
             for found in (sorted(glob(word)) if "*" in word and "/sgpo/" in word else [word])
         ]
         match words[0]:
+            case "trl-sgpo" if "--watch" in words:
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    port = free.getsockname()[1]
+                self.serve([*words, "--port", str(port)])
             case "trl-sgpo" | ".venv/bin/trl-sgpo":
                 with self.change.context() as change:
                     change.setattr("sys.stdin", Terminal(typed) if typed else StringIO())

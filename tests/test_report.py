@@ -152,8 +152,9 @@ class TestContent:
         page = pages[0]
         text = page.text()
         for words in (
-            "12 of 12", "Correctness and transfer", "Before and after training", "Transfer between classes: sums",
-            "Transfer of the bank's strategies", "11 10 candidate, 1 trusted, 1 retired", "24 problems of 12 logged",
+            "Finished: step 12 of 12", "Correctness and transfer", "before, sampled", "Transfer between classes: sums",
+            "Transfer of the bank's strategies", "24 problems of 12 logged",
+            "11 strategies in the bank (10 candidate, 1 trusted, 1 retired)",
             "borrowed strategy", "learning_rate 1e-05", "0.50 [0.34, 0.66]", "0.40 [0.25, 0.57]",
         ):  # fmt: skip
             assert words in text, words
@@ -179,15 +180,16 @@ class TestContent:
         ids = {attributes["id"] for attributes in page.of("figure") if "id" in attributes}
         assert {"chart-plain", "chart-internalize"} < ids and "not in this report" not in page.text().casefold()
         for words in (
-            "accuracy of plain answers, greedy – 0.75 [",
-            "accuracy with own strategy, greedy 0.50 [0.34, 0.66] 0.25 [",
-            "accuracy with the bank in view, greedy – 0.50 [0.34, 0.66]",
+            "before, greedy – 0.50 [0.34, 0.66] – 0.40 [0.25, 0.57]",
+            "after, greedy 0.75 [0.58, 0.87] 0.25 [0.13, 0.42] 0.50 [0.34, 0.66] 0.40 [0.25, 0.57]",
+            "eval: sums, greedy 0.625 [0.375, 0.875] 0.625 [0.375, 0.875] – –",
+            "rollouts, last quarter 0.55 0.69 – 0.55",
             "accuracy plain own strategy bank sums, greedy 0.625 [0.375, 0.875] 0.625 [0.375, 0.875] –",
         ):
             assert words in page.text(), words
         without = pages[0]
         assert not {"chart-plain", "chart-internalize"} & {each.get("id") for each in without.of("figure")}
-        assert "accuracy of plain answers" not in without.text()
+        assert "after, greedy – 0.50 [0.34, 0.66] – 0.40 [0.25, 0.57]" in without.text()
 
     def test_lift_over_plain_answers_of_a_strategy(self, tmp_path, pages):
         run = write_run(tmp_path / "run")
@@ -249,14 +251,14 @@ class TestMissing:
         text = Page((run / "report.html").read_text()).text()
         for words in ("log_completions: true", "use_bank: false", "--transfer"):
             assert words in shown and words in text
-        assert "4 of 12 unfinished, as of the last checkpoint" in text
+        assert "Unfinished: step 4 of 12" in text
 
     def test_transfer_that_the_run_measured_is_not_called_missing(self, tmp_path):
         run = write_run(tmp_path / "run")
         shutil.rmtree(run / "eval")
         found = read_run(run)
         text = Page(render(found)).text()
-        assert "strategy transfer score, sampled 0.40" in text and "No transfer measured" not in text
+        assert "before, sampled – 0.50 [0.34, 0.66] – 0.40" in text and "No transfer measured" not in text
         assert "to compare" in found.missing["transfer"] and "--transfer" in found.missing["transfer"]
         (run / "report.json").unlink()
         assert "No transfer measured" in read_run(run).missing["transfer"]
@@ -275,7 +277,7 @@ class TestMissing:
         run = write_run(tmp_path / "run", bank=False, completions=False, evaluation=False)
         (run / "trainer_state.json").unlink()
         text = Page(render(read_run(run))).text()
-        assert "No metrics yet" in text and "save_steps" in text
+        assert "No metrics yet" in text and "logging_steps" in text
 
     def test_bank_in_use_is_read_from_a_checkpoint(self, tmp_path):
         run = write_run(tmp_path / "run", steps=4)

@@ -16,10 +16,10 @@ from ._version import __version__
 from .bank.session import BankSession
 from .checks.secrets import redacted
 from .data.classes import CLASS_COLUMN
-from .files import durable_replace, unfinished_file, write_file
+from .files import append_file, durable_replace, unfinished_file, write_file
 from .method.conversation import Conversation
 from .method.transfer import BlockGeometry
-from .report.run_files import RUN_SETTINGS_FILE, STATE_FILE
+from .report.run_files import PROGRESS_FILE, RUN_SETTINGS_FILE, STATE_FILE
 from .run.trainer import RunTrainer
 from .speed.sampling import SAMPLER_KL, SAMPLER_KL_LIMIT
 from .speed.trainer import SharedPromptGRPOTrainer
@@ -56,8 +56,8 @@ class StrategyBankCallback(TrainerCallback):
 
 class RunRecordCallback(TrainerCallback):
     """
-    Writes files that `trl-sgpo report` reads into `output_dir`: `settings.json`, without secrets,
-    when training begins and `trainer_state.json` when it ends.
+    Writes files that `trl-sgpo report` reads into `output_dir`: `settings.json`, without secrets, when training
+    begins, `progress.jsonl` while it goes on, and `trainer_state.json`, which replaces it, when it ends.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -82,6 +82,13 @@ class RunRecordCallback(TrainerCallback):
         path = Path(args.output_dir)
         path.mkdir(parents=True, exist_ok=True)
         write_file(path / RUN_SETTINGS_FILE, json.dumps(settings, indent=2, default=str), private=True)
+        lines = [{"max_steps": state.max_steps}, *state.log_history]
+        write_file(path / PROGRESS_FILE, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and (path := Path(args.output_dir) / PROGRESS_FILE).is_file():
+            with append_file(path) as file:
+                file.write(f"{json.dumps(state.log_history[-1])}\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -89,6 +96,7 @@ class RunRecordCallback(TrainerCallback):
             with unfinished_file(path) as temporary:
                 state.save_to_json(str(temporary))
                 durable_replace(temporary, path)
+            path.with_name(PROGRESS_FILE).unlink(missing_ok=True)
 
 
 class WorstCaseCallback(TrainerCallback):

@@ -71,6 +71,24 @@ def class_figures(name: str, members: Sequence[Strategy]) -> dict[str, Any]:
     }
 
 
+def lift_text(strategy: Strategy) -> str:
+    """A strategy's lift over others on the same problems with its bounds."""
+    return with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
+
+
+def plain_lift_text(strategy: Strategy) -> str:
+    """A strategy's lift over plain answers to the same problems with its bounds."""
+    bounds = policy.plain_lift_bounds(strategy)
+    return with_bounds(strategy.plain_lift, *bounds) if strategy.plain_problems else "unknown"
+
+
+def best_known_lift(strategy: Strategy) -> str:
+    """A strategy's lift over plain answers where these were executed beside it, otherwise over other strategies."""
+    if strategy.plain_problems:
+        return f"lift {plain_lift_text(strategy)} over plain answers"
+    return f"lift {lift_text(strategy)} over other strategies" if strategy.problems else "lift unknown"
+
+
 def with_bounds(difference: float, low: float, high: float) -> str:
     """A difference with its bounds, as tables and pages show it: `+0.11 [-0.06, +0.24]`."""
     return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"

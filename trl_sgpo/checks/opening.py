@@ -22,8 +22,8 @@ _OPENED = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_t
 # Of a run, which no tokenizer or config is read from. Counted, each checkpoint would be another model
 OF_A_RUN = (
     *("README.md", "adapter_config.json", "sgpo.json", "run.json", "training.json", "metrics.json", "settings.json"),
-    *("report.json", "before.json", "report.html", "results.json", "trainer_state.json", "warmstart.sha256"),
-    *(".gitattributes", ".gitignore"),
+    *("report.json", "before.json", "report.html", "results.json", "trainer_state.json", "progress.jsonl"),
+    *("warmstart.sha256", ".gitattributes", ".gitignore"),
 )
 OF_TRAINING = (".safetensors", ".pt", ".pth", ".bin", ".lock")
 

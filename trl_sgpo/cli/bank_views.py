@@ -16,7 +16,7 @@ from ..bank.files import BANK_DIRECTORY, INDEX, LEDGER
 from ..bank.ledger import Ledger
 from ..bank.manifest import is_snapshot, snapshot_damage
 from ..bank.snapshot import bank_directory, embed_with, open_read_only, read_only_directory
-from ..bank.statistics import class_figures, transfer, with_bounds
+from ..bank.statistics import class_figures, lift_text, plain_lift_text, transfer, with_bounds
 from ..bank.strategy import TRUST_STATES, Strategy
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
@@ -44,15 +44,6 @@ SORT_KEYS: dict[str, Callable[[Strategy], float]] = {
     "shown": lambda strategy: strategy.shown,
     "step": lambda strategy: strategy.step,
 }
-
-
-def _lift(strategy: Strategy) -> str:
-    return with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown"
-
-
-def _plain_lift(strategy: Strategy) -> str:
-    bounds = policy.plain_lift_bounds(strategy)
-    return with_bounds(strategy.plain_lift, *bounds) if strategy.plain_problems else "unknown"
 
 
 def _state(strategy: Strategy) -> str:
@@ -154,8 +145,8 @@ def print_strategies(shown: Sequence[Strategy], everything: Sequence[Strategy]) 
                 _state(strategy),
                 rate(strategy),
                 str(strategy.problems),
-                _lift(strategy),
-                _plain_lift(strategy),
+                lift_text(strategy),
+                plain_lift_text(strategy),
                 str(strategy.shown),
                 strategy.text,
             ]
@@ -220,8 +211,8 @@ def show(options: argparse.Namespace) -> int:
             "origin": strategy.origin,
             "written for": ", ".join(strategy.source_problems) or "no problem on record",
             "executions": f"{rate(strategy)} won, utility {SORT_KEYS['utility'](strategy):.2f}",
-            "other problems": f"{strategy.problems}, lift {_lift(strategy)}",
-            "beside plain answers": f"{strategy.plain_problems}, plain lift {_plain_lift(strategy)}",
+            "other problems": f"{strategy.problems}, lift {lift_text(strategy)}",
+            "beside plain answers": f"{strategy.plain_problems}, plain lift {plain_lift_text(strategy)}",
             "shown": f"{strategy.shown} times",
             "checksum": strategy.checksum,
         }
@@ -258,8 +249,8 @@ def search(options: argparse.Namespace) -> int:
             f"{hit.score:.2f}",
             f"{hit.similarity:.2f}",
             rate(hit.strategy),
-            _lift(hit.strategy),
-            _plain_lift(hit.strategy),
+            lift_text(hit.strategy),
+            plain_lift_text(hit.strategy),
             hit.strategy.text,
         ]
         for hit in found

@@ -25,6 +25,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..bank.embedding import load_embedder
 from ..bank.files import BANK_DIRECTORY
+from ..bank.statistics import best_known_lift
 from ..bank.strategy import problem_id
 from ..checks.command import INTERRUPTED
 from ..checks.damaged import expect_readable
@@ -328,12 +329,7 @@ def print_results(trainer: SGPOTrainer, scores: dict[str, Scores], recipe: Recip
     from ..checks.console import console
 
     terminal = console()
-    print_scores(scores)
-    correct = [log["sgpo/correctness"] for log in trainer.state.log_history if "sgpo/correctness" in log]
-    if len(correct) >= 4:
-        quarter = len(correct) // 4
-        first, last = sum(correct[:quarter]) / quarter, sum(correct[-quarter:]) / quarter
-        terminal.print(f"Sampled correctness, first and last quarter of steps: {first:.3f} → {last:.3f}")
+    print_scores(scores, trainer.state.log_history)
     bank = trainer.strategy_bank
     if bank is not None and len(bank) > 0:
         trusted = sum(strategy.trust == "trusted" for strategy in bank.strategies())
@@ -341,6 +337,7 @@ def print_results(trainer: SGPOTrainer, scores: dict[str, Scores], recipe: Recip
         terminal.print(f"\nStrategies in {bank.path}: {len(bank)}, of which {trusted} trusted. The best {len(best)}:")
         for strategy in best:
             tally = f"{strategy.problem_class}, {strategy.trust}, right {strategy.successes:g} of {strategy.trials}"
+            tally += f", {best_known_lift(strategy)}"
             terminal.print(f"  • {printable(strategy.text)} ({tally})", highlight=False)
     output_dir = recipe.training.output_dir
     steps, own = str(2 * trainer.state.global_step), recipe.own

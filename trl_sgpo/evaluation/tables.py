@@ -28,6 +28,14 @@ PLAIN = "accuracy of plain answers"
 WAYS = {"plain": "plain", "own": "own strategy", "bank": "bank"}
 """Ways in which a two-phase model answers, as results name them, and their names in tables."""
 
+MEASURED = {
+    "plain": PLAIN,
+    "own": "accuracy with own strategy",
+    "bank": "accuracy with the bank in view",
+    "transfer": "strategy transfer score",
+}
+"""What is measured before and after training, by its name in [`by_way`]."""
+
 _MARKUP = re.compile(r"[\\`*<>&|]|!(?=\[)|(?<=\])[(:\[]")
 
 
@@ -124,6 +132,12 @@ def judged_of(suite: dict[str, Any]) -> str:
 
 def ways_table(suites: dict[str, dict[str, Any]]) -> ResultTable | None:
     """Plain answers, own strategies and the bank side by side, `None` where a single form was evaluated."""
+    rows = ways_rows(suites)
+    return ResultTable("Plain answers, own strategies, bank", ["accuracy", *WAYS.values()], rows) if rows else None
+
+
+def ways_rows(suites: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Suite and decoding, and a cell for each of these ways."""
     rows = []
     for name, suite in suites.items():
         measured = {way: suite[way] for way in WAYS if way in suite}
@@ -132,7 +146,7 @@ def ways_table(suites: dict[str, dict[str, Any]]) -> ResultTable | None:
             if found:
                 cells = [_cell(found[way]["accuracy"] if way in found else None) for way in WAYS]
                 rows.append([f"{name}, {decoding}", *cells])
-    return ResultTable("Plain answers, own strategies, bank", ["accuracy", *WAYS.values()], rows) if rows else None
+    return rows
 
 
 def before_and_after(report: dict[str, Any]) -> ResultTable:
@@ -151,27 +165,27 @@ def before_and_after(report: dict[str, Any]) -> ResultTable:
     known = ["before", "after"] if "before" in report else ["after"]
     for decoding in ("sampled", "greedy"):
         scores = [report[when][decoding] for when in known]
-        for name, rates in (
-            (PLAIN, [score.get("plain") for score in scores]),
-            ("accuracy with own strategy", [_own(score) for score in scores]),
-            ("accuracy with the bank in view", [_with_bank(score) for score in scores]),
-            ("strategy transfer score", [score["transfer"] for score in scores]),
-        ):
+        for way, name in MEASURED.items():
+            rates = [by_way(score)[way] for score in scores]
             if any(rate is not None for rate in rates):
-                cells = [_rate(rate, score["problems"]) for rate, score in zip(rates, scores, strict=True)]
+                cells = [rate_cell(rate, score["problems"]) for rate, score in zip(rates, scores, strict=True)]
                 rows.append([f"{name}, {decoding}", *cells])
     return ResultTable(f"{' and '.join(known).capitalize()} training, on unseen problems", ["", *known], rows)
 
 
-def _own(score: dict[str, Any]) -> float:
-    return score["accuracy"] if score.get("own") is None else score["own"]
+def by_way(score: dict[str, Any]) -> dict[str, float | None]:
+    """Accuracy of each way of answering, and transfer, in a `TransferScore`: `None` where it was not measured."""
+    shown = score.get("own") is not None
+    return {
+        "plain": score.get("plain"),
+        "own": score["own"] if shown else score["accuracy"],
+        "bank": score["accuracy"] if shown else None,
+        "transfer": score["transfer"],
+    }
 
 
-def _with_bank(score: dict[str, Any]) -> float | None:
-    return None if score.get("own") is None else score["accuracy"]
-
-
-def _rate(rate: float | None, problems: int) -> str:
+def rate_cell(rate: float | None, problems: int) -> str:
+    """A rate with its 95% interval, or a dash where there is none."""
     if rate is None or problems == 0:
         return "–"
     low, high = wilson_interval(rate, problems)

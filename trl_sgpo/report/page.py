@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -23,12 +24,13 @@ from markupsafe import Markup
 
 from .._version import __version__
 from ..bank import Strategy, policy
-from ..bank.statistics import transfer, with_bounds
+from ..bank.statistics import best_known_lift, lift_text, plain_lift_text, transfer
 from ..bank.strategy import TRUST_STATES
 from ..checks.terminal import printable
-from ..evaluation.tables import before_and_after, tables
+from ..evaluation.tables import tables
 from ..files import write_file
 from .charts import Chart, Points, bank_map, class_colours, line_chart, number
+from .figures import comparison, logged, quarters, verdict
 from .records import RolledProblem, Run
 
 
@@ -165,32 +167,47 @@ def write_report(run: Run, output: Path, other: Run | None = None) -> None:
     write_file(output, render(run, other))
 
 
-def render(run: Run, other: Run | None = None) -> str:
-    """The report's HTML. The arguments are those of [`write_report`]."""
-    package = files(__package__)
-    style, script = (package.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+@cache
+def _asset(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def content_policy(watched: bool) -> str:
+    """The Content-Security-Policy: the report's own style and script, and its own address if it is watched."""
+    style, script = (_hash(_asset(name)) for name in ("style.css", "script.js"))
+    own = " connect-src 'self';" if watched else ""
+    return (
+        f"default-src 'none'; style-src '{style}'; script-src '{script}';{own} img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def render(run: Run, other: Run | None = None, tag: str | None = None) -> str:
+    """The report's HTML. The arguments are those of [`write_report`], and the page's tag if it is served."""
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_visible
     )
     environment.filters.update(number=number, reward=_reward, code=_code)
-    template = environment.from_string(package.joinpath("template.html").read_text(encoding="utf-8"))
+    template = environment.from_string(_asset("template.html"))
     bank = run.bank
     strategies = _most_useful(bank.strategies) if bank is not None else []
     marks, kept = bank_map(strategies, bank.embeddings) if bank is not None else ([], 1.0)
     return template.render(
         # The package's own files, which are not escaped
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style=Markup(_asset("style.css")),
+        script=Markup(_asset("script.js")),
+        policy=Markup(content_policy(tag is not None)),
+        tag=tag,
         version=__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         run=run,
         other=other,
         names=_names(run, other),
+        waiting=tag is not None and run.has_no_step,
+        verdict=verdict(run.measured, run.history),
         facts=_facts(run),
+        compared=comparison(run.measured, run.history, run.evaluations),
         charts=_charts(run, other),
-        before_after=before_and_after(run.measured) if run.measured else None,
         evaluations={name: tables(results) for name, results in run.evaluations.items()},
         matrices=_matrices(run),
         bank=bank,
@@ -250,41 +267,31 @@ def _charts(run: Run, other: Run | None) -> list[Chart]:
         lines: list[tuple[str, Points, int, bool]] = []
         for metric, label, colour in metrics:
             if other is None:
-                lines.append((label, run.points(metric), colour, False))
+                lines.append((label, logged(run.history, metric), colour, False))
             else:
-                lines.append((f"{label}, {name}", run.points(metric), colour, False))
-                lines.append((f"{label}, {other_name}", other.points(metric), colour, True))
+                lines.append((f"{label}, {name}", logged(run.history, metric), colour, False))
+                lines.append((f"{label}, {other_name}", logged(other.history, metric), colour, True))
         if (chart := line_chart(id, title, note, lines, within)) is not None:
             charts.append(chart)
     return charts
 
 
-def _quarters(run: Run, metric: str) -> str | None:
-    """Means of the first and the last quarter of steps."""
-    values = [value for _, value in run.points(metric)]
-    if not values:
-        return None
-    if len(values) < 4:
-        return f"{sum(values) / len(values):.2f}"
-    part = len(values) // 4
-    return f"{sum(values[:part]) / part:.2f} → {sum(values[-part:]) / part:.2f}"
-
-
-def _facts(run: Run) -> list[tuple[str, str, str]]:
-    """Name, value and explanation of the figures at the top."""
+def _facts(run: Run) -> list[str]:
+    """How far the run is, and what its bank holds."""
     facts = []
     if run.max_steps:
-        note = "finished" if run.steps >= run.max_steps else "unfinished, as of the last checkpoint"
-        facts.append(("Steps", f"{run.steps} of {run.max_steps}", note))
-    for metric, name in (("sgpo/correctness", "Correctness of rollouts"), ("sgpo/transfer", "Transfer of rollouts")):
-        if (value := _quarters(run, metric)) is not None:
-            facts.append((name, value, "mean of the first → the last quarter of steps" if "→" in value else "mean"))
+        facts.append(f"{'Finished' if run.is_finished else 'Unfinished'}: step {run.steps:,} of {run.max_steps:,}")
     if run.bank is not None:
         counts = Counter(strategy.trust for strategy in run.bank.strategies)
         live = sum(counts.values()) - counts["retired"]
-        note = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
-        facts.append(("Strategies in the bank", str(live), note or "none"))
+        states = ", ".join(f"{counts[state]} {state}" for state in TRUST_STATES if counts[state])
+        facts.append(f"{live} strategies in the bank ({states or 'none'})")
     return facts
+
+
+def _means(run: Run, metric: str) -> str | None:
+    means = quarters(run.history, metric)
+    return None if means is None else f"{means[0]:.2f} → {means[1]:.2f}"
 
 
 def _matrices(run: Run) -> list[Matrix]:
@@ -338,8 +345,9 @@ def _strategy_view(run: Run, strategy: Strategy) -> dict[str, Any]:
         "record": strategy,
         "won": f"{number(strategy.successes)} of {strategy.trials}",
         "utility": policy.utility(strategy.successes, strategy.trials),
-        "lift": with_bounds(strategy.lift, *policy.lift_bounds(strategy)) if strategy.problems else "unknown",
-        "plain_lift": with_bounds(strategy.plain_lift, *policy.plain_lift_bounds(strategy)),
+        "best_known_lift": best_known_lift(strategy),
+        "lift": lift_text(strategy),
+        "plain_lift": plain_lift_text(strategy),
         "effect": "useful" if policy.useful(strategy) else "harmful" if policy.harmful(strategy) else "",
         "transfer": dict(islice(of_classes.items(), MAX_CLASSES)),
         "left_out": max(len(of_classes) - MAX_CLASSES, 0),
@@ -406,12 +414,14 @@ def _changes(run: Run, other: Run) -> dict[str, Any]:
     figures = []
     for _, title, _, _, metrics in CHARTS:
         for metric, label, _ in metrics:
-            values = (_quarters(run, metric), _quarters(other, metric))
+            values = (_means(run, metric), _means(other, metric))
             if any(values):
                 figures.append((f"{title}: {label}", *(value or "–" for value in values)))
     ours, theirs = ({} if each.bank is None else each.bank.by_id for each in (run, other))
     both = [(ours[key], theirs[key]) for key in ours if key in theirs]
     return {
+        "verdict": verdict(other.measured, other.history),
+        "compared": comparison(other.measured, other.history, other.evaluations),
         "settings": settings,
         "figures": figures,
         "only_run": _most_useful(each for key, each in ours.items() if key not in theirs),

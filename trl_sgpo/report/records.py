@@ -1,6 +1,5 @@
 """Reads the records of a run for its report. Missing records are listed in `Run.missing`."""
 
-import math
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
-from ..checks.json_text import read_object
+from ..checks.json_text import parse_json, read_lines, read_object
 from ..checks.paths import if_missing
 from ..checks.process import CHECKS
 from ..checks.repositories import is_within
@@ -23,7 +22,7 @@ from ..errors import BankError, ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..evaluation.digest import of_other_weights, weights_digest
 from ..method.prompts import problem_text
-from .run_files import EARLIER_DIRECTORY, REPORT_FILE, RUN_SETTINGS_FILE, STATE_FILE
+from .run_files import EARLIER_DIRECTORY, PROGRESS_FILE, REPORT_FILE, RUN_FILE, RUN_SETTINGS_FILE, STATE_FILE
 from .valid import DAMAGED, is_count, is_evaluation, is_measured, is_state
 
 
@@ -37,6 +36,7 @@ MAX_PAGES = 512 << 20  # bytes of a file of rollouts, uncompressed
 _ROWS = 4  # that are read at a time: a dictionary makes many long texts of one
 # Settings of problems that a suite given as NAME=PATH does not have
 _NO_SUITE = ("dataset_config", "name", "test_split_size", "prompt_column", "prompt_template")
+NO_METRICS = "No metrics yet: they are written when a step is logged (`logging_steps`)."
 TEXT_COLUMNS = ("step", "prompt", "completion", "source", "retrieved", "strategy", "execution")
 
 
@@ -126,10 +126,18 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name
 
-    def points(self, metric: str) -> list[tuple[int, float]]:
-        """Steps and values of a metric. A step that was logged again after a resume counts once."""
-        values = {log["step"]: log[metric] for log in self.history if isinstance(log.get(metric), int | float)}
-        return sorted((step, value) for step, value in values.items() if math.isfinite(value))
+    @property
+    def is_finished(self) -> bool:
+        return 0 < self.max_steps <= self.steps and not (self.path / PROGRESS_FILE).exists()
+
+    @property
+    def has_no_step(self) -> bool:
+        """Whether nothing was logged or measured yet, and nothing that was is damaged."""
+        return not (self.history or self.measured) and self.missing.get("curves", NO_METRICS) == NO_METRICS
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.history or self.settings or self.bank or self.problems)
 
 
 def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 40) -> Run:
@@ -151,18 +159,48 @@ def read_run(path: str | Path, evaluations: Sequence[str] = (), problems: int = 
         [`ConfigError`]: If the directory is not that of a run, or that of an evaluation has no results.
     """
     run = Run(Path(path))
+    _read_all(run, evaluations, problems, copies_only=False)
+    if run.is_empty:
+        raise _no_run(path)
+    return run
+
+
+def read_watched(path: str | Path, evaluations: Sequence[str] = (), problems: int = 40) -> Run:
+    """
+    Reads a run that may be training, or not have begun. The arguments are those of [`read_run`].
+
+    Until it has finished, of its bank only copies in checkpoints are opened: one that is open cannot be trained with.
+
+    Returns:
+        [`Run`]: With nothing in it if the folder is missing, empty, or that of a run that has just begun.
+
+    Raises:
+        [`ConfigError`]: If the directory holds something else, or that of an evaluation has no results.
+    """
+    run = Run(Path(path))
+    _read_all(run, evaluations, problems, copies_only=True)
+    begun = (
+        (run.path / RUN_FILE).is_file() or not run.path.exists() or (run.path.is_dir() and not any(run.path.iterdir()))
+    )
+    if run.is_empty and not begun:
+        raise _no_run(path)
+    return run
+
+
+def _no_run(path: str | Path) -> ConfigError:
+    return ConfigError(
+        f"{path} holds no run{if_missing(path)}: name the `output_dir` of a training run, with `checkpoint-*`, "
+        f"`completions` or `{BANK_DIRECTORY}` in it, or one of its checkpoints."
+    )
+
+
+def _read_all(run: Run, evaluations: Sequence[str], problems: int, copies_only: bool) -> None:
     _read_history(run)
     _read_settings(run)
     _read_measured(run)
     _read_evaluations(run, evaluations)
-    _read_bank(run)
+    _read_bank(run, copies_only and not run.is_finished)
     _read_rollouts(run, problems)
-    if not (run.history or run.settings or run.bank or run.problems):
-        raise ConfigError(
-            f"{path} holds no run{if_missing(path)}: name the `output_dir` of a training run, with `checkpoint-*`, "
-            f"`completions` or `{BANK_DIRECTORY}` in it, or one of its checkpoints."
-        )
-    return run
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -170,24 +208,40 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _with_checkpoints(run: Run, name: str) -> list[Path]:
-    """Files or directories of that name in the run and its checkpoints, the newest first."""
-    paths = [path for path in (run.path / name, *run.path.glob(f"checkpoint-*/{name}")) if path.exists()]
-    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    """Files or directories of that name in the run, written when training ends, and in its checkpoints, last first."""
+    copies = sorted(run.path.glob(f"checkpoint-*/{name}"), key=lambda path: _step_of(path.parent), reverse=True)
+    return [path for path in (run.path / name, *copies) if path.exists()]
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _read_history(run: Run) -> None:
-    state = next(filter(None, map(_read_json, _with_checkpoints(run, STATE_FILE))), None)
+    state, name = _read_progress(run.path / PROGRESS_FILE), PROGRESS_FILE
     if state is None:
-        run.missing["curves"] = (
-            "No metrics yet: they are written with each checkpoint and at the end of training. For earlier ones, set "
-            "`save_steps` lower."
-        )
+        state, name = next(filter(None, map(_read_json, _with_checkpoints(run, STATE_FILE))), None), STATE_FILE
+    if state is None:
+        run.missing["curves"] = NO_METRICS
         return
     if not is_state(state):
-        run.missing["curves"] = f"The metrics cannot be read: {STATE_FILE} is damaged."
+        run.missing["curves"] = f"The metrics cannot be read: {name} is damaged."
         return
     run.history = [log for log in state["log_history"] if "step" in log]
     run.steps, run.max_steps = state["global_step"], state["max_steps"]
+
+
+def _read_progress(path: Path) -> dict[str, Any] | None:
+    """What `trainer_state.json` will hold, as far as training has come. `None` where none is under way."""
+    try:
+        if not is_within(path, path.parent) or path.stat().st_size > MAX_BYTES:
+            return None
+        first, *logs = map(parse_json, read_lines(path))
+        steps = max((log["step"] for log in logs), default=0)
+        return {"log_history": logs, "global_step": steps, "max_steps": first["max_steps"]}
+    except (OSError, *DAMAGED):
+        return None
 
 
 def _read_settings(run: Run) -> None:
@@ -249,9 +303,11 @@ def _eval_command(run: Run) -> str:
     return shlex.join(map(str, command))
 
 
-def _read_bank(run: Run) -> None:
+def _read_bank(run: Run, copies_only: bool) -> None:
     refused = ""
-    for directory in [run.path / BANK_DIRECTORY, *_with_checkpoints(run, BANK_DIRECTORY)]:
+    own = run.path / BANK_DIRECTORY
+    copies = [directory for directory in _with_checkpoints(run, BANK_DIRECTORY) if directory != own]
+    for directory in copies if copies_only else [own, *copies]:
         try:
             if not is_within(bank_directory(str(directory)), run.path):
                 raise BankError(f"{directory} is a link out of {run.path}: name the bank that it leads to.")
@@ -262,10 +318,13 @@ def _read_bank(run: Run) -> None:
             break
         except BankError as error:
             refused = refused or (str(error) if directory.exists() else "")
-    if run.bank is None:
+    if run.bank is None and copies_only:
+        run.missing["bank"] = refused or "The bank is shown from the first checkpoint on (`save_steps`)."
+    elif run.bank is None:
         run.missing["bank"] = refused or "No strategy bank: the run has `use_bank: false`, or has not begun."
-    elif refused:
-        run.missing["bank"] = f"What is shown is the bank in {directory.relative_to(run.path)}. {refused}"
+    elif refused or copies_only:
+        told = refused or "Until training ends, it has the bank for itself."
+        run.missing["bank"] = f"What is shown is the bank in {directory.relative_to(run.path)}. {told}"
     elif not run.bank.strategies:
         run.missing["bank"] = "The strategy bank is empty: no strategy has done better than its block yet."
 
