@@ -13,8 +13,10 @@ TOOLS := .venv-tools
 # Engines with environments of their own: their dependencies do not go with those of the package, or must be compiled
 VLLM := .venv-vllm
 LLAMA_CPP := .venv-llama-cpp
+DEEPSPEED := .venv-deepspeed
 
-.PHONY: install quickstart test test-trl-next test-oldest test-vllm test-llama-cpp audit release-check lint signatures docs bench-bank
+.PHONY: install quickstart test test-trl-next test-oldest test-vllm test-llama-cpp test-deepspeed audit release-check lint signatures \
+	docs bench-bank
 
 install: $(VENV)/.installed
 
@@ -101,6 +103,17 @@ $(LLAMA_CPP)/.installed:
 
 test-llama-cpp: install $(LLAMA_CPP)/.installed
 	$(BIN)/python -m pytest -s --durations 0 tests/with_llama_cpp
+
+# DeepSpeed compiles what it needs when it is used: on CPUs a module for shared memory, with g++
+$(DEEPSPEED)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install -q "$(TORCH)"
+	$(DEEPSPEED)/bin/python -m pip install -q -e ".[dev]"
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install -q "deepspeed==0.19.8"
+	touch $@
+
+test-deepspeed: $(DEEPSPEED)/.installed
+	$(DEEPSPEED)/bin/python -m pytest -p no:randomly --durations 0 tests/with_deepspeed
 
 lint: install
 	$(BIN)/ruff check .

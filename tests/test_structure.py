@@ -26,6 +26,7 @@ PRIVATE_NAMES = {
     "compare/budget.py",
     "evaluation/named_sets.py",
     "hub/trainer.py",
+    "inference/pretrained.py",
     "internalize/trainer.py",
     "method/conversation_trainer.py",
     "method/measuring.py",

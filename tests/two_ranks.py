@@ -2,7 +2,7 @@
 Trains three steps with scripted generations and saves what each step computed.
 
 Arguments of `main`: OUT MODEL SCALE_REWARDS [CHECKPOINT]. Two ranks with one transfer block each have to do what one
-rank does with two. With ACCELERATE_USE_FSDP=true they share the weights, too.
+rank does with two. With ACCELERATE_USE_FSDP=true or ACCELERATE_USE_DEEPSPEED=true they share the weights, too.
 """
 
 import os
@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 from models import evenness, hash_embedder, problems
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
@@ -49,6 +50,11 @@ def shard_on_cpus() -> None:
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters, gathered from all ranks."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([*model.parameters()]):
+            return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in parameters.items()}
 
 
@@ -133,6 +139,7 @@ def main(arguments: list[str]) -> None:
         torch.save(
             {
                 "ranks": trainer.accelerator.num_processes,
+                "backend": trainer.accelerator.distributed_type.value,
                 "rows": rows,
                 "steps": {name: after[name] - before[name] for name in before},
                 "written": written,

@@ -1,6 +1,5 @@
 """`trl-sgpo train`: what `trl grpo` is, for SGPO."""
 
-import argparse
 import json
 import os
 import shlex
@@ -32,6 +31,7 @@ from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.secrets import HIDDEN, is_secret
 from ..checks.setup import setup_problems
+from ..checks.sharding import FSDP_ON_CPUS, SHARDED_CHECKPOINTS
 from ..checks.terminal import printable
 from ..compare.lab.model import fetch_model
 from ..data.classes import with_classes
@@ -47,7 +47,6 @@ from ..inference.pretrained import load_config, load_tokenizer, loading
 from ..inference.settings import TwoPhaseSettings
 from ..method.context_length import check_context_length, shown_strategies
 from ..method.conversation import check_system_role
-from ..method.requirements import SHARDED_CHECKPOINTS
 from ..method.reward_functions import check_columns_read
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import BEFORE_FILE, REPORT_FILE
@@ -114,10 +113,14 @@ def _needs_launcher(recipe: Recipe) -> bool:
 def _launch(recipe: Recipe) -> int:
     command = ["--module", "trl_sgpo.cli.main", "train", *recipe.own]
     arguments = launch_command_parser().parse_args([*recipe.launch, *command])
-    _check_sharding(arguments)
+    config = load_config_from_file(arguments.config_file) if arguments.config_file is not None else None
+    asked = None if config is None else config.distributed_type
+    if arguments.use_fsdp or asked == DistributedType.FSDP:
+        _check_fsdp(vars(arguments) if config is None else config.fsdp_config or {})
     os.environ[_LAUNCHED] = "1"
-    if not torch.accelerator.is_available() and (arguments.num_processes or 1) > 1:
-        # Without these, accelerate starts a single process on a CPU
+    deepspeed = arguments.use_deepspeed or asked == DistributedType.DEEPSPEED
+    if not (deepspeed or torch.accelerator.is_available()) and (arguments.num_processes or 1) > 1:
+        # Without these, accelerate starts a single process on a CPU. With them, it does not use DeepSpeed
         arguments.multi_gpu, arguments.cpu = True, False
         os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
@@ -133,20 +136,10 @@ def _launch(recipe: Recipe) -> int:
     return 0
 
 
-def _check_sharding(arguments: argparse.Namespace) -> None:
+def _check_fsdp(settings: Mapping[str, Any]) -> None:
     """Refuses FSDP on CPUs, where accelerate silently uses DDP, and sharded checkpoints."""
-    sharded, settings = arguments.use_fsdp, vars(arguments)
-    if arguments.config_file is not None:
-        config = load_config_from_file(arguments.config_file)
-        sharded |= config.distributed_type == DistributedType.FSDP
-        settings = config.fsdp_config or {}
-    if not sharded:
-        return
     if not torch.accelerator.is_available():
-        raise ConfigError(
-            "FSDP needs GPUs, and there are none: on CPUs, `--accelerate_config recipes/accelerate/ddp.yaml` or "
-            "`--num_processes 2` trains with the whole model in every process."
-        )
+        raise ConfigError(FSDP_ON_CPUS)
     states = str(settings.get("fsdp_state_dict_type") or "").upper()
     if states != "FULL_STATE_DICT" and (states or int(settings.get("fsdp_version") or 1) == 2):  # accelerate's default
         raise ConfigError(SHARDED_CHECKPOINTS)

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from ..checks.sharding import launched_with
 from ..errors import ConfigError, DataError, ModelError
 from ..evaluation.digest import digest, model_record
 from ..files import unfinished_directory
@@ -159,7 +160,8 @@ def warmstart(
 
     Raises:
         [`DataError`]: There are no traces, or one is longer than the model's table of positions.
-        [`ConfigError`]: Another model is there, on which adapters were trained that are in the folder above.
+        [`ConfigError`]: Another model is there, on which adapters were trained that are in the folder above, or the
+            processes were launched with FSDP or DeepSpeed.
     """
     output_dir = Path(output_dir)
     if not traces:
@@ -189,6 +191,11 @@ def warmstart(
         raise ConfigError(
             f"{output_dir} was made with another model, other traces or settings, and the adapters in "
             f"{output_dir.parent} were trained on it: use the same ones to resume, or name another `--output_dir`."
+        )
+    if config.deepspeed or launched_with("FSDP") or launched_with("DEEPSPEED"):
+        raise ConfigError(
+            "A warm start trains and saves whole weights, and FSDP or DeepSpeed shards them: run `trl-sgpo warmstart` "
+            "with the same recipe on one process first. `train` goes on from what it saved."
         )
     print(f"Warm start of {model} on {len(traces)} two-phase traces:")
     examples = two_phase_examples(traces, tokenizer, config, config.seed, plain_share)

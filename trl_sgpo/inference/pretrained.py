@@ -1,6 +1,8 @@
 """
 The one place that loads models, adapters, tokenizers, configs and embedding models: no code of a repository runs, and
 weights are read from safetensors only.
+
+What this file relies on in transformers 5.24: `integrations.deepspeed._hf_deepspeed_config_weak_ref`.
 """
 
 import re
@@ -139,6 +141,22 @@ def loading(source: str | Path) -> Iterator[None]:
         raise ModelError(f"The files of {source} cannot be loaded ({reason}): {AGAIN}") from error
 
 
+@contextmanager
+def whole_on_this_rank() -> Iterator[None]:
+    """
+    Within the context, models are loaded by this rank alone. With DeepSpeed ZeRO-3, transformers partitions each model
+    that it loads, and the first rank waits until all others have loaded it too.
+    """
+    from transformers.integrations import deepspeed
+
+    settings = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = settings
+
+
 def load_tokenizer(source: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
     """
     Loads a tokenizer.
@@ -249,7 +267,8 @@ def load_adapter_config(directory: str | Path) -> "PeftConfig":
 
 def load_sentence_transformer(source: str, cached_only: bool = False) -> "SentenceTransformer":
     """
-    Loads an embedding model on the CPU. Of a Hub repository, neither code nor pickles are downloaded.
+    Loads an embedding model on the CPU, on this rank alone. Of a Hub repository, neither code nor pickles are
+    downloaded.
 
     Args:
         source (`str`):
@@ -274,7 +293,7 @@ def load_sentence_transformer(source: str, cached_only: bool = False) -> "Senten
         )
     for folder in check_embedding_folder(source, directory):
         _check_weights(folder)
-    with loading(source), readable_weights(directory):
+    with loading(source), readable_weights(directory), whole_on_this_rank():
         model = SentenceTransformer(
             str(directory),
             device="cpu",

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ..checks.secrets import redacted
+from ..checks.sharding import check_sharding
 from ..data.answers import answer_reward
 from ..data.columns import check_column_names, check_entries, check_solutions
 from ..errors import ConfigError, DataError, ModelError
@@ -35,11 +36,6 @@ UNSLOTH = (
     "Unsloth has replaced TRL's GRPOTrainer by one that ignores `rollout_func`: no strategy would be written, and "
     "nothing would be said. Train in a process that does not import unsloth."
 )
-SHARDED_CHECKPOINTS = (
-    "With FSDP's sharded state dicts, checkpoints would hold neither a model that others can load nor the bank: set "
-    "`fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration."
-)
-
 _ENCODER_LOST = (
     "PEFT saves the prompt that P-tuning or a prefix projection has learnt, and not the encoder that it is trained "
     "through, so training cannot go on from a checkpoint"
@@ -133,7 +129,7 @@ def check_model(trainer: GRPOTrainer) -> None:
 
     Raises:
         [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
-            with gradient checkpointing, FSDP with sharded state dicts, rows longer than the model's table of
+            with gradient checkpointing, sharding other than asked for, rows longer than the model's table of
             positions or than vLLM reads, or a chat template without the system role that the prompts have.
         [`DataError`]: A message with control tokens of the model outside its content.
         [`ModelError`]: It has settings that cannot be saved.
@@ -146,9 +142,7 @@ def check_model(trainer: GRPOTrainer) -> None:
         check_generation_config(trainer.generation_config, base_of(trainer.model).generation_config)
     if is_prompt_learning(trainer.model):
         _check_prompt_learning(trainer.model.active_peft_config, trainer.args)
-    fsdp = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
-        raise ConfigError(SHARDED_CHECKPOINTS)
+    check_sharding(trainer)
     prompts = trainer.train_dataset["prompt"]
     evals = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     evaluated = [prompt for dataset in evals if dataset is not None for prompt in dataset["prompt"]]
