@@ -8,6 +8,9 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import pytest
+from benchmarks import hypotheses
+
+from trl_sgpo.compare.pool import read_summaries
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -23,6 +26,15 @@ def arms() -> dict[str, dict[str, Any]]:
 
 def in_brackets(figure: dict[str, Any]) -> str:
     return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def signed(figure: dict[str, Any]) -> str:
+    return f"{figure['mean']:+.2f} [{figure['low']:+.2f}, {figure['high']:+.2f}]"
+
+
+def differences() -> dict[str, Any]:
+    """SGPO minus each arm, over the four builds."""
+    return json.loads((DOCS / "results" / "lab2.json").read_text())["differences"]
 
 
 def difference(arms: dict[str, Any], first: str, second: str, kinds: tuple[str, str] = (PLAIN, PLAIN)) -> str:
@@ -73,7 +85,9 @@ def test_differences(page: str, arms: dict[str, dict[str, Any]]) -> None:
     known |= {difference(arms[b], name, name, (GUIDED, PLAIN)) for b in BUILDS for name in arms["lab"]}
     known |= {in_brackets(arms[b][name][kind]) for b in BUILDS for name in arms["lab"] for kind in (GUIDED, PLAIN)}
     known = {without_signs(each) for each in known}
-    named = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", without_signs((DOCS / page).read_text()))
+    named = re.findall(
+        r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", without_signs((DOCS / page).read_text().partition("### H1 and")[0])
+    )
     assert len(named) >= 10 and not [each for each in named if each not in known]
 
 
@@ -92,16 +106,22 @@ LAB2 = {
 def test_readme() -> None:
     found = json.loads((DOCS / "results" / "lab2.json").read_text())["arms"]
     text = (DOCS.parent / "README.md").read_text()
-    table = text.partition("| Two models, seeds 1 to 3 | ")[2].partition("\n\n")[0]
+    table = text.partition("| Four models, seeds 1 to 3 | ")[2].partition("\n\n")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert {row[0] for row in rows} == LAB2.keys()
     for name, *cells in rows:
         trained, plain = (found[LAB2[name]][kind] for kind in (GUIDED, PLAIN))
         assert cells == [in_brackets(trained), in_brackets(plain), f"{trained['collapsed']} of {trained['runs']}"]
     words = " ".join(text.split())
-    ends = {arm: ", ".join(f"{value:.2f}" for value in found[arm][GUIDED]["values"][1]) for arm in found}
-    assert f"({ends['two_phase_grpo']} and {ends['sgpo']}), on the other all its runs collapse" in words
-    assert max(figures["longer accuracy"]["mean"] for figures in found.values()) < 0.025
+    over = differences()["two_phase_grpo"]
+    by_model = [f"{fmean(values):+.2f}" for values in over[GUIDED]["values"]]
+    assert f"two-phase GRPO**: {signed(over[GUIDED])}, of which {by_model[0]} comes from" in words
+    assert f"and {by_model[1]}, {by_model[2]} and {by_model[3]} from the others" in words
+    assert f"after a quarter of the tokens it is {in_brackets(over['curve 1'])} above" in words
+    assert f"those of SFT: {signed(differences()['sft'][PLAIN])}" in words
+    collapses = [[min(values) < 0.2 for values in found[arm][GUIDED]["values"]] for arm in ("grpo", "two_phase_grpo")]
+    assert [sum(models) for models in collapses] == [3, 1] and found["sgpo"][GUIDED]["collapsed"] == 0
+    assert max(figures["longer accuracy"]["mean"] for figures in found.values()) < 0.035
     gain = json.loads((DOCS / "results" / "internalize.json").read_text())["differences"]["distill"][PLAIN]
     assert f"adds {-gain['mean']:.2f} [{-gain['high']:.2f}, {-gain['low']:.2f}] to plain answers" in words
 
@@ -119,9 +139,64 @@ def test_over_models() -> None:
         collapsed = f"{guided['collapsed']} of {guided['runs']}"
         wanted = [in_brackets(guided), runs, collapsed, in_brackets(plain), in_brackets(transfer), quarter]
         assert cells.split(" | ") == wanted
-    page = (DOCS / "hypotheses.md").read_text().partition("### So far")[2].partition("\n## ")[0]
-    for name, runs in re.findall(r"`(\w+)` (0\.\d\d, 0\.\d\d, 0\.\d\d)", page):
-        assert runs == ", ".join(f"{value:.2f}" for value in found[name][GUIDED]["values"][0])
+    words, known = without_signs(text), {without_signs(signed(f)) for d in differences().values() for f in d.values()}
+    known |= {in_brackets(figure) for figures in found.values() for figure in figures.values()}
+    answers = json.loads((DOCS / "results" / "hypotheses.json").read_text())
+    known |= {without_signs(signed(answers[name])) for name in ("H1", "H4", "H5")}
+    named = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", words)
+    assert len(named) > 60 and not [each for each in named if each not in {without_signs(each) for each in known}]
+    leaks = json.loads((DOCS / "results" / "collapse.json").read_text())
+    of_two_phases = sorted(f"{run['leaks, first']:.2f}" for run in leaks if run["arm"] == "two_phase_grpo")
+    assert f"begins with {of_two_phases[0]} to {of_two_phases[-1]} of strategies that leak" in words
+    with_transfer = [run for run in leaks if run["arm"] in ("sgpo", "transfer_only")]
+    first = sorted(f"{run['leaks, first']:.2f}" for run in with_transfer)
+    assert f"share is {first[0]} to {first[-1]} in the first ten steps and at most 0.01 in the last" in words
+    assert max(run["leaks, last"] for run in with_transfer) < 0.015
+
+
+def test_data_efficiency() -> None:
+    found = json.loads((DOCS / "results" / "efficiency.json").read_text())
+    text = " ".join(
+        (DOCS / "comparison.md").read_text().partition("### Data efficiency")[2].partition("\n## ")[0].split()
+    )
+
+    def point(arm: str, quarter: int) -> tuple[float, str, str]:
+        points = [run["points"][quarter] for run in found["runs"][arm]]
+        accuracy, tokens, problems = (
+            fmean(each[key] for each in points) for key in ("accuracy", "tokens", "problems")
+        )
+        return f"{accuracy:.2f}", f"{round(tokens, -3):,.0f}", f"{problems:,.0f}"
+
+    assert "SGPO is at {} after {} generated tokens and {} problems drawn".format(*point("sgpo", 0)) in text
+    assert "Two-phase GRPO is at {} after {} tokens and {} problems".format(*point("two_phase_grpo", 3)) in text
+    assert f"GRPO at {point('grpo', 3)[0]}." in text and f"worked solutions, is at {fmean(found['sft']):.2f}." in text
+
+
+def test_answers_to_hypotheses() -> None:
+    """They are those of the summaries, and the page has them."""
+    summaries = [str(DOCS / "results" / f"lab2_lab{part}.json") for part in ("", "_1", "_2", "_3")]
+    found = hypotheses.answers(read_summaries(summaries))
+    assert (
+        json.loads(json.dumps(found)).items() <= json.loads((DOCS / "results" / "hypotheses.json").read_text()).items()
+    )
+    page = (DOCS / "hypotheses.md").read_text()
+    for name in ("H1", "H4", "H5"):
+        first, second = found[name]["arms"]
+        by_model = " | ".join(f"{fmean(values):+.2f}" for values in found[name]["values"])
+        row = f"| {name} | `{first}` − `{second}` | **{found[name]['answer']}** | {signed(found[name])} | {by_model} |"
+        assert row in page
+    tokens = [
+        "; ".join(
+            " ".join("never" if each is None else f"{each:,}" for each in runs) if any(runs) else "never"
+            for runs in pair
+        )
+        for pair in zip(found["H6"]["tokens"]["sgpo"], found["H6"]["tokens"]["grpo"], strict=True)
+    ]
+    assert f"`grpo` | **{found['H6']['answer']}** | | {' | '.join(tokens)} |" in page
+    counts = [found["H7"]["collapsed"][arm] for arm in ("sgpo", "grpo", "two_phase_grpo")]
+    by_model = " | ".join(", ".join(map(str, models)) for models in zip(*counts, strict=True))
+    total = ", ".join(str(sum(each)) for each in counts)
+    assert f"`two_phase_grpo` | **{found['H7']['answer']}** | {total} of 12 | {by_model} |" in page
 
 
 def test_cost_of_contrast() -> None:
