@@ -52,6 +52,7 @@ def _write(tmp_path: Path, arms: dict[str, Any], budget: int = 300) -> str:
         "curve_points": 2,
         "curve_problems": 8,
         "samples": 1,
+        "pass_samples": 2,
         "suites": [{"name": "seen", "path": "list_functions/seen?size=64", "split": "test"}],
         "transfer": {"suite": "seen", "problems": 1, "executions": 1, "classes": 2},
         "arms": arms,
@@ -120,6 +121,9 @@ def test_every_method_runs_within_its_budget_and_finished_runs_are_kept(
         assert 0 <= figures["transfer score"]["mean"] <= 1
         plain = [figures[f"seen {kind}"]["mean"] for kind in ("accuracy", "plain accuracy")]
         assert name in ("sgpo", "joint", "internalize_wrong") or plain[0] == plain[1]
+        assert "seen pass@2" in figures
+        tokens_an_answer = [figures[f"seen {way}tokens an answer"]["mean"] for way in ("", "plain ")]
+        assert all(0 < mean <= 12 for mean in tokens_an_answer)
     assert "| seen accuracy | seen plain accuracy |" in (tmp_path / "results" / "table.md").read_text()
     assert all(len(table["curves"][name][0]) == 2 for name in ("grpo", "sgpo", "joint"))
     chosen = json.loads((tmp_path / "runs" / "grpo_best" / "seed-1" / "result.json").read_text())

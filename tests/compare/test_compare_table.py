@@ -126,6 +126,24 @@ def test_plain_answers_stand_beside_guided_ones() -> None:
     assert "| arm | seeds | seen accuracy | seen accuracy without the bank | seen plain accuracy |" in text
 
 
+def test_pass_at_k_and_tokens_an_answer() -> None:
+    results = {"sgpo": [_result(1, 0.5), _result(2, 0.6)], "k1": [_result(1, 0.5)]}
+    for result, rate in zip(results["sgpo"], (0.8, 0.9), strict=True):
+        suite = result["suites"]["seen"]
+        passed = {"1": suite["accuracy"], "8": {"value": rate}}
+        suite |= {"accuracy": suite["accuracy"] | {"problems": 4}, "generated_tokens": 4 * 9 * 30}
+        suite["sampled"] = suite["sampled"] | {"samples": 8, "pass_at_k": passed}
+        suite["plain"] = {key: suite[key] for key in ("accuracy", "sampled")} | {"generated_tokens": 4 * 9 * 12}
+    summed = summary(_comparison(), results)
+    assert summed["arms"]["sgpo"]["seen pass@8"]["values"] == [0.8, 0.9]
+    assert "seen pass@8" not in summed["arms"]["k1"]  # of an earlier version
+    text = markdown(summed).partition("## Problems that one of k")[2]
+    assert "| arm | seen pass@8 | seen plain pass@8 | seen tokens an answer | seen plain tokens an answer |" in text
+    assert "| sgpo | 0.85 [0.21, 1.00] | 0.85 [0.21, 1.00] | 30.0 | 12.0 |" in text
+    assert "| k1 | – | – | – | – |" in text
+    assert not any(name.endswith("an answer") for name in summed["differences"]["k1"])
+
+
 def test_unfinished_arms_are_left_out_and_files_are_written(tmp_path: Path) -> None:
     summed = summary(_comparison(), {"sgpo": [_result(1, 0.5)], "k1": []})
     assert list(summed["arms"]) == ["sgpo"]

@@ -99,4 +99,5 @@ def test_an_arm_takes_two_steps(name: str, small: Comparison, capsys: pytest.Cap
     else:
         assert result["details"]["steps"] >= 2 and result["tokens"]["generated"] >= small.budget
         assert (result["tokens"]["labels"] > 0) == (name == "prm")
-    assert "own" in result["suites"]["gsm8k"] or name != "sgpo"
+    if name == "sgpo":  # whose bank trusts nothing yet
+        assert all(suite[key] == value for suite in result["suites"].values() for key, value in suite["own"].items())

@@ -88,7 +88,7 @@ def sections(
     if config is not None:
         problems["dataset_config"] = config
     problems |= {key: value for key, value in asdict(columns).items() if value is not None}
-    if not data.startswith(("reasoning_gym/", "list_functions/")):
+    if not data.startswith(("reasoning_gym/", "list_functions/", "word_programs/")):
         report = min(report, len(rows) // 10)
         if report >= 4 * BLOCK_SIZE:
             title = "Data: a tenth of the problems is kept for the report before and after training"

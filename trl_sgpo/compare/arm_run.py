@@ -40,7 +40,7 @@ from .stored import run_result
 
 RESULT_FILE = "result.json"
 RECORD_FILE = "depends_on.json"
-_MEASURED = ("budget", "transfer", "samples", "curve_points", "curve_problems")
+_MEASURED = ("budget", "transfer", "samples", "pass_samples", "curve_points", "curve_problems")
 _PLACES = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")
 
 
@@ -318,14 +318,18 @@ def _measure(
     plain: TwoPhaseSettings,
 ) -> dict[str, Any]:
     results = {}
+    trusted = bank is not None and any(strategy.trust == "trusted" for strategy in bank.strategies())
     for loaded in suites:
-        protocol = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
+        usual = Protocol(form=arm.form, samples=comparison.samples, seed=seed, chunk_size=model.batch_size)
+        more = comparison.pass_samples if loaded is transfer_suite else None
+        protocol = replace(usual, samples=more or usual.samples)
         found = evaluate_suite(model, loaded, verifier, protocol, bank)
         two_phase = arm.form == "two_phase"
-        answers = evaluate_plain(model, loaded, verifier, protocol) if two_phase else found
+        answers = evaluate_plain(model, loaded, verifier, usual) if two_phase else found
         results[loaded.suite.name] = found | {"plain": way_figures(answers)}
         if bank is not None:
-            own = evaluate_suite(model, loaded, verifier, protocol)
+            # A bank that trusts no strategy shows none
+            own = evaluate_suite(model, loaded, verifier, usual) if trusted else found
             results[loaded.suite.name]["own"] = way_figures(own)
     # Equal limits for all arms: a plain answer may be as long as strategy and execution together
     model.settings = plain

@@ -93,6 +93,9 @@ class Comparison:
             Runs at a time. On a CPU each gets its share of the cores.
         samples (`int`, *optional*, defaults to `2`):
             Sampled answers to each problem of a suite, beside the greedy one.
+        pass_samples (`int`, *optional*):
+            Sampled answers to each problem of the `transfer` suite in the form that the arm is trained in, for a
+            pass@k of larger k. If `None`, as many as of other suites.
         curve_points (`int`, *optional*, defaults to `4`):
             Evaluations during training, evenly spread over the budget, on the `transfer` suite.
         curve_problems (`int`, *optional*, defaults to `96`):
@@ -111,6 +114,7 @@ class Comparison:
     results: str | None = None
     processes: int = 1
     samples: int = 2
+    pass_samples: int | None = None
     curve_points: int = 4
     curve_problems: int = 96
     reference: str = "sgpo"
@@ -167,13 +171,15 @@ def read_comparison(path: str, changes: dict[str, Any] | None = None) -> Compari
     seeds = content["seeds"]
     if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ConfigError(f"{path}: `seeds` must be a list of whole numbers.")
-    for key in ("budget", "processes", "samples"):
-        if type(content.get(key, 1)) is not int:
+    for key in ("budget", "processes", "samples", "pass_samples"):
+        value = content.get(key, 1)
+        if type(value) is not int and not (key == "pass_samples" and value is None):
             raise ConfigError(f"{path}: `{key}` must be a whole number.")
     read = {"arms": arms, "recipe": _find(str(content["recipe"]), path)}
     comparison = Comparison(**(content | read | {"output_dir": os.path.expanduser(str(content["output_dir"]))}))
-    if comparison.budget < 1 or comparison.processes < 1 or comparison.samples < 1:
-        raise ConfigError(f"{path}: `budget`, `processes` and `samples` must be at least 1.")
+    more = 1 if comparison.pass_samples is None else comparison.pass_samples
+    if min(comparison.budget, comparison.processes, comparison.samples, more) < 1:
+        raise ConfigError(f"{path}: `budget`, `processes`, `samples` and `pass_samples` must be at least 1.")
     if not comparison.seeds or not arms:
         raise ConfigError(f"{path}: there must be a seed and an arm.")
     check_keys(comparison.transfer, _TRANSFER, f"`transfer` of {path}")

@@ -12,12 +12,20 @@ _DIFFERENCES = ("transfer - none", "own - other", "own - none")
 _SPENT = ("generated", "labels", "trained")
 
 
+def _sampled(value: Any, place: str) -> None:
+    rate = record({"value": RATE})
+    record({"accuracy": rate}, optional={"samples": count})(value, place)
+    if "samples" in value:
+        record({"pass_at_k": record({str(value["samples"]): rate})})(value, place)
+
+
 def run_result(comparison: Comparison, seed: int) -> Check:
     """The values of a run's `result.json` that a table is made of."""
     rate, difference = record({"value": RATE}), record({"value": number(-1, 1)})
     accuracy = record({"value": RATE}, optional={"problems": count})
-    rates = {"accuracy": accuracy, "sampled": record({"accuracy": rate})}
-    suite = record(rates, optional={"plain": record(rates), "own": record(rates)})
+    rates, more = {"accuracy": accuracy, "sampled": _sampled}, {"generated_tokens": count}
+    way = record(rates, optional=more)
+    suite = record(rates, optional={"plain": way, "own": way} | more)
     parts = record(
         {
             "seed": exactly(seed),

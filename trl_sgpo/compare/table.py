@@ -15,6 +15,7 @@ from .pictures import Bar, draw_comparison
 
 APART = 0.3
 _COSTS = ("tokens", "training")
+_TOKENS = "tokens an answer"
 _SIGNED = ("lift", "own - other", "own - none")
 
 
@@ -74,7 +75,7 @@ def interval(values: list[float], least: float = -math.inf, most: float = math.i
 
 def _range(figure: str) -> tuple[float, float]:
     """Smallest and largest possible value of a figure."""
-    if figure.startswith(_COSTS):
+    if figure.startswith(_COSTS) or figure.endswith(_TOKENS):
         return 0.0, math.inf
     return (-1.0, 1.0) if figure in _SIGNED else (0.0, 1.0)
 
@@ -88,10 +89,13 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
     for name, suite in result["suites"].items():
         figures[f"{name} accuracy"] = suite["sampled"]["accuracy"]["value"]
         figures[f"{name} accuracy, greedy"] = suite["accuracy"]["value"]
+        figures |= _of_all_answers(name, suite)
         for way, kind in _WAYS.items():
             if way in suite:
                 figures[f"{name} {kind}"] = suite[way]["sampled"]["accuracy"]["value"]
                 figures[f"{name} {kind}, greedy"] = suite[way]["accuracy"]["value"]
+        if "plain" in suite:
+            figures |= _of_all_answers(f"{name} plain", suite["plain"])
     transfer = result["transfer"]
     conditions, differences = transfer["conditions"], transfer["differences"]
     figures["transfer score"] = conditions["transfer"]["value"]
@@ -108,6 +112,16 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
         figures[f"tokens {name}"] = float(value)
     figures["training seconds"] = result["training_seconds"]
     return figures
+
+
+def _of_all_answers(name: str, suite: dict[str, Any]) -> dict[str, float]:
+    """Share of problems that any of the sampled answers solves, and tokens an answer, where both were kept."""
+    sampled, answered = suite["sampled"], suite["accuracy"].get("problems", 0)
+    if "samples" not in sampled or "generated_tokens" not in suite or answered == 0:
+        return {}
+    k = sampled["samples"]
+    figures = {f"{name} {_TOKENS}": suite["generated_tokens"] / (answered * (1 + k))}
+    return figures | ({f"{name} pass@{k}": sampled["pass_at_k"][str(k)]["value"]} if k > 1 else {})
 
 
 def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -141,7 +155,8 @@ def summary(comparison: Comparison, results: dict[str, list[dict[str, Any]]]) ->
             differences[name] = {
                 figure: _difference(figure, [ours[figure] - theirs[figure] for ours, theirs in paired]).to_dict()
                 for figure in paired[0][1]
-                if all(figure in row for pair in paired for row in pair) and not figure.startswith(_COSTS)
+                if all(figure in row for pair in paired for row in pair)
+                and not (figure.startswith(_COSTS) or figure.endswith(_TOKENS))
             }
     return {
         "settings": redacted(
@@ -186,7 +201,8 @@ def _difference(figure: str, values: list[float]) -> Interval:
 def markdown(summed: dict[str, Any]) -> str:
     """The tables of a summary."""
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
-    known = {figure for arm in summed["arms"].values() for figure in arm}  # earlier versions have one way only
+    # Earlier versions have one way only
+    known = dict.fromkeys(figure for arm in summed["arms"].values() for figure in arm)
     accuracies = [f"{name} {kind}" for name in suites for kind in ("accuracy", *_WAYS.values())]
     accuracies = [name for name in accuracies if name in known]
     columns = [*accuracies, "transfer score", "lift", "own - other", "own - none"]
@@ -227,6 +243,11 @@ def markdown(summed: dict[str, Any]) -> str:
     lines += table_lines(
         ["arm", *more], [[name, *(_cell_of(f, c) for c in more)] for name, f in summed["arms"].items()]
     )
+    further = [name for name in known if "pass@" in name] + [name for name in known if name.endswith(_TOKENS)]
+    if further:
+        lines += ["", "## Problems that one of k sampled answers solves (pass@k), and tokens an answer", ""]
+        rows = [[name, *(_further_cell(f, c) for c in further)] for name, f in summed["arms"].items()]
+        lines += table_lines(["arm", *further], rows)
     points = sorted({name for f in summed["arms"].values() for name in f if name.startswith("curve ")})
     if points:
         suite = summed["settings"]["transfer"]["suite"]
@@ -253,6 +274,11 @@ def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def _cell_of(figures: dict[str, Any], name: str, signed: bool = False) -> str:
     return cell(figures[name], signed) if name in figures else "–"
+
+
+def _further_cell(figures: dict[str, Any], name: str) -> str:
+    tokens = name.endswith(_TOKENS) and name in figures
+    return f"{figures[name]['mean']:.1f}" if tokens else _cell_of(figures, name)
 
 
 def _ends(figure: dict[str, Any]) -> tuple[float, float]:

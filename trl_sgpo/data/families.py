@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from ..checks.process import CHECKS
-from ..compare.lab import list_functions
+from ..compare.lab import list_functions, word_programs
 from . import expressions
 from .expressions import DIFFERENTIABLE, EXACT, Dual, NotInGrammar
 
@@ -149,7 +149,8 @@ def family_of(entry: str | None) -> str | None:
     reference = read_reference(entry)
     if reference is not None:
         return reference.family
-    return list_functions.FAMILY if list_functions.metadata_of(entry) is not None else None
+    own = (list_functions, word_programs)
+    return next((family.FAMILY for family in own if family.metadata_of(entry) is not None), None)
 
 
 def has_several_answers(family: str) -> bool:

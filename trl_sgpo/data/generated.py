@@ -1,4 +1,4 @@
-"""Generated problems: reasoning-gym families and the laboratory's list functions."""
+"""Generated problems: reasoning-gym families, and the laboratory's list functions and word programs."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 from filelock import FileLock
 
 from ..checks.process import CHECKS
-from ..compare.lab import list_functions
+from ..compare.lab import list_functions, word_programs
 from ..errors import DataError
 from ..inference.weights import LAB_VERSION
 from .families import GYM, Reference, setting
@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 ENTRY_VERSION = 3  # of the column `entry` and the problems
 _MOST_FAILED = 10
+_MOST_WORDS = 600  # word programs of a family: there are few more on letters
 LISTS = f"{list_functions.FAMILY}/"
+WORDS = f"{word_programs.FAMILY}/"
 
 
 def gym() -> Any:
@@ -42,7 +44,8 @@ def materialise(path: str, split: str) -> str:
 
     Args:
         path (`str`):
-            A `reasoning_gym/...` or `list_functions/...` path, see [`~trl_sgpo.data.tasks.load_problems`].
+            A `reasoning_gym/...`, `list_functions/...` or `word_programs/...` path, see
+            [`~trl_sgpo.data.tasks.load_problems`].
         split (`str`):
             `"train"` or `"test"`.
 
@@ -57,7 +60,12 @@ def materialise(path: str, split: str) -> str:
 
     if split not in ("train", "test"):
         raise DataError(f"'{path}' has no split '{split}': use `train` or `test`.")
-    made_by = str(LAB_VERSION) if path.startswith(LISTS) else f"{_gym_version()} {ENTRY_VERSION}"
+    if path.startswith(LISTS):
+        generate, made_by = _generate_lists, str(LAB_VERSION)
+    elif path.startswith(WORDS):
+        generate, made_by = _generate_words, str(word_programs.VERSION)
+    else:
+        generate, made_by = _generate, f"{_gym_version()} {ENTRY_VERSION}"
     key = hashlib.sha256(f"{path} {split} {made_by}".encode()).hexdigest()[:24]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "trl_sgpo" / f"{key}.parquet"
     if file.is_file():
@@ -66,7 +74,7 @@ def materialise(path: str, split: str) -> str:
     with FileLock(file.with_suffix(".lock")):  # the processes of a run have the same problems
         if file.is_file():
             return str(file)
-        rows = _generate_lists(path, split) if path.startswith(LISTS) else _generate(path, split)
+        rows = generate(path, split)
         with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
             datasets.Dataset.from_list(rows).to_parquet(Path(temporary) / file.name)
             os.replace(Path(temporary) / file.name, file)
@@ -95,6 +103,22 @@ def _generate_lists(path: str, split: str) -> list[dict[str, Any]]:
     if type(settings["strategies"]) is not bool:
         raise DataError(f"`strategies` of '{path}' must be true or false.")
     return list_functions.problems(part, split, **settings)
+
+
+def _generate_words(path: str, split: str) -> list[dict[str, Any]]:
+    part, _, query = path.removeprefix(WORDS).partition("?")
+    given = {key: setting(value) for key, value in parse_qsl(query)}
+    settings = {"size": 300, "seed": 42, "family": ""} | given
+    families = tuple(word_programs.FAMILIES)
+    if part not in word_programs.PARTS or len(settings) > 3 or settings["family"] not in ("", *families):
+        raise DataError(
+            f"'{path}' is not `word_programs/<{'|'.join(word_programs.PARTS)}>?size=300&seed=42"
+            f"&family=<{'|'.join(families)}>`: correct the part or the setting."
+        )
+    size, seed = settings["size"], settings["seed"]
+    if type(size) is not int or type(seed) is not int or not 0 < size <= _MOST_WORDS:
+        raise DataError(f"`size` of '{path}' must be between 1 and {_MOST_WORDS:,}, and `seed` a whole number.")
+    return word_programs.problems(part, split, size, seed, (settings["family"],) if settings["family"] else families)
 
 
 def _generate(path: str, split: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from ..files import durable_replace, unfinished_file
 from ..yaml_files import FEW_ALIASES
 from .columns import as_answer, is_missing
 from .compressed import unpacked
-from .generated import GYM, LISTS, materialise
+from .generated import GYM, LISTS, WORDS, materialise
 from .own_files import OWN_PATTERNS, check_own_files
 from .rows import RowFiles, Rows, cache, cached_rows, is_cached, read_files
 
@@ -97,7 +97,7 @@ def _texts(rows: Rows, name: str) -> list[str | None]:
 
 def _load_split(path: str, base: str, name: str | None, data_dir: str | None, data_files: Any) -> Rows:
     """All rows of a split."""
-    if path.startswith((GYM, LISTS)):
+    if path.startswith((GYM, LISTS, WORDS)):
         return _read(RowFiles(path, "parquet", [materialise(path, base)], own=True))
     file = problem_file(path)
     if file is None and os.path.isfile(os.path.expanduser(path)):

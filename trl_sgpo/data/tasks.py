@@ -51,7 +51,8 @@ def load_problems(
     Args:
         path (`str`):
             `reasoning_gym/<family>[+<family>...][?key=value&size=400&seed=42]`,
-            `list_functions/<seen|held_out|longer>[?size=320&seed=42&shortcuts=0.5]`, a local `.jsonl`, `.json`,
+            `list_functions/<seen|held_out|longer>[?size=320&seed=42&shortcuts=0.5]`,
+            `word_programs/<seen|held_out|longer|reworded>[?size=300&seed=42&family=lists]`, a local `.jsonl`, `.json`,
             `.parquet` or `.csv` file, or a Hub id. `size` is the number of training problems (of each family), the
             other keys are settings of the families that have them.
         split (`str`, *optional*, defaults to `"train"`):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..compare.lab import list_functions
+from ..compare.lab import list_functions, word_programs
 from ..errors import DataError
 from .annotations import worked_execution
 from .families import generated_again, read_reference
@@ -112,6 +112,9 @@ def worked_traces(problem: dict[str, Any], rng: random.Random) -> Trace | None:
     if metadata is not None:
         text, strategy, execution = list_functions.worked(metadata, rng)
         return Trace([{"role": "user", "content": text}], strategy, execution, problem["problem_class"])
+    metadata = word_programs.metadata_of(problem.get("entry"))
+    if metadata is not None:
+        return Trace(problem["prompt"], *word_programs.worked(metadata, rng), problem["problem_class"])
     reference = read_reference(problem.get("entry"))
     if reference is None or reference.family not in _STRATEGIES:
         return None

@@ -35,7 +35,7 @@ FACTS_FILE = "training.json"
 METRICS_FILE = "metrics.json"
 TAGS = ("sgpo", "strategy-bank", "trl", "trl-sgpo")
 
-_LOCAL_DATA = ("reasoning_gym/", "list_functions/")
+_LOCAL_DATA = ("reasoning_gym/", "list_functions/", "word_programs/")
 _SETTINGS = (
     "max_steps",
     "num_train_epochs",
