@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import evenness, hash_embedder, problems, save_tiny_model, tokenizer
-from peft import LoraConfig
+from peft import BOFTConfig, LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import GRPOTrainer
 
@@ -363,6 +363,11 @@ def test_lora_training_changes_adapters_only(make):
     changed = {name for name, weight in snapshot(trainer).items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     assert len(changed) == 8
+
+
+def test_an_adapter_that_could_not_be_loaded_again_is_refused(make):
+    with pytest.raises(ConfigError, match="Adapters of the type BOFT are not loaded after training: use one of LORA"):
+        make(peft_config=BOFTConfig(boft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
 
 def test_merged_adapters(make, model):

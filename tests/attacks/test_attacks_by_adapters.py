@@ -11,11 +11,9 @@ from models import save_tiny_model
 from peft import (
     AdaLoraConfig,
     LoraConfig,
-    PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -74,11 +72,9 @@ PROMPT: dict[str, Any] = {
     [
         LoraConfig(r=1024, lora_alpha=2**15, trainable_token_indices=[100_000, 128_000, 128_001]),
         AdaLoraConfig(init_r=64, target_r=32, tinit=50_000, tfinal=900_000, total_step=10**6),
-        PolyConfig(r=64, n_tasks=1000, n_skills=64, n_splits=8),
         PromptTuningConfig(num_virtual_tokens=1000, **PROMPT),
         PrefixTuningConfig(num_virtual_tokens=1000, encoder_hidden_size=8192, prefix_projection=True, **PROMPT),
         PromptEncoderConfig(num_virtual_tokens=1000, encoder_hidden_size=8192, encoder_num_layers=4, **PROMPT),
-        VBLoRAConfig(num_vectors=4096, vector_length=1024),
         VeraConfig(r=1024),
     ],
     ids=lambda config: config.peft_type.value,
@@ -99,7 +95,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
         {"peft_type": "LORA", "r": 2**15, "init_lora_weights": "pissa", "target_modules": "all-linear"},
         {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**6},
         {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**6},
-        {"peft_type": "ADAPTION_PROMPT", "adapter_len": 10**6, "adapter_layers": 2},
     ],
     ids=lambda settings: settings["peft_type"],
 )
@@ -172,3 +167,32 @@ def test_long_names_of_modules(key: str) -> None:
     check_adapter_patterns("adapter", {key: {"a" * 200: 4}}, ["model.layers.0.q_proj"])
     with pytest.raises(ModelError, match="names a module in more than 200 characters"):
         check_adapter_patterns("adapter", {key: {"a" * 201: 4}}, ["model.layers.0.q_proj"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "HRA", "r": 2**15, "apply_GS": True},  # r² / 2 steps in each forward pass
+        {
+            "peft_type": "BOFT",
+            "boft_block_size": 2,
+            "boft_n_butterfly_factor": 1,
+        },  # matrices of a layer's width squared
+        {"peft_type": "SHADOW"},
+    ],
+    ids=lambda settings: settings["peft_type"],
+)
+def test_adapters_of_other_types(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="`peft_type` is none of LORA, ADALORA"):
+        check_adapter_settings("adapter", settings)
+
+
+@pytest.mark.parametrize("first", ["pissa_niter_9_9_9_9_9_9_9_9_9", "pissa_niter_999", "pissa_niter_1000", 10**9])
+def test_first_weights_that_take_many_iterations(first: Any) -> None:
+    with pytest.raises(ModelError, match="`init_lora_weights` is unknown, or asks for too many iterations"):
+        check_adapter_settings("adapter", {"peft_type": "LORA", "init_lora_weights": first})
+
+
+@pytest.mark.parametrize("first", [True, False, None, "gaussian", "pissa", "pissa_niter_16", "olora"])
+def test_first_weights_of_peft(first: Any) -> None:
+    check_adapter_settings("adapter", {"peft_type": "LORA", "init_lora_weights": first})

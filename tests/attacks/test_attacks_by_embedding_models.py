@@ -247,6 +247,7 @@ def test_a_layer_that_is_larger_than_its_weights(sizes: tuple[Any, int], model: 
     [
         ("LayerNorm", "2_LayerNorm", {"dimension": 300_000_000}),
         ("Dense", "", {"in_features": 24_000, "out_features": 24_000, "bias": False}),
+        ("Dense", "2_Dense", {"in_features": 0, "out_features": 300_000_000}),
     ],
 )
 def test_a_layer_that_is_larger_than_its_weights_by_another_name_or_in_the_folder_itself(

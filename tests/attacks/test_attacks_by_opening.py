@@ -127,6 +127,13 @@ def test_steps_of_a_forward_pass(key: str, tmp_path: Path) -> None:
     check_model_folder(tmp_path, "user/model")
 
 
+def test_steps_of_a_forward_pass_that_multiply(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    put(tmp_path / "config.json", H_cycles=100, L_cycles=11)
+    with pytest.raises(ModelError, match=r"`H_cycles: 1e\+02 × L_cycles: 1e\+01`: name a model of real size"):
+        check_model_folder(tmp_path, "user/evil")
+
+
 TENSORS = [
     Mamba2Config(
         hidden_size=32, num_heads=8, head_dim=8, n_groups=1, state_size=8, num_hidden_layers=1, vocab_size=300,

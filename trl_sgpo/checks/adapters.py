@@ -26,7 +26,11 @@ _PLAIN = re.compile(r"[\w.\-/ ]{0,500}")  # a name: it matches at once
 _NO_SIZE = re.compile(r"seed|prng_key|total_step|tinit|tfinal|deltaT")
 _NO_FACTOR = re.compile(r"alpha|heads|tinit|tfinal|deltaT|warmup|interval")
 _ENCODER = "encoder_hidden_size"
-_ITERATIONS = re.compile(r"\d{4,}")
+KINDS = (
+    "LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING",
+)  # fmt: skip
+"""Adapters that are trained and loaded. Of others, a few settings take hours or gigabytes in a forward pass."""
+_FIRST_WEIGHTS = re.compile(r"gaussian|olora|eva|loftq|orthogonal|pissa(?:_niter_[1-9]\d?)?")
 _REPEATS, MAX_REPEATS = re.compile(r"(?:^|_)n?iters?(?:_|$)|depth|terms"), 100
 
 
@@ -52,16 +56,15 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
     for key in OTHER_MODELS:
         if settings.get(key):
             refuse(key, "would load more than its weights")
-    if _ITERATIONS.search(str(settings.get("init_lora_weights"))) is not None:
-        refuse("init_lora_weights", "asks for too many iterations")
+    first = settings.get("init_lora_weights")
+    if not isinstance(first, bool | None) and _FIRST_WEIGHTS.fullmatch(str(first)) is None:
+        refuse("init_lora_weights", "is unknown, or asks for too many iterations")
     replicated = settings.get("layer_replication")
     if not isinstance(replicated, list | None):
         refuse("layer_replication", "is no list")
     copied = [part for part in replicated or [] if isinstance(part, list) and len(part) == 2]
     if sum(abs(number) for _, number in _numbers(copied)) > MAX_LAYERS:
         refuse("layer_replication", "copies more layers than any model has")
-    if settings.get("peft_type") == "SHADOW":
-        refuse("peft_type", "trains a second model, which is not supported")
     for key, number in _numbers(settings):
         if not math.isfinite(number):
             refuse(key, "is no finite number")
@@ -73,6 +76,8 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
         refuse(key, "repeats more than that of any adapter")
     if large := _large_product(settings):
         refuse(large, "is larger than that of any adapter")
+    if settings.get("peft_type", KINDS[0]) not in KINDS:
+        refuse("peft_type", f"is none of {', '.join(KINDS)}")
 
 
 def check_whole(directory: str | Path, source: str | Path | None = None) -> None:

@@ -91,7 +91,7 @@ def _check_sizes(source: str, folder: Path) -> None:
         else [1]
     )
     there = weights.stat().st_size if weights.is_file() else 0
-    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > there + MAX_LAYER:
+    if not all(isinstance(size, int) and size >= 1 for size in sizes) or math.prod(sizes) > there + MAX_LAYER:
         raise ModelError(
             f"A module of the embedding model {source} is larger than its weights in {folder}: use another."
         )

@@ -217,6 +217,12 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
         for part in settings:
             check_model_settings(source, part)
     elif isinstance(settings, dict):
+        loops = {
+            key: value for key, value in settings.items() if _LOOPS.fullmatch(str(key)) and isinstance(value, int)
+        }
+        if math.prod(loops.values()) > MAX_LOOPS:
+            told = " × ".join(f"{key}: {value:.0e}" for key, value in loops.items())
+            raise ModelError(f"The config of {source} has `{told}`: name a model of real size.")
         for key, value in settings.items():
             if key in _OTHER_FILES or (key == "transformers_weights" and not _is_weights(value)):
                 raise ModelError(f"The config of {source} names other files as `{key}`: leave it out.")
@@ -247,8 +253,6 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
                 raise ModelError(f"The config of {source} has `{key}: {value}`: {AGAIN}")
             if key == "sliding_window" and not (value is None or (isinstance(value, int) and value >= 0)):
                 raise ModelError(f"The config of {source} has `{key}: {value!r}`: {AGAIN}")
-            if isinstance(value, int) and value > MAX_LOOPS and _LOOPS.fullmatch(str(key)) is not None:
-                raise ModelError(f"The config of {source} has `{key}: {value:.0e}`: name a model of real size.")
             layers, experts = _LAYERS.fullmatch(str(key)), _EXPERTS.fullmatch(str(key))
             most = MAX_LAYERS if layers else MAX_EXPERTS if experts else math.inf
             if isinstance(value, int) and value > most:

@@ -11,6 +11,7 @@ from .model_files import ADAPTER_WEIGHTS
 
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
@@ -51,7 +52,10 @@ def _weights(config: "PeftConfig", model: "PreTrainedModel") -> int:
     made = 0
     with suppress(Exception), torch.device("meta"):  # peft raises it again, where it is told
         base = type(model)(deepcopy(model.config))
-        before = sum(weight.numel() for weight in base.parameters())
-        whole = get_peft_model(base, alone)
-        made = sum(weight.numel() for weight in whole.parameters()) - before
+        before = _numbers(base)
+        made = _numbers(get_peft_model(base, alone)) - before
     return made
+
+
+def _numbers(model: "torch.nn.Module") -> int:
+    return sum(each.numel() for each in (*model.parameters(), *model.buffers()))

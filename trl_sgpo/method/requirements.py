@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from ..checks.adapters import KINDS
 from ..checks.secrets import redacted
 from ..checks.sharding import check_sharding
 from ..data.answers import answer_reward
@@ -128,9 +129,10 @@ def check_model(trainer: GRPOTrainer) -> None:
     Checks the model that a trainer has loaded, its chat template, and how it is sharded.
 
     Raises:
-        [`ConfigError`]: Quantized weights with vLLM, a generation configuration that does not sample, prefix tuning
-            with gradient checkpointing, sharding other than asked for, rows longer than the model's table of
-            positions or than vLLM reads, or a chat template without the system role that the prompts have.
+        [`ConfigError`]: An adapter that cannot be loaded again, quantized weights with vLLM, a generation
+            configuration that does not sample, prefix tuning with gradient checkpointing, sharding other than asked
+            for, rows longer than the model's table of positions or than vLLM reads, or a chat template without the
+            system role that the prompts have.
         [`DataError`]: A message with control tokens of the model outside its content.
         [`ModelError`]: It has settings that cannot be saved.
     """
@@ -140,6 +142,11 @@ def check_model(trainer: GRPOTrainer) -> None:
         raise ConfigError(QUANTIZED_VLLM)
     if not trainer.use_vllm:
         check_generation_config(trainer.generation_config, base_of(trainer.model).generation_config)
+    if (
+        isinstance(trainer.model, PeftModel)
+        and (kind := trainer.model.active_peft_config.peft_type.value) not in KINDS
+    ):
+        raise ConfigError(f"Adapters of the type {kind} are not loaded after training: use one of {', '.join(KINDS)}.")
     if is_prompt_learning(trainer.model):
         _check_prompt_learning(trainer.model.active_peft_config, trainer.args)
     check_sharding(trainer)
