@@ -13,6 +13,7 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.compare import pictures
 from trl_sgpo.compare.pictures import Bar
 from trl_sgpo.compare.pool import markdown, pooled, read_summaries
+from trl_sgpo.compare.table import files_of_table
 from trl_sgpo.errors import ConfigError
 
 
@@ -149,6 +150,11 @@ def test_what_cannot_be_pooled(tmp_path: Path, change: dict[str, Any], said: str
     files[1].unlink()
     with pytest.raises(ConfigError, match=r"There is no file .*`--pool` reads the tables"):
         read_summaries(list(map(str, files)))
+
+
+def test_a_table_may_have_points_in_its_name() -> None:
+    names = [path.name for path in files_of_table(Path("dose/lab-0.667"))]
+    assert names == ["lab-0.667.json", "lab-0.667.md", "lab-0.667.png"]
 
 
 def test_a_picture_of_many_arms_is_of_bounded_size(

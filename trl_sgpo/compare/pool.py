@@ -12,7 +12,7 @@ from ..evaluation.stored import RATE
 from ..evaluation.tables import in_markdown
 from ..files import write_file
 from .pictures import Bar, draw_comparison
-from .table import table_lines
+from .table import files_of_table, table_lines
 
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _cell(figure: dict[str, Any], sign: str = "") -> str:
 def write(summed: dict[str, Any], stem: Path) -> list[Path]:
     """Writes a pooled comparison beside `stem` as `.json`, `.md` and `.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+    paths = files_of_table(stem)
     write_file(paths[0], json.dumps(summed, indent=1) + "\n")
     write_file(paths[1], markdown(summed))
     known = {name for figures in summed["arms"].values() for name in figures}

@@ -297,10 +297,15 @@ def cell(figure: dict[str, Any], signed: bool = False) -> str:
     return f"{mean} ({low_text} to {high_text})" if high - low > APART else mean
 
 
+def files_of_table(stem: Path) -> list[Path]:
+    """The files `.json`, `.md` and `.png` of a table. A stem may have points in its name, as in `share-0.9`."""
+    return [stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")]
+
+
 def write(summed: dict[str, Any], stem: Path) -> list[Path]:
     """Writes a summary beside `stem` as `.json`, `.md` and `.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+    paths = files_of_table(stem)
     write_file(paths[0], json.dumps(summed, indent=1) + "\n")
     write_file(paths[1], markdown(summed))
     suites = [suite["name"] for suite in summed["settings"]["suites"]]
