@@ -296,13 +296,6 @@ def test_two_problems_a_block() -> None:
     assert re.search(rf"{re.escape(end)} (higher )?at the end", text)
 
 
-def test_models_built_on_two_machines() -> None:
-    """What README says of the second model stands in the table of what is withdrawn."""
-    rows = table_rows((DOCS / "comparison.md").read_text(), "Arm | Published model, seeds 1 to 5")
-    text = " ".join((DOCS.parent / "README.md").read_text().split())
-    assert all(f" {rows[arm][1]}" in text for arm in ("GRPO", "two-phase GRPO", "SGPO"))
-
-
 def test_bank() -> None:
     figures = json.loads((DOCS / "results" / "bench_bank.json").read_text())
     rows = table_rows((DOCS.parent / "README.md").read_text(), "Measured with synthetic strategies")

@@ -56,6 +56,7 @@ def served(run, *more):
 def test_the_page_follows_a_run_from_before_its_first_step(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "trl_sgpo.cli.main", "report", str(run), "--watch", "--port", "0"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()

@@ -77,7 +77,7 @@ def check_adapter_settings(directory: object, settings: dict[str, Any]) -> None:
     if large := _large_product(settings):
         refuse(large, "is larger than that of any adapter")
     if settings.get("peft_type", KINDS[0]) not in KINDS:
-        refuse("peft_type", f"is none of {', '.join(KINDS)}")
+        refuse("peft_type", f"is none of {', '.join(KINDS)}, or its file is damaged: copy or download it again")
 
 
 def check_whole(directory: str | Path, source: str | Path | None = None) -> None:

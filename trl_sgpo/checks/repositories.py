@@ -218,7 +218,9 @@ def check_model_settings(source: str | Path, settings: Any) -> None:
             check_model_settings(source, part)
     elif isinstance(settings, dict):
         loops = {
-            key: value for key, value in settings.items() if _LOOPS.fullmatch(str(key)) and isinstance(value, int)
+            key: value
+            for key, value in settings.items()
+            if isinstance(value, int) and value > 1 and _LOOPS.fullmatch(str(key))
         }
         if math.prod(loops.values()) > MAX_LOOPS:
             told = " × ".join(f"{key}: {value:.0e}" for key, value in loops.items())
