@@ -154,6 +154,26 @@ def test_over_models() -> None:
     assert max(run["leaks, last"] for run in with_transfer) < 0.015
 
 
+def test_dose() -> None:
+    found = json.loads((DOCS / "results" / "dose.json").read_text())
+    text = (DOCS / "comparison.md").read_text().partition("### What is left where")[2].partition("\n### ")[0]
+    arms = re.findall(r"`(\w+)`", next(line for line in text.splitlines() if line.startswith("| Share")))
+    rows = re.findall(r"^\| ([\d.]+) \| (.+) \|$", text, re.MULTILINE)
+    assert arms == list(found) and {float(share) for share, _ in rows} == {float(each) for each in found["sgpo"]}
+    means = {}
+    for share, cells in rows:
+        for arm, cell in zip(arms, cells.split(" | "), strict=True):
+            models = found[arm][str(float(share))].values()
+            means[arm, share] = f"{fmean(map(fmean, models)):.2f}"
+            runs = "; ".join(" ".join(f"{value:.2f}" for value in values) for values in models)
+            assert cell == f"{means[arm, share]} ({runs})"
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    none = [means[arm, "0"] for arm in ("sgpo", "two_phase_grpo", "grpo")]
+    assert "({} and {}; GRPO {}, two models)".format(*none) in words
+    assert f"SGPO ends at {means['sgpo', '0.9']} and no other arm above 0.05" in words
+    assert max(v for arm in arms if arm != "sgpo" for vs in found[arm]["0.9"].values() for v in vs) < 0.055
+
+
 def test_data_efficiency() -> None:
     found = json.loads((DOCS / "results" / "efficiency.json").read_text())
     text = " ".join(
