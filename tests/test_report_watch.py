@@ -1,6 +1,7 @@
 """`trl-sgpo report --watch`: the report of a run that is training, on 127.0.0.1."""
 
 import http.client
+import json
 import re
 import signal
 import socket
@@ -269,3 +270,21 @@ def test_the_page_refreshes_itself_and_keeps_what_is_open(tmp_path):
         assert browser.run("document.documentElement.style.colorScheme") == dark
         assert browser.errors == [] and {url.rstrip("/") for url in browser.requests} == {address}
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_damaged_record_of_progress_is_named(steps, tmp_path):
+    """Also where a checkpoint has older metrics, which are shown."""
+    run = tmp_path / "run"
+    log_step(run, 1)
+    (run / "run.json").write_text('{"id": "one"}')
+    with (run / "progress.jsonl").open("a") as file:
+        file.write("garbage\n")
+    if steps:
+        logs = [{"step": step, "reward": 0.5} for step in range(1, steps + 1)]
+        state = {"log_history": logs, "global_step": steps, "max_steps": 12}
+        (run / f"checkpoint-{steps}").mkdir()
+        (run / f"checkpoint-{steps}" / "trainer_state.json").write_text(json.dumps(state))
+    found = read_watched(run)
+    assert len(found.history) == steps and any("progress.jsonl is damaged" in text for text in found.missing.values())
+    assert not found.has_no_step

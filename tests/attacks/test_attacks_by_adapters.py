@@ -10,6 +10,10 @@ import torch
 from models import save_tiny_model
 from peft import (
     AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -119,6 +123,12 @@ def test_an_adapter_of_1_kilobyte_that_asks_for_gigabytes(
         ),
         PromptEncoderConfig(num_virtual_tokens=8, encoder_hidden_size=3000, task_type="CAUSAL_LM"),
         VeraConfig(r=4, target_modules=["q_proj"]),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(r=2, target_modules=["q_proj"]),
+        LoKrConfig(r=2, target_modules=["q_proj"]),
+        LNTuningConfig(target_modules=["input_layernorm"]),
+        PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     ],
     ids=lambda config: type(config).__name__,
 )

@@ -220,8 +220,10 @@ def _step_of(checkpoint: Path) -> int:
 
 def _read_history(run: Run) -> None:
     state, name = _read_progress(run.path / PROGRESS_FILE), PROGRESS_FILE
-    if state is None:
-        state, name = next(filter(None, map(_read_json, _with_checkpoints(run, STATE_FILE))), None), STATE_FILE
+    if not state and (last := next(filter(None, map(_read_json, _with_checkpoints(run, STATE_FILE))), None)):
+        if state is not None:
+            run.missing["progress"] = f"Curves end at the last checkpoint: {PROGRESS_FILE} is damaged."
+        state, name = last, STATE_FILE
     if state is None:
         run.missing["curves"] = NO_METRICS
         return
@@ -233,15 +235,22 @@ def _read_history(run: Run) -> None:
 
 
 def _read_progress(path: Path) -> dict[str, Any] | None:
-    """What `trainer_state.json` will hold, as far as training has come. `None` where none is under way."""
+    """
+    What `trainer_state.json` will hold, as far as training has come. `None` where none is under way, empty where the
+    record is damaged.
+    """
+    if not path.exists():
+        return None
     try:
         if not is_within(path, path.parent) or path.stat().st_size > MAX_BYTES:
-            return None
+            return {}
         first, *logs = map(parse_json, read_lines(path))
         steps = max((log["step"] for log in logs), default=0)
         return {"log_history": logs, "global_step": steps, "max_steps": first["max_steps"]}
-    except (OSError, *DAMAGED):
+    except FileNotFoundError:  # training has ended meanwhile
         return None
+    except (OSError, *DAMAGED):
+        return {}
 
 
 def _read_settings(run: Run) -> None:

@@ -77,9 +77,9 @@ class Family:
     reworded: str
 
 
-_LISTS = Family(
-    "lists",
-    {
+def _of_rows(item: str) -> dict[str, Operation]:
+    """Operations on a row of numbers or words, by what `item` calls them."""
+    return {
         "reverse": Operation(
             lambda s, n: s[::-1],
             ("reverse the order", "turn the order around"),
@@ -88,28 +88,39 @@ _LISTS = Family(
         ),
         "rotate": Operation(
             lambda s, n: [*s[1:], s[0]],
-            ("move the first number to the end", "put the first number last"),
-            "take the number in front and append it",
+            (f"move the first {item} to the end", f"put the first {item} last"),
+            f"take the {item} in front and append it",
             "first to the end",
         ),
         "swap": Operation(
             lambda s, n: [s[1], s[0], *s[2:]],
-            ("swap the first two numbers", "exchange the first two numbers"),
-            "let the two numbers in front trade places",
+            (f"swap the first two {item}s", f"exchange the first two {item}s"),
+            f"let the two {item}s in front trade places",
             "swap the first two",
         ),
+    }
+
+
+def _dropping(item: str) -> Operation:
+    return Operation(
+        lambda s, n: s[:-1],
+        (f"leave out the last {item}", f"remove the last {item}"),
+        f"cut off the final {item}",
+        "drop the last",
+    )
+
+
+_LISTS = Family(
+    "lists",
+    {
+        **_of_rows("number"),
         "add": Operation(
             lambda s, n: [item + 1 for item in s],
             ("add one to each number", "raise each number by one"),
             "make every number one larger",
             "add one to each",
         ),
-        "drop": Operation(
-            lambda s, n: s[:-1],
-            ("leave out the last number", "remove the last number"),
-            "cut off the final number",
-            "drop the last",
-        ),
+        "drop": _dropping("number"),
     },
     "Take the list {start}. {Steps}. What is the list now?",
     "Starting from the numbers {start}, {steps}: which numbers result?",
@@ -117,36 +128,14 @@ _LISTS = Family(
 _WORDS = Family(
     "words",
     {
-        "reverse": Operation(
-            lambda s, n: s[::-1],
-            ("reverse the order", "turn the order around"),
-            "write it from back to front",
-            "reverse",
-        ),
-        "rotate": Operation(
-            lambda s, n: [*s[1:], s[0]],
-            ("move the first word to the end", "put the first word last"),
-            "take the word in front and append it",
-            "first to the end",
-        ),
-        "swap": Operation(
-            lambda s, n: [s[1], s[0], *s[2:]],
-            ("swap the first two words", "exchange the first two words"),
-            "let the two words in front trade places",
-            "swap the first two",
-        ),
+        **_of_rows("word"),
         "behead": Operation(
             lambda s, n: s[1:],
             ("leave out the first word", "remove the first word"),
             "cut off the word in front",
             "drop the first",
         ),
-        "drop": Operation(
-            lambda s, n: s[:-1],
-            ("leave out the last word", "remove the last word"),
-            "cut off the final word",
-            "drop the last",
-        ),
+        "drop": _dropping("word"),
     },
     "Take the words {start}. {Steps}. What are the words now?",
     "Starting from the row {start}, {steps}: which words result?",
