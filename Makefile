@@ -35,13 +35,13 @@ quickstart: install
 	$(BIN)/trl-sgpo train --config recipes/quickstart.yaml $(QUICKSTART_DTYPE)
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 # The newest TRL and transformers, also beyond the range of pyproject.toml: "When TRL removes a hook" in docs/design.md
 test-trl-next: $(NEXT)/.installed
 	$(NEXT)/bin/python -m pip install -q --upgrade trl transformers
 	$(NEXT)/bin/python -m pip list | grep -iE "^(trl|transformers|torch|peft|accelerate|datasets) "
-	$(NEXT)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(NEXT_TESTS) $(ARGS)
+	$(NEXT)/bin/python -m pytest -n auto --dist loadfile $(NEXT_TESTS) $(ARGS)
 
 $(NEXT)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(NEXT)
@@ -51,7 +51,7 @@ $(NEXT)/.installed: pyproject.toml
 
 # The oldest versions that pyproject.toml allows of each package that it names. uv is asked, as pip installs the newest
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile $(OLDEST_TESTS) $(ARGS)
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

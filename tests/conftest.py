@@ -51,6 +51,11 @@ def isolation(tmp_path: Path) -> Iterator[None]:
         yield
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as tests also wait for processes that they start."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays, so garbage collections, of which each call of `train` makes one, need not visit it."""
     gc.collect()
