@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from trl_sgpo.cli.main import main
 from trl_sgpo.compare import rlhf
 from trl_sgpo.data import warmstart
 from trl_sgpo.errors import ConfigError
@@ -84,6 +86,40 @@ def test_a_run_that_is_resumed_sets_aside_what_came_later(received: Path) -> Non
     assert begin_run(received, str(received / "checkpoint-1")).id == ID
     assert moved(received / "earlier" / ID) == ["__init__.py"]
     assert (received / "earlier" / ID / "checkpoint-2").is_dir()
+
+
+def test_links_that_lead_round_in_circles(received: Path) -> None:
+    """The base of adapters is kept with them, and these links have each folder in each other one."""
+    name(received, ID)
+    (received / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    (received / "warmstart").mkdir()
+    (received / "warmstart" / "config.json").write_text("{}")
+    for number in range(2):
+        (received / "warmstart" / f"link-{number}").symlink_to("..")
+    begin_run(received, str(received / "checkpoint-1"))
+    kept = received / "earlier" / ID / "warmstart"
+    assert [path.name for path in kept.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("link", ["warmstart", "warmstart/model.safetensors"])
+def test_weights_behind_a_link_are_not_published(
+    tmp_path: Path, link: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter is merged into the model that it was trained on, which is found beside it."""
+    private, run = Path(save_tiny_model(tmp_path / "private")), tmp_path / "run"
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(private), config)
+    adapted.peft_config["default"].base_model_name_or_path = "runs/theirs/warmstart"
+    adapted.save_pretrained(run)
+    if link == "warmstart":
+        (run / link).symlink_to(private)
+    else:
+        shutil.copytree(private, run / "warmstart")
+        (run / link).unlink()
+        (run / link).symlink_to(private / "model.safetensors")
+    assert main(["push", str(run), "user/m", "--no_bank", "--dry_run", str(tmp_path / "pushed")]) == 2
+    assert f"{run / link} is a link out of its folder and is not published" in capsys.readouterr().err
+    assert not list((tmp_path / "pushed").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "rollouts_0.safetensors", "strategy_bank/x.sqlite"])

@@ -21,7 +21,7 @@ from ..checks.repositories import MAX_BYTES, own_file
 from ..errors import ModelError
 from ..files import write_file
 from ..inference.loading import adapter_base
-from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, SETTINGS_FILE, TOKENIZER
+from ..inference.model_files import ADAPTER_FILE, MODEL_FILES, SETTINGS_FILE, TOKENIZER, WARMSTART_DIRECTORY
 from ..inference.pretrained import load_adapter, load_adapter_config, load_model
 from ..inference.settings import TwoPhaseSettings
 from ..report.run_files import REFERENCE_FILE, REPORT_FILE, RUN_FILE, TEACHER_FILE
@@ -142,6 +142,7 @@ def stage(
     base = adapter_base(source)
     if base is not None and Path(base).is_dir():
         _copy(source, target, (*TOKENIZER, SETTINGS_FILE), link)
+        _check_own(Path(base))
         merge_adapter(source, base, target)
         base = None
     else:
@@ -165,6 +166,14 @@ def stage(
     facts.save(target)
     card = make_card(target, repo_id, facts, license, adapter=base is not None, evaluation=evaluation)
     write_file(target / CARD, card)
+
+
+def _check_own(base: Path) -> None:
+    """Refuses a base model that is reached through a link of a run's folder, or whose files are links."""
+    if base.name == WARMSTART_DIRECTORY:
+        own_file(base.parent, base.name)
+    for path in base.iterdir():
+        own_file(base, path.name)
 
 
 def _publish_settings(source: Path, directory: Path) -> None:

@@ -312,7 +312,9 @@ def _keep_base(warm: Path, target: Path) -> None:
     if not warm.is_dir() or target.exists():
         return
     with unfinished_directory(target) as unfinished:
-        shutil.copytree(warm, unfinished, copy_function=_link, dirs_exist_ok=True)
+        for path in warm.iterdir():
+            if path.is_file():  # a link to a folder may lead to one that it lies in
+                _link(str(path), str(unfinished / path.name))
         os.replace(unfinished, target)
 
 
