@@ -97,7 +97,15 @@ def greedy(model: Any, prompt: list[int], new_tokens: int = 24) -> list[int]:
     return ids[len(prompt) :]
 
 
-def check(directory: Path, run: str, base: str, kind: str, same_text: bool = True) -> Parity:
+@torch.inference_mode()
+def behind(model: Any, prompt: list[int], chosen: list[int]) -> torch.Tensor:
+    """By how much the model's logit of each token is below its highest one, relative to the spread of its logits."""
+    logits = model(input_ids=torch.tensor([[*prompt, *chosen]])).logits[0, len(prompt) - 1 : -1]
+    gaps = logits.max(dim=-1).values - logits.gather(1, torch.tensor(chosen)[:, None])[:, 0]
+    return gaps / logits.std(dim=-1)
+
+
+def check(directory: Path, run: str, base: str, kind: str) -> Parity:
     """Exports a run and compares logits, tokens and greedy text of llama.cpp with those of the unmerged adapter."""
     export(ExportPlan(run, str(directory / f"out-{kind}"), gguf=kind))
     (file,) = (directory / f"out-{kind}").glob("*.gguf")
@@ -111,8 +119,12 @@ def check(directory: Path, run: str, base: str, kind: str, same_text: bool = Tru
     parity = compare(logits_on(model, sequences), logits_at(found, sequences))
     print(f"{Path(base).name} {kind}: {parity}")
     assert parity.error <= TOLERANCES[{"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)]
-    if same_text:
+    if kind in ("f32", "f16"):
         assert found["greedy"].tolist() == greedy(model, prompt)
+    else:  # where two tokens are nearly as likely, rounded weights may choose the other one
+        gaps = behind(model, prompt, found["greedy"].tolist())
+        print(f"greedy tokens: {(gaps == 0).sum()} of {len(gaps)} the likeliest ones, largest gap {gaps.max():.2g}")
+        assert gaps.max() < 6 * parity.error
     return parity
 
 
@@ -132,7 +144,7 @@ def test_smollm2(tmp_path: Path, smollm2: tuple[str, str], kind: str) -> None:
 def test_tiny_models(tmp_path: Path, architecture: str, kind: str) -> None:
     base = save_tiny_model(tmp_path / architecture, architecture, **_sizes(architecture))
     run = save_run(tmp_path / "run", base)
-    check(tmp_path, run, base, kind, same_text=kind in ("f32", "f16"))
+    check(tmp_path, run, base, kind)
 
 
 def test_scaled_positions(tmp_path: Path) -> None:
