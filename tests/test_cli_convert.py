@@ -133,6 +133,8 @@ def test_the_verifier_comes_first_with_its_weight():
         ({"bias": "all"}, "`bias` is all"),
         ({"dataset_configs": ["a", "b"]}, "`dataset_configs` has 2 names"),
         ({"dataset_mixture": ["a"]}, "`dataset_mixture` needs `datasets`"),
+        ({"env": [1], "logging_dir": "x"}, "`env` must be a mapping of names to values, got [1]."),
+        ({"token_entropy_percentile_threshold": [1]}, "`token_entropy_percentile_threshold` must be a number"),
     ],
 )
 def test_what_cannot_be_converted_is_named(given, words):
@@ -190,6 +192,7 @@ def test_outputs_of_grpo_stay(convert):
 
 def test_secrets_and_control_characters_are_not_printed(convert, tmp_path):
     given = {"bf16": False, "push_to_hub_token": "hf_secret", "max_seq_length": "\x1b[2J", "\x1b[2Jx": 1}
+    given |= {"logging_dir": "https://user:hf_secret@host/logs"}
     status, printed, _ = convert({**BASE, **given})
     assert status == 2 and "\x1b" not in printed
     given.pop("\x1b[2Jx")

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -196,6 +197,52 @@ def test_the_state_of_a_trainer(tmp_path: Path, changes: dict[str, object]) -> N
     file.write_text(json.dumps(STATE | changes))
     with pytest.raises(ConfigError, match=r"trainer_state\.json is damaged .*: resume from another checkpoint"):
         check_same_model(model, str(file.parent))
+
+
+def test_the_step_of_a_checkpoint_or_an_evaluation(received: Path) -> None:
+    for path in (received / "checkpoint-1" / "trainer_state.json", received / "checkpoint-2" / "trainer_state.json"):
+        before = path.read_text()
+        for step in ('"x"', "1e999"):
+            path.write_text(f'{{"global_step": {step}}}')
+            with pytest.raises(
+                ConfigError, match=r"trainer_state\.json is damaged .*: resume from another checkpoint"
+            ):
+                begin_run(received, str(received / "checkpoint-1"))
+        path.write_text(before)
+
+
+def test_a_model_of_an_evaluation_that_is_no_folder(received: Path) -> None:
+    (received / "circle").symlink_to("circle")
+    for model in ("a\0b", str(received / "circle"), "x" * 100_000):
+        (received / "sitecustomize" / "results.json").write_text(json.dumps({"settings": {"model": model}}))
+        begin_run(received, str(received / "checkpoint-1"))
+        assert (received / "sitecustomize").is_dir()
+
+
+def test_an_archive_that_is_compressed(tmp_path: Path) -> None:
+    """One of 8 MB could fill 8 GB when it is read."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    torch.save({"state": torch.zeros(100_000)}, checkpoint / "stored.pt")
+    check_same_model(model, str(checkpoint))
+    with (
+        ZipFile(checkpoint / "stored.pt") as stored,
+        ZipFile(checkpoint / "optimizer.pt", "w", ZIP_DEFLATED) as packed,
+    ):
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    with pytest.raises(ConfigError, match=r"optimizer\.pt is damaged: resume from another checkpoint"):
+        check_same_model(model, str(checkpoint))
+
+
+def test_weights_that_are_a_pickle(tmp_path: Path) -> None:
+    """transformers reads them where there are no others, and goes on with the present weights for those it lacks."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    (tmp_path / "checkpoint-1").mkdir()
+    torch.save(dict(list(model.state_dict().items())[:1]), tmp_path / "checkpoint-1" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"The weights in .* are no safetensors: resume from another checkpoint"):
+        check_same_model(model, str(tmp_path / "checkpoint-1"))
 
 
 def test_a_checkpoint_that_lacks_weights(tmp_path: Path) -> None:

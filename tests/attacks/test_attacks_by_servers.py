@@ -193,6 +193,16 @@ NO_HTTP = {
 }
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_longer_than_what_was_asked_for(streamed):
+    """Answers are kept until all of a batch are there, and one wide character makes each of them four bytes."""
+    text = "\N{GRINNING FACE}" + "a" * 2**20
+    pieces = [event(text), event(finish="stop"), b"data: [DONE]\n\n"]
+    whole = answer({"content": text})
+    reply = (lambda handler: handler.send_pieces(iter(pieces), EVENTS)) if streamed else (lambda h: h.send(whole))
+    assert ask(reply, streamed) == [text[: 64 * 64]]
+
+
 @pytest.mark.parametrize("name", NO_HTTP)
 def test_what_is_no_http(name):
     with pytest.raises(ModelError, match=r"failed 1 times|does not answer like"):

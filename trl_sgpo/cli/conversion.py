@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..checks.secrets import HIDDEN, is_secret
+from ..checks.secrets import HIDDEN, is_secret, redacted
 
 
 LONGEST = 40  # characters of a value that are shown
@@ -13,13 +13,13 @@ NONE = "–"
 
 
 def in_short(key: str, value: Any) -> str:
-    """A value in one line, as YAML writes it. That of a secret key is not shown."""
+    """A value in one line, as YAML writes it. That of a secret key is not shown, nor users in addresses."""
     if value is None:
         return NONE
     if is_secret(key):
         return HIDDEN
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("\n...\n")
-    text = " ".join(text.split())
+    text = yaml.safe_dump(redacted(value), default_flow_style=True, width=10_000, allow_unicode=True)
+    text = " ".join(text.removesuffix("\n...\n").split())
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 + 1 :]}"
 
 

@@ -1,7 +1,9 @@
 """How the keys of a GRPO recipe are called here: those of `trl grpo`, of open-r1 and of Unsloth's notebooks."""
 
+from typing import Any
+
 from ..checks.old_names import NOTES, REMOVED, RENAMED
-from .conversion import Conversion
+from .conversion import Conversion, in_short
 
 
 UNSLOTH = {
@@ -42,6 +44,8 @@ def rename_keys(of: Conversion) -> None:
     _unsloth(of)
     if "dataset_mixture" in of.values:
         _mixture(of)
+    if not isinstance(of.values.get("env") or {}, dict):
+        of.problems.append(f"`env` must be a mapping of names to values, got {in_short('env', of.values.pop('env'))}.")
     for key, value in list(of.values.items()):
         if key in ENVIRONMENT and value is not None:
             variable = ENVIRONMENT[key]
@@ -53,7 +57,7 @@ def rename_keys(of: Conversion) -> None:
         elif key == "gradient_checkpointing_use_reentrant":
             of.rename(key, "gradient_checkpointing_kwargs", {"use_reentrant": value}, "an argument of checkpointing")
         elif key == "token_entropy_percentile_threshold":
-            of.rename(key, "top_entropy_quantile", 1 - float(value), "1 minus its value")
+            _quantile(of, key, value)
         elif key == "dataset_configs":
             _single(of, key, "dataset_config")
         elif key == "include_inputs_for_metrics":
@@ -105,6 +109,13 @@ def _mixture(of: Conversion) -> None:
         of.set("test_split_size", mixture["test_split_size"], "of the mixture")
     for name in sorted(map(str, lost)):
         of.said(f"dataset_mixture: {name}", "set", None, "all rows and columns of each data set are read")
+
+
+def _quantile(of: Conversion, key: str, value: Any) -> None:
+    try:
+        of.rename(key, "top_entropy_quantile", 1 - float(value), "1 minus its value")
+    except (TypeError, ValueError):
+        of.problems.append(f"`{key}` must be a number, got {in_short(key, value)}.")
 
 
 def _unsloth(of: Conversion) -> None:

@@ -1,7 +1,7 @@
 """Answers of OpenAI-compatible servers, whole or in events."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .model import Stream
@@ -42,6 +42,12 @@ class Completion:
     tokens: int
     reasoned: bool = False
     filtered: bool = False
+
+    def at_most(self, characters: int) -> "Completion":
+        """The completion, cut off at a number of characters."""
+        if len(self.text) <= characters:
+            return self
+        return replace(self, text=self.text[:characters], truncated=True)
 
 
 def read_completion(content: bytes) -> Completion:

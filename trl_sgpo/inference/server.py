@@ -42,6 +42,7 @@ _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 LIST_SECONDS = 10.0
 MAX_ANSWER_BYTES = 8 * 2**20  # its JSON takes about twenty times as much memory, for each request at a time
+MOST_CHARACTERS = 64  # of a token. What an answer has beyond the tokens that were asked for is cut off
 _TOKENIZER = "tokenizer_config.json"
 _LIKE_CONTROL = re.compile(r"<[|\uff5c][^|\uff5c<>\s]{1,64}[|\uff5c]>")  # some models write the wide bar
 _ADDRESSES = "http://127.0.0.1:8000/v1 or https://example.org/v1"
@@ -272,7 +273,7 @@ class ServerModel:
         with ThreadPoolExecutor(self.concurrency) as workers, self._client() as client:
             completed = list(
                 tqdm(
-                    workers.map(partial(self._post, client=client, stream=stream), bodies),
+                    workers.map(partial(self._post, limit=limit, client=client, stream=stream), bodies),
                     total=len(bodies),
                     desc=progress,
                     unit="text",
@@ -291,7 +292,9 @@ class ServerModel:
         with limited_client(self._headers, MAX_ANSWER_BYTES, timeout=timeout) as client:
             yield client
 
-    def _post(self, body: dict[str, Any], client: LimitedClient, stream: Stream | None = None) -> Completion:
+    def _post(
+        self, body: dict[str, Any], limit: int, client: LimitedClient, stream: Stream | None = None
+    ) -> Completion:
         """A request is not repeated after `stream` received text."""
         url = f"{self.base}/completions" if "prompt" in body else self.url
         for attempt in range(self.retries + 1):
@@ -300,7 +303,7 @@ class ServerModel:
             try:
                 answer = self._send(client, url, body, events)
                 if answer.is_success:
-                    return self._read(answer, events, stream)
+                    return self._read(answer, events, stream).at_most(limit * MOST_CHARACTERS)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
                 raise self._no_address(error) from error
             except NoCompletion as error:

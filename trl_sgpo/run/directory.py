@@ -17,7 +17,9 @@ from pathlib import Path
 from secrets import token_hex
 
 from ..bank.files import BANK_DIRECTORY
+from ..checks.damaged import expect_readable
 from ..checks.json_text import read_object
+from ..checks.shapes import count as whole_number
 from ..errors import ConfigError
 from ..evaluation.chunks import RESULTS_FILE
 from ..files import unfinished_directory, write_file
@@ -239,7 +241,10 @@ def _evaluations(directory: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(directory.glob(f"*/{RESULTS_FILE}")):
         settings = (read_object(path) or {}).get("settings")
-        model = Path(str(settings.get("model") if isinstance(settings, dict) else os.devnull)).resolve()
+        try:
+            model = Path(str(settings.get("model") if isinstance(settings, dict) else os.devnull)).resolve()
+        except (OSError, RuntimeError, ValueError):  # no name of a folder, or links that lead in a circle
+            continue
         if directory.resolve() in (model, model.parent):
             found[path.parent.name] = model
     return found
@@ -260,7 +265,10 @@ def _later(directory: Path, checkpoint: Path) -> list[str]:
 
 def _step(directory: Path) -> int:
     """Step of the weights in an output folder or a checkpoint."""
-    return int((read_object(directory / STATE_FILE) or {}).get("global_step", 0))
+    with expect_readable(directory / STATE_FILE, "resume from another checkpoint, or delete it"):
+        step = (read_object(directory / STATE_FILE) or {}).get("global_step", 0)
+        whole_number(step, "`global_step`")
+        return int(step)
 
 
 def _number(path: Path, before: str) -> int:

@@ -5,7 +5,7 @@ import logging
 import math
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -109,6 +109,8 @@ def _check_whole(model: PreTrainedModel, checkpoint: Path) -> None:
     """transformers goes on with the present weights for those that a checkpoint lacks."""
     there: set[str] = set()
     files = sorted(checkpoint.glob("model*.safetensors"))
+    if not files and any(checkpoint.glob("pytorch_model*.bin")):
+        raise ConfigError(f"The weights in {checkpoint} are no safetensors: {ANOTHER}")
     for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
@@ -128,8 +130,19 @@ def _check_files(checkpoint: Path) -> None:
     for path in checkpoint.rglob("*"):
         if not (path.is_file() or path.is_dir()):
             raise ConfigError(f"{path} is no file, such as a pipe or a broken link: remove it, or {ANOTHER}")
-        if path.name.endswith(_ARCHIVES) and not is_zipfile(path):
+        if path.name.endswith(_ARCHIVES) and not _is_stored(path):
             raise ConfigError(f"{path} is damaged: {ANOTHER}")
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether a file is an archive as torch writes it. In one that is compressed, 8 MB could become as many GB."""
+    try:
+        with ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (BadZipFile, OSError):
+        return False
+    stored = all(entry.compress_type == ZIP_STORED for entry in entries)
+    return stored and sum(entry.file_size for entry in entries) <= path.stat().st_size
 
 
 @expect_readable(STATE_FILE, ANOTHER)
