@@ -16,7 +16,7 @@ LLAMA_CPP := .venv-llama-cpp
 DEEPSPEED := .venv-deepspeed
 
 .PHONY: install quickstart test test-trl-next test-oldest test-vllm test-llama-cpp test-deepspeed audit release-check lint signatures \
-	docs bench-bank
+	docs bench-bank gpu-check
 
 install: $(VENV)/.installed
 
@@ -132,3 +132,7 @@ docs: install
 # For example: make bench-bank ARGS="--sections scale --output runs/bench_bank.json"
 bench-bank: install
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bank $(ARGS)
+
+# Memory, times and attention on a GPU, in at most 10 minutes: "Checking a GPU" in docs/scaling.md
+gpu-check: install
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.gpu_check $(ARGS)

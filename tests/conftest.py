@@ -1,11 +1,13 @@
 """Isolation: nothing that a test does is seen by another one, or outside the session's temporary folder."""
 
 import gc
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from footprint import files
@@ -49,6 +51,15 @@ def isolation(tmp_path: Path) -> Iterator[None]:
         forked(),
     ):
         yield
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command starts by `multiprocessing` need not import either."""
+    import processes
+
+    context = SimpleNamespace(Pipe=processes.CONTEXT.Pipe, Process=processes.Process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 def pytest_xdist_auto_num_workers() -> int:

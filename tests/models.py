@@ -72,6 +72,15 @@ def save_tiny_model(directory: Path, architecture: str = "llama", chat: bool = T
     return str(directory)
 
 
+def padded(groups: list[tuple[list[int], list[list[int]]]]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Rows of prompts and their completions as TRL has them: prompts padded on the left, completions on the right."""
+    rows = [(prompt, completion) for prompt, completions in groups for completion in completions]
+    P, T = (max(len(row[part]) for row in rows) for part in (0, 1))
+    ids = [[2] * (P - len(p)) + p + c + [2] * (T - len(c)) for p, c in rows]
+    mask = [[0] * (P - len(p)) + [1] * (len(p) + len(c)) + [0] * (T - len(c)) for p, c in rows]
+    return torch.tensor(ids), torch.tensor(mask), P
+
+
 def hash_embedder(texts: list[str]) -> np.ndarray:
     """Deterministic stand-in for a sentence embedder: hashed words, 32 dimensions."""
     vectors = np.zeros((len(texts), 32), dtype=np.float32)

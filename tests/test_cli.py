@@ -1,7 +1,6 @@
 """The command line: messages, resume after real kills, and what a run leaves behind."""
 
 import json
-import multiprocessing
 import re
 import shlex
 import shutil
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import processes
 import pytest
@@ -87,13 +85,6 @@ def test_an_interrupted_run_names_the_command_that_resumes_it(recipe, monkeypatc
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return processes.run(COMMAND, *arguments)
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command starts by `multiprocessing` need not import either."""
-    context = SimpleNamespace(Pipe=processes.CONTEXT.Pipe, Process=processes.Process)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:

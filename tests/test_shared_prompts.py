@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, ROWS_APART, evenness, problems, save_tiny_model
+from models import ARCHITECTURES, ROWS_APART, evenness, padded, problems, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
@@ -18,15 +18,6 @@ group = st.tuples(
     st.lists(token, min_size=1, max_size=5),
     st.lists(st.lists(token, max_size=4), min_size=1, max_size=4),
 )
-
-
-def padded(groups):
-    """Rows of all groups as TRL has them: prompts padded on the left, completions on the right."""
-    rows = [(prompt, completion) for prompt, completions in groups for completion in completions]
-    P, T = (max(len(row[part]) for row in rows) for part in (0, 1))
-    ids = [[2] * (P - len(p)) + p + c + [2] * (T - len(c)) for p, c in rows]
-    mask = [[0] * (P - len(p)) + [1] * (len(p) + len(c)) + [0] * (T - len(c)) for p, c in rows]
-    return torch.tensor(ids), torch.tensor(mask), P
 
 
 def merged(groups):
