@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 ENTRY_VERSION = 3  # of the column `entry` and the problems
 _MOST_FAILED = 10
-_MOST_WORDS = 600  # problems of a file: a row of words or a story is seldom drawn twice among so many
+_MOST_WORDS = 6_000  # problems of a file: a row of words or a story is seldom drawn twice among so many
 LISTS = f"{list_functions.FAMILY}/"
 WORDS = f"{word_programs.FAMILY}/"
 
