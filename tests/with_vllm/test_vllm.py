@@ -4,6 +4,7 @@ Training that generates with vLLM, in this process (`vllm_mode: colocate`), on a
 `make test-vllm` runs it in an environment of its own; `make test` does not collect it.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def make(tmp_path: Path, model: str) -> Iterator[Make]:
             )
 
         yield make
+    gc.collect()  # a trainer with its vLLM takes gigabytes
 
 
 def differences(trainer: Watched) -> dict[str, torch.Tensor]:
@@ -156,6 +158,14 @@ def check_same_policy(trainer: Watched, tolerance: float = TOLERANCE) -> None:
     for log in logged:
         assert 0 < log["sampling/sampling_logp_difference/mean"] < tolerance
         assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_real_model(make: Make) -> None:
+    rows = {"num_generations": 4, "per_device_train_batch_size": 8, "num_bank_rollouts": 1, "num_plain_rollouts": 1}
+    trainer = make(model=SMOLLM2, peft_config=LORA, learning_rate=1e-4, **rows)
+    trainer.train()
+    check_same_policy(trainer, TOLERANCE_OF_SMOLLM2)
+    check_weights(trainer)
 
 
 def test_all_kinds_of_rows_are_samples_of_the_trained_model(make: Make) -> None:
@@ -221,11 +231,3 @@ def test_generation_ends_at_the_end_of_a_turn(make: Make, model: str, tmp_path: 
 def test_rows_longer_than_what_vllm_reads_are_refused(make: Make) -> None:
     with pytest.raises(ConfigError, match="vllm_max_model_length"):
         make(vllm_max_model_length=64)
-
-
-def test_a_real_model(make: Make) -> None:
-    rows = {"num_generations": 4, "per_device_train_batch_size": 8, "num_bank_rollouts": 1, "num_plain_rollouts": 1}
-    trainer = make(model=SMOLLM2, peft_config=LORA, learning_rate=1e-4, **rows)
-    trainer.train()
-    check_same_policy(trainer, TOLERANCE_OF_SMOLLM2)
-    check_weights(trainer)
