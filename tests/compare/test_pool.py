@@ -129,6 +129,16 @@ def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compare"]) == 2 and "--config" in capsys.readouterr().err
 
 
+def test_figures_that_are_not_drawn(tmp_path: Path) -> None:
+    """Neither a figure of a suite's accuracy nor a point of a learning curve."""
+    for name, curves in (("other accuracy", {}), ("curve x", {}), ("curve 1", {})):
+        one = BOTH[0] | {"arms": {"sgpo": {name: {"values": [0.5] * 3}}}, "curves": curves}
+        (tmp_path / "one.json").write_text(json.dumps(one))
+        assert main(["compare", "--pool", str(tmp_path / "one.json"), "--results", str(tmp_path / "all")]) == 0
+        assert f"## {name}" in (tmp_path / "all.md").read_text()
+        assert (tmp_path / "all.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -139,6 +149,9 @@ def test_the_command_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"seeds": 5}, "is damaged"),
         ({"arms": {"sgpo": {NAME: {"values": [0.5] * 50_001}}}}, "more than 1000 seeds or 50,000 values"),
         ({"seeds": {"sgpo": list(range(1001))}}, "more than 1000 seeds or 50,000 values"),
+        ({"arms": {f"arm {number}": {} for number in range(201)}}, "more than 200 arms or 500 figures"),
+        ({"arms": {"sgpo": {f"accuracy {n}": {"values": []} for n in range(501)}}}, "more than 200 arms or 500"),
+        ({"arms": {"sgpo": {NAME: {"values": [5.0]}}}}, "is damaged"),
     ],
 )
 def test_what_cannot_be_pooled(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -74,7 +74,7 @@ def draw_comparison(
         curves = {arm: runs for arm, runs in curves.items() if arm in names}
         logger.warning(f"{path} shows {len(panels)} of {figures} figures and {len(names)} of {arms} arms.")
     figure = new_figure(3 * len(panels) + 5, 0.32 * len(names) + 2)
-    axes = figure.subplots(1, len(panels) + 1, width_ratios=[*[1] * len(panels), 1.6])
+    axes = figure.subplots(1, len(panels) + 1, width_ratios=[*[1] * len(panels), 1.6], squeeze=False)[0]
     for axis, (panel, bars) in zip(axes[:-1], panels.items(), strict=True):
         for arm, bar in bars.items():
             position = names.index(arm)

@@ -1,6 +1,7 @@
 """Comparisons with several base models as one table: intervals over models, seeds and problems, and collapsed runs."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ COLLAPSED = 0.2
 
 _REPLICATES = 10_000
 _MAX_SEEDS, _MAX_VALUES = 1_000, 50_000  # of a comparison, of each of which replicates are drawn
+_MAX_ARMS, _MAX_FIGURES = 200, 500  # each arm is named at each figure
 _OF_TRANSFER = ("transfer score", "own strategy", "other class's strategy", "no strategy")
 _SUMMARY = record(
     {
@@ -41,6 +43,8 @@ _SUMMARY = record(
         "curves": mapping(listing(listing(record({"accuracy": RATE, "generated_tokens": count})))),
     }
 )
+
+_RATES = listing(RATE)
 
 
 def read_summaries(paths: list[str]) -> list[dict[str, Any]]:
@@ -65,6 +69,12 @@ def read_summaries(paths: list[str]) -> list[dict[str, Any]]:
             values = sum(len(figure["values"]) for arm in summary["arms"].values() for figure in arm.values())
             if values > _MAX_VALUES or max(map(len, summary["seeds"].values()), default=0) > _MAX_SEEDS:
                 raise ValueError(f"it has more than {_MAX_SEEDS} seeds or {_MAX_VALUES:,} values")
+            figures = _figures([summary])
+            if len(summary["arms"]) > _MAX_ARMS or len(figures) > _MAX_FIGURES:
+                raise ValueError(f"it has more than {_MAX_ARMS} arms or {_MAX_FIGURES} figures")
+            for arm in summary["arms"].values():
+                for name in arm.keys() & figures:
+                    _RATES(arm[name]["values"], f"`{name}`")
             summaries.append(summary)
     first, models = summaries[0]["settings"], [model_of(summary) for summary in summaries]
     for path, summary in zip(paths, summaries, strict=True):
@@ -233,10 +243,11 @@ def markdown(summed: dict[str, Any]) -> str:
 
 def _title(name: str, summed: dict[str, Any]) -> str:
     """The name of a figure, and that of a point of the learning curves by its tokens."""
-    if not name.startswith("curve "):
+    points = max((len(run) for runs in summed["curves"].values() for run in runs), default=0)
+    point = re.fullmatch(r"curve (\d{1,4})", name)
+    if point is None or not points:
         return name
-    points = max(len(run) for runs in summed["curves"].values() for run in runs)
-    tokens = summed["settings"]["budget"] * int(name.removeprefix("curve ")) // points
+    tokens = summed["settings"]["budget"] * int(point[1]) // points
     return f"{summed['settings']['transfer']['suite']} accuracy after about {tokens:,} tokens, on its first problems"
 
 
