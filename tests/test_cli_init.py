@@ -271,6 +271,14 @@ def test_one_column_alone_is_taken_where_it_is_named(tiny: str, here: Path) -> N
     assert problems[0]["prompt"][0]["content"] == word_problems.story(0)[1]
 
 
+def test_a_long_problem_is_not_shown_whole(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": "word " * 100_000, "answer": "1"}, {"question": "What is 1 + 2?", "answer": "3"}]
+    (here / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    main(["init", "--model", tiny, "--data", "long.jsonl", "--vram", "0"])
+    printed = capsys.readouterr().out
+    assert re.search(r"… \(\d{3},\d{3} characters\)", printed) and len(printed) < 20_000
+
+
 def test_choices_are_shown_with_letters(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = word_problems.write(here / "choices.jsonl", word_problems.choices(20))
     template = ["--prompt_template", "{question}{choices}"]

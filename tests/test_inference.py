@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from models import evenness, hash_embedder, problems, save_tiny_model, tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -122,6 +123,13 @@ def test_sampling_repeats_with_its_seed_and_does_not_touch_others(tmp_path: Path
     assert model.answer(prompts, Decoding(greedy=False, seed=1)) == first
     assert model.answer(prompts, Decoding(greedy=False, seed=2)) != first
     assert 0 < model.generated_tokens <= 3 * 8 * len(prompts)
+
+
+def test_memory_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TwoPhaseModel.from_pretrained(save_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr(model.model, "generate", lambda **_: torch.empty(2**55))
+    with pytest.raises(ModelError, match=r"1 texts of up to \d+ tokens, .* more memory than there is: lower"):
+        model.answer([[{"role": "user", "content": "What is 1 + 2?"}]])
 
 
 def test_texts_are_as_generated_for_verifiers(monkeypatch: pytest.MonkeyPatch) -> None:

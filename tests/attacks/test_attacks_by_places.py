@@ -25,6 +25,8 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.errors import ModelError
 from trl_sgpo.evaluation.plots import draw_bars
 from trl_sgpo.inference import checked, pretrained
+from trl_sgpo.inference import model as inference_model
+from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.inference.pretrained import load_config, load_model, load_tokenizer
 
 
@@ -220,6 +222,25 @@ def test_nothing_is_downloaded_after_the_check(
     assert loaded.name_or_path == REPO and not [path for method, path in hub.requests if method == "GET"]
     if load is load_tokenizer:
         assert set(loaded.chat_template) == {"default", "other"}
+
+
+def test_weights_and_tokenizer_are_of_one_commit(hub: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tokenizer is committed while the weights are loaded."""
+    upload(hub, tiny)
+    before = AutoTokenizer.from_pretrained(tiny)("AB")["input_ids"]
+    load = inference_model.load_model
+
+    def then_commit(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        content = json.loads((tiny / "tokenizer.json").read_text())
+        words = content["model"]["vocab"]
+        words["A"], words["B"] = words["B"], words["A"]
+        (tiny / "tokenizer.json").write_text(json.dumps(content))
+        upload(hub, tiny)
+        return model
+
+    monkeypatch.setattr(inference_model, "load_model", then_commit)
+    assert TwoPhaseModel.from_pretrained(REPO).tokenizer("AB")["input_ids"] == before
 
 
 def test_a_repository_without_safetensors_is_one_line(hub: HubServer, tiny: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Ask = Callable[[str, str | None, Callable[[str], Columns]], Columns]
 LONG = 10  # words of an answer that is hardly a short one
+_MOST_SHOWN = 10_000  # characters
 
 
 def choose_columns(
@@ -138,16 +139,20 @@ def _written(rows: "Dataset", columns: Columns, index: int) -> str | None:
     return next((answer for answer in answers if answer is not None), None)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} … ({len(text):,} characters)"
+
+
 def _show(problems: "Dataset", left: "Leftover", written: Callable[[int], str | None]) -> None:
     from ..data.leftover import in_short
     from ..method.prompts import problem_text
 
     answers: list[str | None] = problems["solution"][:] if has_answers(problems) else [None] * len(problems)
     shown, answer = next(((index, each) for index, each in enumerate(answers) if each is not None), (0, None))
-    text = printable(problem_text(problems[shown]["prompt"]))
+    text = _cut(printable(problem_text(problems[shown]["prompt"])))
     print(f"Problem {shown + 1} of {len(problems)}, as the model will see it:\n")
     print("\n".join(f"  {line}" for line in text.splitlines()))
-    print(f"\nIts answer: {'none' if answer is None else printable(answer)}")
+    print(f"\nIts answer: {'none' if answer is None else _cut(printable(answer))}")
     given = written(shown)
     if answer is not None and given is not None and given != answer:
         print(f"Answers are the letters of the choices: this one is {printable(in_short(given))} in the file.")

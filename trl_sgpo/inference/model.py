@@ -16,6 +16,7 @@ from ..method.prompts import ParsedStrategy, Prompt
 from ..speed.generation import left_padded
 from ..speed.learned_prompts import is_prompt_learning, learned_prompt
 from ..speed.merging import merged_where_exact
+from .checked import checked_folder
 from .loading import base_of, is_adapter, load_base
 from .model_files import TOKENIZER
 from .pretrained import load_adapter, load_model, load_tokenizer, loading
@@ -157,18 +158,19 @@ class TwoPhaseModel:
 
         def load() -> Any:
             if is_adapter(directory):
-                base = load_base(base_of(directory), saved.trained_on, **model_kwargs)
-                model = load_adapter(base, directory)
+                model = load_adapter(load_base(weights, saved.trained_on, **pinned, **model_kwargs), directory)
             else:
-                model = load_model(directory, **model_kwargs)
+                model = load_model(weights, **pinned, **model_kwargs)
             model.generation_config = _own_generation(model.generation_config, name)
             return model if device is None or _is_quantized(model) else model.to(device)
 
         try:
+            weights = base_of(directory) if is_adapter(directory) else directory
+            pinned = _at_one_commit(weights, model_kwargs)
             model = merged_where_exact(load) if is_adapter(directory) else load()
             _check_lengths(saved, model.config, name)
-            bare = is_adapter(directory) and not any(Path(directory, file).is_file() for file in TOKENIZER)
-            tokenizer = load_tokenizer(base_of(directory) if bare else directory)  # as other tools save adapters
+            own = is_adapter(directory) and any(Path(directory, file).is_file() for file in TOKENIZER)
+            tokenizer = load_tokenizer(directory) if own else load_tokenizer(weights, **pinned)
             loaded = cls(model, tokenizer, settings or saved, batch_size)
             with loading(name):
                 loaded._generate_batch([[0]], GenerationConfig(max_new_tokens=1, pad_token_id=0), None)
@@ -399,11 +401,26 @@ class TwoPhaseModel:
     ) -> list[list[int]]:
         ids, mask = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         streamer = None if stream is None else _Streamer(self.tokenizer, stream)
-        with learned_prompt(self.model):
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
-            )
+        try:
+            with learned_prompt(self.model):
+                output = self.model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
+            raise ModelError(
+                f"{len(prompts)} texts of up to {ids.size(1)} tokens, continued by up to {config.max_new_tokens}, "
+                "take more memory than there is: lower `--batch_size`, or shorten the longest problem."
+            ) from error
         return output[:, ids.size(1) :].tolist()
+
+
+def _at_one_commit(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The `revision` at which weights and tokenizer of a Hub id are loaded, unless one is given."""
+    if "revision" in given or Path(name).is_dir():
+        return {}
+    return {"revision": checked_folder(name, {})[0].name}
 
 
 def _is_quantized(model: PreTrainedModel) -> bool:
