@@ -222,6 +222,33 @@ def test_much_is_received_in_several_syncs(job, monkeypatch):
     assert {strategy.id for strategy in b.strategies()} == {strategy.id for strategy in a.strategies()}
 
 
+def test_a_bank_keeps_a_limited_number_of_others(job, monkeypatch, caplog):
+    """A server that has new ones at every sync would fill the memory. Retired ones are kept on record, and count."""
+    monkeypatch.setattr(shared, "MAX_SHARED", 8)
+    (a, to_a), (b, to_b) = job("a"), job("b", capacity_per_class=3)
+    for name in "pqr":
+        a.add([trusted(f"{name}{i}") for i in range(4)])
+        to_a.sync()
+        to_b.sync()
+    assert len(b.strategies()) + len(b.retired()) == 8 and len(b) == 3
+    assert ["keeps 8 strategies of other jobs" in warning for warning in warnings(caplog)] == [True]
+    to_b.sync()
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_strategy_of_others_has_a_limited_number_of_sources(job, monkeypatch, caplog):
+    (a, to_a), (_, to_b) = job("a"), job("b")
+    many = tuple(f"p{number}" for number in range(5))
+    a.add([Strategy("Use many steps.", "algebra", many, trust="trusted"), trusted("few")])
+    to_a.sync()
+    monkeypatch.setattr(shared, "MAX_SOURCES", 4)
+    assert to_b.sync().received == 1 and "1 rows on the bank server" in warnings(caplog)[0]
+    c, to_c = job("c")
+    c.add([Strategy("Use more steps.", "algebra", many, trust="trusted")])
+    to_c.sync()
+    assert "is not sent, because other banks refuse it: source_problems has more than 4 items" in warnings(caplog)[-1]
+
+
 def test_requests_are_of_limited_size(monkeypatch):
     monkeypatch.setattr(chroma_server, "BATCH_BYTES", 100)
     rows = [(str(i), {"text": "x" * 30}) for i in range(5)] + [("large", {"text": "x" * 500}), ("last", {})]

@@ -33,8 +33,11 @@ from .strategy import UNVERIFIED, Strategy
 logger = logging.getLogger(__name__)
 
 IDENTITY = "shared.json"
+ORIGIN = "shared:"  # before the first digits of the bank that sent a strategy
 MADE_BY = {"made_by": "trl-sgpo strategies 1"}
 MAX_RECEIVED = 1_000  # strategies a sync, because each has to be embedded
+MAX_SHARED = 10_000  # strategies of others that a bank keeps
+MAX_SOURCES = 1_000  # problems or parents of one of them
 
 _KEY = re.compile(r"([0-9a-f]{16}):([0-9a-f]{16}):[0-9a-f]{16}")
 _COLLECTION = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]")
@@ -84,6 +87,13 @@ def _row(strategy: Strategy) -> tuple[dict[str, Any], str]:
     return row, hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _check_sources(row: dict[str, Any]) -> None:
+    """A bank keeps all that it has received, so a row is limited more than that of a file that a user imports."""
+    for name in _LISTS:
+        if len(row[name]) > MAX_SOURCES:
+            raise ValueError(f"{name} has more than {MAX_SOURCES:,} items")
+
+
 def _from_server(key: str, document: Any, metadata: Any) -> Strategy:
     """The strategy of a row that an untrusted server sent, or a `ValueError`."""
     expect_keys(metadata, _METADATA, "the metadata")
@@ -93,8 +103,9 @@ def _from_server(key: str, document: Any, metadata: Any) -> Strategy:
             raise ValueError(f"{name} must be a text")
         row[name] = from_json(metadata[name].encode())
     strategy, _ = from_row(row)
+    _check_sources(row)
     _, bank, _ = key.split(":")
-    return strategy.quarantined(f"shared:{bank[:8]}")
+    return strategy.quarantined(f"{ORIGIN}{bank[:8]}")
 
 
 class SharedBank:
@@ -152,6 +163,7 @@ class SharedBank:
         self.id = _identity(bank.path)
         self._met = False  # whether the server was reached before
         self._settled: set[str] = set()  # keys of rows that no later sync needs to read or send
+        self._full = False  # whether it was said that no more are received
         self._invalid = 0  # rows with an invalid key at the last sync
 
     def sync(self) -> SyncReport:
@@ -211,7 +223,17 @@ class SharedBank:
         invalid = keys.count(None)
         refused = max(invalid - self._invalid, 0)
         self._invalid = invalid
-        for key, document, metadata in server.rows(wanted[:MAX_RECEIVED]):
+        known = [*self._bank.strategies(), *self._bank.retired()]
+        kept = sum(strategy.origin.startswith(ORIGIN) for strategy in known)
+        room = max(MAX_SHARED - kept, 0)
+        if len(wanted) > room and not self._full:
+            self._full = True
+            logger.warning(
+                "The bank keeps %d strategies of other jobs, retired ones included, and at most %d: of %d others on "
+                "the server at %s it receives %d.",
+                *(kept, MAX_SHARED, len(wanted), self._url.geturl(), room),
+            )
+        for key, document, metadata in server.rows(wanted[: min(MAX_RECEIVED, room)]):
             try:
                 strategy = _from_server(key, document, metadata)
             except ValueError:
@@ -243,6 +265,7 @@ class SharedBank:
                 continue
             try:
                 from_row(row)
+                _check_sources(row)
             except ValueError as error:
                 self._settled.add(key)
                 logger.warning("Strategy %s is not sent, because other banks refuse it: %s.", key[:16], error)
