@@ -22,7 +22,7 @@ from trl_sgpo.bank.neighbourhood import Neighbourhoods
 from trl_sgpo.bank.policy import near_copies
 from trl_sgpo.bank.statistics import transfer
 from trl_sgpo.bank.strategy import Execution, Strategy
-from trl_sgpo.data import families, rows
+from trl_sgpo.data import answers, families, rows
 from trl_sgpo.data.classes import merge_small_classes, problem_classes
 from trl_sgpo.data.families import Reference, generated_again, read_reference
 from trl_sgpo.data.tasks import load_problems
@@ -159,6 +159,23 @@ def test_rows_whose_problems_take_long_each(monkeypatch: pytest.MonkeyPatch, cap
     for seed in range(100):
         assert generated_again(Reference("gcd", json.dumps({"size": 1, "seed": seed}), 0)) is None
     assert len(asked) == 16 and caplog.text.count("no further problem is generated again") == 1
+
+
+def test_solutions_that_take_long_each(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """They are compared as text from the second answer on, all solutions after a few. A slow answer is no reason."""
+    asked = []
+
+    def compared(gold: str, answer: str) -> bool | None:
+        asked.append((gold, answer))
+        return None if "^{9^{9}}" in gold + answer else gold == "x+1" and answer == "1+x"
+
+    monkeypatch.setattr(answers, "compared_expressions", compared)
+    assert not answers.same_answer("9^{9^{9}}", "x+1") and answers.same_answer("1+x", "x+1")
+    for number in range(100):
+        slow = f"{number}^{{9^{{9}}}}"
+        assert [answers.same_answer(answer, slow) for answer in ("5", "x", slow)] == [False, False, True]
+    assert len(asked) == 3 + 2 * 16 and caplog.text.count("16 solutions take longer to compare") == 1
+    assert not answers.same_answer("1+x", "x+1") and len(asked) == 3 + 2 * 16
 
 
 @pytest.mark.usefixtures("in_ten_seconds")

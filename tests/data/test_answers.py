@@ -530,7 +530,7 @@ def test_a_package_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("answer", ["9 apples", "five", "1 1/2", "eat", "[1, 2]"])
 def test_numbers_and_words_need_no_mathematics(answer, monkeypatch):
-    monkeypatch.setattr("trl_sgpo.data.answers.equal_expressions", lambda gold, answer: pytest.fail("mathematics"))
+    monkeypatch.setattr("trl_sgpo.data.answers.compared_expressions", lambda gold, answer: pytest.fail("mathematics"))
     assert answer_reward([f"#### {answer}"], ["12"]) == [0.0]
 
 

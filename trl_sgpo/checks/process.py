@@ -181,12 +181,7 @@ CHECKS = CheckProcess()
 """The process of this one."""
 
 
-def equal_expressions(gold: str, answer: str) -> bool:
-    """Whether two expressions in LaTeX are equal by math-verify. A comparison that passes a limit is not."""
-    return compared_expressions(gold, answer) is True
-
-
 def compared_expressions(gold: str, answer: str) -> bool | None:
-    """As [`equal_expressions`], `None` if the comparison passes a limit."""
+    """Whether two expressions in LaTeX are equal by math-verify, `None` if the comparison passes a limit."""
     found: bool | None = CHECKS.ask("equal", gold, answer)
     return found
