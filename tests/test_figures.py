@@ -171,6 +171,17 @@ def test_dose() -> None:
     none = [means[arm, "0"] for arm in ("sgpo", "two_phase_grpo", "grpo")]
     assert "({} and {}; GRPO {}, two models)".format(*none) in words
     assert f"SGPO ends at {means['sgpo', '0.9']} and no other arm above 0.05" in words
+    collapsed = {arm: [v < 0.2 for share in found[arm].values() for vs in share.values() for v in vs] for arm in arms}
+    runs, of_sgpo, of_two, of_grpo = (
+        len(collapsed["sgpo"]),
+        *map(sum, (collapsed[arm] for arm in ("sgpo", "two_phase_grpo", "grpo"))),
+    )
+    said = f"{of_sgpo} of {runs} runs of SGPO collapsed, {of_two} of two-phase GRPO and {of_grpo} of GRPO"
+    assert said in words
+    answer = " ".join((DOCS / "hypotheses.md").read_text().split())
+    assert f"{of_sgpo} of {runs} runs of `sgpo` collapsed, {of_grpo} of `grpo` and {of_two} of" in answer
+    below = [float(means["two_phase_grpo", "0"]) - float(means[arm, "0"]) for arm in ("base", "sft", "grpo")]
+    assert f"end {min(below):.2f} to {max(below):.2f} below `two_phase_grpo`" in answer
     assert max(v for arm in arms if arm != "sgpo" for vs in found[arm]["0.9"].values() for v in vs) < 0.055
 
 
