@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ def isolated(directory: Path, home: Path, weights: Path) -> Iterator[None]:
             stack.enter_context(patch.dict(os.environ))
             stack.enter_context(hugging_face_home(home))
             if answers is not None:  # what was slow in one test is compared in the next one
-                stack.enter_context(patch.object(answers, "_SLOW", set()))
+                stack.enter_context(patch.multiple(answers, _SLOW=set(), _COUNTS=Counter()))
             os.chdir(directory)
             torch.manual_seed(0)
             yield

@@ -174,8 +174,19 @@ def test_solutions_that_take_long_each(monkeypatch: pytest.MonkeyPatch, caplog: 
     for number in range(100):
         slow = f"{number}^{{9^{{9}}}}"
         assert [answers.same_answer(answer, slow) for answer in ("5", "x", slow)] == [False, False, True]
-    assert len(asked) == 3 + 2 * 16 and caplog.text.count("16 solutions take longer to compare") == 1
+    assert len(asked) == 3 + 2 * 16 and caplog.text.count("16 solutions and 17 of 18 answers took longer") == 1
     assert not answers.same_answer("1+x", "x+1") and len(asked) == 3 + 2 * 16
+
+
+def test_answers_that_take_long_each(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Mathematics ends if most comparisons pass the limit, and not if a few of many do."""
+    monkeypatch.setattr(answers, "compared_expressions", lambda gold, answer: None if "!" in answer else True)
+    for number in range(1_000):
+        answers.same_answer(f"{number}!+x", "x") if number % 4 == 0 else answers.same_answer("1+x-1", "x")
+    assert answers._COUNTS == {"asked": 1_000, "late": 250} and not caplog.text
+    for number in range(2_000):
+        answers.same_answer(f"{number}!+x", "x")
+    assert answers._COUNTS == {"asked": 1_500, "late": 750} and caplog.text.count("no expressions are compared") == 1
 
 
 @pytest.mark.usefixtures("in_ten_seconds")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from trl_sgpo.compare.lab.list_functions import (
     PARTS,
     compositions,
     execution,
+    metadata_of,
     problems,
     states,
     strategy,
@@ -109,3 +111,11 @@ def test_bad_paths_are_refused(path: str) -> None:
 def test_a_wrong_list_is_wrong() -> None:
     row = problems("seen", "train", 1, seed=0)[0]
     assert answer_reward(["#### 1 2 3"], [row["solution"]], [row["entry"]]) == [0.0]
+
+
+@pytest.mark.parametrize("change", [{"operations": ["flip"] * 5}, {"operations": []}, {"question": "x" * 501}])
+def test_an_entry_that_no_problem_has(change: dict[str, Any]) -> None:
+    """A worked solution of a received row would be as long as it says."""
+    entry = json.loads(problems("seen", "train", size=1, seed=1)[0]["entry"])
+    assert metadata_of(json.dumps(entry)) is not None
+    assert metadata_of(json.dumps({"metadata": entry["metadata"] | change})) is None

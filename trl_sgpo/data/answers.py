@@ -29,7 +29,9 @@ MAX_EXPRESSIONS = 16
 _MAX_UNORDERED = (16, 4)  # items of a set that are compared in pairs, of one within a list or set; deeper: none
 _MAX_DEPTH = 4  # of lists in lists
 _MAX_SLOW = 16  # expressions, each of which may take seconds
+_MOST_LATE = 64  # comparisons that passed a limit, if they are at least half of all
 _SLOW: set[str] = set()  # solutions whose comparison passed a limit
+_COUNTS: Counter[str] = Counter()  # of comparisons by mathematics: asked, and late
 
 _SIMPLE = re.compile(r"[+-]?\d{1,15}")
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:0|[1-9][\d,]*)(?:\.\d+)?(?:[eE][+-]\d+)?(?:/\d+|°)?")
@@ -238,18 +240,22 @@ def _repeats(answer: str, gold: str, problem: str) -> bool:
 
 
 def _equal(gold: str, answer: str) -> bool:
-    """Whether two expressions are equal. A solution that passes a limit is compared as text from then on."""
-    if gold in _SLOW or len(_SLOW) >= _MAX_SLOW:
+    """
+    Whether two expressions are equal. A solution that passes a limit is compared as text from then on, and everything
+    is after a few such solutions, or if most answers pass a limit.
+    """
+    if gold in _SLOW or len(_SLOW) >= _MAX_SLOW or _COUNTS["late"] >= max(_MOST_LATE, _COUNTS["asked"] / 2):
         return False
     found = compared_expressions(gold, answer)
+    _COUNTS.update(asked=1, late=int(found is None))
     if found is None and compared_expressions(gold, "0") is None:  # it was not the answer
         _SLOW.add(gold)
-        if len(_SLOW) == _MAX_SLOW:
-            logger.warning(
-                f"{_MAX_SLOW} solutions take longer to compare than is allowed, such as {gold[:80]!r}: from now on no "
-                "expressions are compared, and an answer is right only if its text, number or list is. Remove these "
-                "problems."
-            )
+    if len(_SLOW) >= _MAX_SLOW or _COUNTS["late"] >= max(_MOST_LATE, _COUNTS["asked"] / 2):
+        logger.warning(
+            f"{len(_SLOW)} solutions and {_COUNTS['late']} of {_COUNTS['asked']} answers took longer to compare than "
+            f"is allowed, such as {answer[:80]!r} with {gold[:80]!r}: from now on no expressions are compared, and an "
+            "answer is right only if its text, number or list is. Remove such problems."
+        )
     return found is True
 
 

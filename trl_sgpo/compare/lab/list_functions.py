@@ -26,6 +26,8 @@ from typing import Any
 FAMILY = "list_functions"
 PARTS = ("seen", "held_out", "longer")
 LENGTH = 4
+_MOST_OPERATIONS = 4
+_LONGEST = 500  # characters of a question
 _SEEN, _HELD_OUT = 16, 48
 
 # Name -> function and the two words that problems use for it
@@ -144,9 +146,11 @@ def metadata_of(entry: str | None) -> dict[str, Any] | None:
         known = metadata["source_dataset"] == FAMILY and set(metadata["operations"]) <= set(OPERATIONS)
         digits = all(type(digit) is int and 0 <= digit <= 9 for digit in metadata["list"])
         texts = isinstance(metadata["question"], str) and isinstance(metadata["shortcuts"], float | int)
+        texts = texts and len(metadata["question"]) <= _LONGEST
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return metadata if known and digits and texts and len(metadata["list"]) == LENGTH else None
+    sizes = len(metadata["list"]) == LENGTH and 0 < len(metadata["operations"]) <= _MOST_OPERATIONS
+    return metadata if known and digits and texts and sizes else None
 
 
 def worked(metadata: dict[str, Any], rng: random.Random) -> tuple[str, str, str]:
