@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers.utils.hub
 from hub_server import HubServer
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from models import problems, save_tiny_model, tokenizer
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
@@ -181,6 +183,35 @@ def test_tokenizers_of_a_commit_after_the_check(
     monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_another_commit)
     with pytest.raises(ModelError, match="names a file as `vocab`"):
         kind("user/policy", REPO, args, train_dataset=problems())
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", [ConversationGRPOTrainer, SharedPromptGRPOTrainer])
+def test_a_reward_model_is_of_the_commit_that_was_checked(
+    kind: Any, tiny: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next commit is an adapter, on any base, with a pattern that never ends."""
+    reward = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).save_pretrained(reward)
+    tokenizer().save_pretrained(reward)
+    upload(hub, reward)
+    wanted = load_file(reward / "model.safetensors")["score.weight"]
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")).save_pretrained(reward)
+    settings = json.loads((reward / "adapter_config.json").read_text())
+    settings |= {"target_modules": r"((\w|\.)+)+!", "base_model_name_or_path": str(tiny)}
+    (reward / "adapter_config.json").write_text(json.dumps(settings))
+    checked = conversation_trainer._checked_arguments
+
+    def then_another_commit(*arguments: Any) -> Any:
+        found = checked(*arguments)
+        upload(hub, reward)
+        return found
+
+    monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_another_commit)
+    trainer = kind(str(tiny), REPO, arguments_of(tmp_path / "out"), train_dataset=problems())
+    assert torch.equal(trainer.reward_funcs[0].model.score.weight, wanted)
+    assert trainer.reward_func_names == [REPO.split("/")[-1]] == [trainer.reward_funcs[0].__name__]
     monkeypatch.undo()
 
 

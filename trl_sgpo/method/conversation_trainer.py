@@ -20,33 +20,39 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from ..checks.adapters import check_whole
 from ..files import private_file
-from ..inference.checked import checked
+from ..inference.checked import checked, checked_folder
 from ..inference.pretrained import NO_QUESTION, load_tokenizer, readable_weights
 from .conversation import answer_ids, prompts_ids
 from .prompts import Prompt
 
 
-def _checked_arguments(args: GRPOConfig | None, model: Any, reward_funcs: Any) -> GRPOConfig | None:
+def _checked_arguments(args: GRPOConfig | None, model: Any, rewards: list[Any]) -> tuple[GRPOConfig | None, list[Any]]:
     """
     Checks the models that TRL loads by their names. Returns arguments with which it reads them from safetensors only,
-    downloads nothing more, and takes the policy at the commit that was checked.
+    downloads nothing more, and takes the policy at the commit that was checked, and the reward functions, of which
+    models are folders that were checked: by a Hub id, TRL would take the newest commit.
     """
-    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    rewards = [each for each in given if isinstance(each, str)]
-    if not (rewards or isinstance(model, str)):
-        return args
+    if not (any(isinstance(each, str) for each in rewards) or isinstance(model, str)):
+        return args, rewards
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
     loading = {**(args.model_init_kwargs or {}), "use_safetensors": True}
-    for reward in rewards:
-        checked(reward, loading, weights=True)
+    rewards = [str(_checked_reward(each, loading)) if isinstance(each, str) else each for each in rewards]
     if isinstance(model, str):
         checked(model, {})  # TRL reads the architecture there, whatever the revision is
         loading = checked(model, loading, weights=True)
     args.model_init_kwargs = loading | {"local_files_only": True}
-    return args
+    return args, rewards
+
+
+def _checked_reward(name: str, loading: dict[str, Any]) -> Path:
+    folder, _ = checked_folder(name, loading, weights=True)
+    check_whole(folder, name)
+    check_whole(folder / (loading.get("subfolder") or ""), name)
+    return folder
 
 
 def _tokenizers(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +111,14 @@ class ConversationGRPOTrainer(GRPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ):
-        args = _checked_arguments(args, model, reward_funcs)
-        given = signature(GRPOTrainer.__init__).bind_partial(self, model, reward_funcs, args, *others, **kwargs)
+        named = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
+        args, rewards = _checked_arguments(args, model, named)
+        given = signature(GRPOTrainer.__init__).bind_partial(self, model, rewards, args, *others, **kwargs)
         with NO_QUESTION, readable_weights(model) if isinstance(model, str) else nullcontext():
             super().__init__(**{**_tokenizers(given.arguments), "args": args})
+        for index, name in enumerate(named):
+            if isinstance(name, str):  # not that of the folder
+                self.reward_func_names[index] = name.rstrip("/").split("/")[-1]
         parts = zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)
         self.reward_funcs = [
             RewardModel(function, tokenizer, name, self.chat_template_kwargs)
