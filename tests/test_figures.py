@@ -282,13 +282,26 @@ def arrows(runs: list[dict[str, Any]], rollouts: bool) -> list[str]:
 
 def test_quickstart() -> None:
     results = json.loads((DOCS / "results" / "quickstart_seeds.json").read_text())
-    this, earlier = results["seeds"]["42"], results["earlier_versions"]
-    three = [earlier["seeds"][seed] for seed in ("42", "1", "2")]
-    rows = table_rows((DOCS / "quickstart.md").read_text(), "Version, seed, precision")
-    wanted = [[this], [earlier["float32"]["seeds"]["42"]], *([run] for run in three), three]
-    assert list(rows.values()) == [arrows(runs, rollouts=True) for runs in wanted]
+    runs = list(results["seeds"].values())
+    text = (DOCS / "quickstart.md").read_text()
+    means = arrows(runs, rollouts=True)
+    rows = table_rows(text, "Seed | Rollouts")
+    assert list(rows) == [*results["seeds"], "mean"]
+    assert list(rows.values()) == [*(arrows([run], rollouts=True) for run in runs), means]
     rows = table_rows((DOCS.parent / "README.md").read_text(), "80 unseen problems")
-    assert list(rows.values()) == [arrows([this], rollouts=False), arrows(three, rollouts=False)]
+    assert list(rows.values()) == [arrows(each, rollouts=False) for each in (runs[:1], runs)]
+    recipe = " ".join((DOCS.parent / "recipes" / "quickstart.yaml").read_text().replace("\n# ", " ").split())
+    rollouts, sampled, transfer, greedy, _ = (each.replace("→", "to") for each in means)
+    assert f"rises from {sampled} sampled and from {greedy} greedy, transfer score from {transfer}," in recipe
+    assert "from {} in the first to {} in the last quarter".format(*rollouts.split(" to ")) in recipe
+    gains = [
+        run["report"]["after"]["greedy"]["accuracy"] - run["report"]["before"]["greedy"]["accuracy"] for run in runs
+    ]
+    words = " ".join(text.split())
+    assert f"Greedy accuracy rises by {fmean(gains):.2f} on average" in words
+    _, more, _, more_greedy, _ = arrows([results["with_480_traces"]["42"]], rollouts=True)
+    assert f"from {more.replace('→', 'to')} sampled and from {more_greedy.replace('→', 'to')} greedy" in words
+    assert not any(run["trusted"] for run in runs) and "It trusted none in these runs" in words
 
 
 @pytest.mark.parametrize(
