@@ -11,6 +11,7 @@ import termios
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from test_pipeline import PROBLEM
 from trl_sgpo.bank import Strategy, StrategyBank
 from trl_sgpo.bank.audit import audit_text
 from trl_sgpo.checks.command import MAX_LINE, MAX_LINES, run_command
-from trl_sgpo.checks.terminal import printable
+from trl_sgpo.checks.terminal import EscapedStream, printable
 from trl_sgpo.cli.main import main
 from trl_sgpo.errors import SettingsError
 
@@ -291,6 +292,15 @@ def test_characters_that_no_terminal_shows(character):
     text = f"sums{character}"
     assert printable(text) != text and character not in printable(text)
     assert audit_text(text) and not audit_text("sums")
+
+
+def test_marks_that_come_one_by_one():
+    """As a server streams them."""
+    written = StringIO()
+    stream = EscapedStream(written, messages=False)
+    for piece in ("a", *"\u0338" * 6, "", "\u0338b", "\u0338"):
+        stream.write(piece)
+    assert written.getvalue() == "a" + "\u0338" * 4 + "\\u0338" * 3 + "b\u0338"
 
 
 def test_marks_that_cover_other_lines():

@@ -29,7 +29,7 @@ BLANK = frozenset(
 _MARKS = 4  # combining marks in a row; more of them cover other lines
 
 
-def printable(text: str, kept: str = "\n") -> str:
+def printable(text: str, kept: str = "\n", marks: int = 0) -> str:
     """
     The text with escapes for all characters that a terminal would act on, or not show.
 
@@ -38,15 +38,23 @@ def printable(text: str, kept: str = "\n") -> str:
             Any text.
         kept (`str`, *optional*, defaults to a line feed):
             Control characters to keep.
+        marks (`int`, *optional*, defaults to 0):
+            Combining marks that the text follows.
     """
     if text.isascii() and text.isprintable():
         return text
-    shown, marks = [], 0
+    shown = []
     for c in text:
         marks = marks + 1 if category(c) in ("Mn", "Me") else 0
         is_shown = c in kept or (c.isprintable() and c not in BLANK and marks <= _MARKS)
         shown.append(c if is_shown else c.encode("unicode_escape").decode())
     return "".join(shown)
+
+
+def _marks_at_end(text: str, before: int) -> int:
+    """Combining marks in a row at the end of a text that follows `before` of them."""
+    end = next((index for index, c in enumerate(reversed(text)) if category(c) not in ("Mn", "Me")), None)
+    return before + len(text) if end is None else end
 
 
 class EscapedStream:
@@ -62,6 +70,7 @@ class EscapedStream:
 
     def __init__(self, stream: TextIO, messages: bool):
         self.stream, self.messages = stream, messages
+        self._marks = 0  # at the end of what was written: a server may send them one by one
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -74,7 +83,9 @@ class EscapedStream:
         if self.messages and caller is not None and caller.f_globals["__name__"].partition(".")[0] == "tqdm":
             moves = _MOVES.match(text)[0]  # type: ignore[index]
         shown = text[len(moves) :]
-        self.stream.write(moves + printable(without_credentials(shown) if self.messages else shown, kept="\n\t"))
+        shown = without_credentials(shown) if self.messages else shown
+        self.stream.write(moves + printable(shown, kept="\n\t", marks=self._marks))
+        self._marks = _marks_at_end(shown, self._marks)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
