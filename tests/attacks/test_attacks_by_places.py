@@ -224,6 +224,26 @@ def test_nothing_is_downloaded_after_the_check(
         assert set(loaded.chat_template) == {"default", "other"}
 
 
+def exchange_letters(tiny: Path) -> None:
+    """Makes another tokenizer."""
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["A"], words["B"] = words["B"], words["A"]
+    (tiny / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_a_tokenizer_is_of_the_revision_that_is_asked_for(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    upload(hub, tiny)
+    first, before = hub.head(REPO), AutoTokenizer.from_pretrained(tiny)("AB")["input_ids"]
+    exchange_letters(tiny)
+    upload(hub, tiny)
+    place = {"cache_dir": str(tmp_path / "cache"), "token": "hf_read"}
+    model = TwoPhaseModel.from_pretrained(REPO, revision=first, **place)
+    assert model.tokenizer("AB")["input_ids"] == before
+    assert [folder.name for folder in (tmp_path / "cache").glob("models--*/snapshots/*")] == [first]
+    assert TwoPhaseModel.from_pretrained(REPO, **place).tokenizer("AB")["input_ids"] == before[::-1]
+
+
 def test_weights_and_tokenizer_are_of_one_commit(hub: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another tokenizer is committed while the weights are loaded."""
     upload(hub, tiny)
@@ -232,10 +252,7 @@ def test_weights_and_tokenizer_are_of_one_commit(hub: HubServer, tiny: Path, mon
 
     def then_commit(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
-        content = json.loads((tiny / "tokenizer.json").read_text())
-        words = content["model"]["vocab"]
-        words["A"], words["B"] = words["B"], words["A"]
-        (tiny / "tokenizer.json").write_text(json.dumps(content))
+        exchange_letters(tiny)
         upload(hub, tiny)
         return model
 

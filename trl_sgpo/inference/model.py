@@ -158,19 +158,19 @@ class TwoPhaseModel:
 
         def load() -> Any:
             if is_adapter(directory):
-                model = load_adapter(load_base(weights, saved.trained_on, **pinned, **model_kwargs), directory)
+                model = load_adapter(load_base(weights, saved.trained_on, **{**model_kwargs, **place}), directory)
             else:
-                model = load_model(weights, **pinned, **model_kwargs)
+                model = load_model(weights, **{**model_kwargs, **place})
             model.generation_config = _own_generation(model.generation_config, name)
             return model if device is None or _is_quantized(model) else model.to(device)
 
         try:
             weights = base_of(directory) if is_adapter(directory) else directory
-            pinned = _at_one_commit(weights, model_kwargs)
+            place = _place_of(weights, model_kwargs)
             model = merged_where_exact(load) if is_adapter(directory) else load()
             _check_lengths(saved, model.config, name)
             own = is_adapter(directory) and any(Path(directory, file).is_file() for file in TOKENIZER)
-            tokenizer = load_tokenizer(directory) if own else load_tokenizer(weights, **pinned)
+            tokenizer = load_tokenizer(directory) if own else load_tokenizer(weights, **place)
             loaded = cls(model, tokenizer, settings or saved, batch_size)
             with loading(name):
                 loaded._generate_batch([[0]], GenerationConfig(max_new_tokens=1, pad_token_id=0), None)
@@ -416,11 +416,13 @@ class TwoPhaseModel:
         return output[:, ids.size(1) :].tolist()
 
 
-def _at_one_commit(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The `revision` at which weights and tokenizer of a Hub id are loaded, unless one is given."""
-    if "revision" in given or Path(name).is_dir():
+def _place_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that say where weights and tokenizer of a Hub id are read: both at one commit."""
+    if Path(name).is_dir():
         return {}
-    return {"revision": checked_folder(name, {})[0].name}
+    keys = ("revision", "token", "cache_dir", "local_files_only")
+    asked: dict[str, Any] = {key: value for key, value in given.items() if key in keys}
+    return asked | {"revision": checked_folder(name, asked)[0].name}
 
 
 def _is_quantized(model: PreTrainedModel) -> bool:
