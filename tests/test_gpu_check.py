@@ -1,13 +1,13 @@
 """The check of a GPU, on a CPU with tiny sizes: what it measures, what it finds, and what a failure leaves."""
 
 import json
-import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -80,17 +80,22 @@ def test_times_and_memory_of_steps_are_shown() -> None:
 
 
 def test_a_part_is_stopped_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = tmp_path / "left"
-    child = f"import time, pathlib; time.sleep(1); pathlib.Path({str(left)!r}).touch()"
-    (tmp_path / "sleeps.py").write_text(
-        f"import subprocess, sys\nprint('begun', flush=True)\nsubprocess.run([sys.executable, '-c', {child!r}])\n"
+    (tmp_path / "waits.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+        "open('child', 'w').write(str(child.pid))\n"
+        "child.wait()\n"
     )
     monkeypatch.chdir(tmp_path)
-    result = gpu_check.measure(Part("a", PEAK, ["sleeps"]), 0.5, on_gpu=False)
-    assert result["failed"] == ["It was stopped after 0 s."] and result["seconds"] < 1
-    time.sleep(1)
-    assert not left.exists()
-    assert gpu_check.measure(Part("a", PEAK, ["sleeps"]), -1, on_gpu=False)["failed"]
+    result = gpu_check.measure(Part("a", PEAK, ["waits"]), 3, on_gpu=False)
+    assert result["failed"] == ["It was stopped after 3 s."]
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "child").read_text())).wait(timeout=60)
+    assert gpu_check.measure(Part("a", PEAK, ["waits"]), -1, on_gpu=False)["failed"]
+
+
+def test_an_attention_without_figures_has_failed() -> None:
+    assert list(gpu_check.problems(ATTENTION, {"rows": []}, on_gpu=True)) == ["No kernel was compared."]
 
 
 def in_this_process(part: Part, directory: Path, seconds: float) -> tuple[int, str]:

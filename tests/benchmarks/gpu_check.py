@@ -129,7 +129,7 @@ def run_part(part: Part, directory: Path, seconds: float) -> tuple[int | None, s
 
 
 def measure(part: Part, seconds: float, on_gpu: bool) -> dict[str, Any]:
-    """Runs a part and judges its figures: `failed` is `None`, or what went wrong."""
+    """Runs a part and judges its figures: `failed` lists what went wrong."""
     if seconds <= 0:
         return {"seconds": 0.0, "failed": ["It was not started: the time was over."], "figures": {}}
     start = time.perf_counter()
@@ -150,6 +150,8 @@ def measure(part: Part, seconds: float, on_gpu: bool) -> dict[str, Any]:
 def problems(kind: str, figures: dict[str, Any], on_gpu: bool) -> Iterator[str]:
     """What is wrong with the figures of a part."""
     if kind == ATTENTION:
+        if not figures.get("summary"):
+            yield "No kernel was compared."
         for line in figures.get("summary", []):
             if line["wrong_lengths"]:
                 lengths = ", ".join(map(str, line["wrong_lengths"]))
@@ -218,7 +220,9 @@ def main(argv: list[str]) -> int:
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not options.cpu:
         print(
-            "make gpu-check: error: PyTorch finds no GPU here (torch.cuda.is_available() is false).", file=sys.stderr
+            "make gpu-check: error: PyTorch finds no GPU here (torch.cuda.is_available() is false): run `make install "
+            "TORCH=torch` in a clone on a machine with one.",
+            file=sys.stderr,
         )
         return 2
     start = time.perf_counter()
