@@ -154,15 +154,31 @@ def arguments_of(directory: Path) -> GRPOConfig:
     )
 
 
+def upload_reward_model(hub: HubServer, tiny: Path, tmp_path: Path) -> Path:
+    reward = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).save_pretrained(reward)
+    tokenizer().save_pretrained(reward)
+    upload(hub, reward)
+    return reward
+
+
+def commit_after_the_check(monkeypatch: pytest.MonkeyPatch, commit: Callable[[], None]) -> None:
+    checked = conversation_trainer._checked_arguments
+
+    def then_commit(*arguments: Any) -> Any:
+        found = checked(*arguments)
+        commit()
+        return found
+
+    monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_commit)
+
+
 @pytest.mark.parametrize("kind", [ConversationGRPOTrainer, SharedPromptGRPOTrainer])
 def test_tokenizers_of_a_commit_after_the_check(
     kind: Any, tiny: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TRL would load them at the newest commit, with a file of the user as a vocabulary."""
-    reward = tmp_path / "reward"
-    AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).save_pretrained(reward)
-    tokenizer().save_pretrained(reward)
-    upload(hub, reward)
+    upload_reward_model(hub, tiny, tmp_path)
     upload(hub, tiny, "user/policy")
     other = tmp_path / "other"
     other.mkdir()
@@ -171,16 +187,13 @@ def test_tokenizers_of_a_commit_after_the_check(
     (other / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "vocab": str(secret)})
     )
-    checked = conversation_trainer._checked_arguments
 
-    def then_another_commit(*arguments: Any) -> Any:
-        found = checked(*arguments)
+    def another_commit() -> None:
         for name in (REPO, "user/policy"):
             hub.api().upload_folder(repo_id=name, folder_path=other, delete_patterns=["tokenizer.json"])
-        return found
 
     args = arguments_of(tmp_path / "out")
-    monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_another_commit)
+    commit_after_the_check(monkeypatch, another_commit)
     with pytest.raises(ModelError, match="names a file as `vocab`"):
         kind("user/policy", REPO, args, train_dataset=problems())
     monkeypatch.undo()
@@ -191,24 +204,14 @@ def test_a_reward_model_is_of_the_commit_that_was_checked(
     kind: Any, tiny: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next commit is an adapter, on any base, with a pattern that never ends."""
-    reward = tmp_path / "reward"
-    AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).save_pretrained(reward)
-    tokenizer().save_pretrained(reward)
-    upload(hub, reward)
+    reward = upload_reward_model(hub, tiny, tmp_path)
     wanted = load_file(reward / "model.safetensors")["score.weight"]
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")).save_pretrained(reward)
     settings = json.loads((reward / "adapter_config.json").read_text())
     settings |= {"target_modules": r"((\w|\.)+)+!", "base_model_name_or_path": str(tiny)}
     (reward / "adapter_config.json").write_text(json.dumps(settings))
-    checked = conversation_trainer._checked_arguments
-
-    def then_another_commit(*arguments: Any) -> Any:
-        found = checked(*arguments)
-        upload(hub, reward)
-        return found
-
-    monkeypatch.setattr(conversation_trainer, "_checked_arguments", then_another_commit)
+    commit_after_the_check(monkeypatch, lambda: upload(hub, reward))
     trainer = kind(str(tiny), REPO, arguments_of(tmp_path / "out"), train_dataset=problems())
     assert torch.equal(trainer.reward_funcs[0].model.score.weight, wanted)
     assert trainer.reward_func_names == [REPO.split("/")[-1]] == [trainer.reward_funcs[0].__name__]
