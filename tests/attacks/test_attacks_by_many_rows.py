@@ -14,19 +14,21 @@ from bank_helpers import hashed_words, make
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from models import save_tiny_model
 from pyarrow import parquet
 
-from trl_sgpo import StrategyBank
+from trl_sgpo import SGPOConfig, StrategyBank
 from trl_sgpo.bank import Outcome, neighbourhood
 from trl_sgpo.bank.neighbourhood import Neighbourhoods
 from trl_sgpo.bank.policy import near_copies
 from trl_sgpo.bank.statistics import transfer
 from trl_sgpo.bank.strategy import Execution, Strategy
-from trl_sgpo.data import answers, families, rows
+from trl_sgpo.data import answers, families, rows, worked
 from trl_sgpo.data.classes import merge_small_classes, problem_classes
 from trl_sgpo.data.families import Reference, generated_again, read_reference
 from trl_sgpo.data.tasks import load_problems
-from trl_sgpo.data.worked import worked_traces
+from trl_sgpo.data.warmstart import warmstart
+from trl_sgpo.data.worked import traces, worked_traces
 from trl_sgpo.errors import BankError, DataError
 from trl_sgpo.evaluation.transfer_plan import plan_transfer
 
@@ -124,6 +126,43 @@ def test_a_worked_solution_of_huge_numbers(family: str, settings: str) -> None:
     problem = generated_again(read_reference(entry))
     row = {"prompt": "p", "solution": problem["answer"] if problem else "1", "problem_class": "a", "entry": entry}
     assert worked_traces(row, random.Random(0)) is None
+
+
+def test_problems_that_take_long_each_and_have_no_worked_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems after the last trace that is needed are not generated, and those in vain only for some minutes."""
+    asked: list[str] = []
+
+    def generated(reference: Reference) -> dict[str, object]:
+        asked.append(str(reference))
+        return {"answer": "4", "metadata": {"numbers": [8, 12]}} if reference.index % 2 else {"answer": "not this"}
+
+    monkeypatch.setattr(worked, "generated_again", generated)
+    entries = [f"reasoning_gym/gcd?size=100&seed=1#{number}" for number in range(100)]
+    row = {"prompt": [{"role": "user", "content": "p"}], "solution": "4", "problem_class": "a"}
+    problems = Dataset.from_list([{**row, "entry": entry} for entry in entries])
+    every = traces(problems, 2, seed=0)
+    asked.clear()
+    assert traces(problems, 2, seed=0, problems=3) == every[:6] and len(every) == 100
+    assert set(asked) == set(entries[:6])
+    monkeypatch.setattr(worked, "_LONGEST_IN_VAIN", 0)
+    with pytest.raises(DataError, match="took 0 seconds to generate and have no worked solution: leave these rows"):
+        traces(problems, 1, seed=0)
+
+
+@pytest.mark.usefixtures("in_ten_seconds")
+def test_a_long_problem_that_is_repeated_for_each_trace(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    entry = {"source_dataset": "word_programs", "kind": "lists", "operations": ["reverse", "rotate"]}
+    entry |= {"start": [1, 2, 3, 4], "numbers": [1, 1]}
+    row = {"prompt": [{"role": "user", "content": "a long problem " * 70_000}], "solution": "1", "problem_class": "a"}
+    problems = Dataset.from_list([{**row, "entry": json.dumps({"metadata": entry})}])
+    repeated = traces(problems, 481, seed=0, problems=480)
+    config = SGPOConfig(str(tmp_path / "run"), bf16=False)
+    with pytest.raises(
+        DataError,
+        match=r"481 traces of the warm start have 505,\d{3},\d{3} characters, more than 50,000,000: leave out long",
+    ):
+        warmstart(model, repeated, config, tmp_path / "warm")
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "nothing.parquet"])

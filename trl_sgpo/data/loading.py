@@ -169,7 +169,7 @@ def without_long_problems(dataset: Dataset, limit: int | None, model: str) -> Da
     if limit is None:
         return dataset
     tokenizer = load_tokenizer(model)
-    lengths = [len(ids) for ids in tokenizer([problem_text(prompt) for prompt in dataset["prompt"]])["input_ids"]]
+    lengths = [len(tokenizer(problem_text(prompt))["input_ids"]) for prompt in dataset["prompt"]]
     kept = [index for index, length in enumerate(lengths) if length <= limit]
     if not kept:
         raise DataError(f"All problems have more than {limit} tokens: set `max_problem_tokens` to {max(lengths)}.")

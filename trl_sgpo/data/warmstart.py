@@ -30,7 +30,7 @@ from ..inference.pretrained import load_config, load_tokenizer, loading, readabl
 from ..inference.settings import TwoPhaseSettings
 from ..method.context_length import check_trace_length
 from ..method.conversation import Conversation
-from ..method.prompts import plain_answer
+from ..method.prompts import plain_answer, problem_text
 from ..method.requirements import check_saved
 from ..recipe import Recipe, model_init_kwargs
 from ..run.directory import holds_adapters
@@ -45,6 +45,7 @@ from .worked import Trace
 
 logger = logging.getLogger(__name__)
 
+_MAX_CHARACTERS = 50_000_000  # of all traces: one long row may be repeated for each of them
 _MADE_OF, _MAX_RECORD = "warmstart.sha256", 1024
 
 
@@ -159,13 +160,20 @@ def warmstart(
         `str`: `output_dir`
 
     Raises:
-        [`DataError`]: There are no traces, or one is longer than the model's table of positions.
+        [`DataError`]: There are no traces, they have more than 50,000,000 characters, or one is longer than
+            the model's table of positions.
         [`ConfigError`]: Another model is there, on which adapters were trained that are in the folder above, or the
             processes were launched with FSDP or DeepSpeed.
     """
     output_dir = Path(output_dir)
     if not traces:
         raise DataError("There are no traces to warm-start on: raise `warmstart_traces`.")
+    characters = sum(len(problem_text(trace.prompt)) + len(trace.strategy + trace.execution) for trace in traces)
+    if characters > _MAX_CHARACTERS:
+        raise DataError(
+            f"The {len(traces)} traces of the warm start have {characters:,} characters, more than "
+            f"{_MAX_CHARACTERS:,}: leave out long problems (`max_problem_tokens`) or lower `warmstart_traces`."
+        )
     try:
         model_config, tokenizer = load_config(model), load_tokenizer(model)
         model_init_kwargs = checked(model, model_init_kwargs or {}, weights=True)
@@ -298,7 +306,7 @@ def warmstart_model(recipe: Recipe, model: str, dataset: Dataset) -> str:
 def _worked_traces(recipe: Recipe, dataset: Dataset) -> list[Trace]:
     count, seed = recipe.script.warmstart_traces, recipe.training.seed
     repeats = -(-count // len(dataset)) + 1
-    drawn = worked.traces(dataset.shuffle(seed=seed), per_problem=repeats, seed=seed)
+    drawn = worked.traces(dataset.shuffle(seed=seed), per_problem=repeats, seed=seed, problems=count)
     # Every problem's first trace, then every problem's second one
     in_rounds = [drawn[i] for start in range(repeats) for i in range(start, len(drawn), repeats)]
     return in_rounds[:count]

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MAX_NUMBER, _MAX_EXPRESSION = 10**6, 1000  # steps count up to a number, and a row of a stranger may name any
+_LONGEST_IN_VAIN = 300  # seconds: a row of a stranger names the problem that is generated
 _MAX_CHARACTERS = 64  # characters of an execution, about 45 tokens: small models make errors in longer ones
 
 
@@ -44,9 +46,9 @@ class Trace:
     given: bool = False
 
 
-def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
+def traces(dataset: "Dataset", per_problem: int, seed: int, problems: int | None = None) -> list[Trace]:
     """
-    Writes worked solutions for all problems of covered families.
+    Writes worked solutions for problems of covered families.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -55,16 +57,29 @@ def traces(dataset: "Dataset", per_problem: int, seed: int) -> list[Trace]:
             Number of traces of each problem. Strategies are drawn with replacement.
         seed (`int`):
             Seed of the draws.
+        problems (`int`, *optional*):
+            Number of problems that are enough: those after them are not read. If `None`, all problems are read.
 
     Returns:
-        `list[Trace]`
+        `list[Trace]`: Those of one problem in a row.
 
     Raises:
-        `DataError`: If no problem is of a covered family.
+        `DataError`: If no problem is of a covered family, or if problems without a worked solution took five minutes.
     """
     rng = random.Random(seed)
-    drawn = [worked_traces(problem, rng) for problem in dataset for _ in range(per_problem)]
-    covered = [trace for trace in drawn if trace is not None]
+    covered: list[Trace] = []
+    in_vain = 0.0
+    for problem in dataset:
+        if problems is not None and len(covered) >= problems * per_problem:
+            break
+        start = time.monotonic()
+        drawn = [trace for _ in range(per_problem) if (trace := worked_traces(problem, rng)) is not None]
+        covered += drawn
+        if not drawn and (in_vain := in_vain + time.monotonic() - start) > _LONGEST_IN_VAIN:
+            raise DataError(
+                f"The dataset names reasoning-gym problems that took {_LONGEST_IN_VAIN} seconds to generate and have "
+                "no worked solution: leave these rows out, or set `warmstart_traces: 0`."
+            )
     if not covered:
         raise DataError(
             "No problem has a worked solution: use problems of the reasoning-gym families "
