@@ -36,6 +36,7 @@ from ..recipe import Recipe, model_init_kwargs
 from ..run.directory import holds_adapters
 from ..run.step_lines import WARM_START_COLUMNS, print_step_lines
 from ..sgpo_config import SGPOConfig
+from ..speed.attention_kernels import avoid_cudnn_attention
 from ..speed.lm_head import project_labelled_tokens_only
 from ..speed.merging import adapter_effect, base_of, fixed_log_probs, merge_is_exact
 from . import worked
@@ -240,6 +241,7 @@ def warmstart(
             processing_class=tokenizer,
             peft_config=adapter,
         )
+    avoid_cudnn_attention(trainer.accelerator.device)
     check_saved(base_of(trainer.model))
     print_step_lines(trainer, WARM_START_COLUMNS)
     with project_labelled_tokens_only(trainer.accelerator.device):

@@ -24,6 +24,7 @@ from ..checks.adapters import check_whole
 from ..files import private_file
 from ..inference.checked import checked, checked_folder
 from ..inference.pretrained import NO_QUESTION, load_tokenizer, readable_weights
+from ..speed.attention_kernels import avoid_cudnn_attention
 from .conversation import answer_ids, prompts_ids
 from .prompts import Prompt
 
@@ -116,6 +117,7 @@ class ConversationGRPOTrainer(GRPOTrainer):
         given = signature(GRPOTrainer.__init__).bind_partial(self, model, rewards, args, *others, **kwargs)
         with NO_QUESTION, readable_weights(model) if isinstance(model, str) else nullcontext():
             super().__init__(**{**_tokenizers(given.arguments), "args": args})
+        avoid_cudnn_attention(self.accelerator.device)
         for index, name in enumerate(named):
             if isinstance(name, str):  # not that of the folder
                 self.reward_func_names[index] = name.rstrip("/").split("/")[-1]
