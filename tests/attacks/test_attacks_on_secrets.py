@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import stat
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from trl_sgpo import SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, StrategyB
 from trl_sgpo.bank.shared import SharedBank
 from trl_sgpo.callbacks import RunRecordCallback
 from trl_sgpo.checks.command import run_command
-from trl_sgpo.checks.secrets import is_secret, redacted, without_credentials
+from trl_sgpo.checks.secrets import arguments_without_secrets, is_secret, redacted, without_credentials
 from trl_sgpo.cli.compare import _run
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.classes import CLASS_COLUMN
@@ -33,6 +34,7 @@ from trl_sgpo.report.page import write_report
 from trl_sgpo.report.records import read_run
 
 
+TESTS = str(Path(__file__).parents[1])
 SECRET = "s3cr3t-of-a-user"
 HIDDEN_IN = {
     "model_init_kwargs": {"token": SECRET, "deep": [{"X-Api-Key": SECRET}, {"proxies": {"Authorization": SECRET}}]},
@@ -248,3 +250,23 @@ def test_other_texts_stay():
         assert without_credentials(text) == text
     settings = {"token": None, "use_token": True, "a": [1, "b"], "max_tokens": 5}
     assert redacted(settings) == settings
+
+
+def test_arguments_of_a_command() -> None:
+    argv = ["--hub_token", SECRET, "--config", "a.yaml", f"--api_key={SECRET}", "--hub_token", "--max_tokens", "5"]
+    shown = ["--hub_token", "***", "--config", "a.yaml", "--api_key=***", "--hub_token", "--max_tokens", "5"]
+    assert arguments_without_secrets([*argv, f"http://me:{SECRET}@host"]) == [*shown, "http://***@host"]
+
+
+def test_what_wandb_records_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes `sys.argv`, and texts before they are escaped."""
+    token = "hf_" + SECRET.replace("-", "") * 2
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDB_CONSOLE", raising=False)
+    command = [sys.executable, "-m", "command_with_wandb", "--hub_token", token]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": TESTS}, check=False)
+    assert done.returncode == 0 and "to ***" in done.stderr and "with ***" in done.stderr, done.stderr
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"--hub_token" in each for each in written)
+    assert not any(token.encode() in each for each in written)

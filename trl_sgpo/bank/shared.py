@@ -230,8 +230,8 @@ class SharedBank:
             self._full = True
             logger.warning(
                 "The bank keeps %d strategies of other jobs, retired ones included, and at most %d: of %d others on "
-                "the server at %s it receives %d. To receive more, export those that you keep (`trl-sgpo bank export`) "
-                "and import them into a new bank.",
+                "the server at %s it receives %d. To receive more, export those that you keep by "
+                "`trl-sgpo bank export` and import them into a new bank.",
                 *(kept, MAX_SHARED, len(wanted), self._url.geturl(), room),
             )
         for key, document, metadata in server.rows(wanted[: min(MAX_RECEIVED, room)]):

@@ -4,12 +4,14 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ..errors import ConfigError, SettingsError, SGPOError
 from ..files import nowhere
 from .characters import misplaced
 from .origin import what_to_mend
+from .secrets import arguments_without_secrets
 from .terminal import escaped_output
 
 
@@ -39,7 +41,7 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str], ke
         `int`: Exit status: 2 for an error whose message names the fix, 130 after an interruption, 141 if standard
         output was closed, as by `head`. Other errors are raised.
     """
-    with escaped_output():
+    with escaped_output(), _shown_to_trackers(prog, argv):
         try:
             for argument in argv:
                 if found := misplaced(argument):
@@ -68,6 +70,18 @@ def run_command(prog: str, main: Callable[[list[str]], int], argv: list[str], ke
             hint = f" ({TRACEBACK}=1 shows the traceback)" if of_a_library and not shown else ""
             _say(f"{prog}: error: {text}{hint}")
             return 2
+
+
+@contextmanager
+def _shown_to_trackers(prog: str, argv: list[str]) -> Iterator[None]:
+    """
+    wandb records `sys.argv`, and what is written to the standard streams before it is escaped: within the context it
+    finds no secret there, and does not record the streams unless `WANDB_CONSOLE` is set.
+    """
+    os.environ.setdefault("WANDB_CONSOLE", "off")
+    before, sys.argv = sys.argv, [sys.argv[0], *prog.split()[1:], *arguments_without_secrets(argv)]
+    yield
+    sys.argv = before
 
 
 def _say(text: str) -> None:

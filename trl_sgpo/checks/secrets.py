@@ -66,6 +66,21 @@ def redacted(value: Any) -> Any:
     return without_credentials(value) if isinstance(value, str) else value
 
 
+def arguments_without_secrets(argv: list[str]) -> list[str]:
+    """Arguments of a command, with `"***"` instead of what follows the options of secret keys."""
+    shown: list[str] = []
+    hide = False
+    for argument in argv:
+        option, equals, _ = argument.partition("=")
+        secret = option.startswith("--") and is_secret(option.removeprefix("--"))
+        if hide and not argument.startswith("--"):
+            shown.append(HIDDEN)
+        else:
+            shown.append(f"{option}={HIDDEN}" if secret and equals else without_credentials(argument))
+        hide = secret and not equals
+    return shown
+
+
 class WithoutSecrets:
     """Makes a configuration show no secrets, as text and as a dictionary, which trackers of runs log."""
 
