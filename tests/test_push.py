@@ -466,8 +466,10 @@ class TestCard:
         )
         entry = {"task": {"type": "text-generation"}, "dataset": {"type": "openai/gsm8k", "name": "gsm8k"}}
         entry["metrics"] = [{"type": "accuracy", "value": 0.5}]  # type: ignore[assignment]
+        written = entry | {"dataset": {"type": "/home/me/data/gsm8k.jsonl", "name": "gsm8k"}}
+        entry["dataset"]["type"] = "gsm8k.jsonl"
         (evaluation / "hub" / "model_index.yaml").write_text(
-            yaml.safe_dump({"model-index": [{"name": "x", "results": [entry]}]})
+            yaml.safe_dump({"model-index": [{"name": "x", "results": [written]}]})
         )
         figures = {"value": 0.5, "low": 0.4, "high": 0.6, "problems": 9}
         suite = {"kind": "in_distribution", "problems": 9, "available": 10, "accuracy": figures}

@@ -464,6 +464,27 @@ def test_the_process_is_started_again():
         process.close()
 
 
+class Interrupted:
+    def __init__(self, pipe):
+        self.close = pipe.close
+
+    def readline(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_request_gives_no_later_one_its_reply(monkeypatch):
+    process = CheckProcess()
+    try:
+        assert process.ask("equal", "x+1", "1+x")
+        monkeypatch.setattr(process._process, "stdout", Interrupted(process._process.stdout))
+        with pytest.raises(KeyboardInterrupt):
+            process.ask("equal", "x+1", "x+2")
+        monkeypatch.undo()
+        assert process.ask("equal", "x+1", "1+x") and not process.ask("equal", "x+1", "x+2")
+    finally:
+        process.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are set on Linux only")
 @pytest.mark.parametrize("loaded", [True, False])
 def test_memory_that_earlier_requests_took_fails_no_request(loaded):

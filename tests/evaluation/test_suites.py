@@ -49,6 +49,8 @@ def test_named_suites():
         ("mine=reasoning_gym/lcm?max_value=9", Suite("mine", "reasoning_gym/lcm?max_value=9")),
         ("ood=a/b@validation", Suite("ood", "a/b", "validation", kind="out_of_distribution")),
         ("harder_2=x.jsonl@train[:9]", Suite("harder_2", "x.jsonl", "train[:9]", kind="harder")),
+        ("x=http://me:secret@host/a.jsonl", Suite("x", "http://me:secret@host/a.jsonl", kind="unknown")),
+        ("x=http://me@host/a.jsonl@train", Suite("x", "http://me@host/a.jsonl", "train", kind="unknown")),
         ("id=a.jsonl", Suite("id", "a.jsonl", kind="in_distribution")),
         ("id_2=a.jsonl", Suite("id_2", "a.jsonl", kind="in_distribution")),
         ("ideas=a.jsonl", Suite("ideas", "a.jsonl", kind="unknown")),

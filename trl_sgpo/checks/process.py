@@ -90,12 +90,16 @@ class CheckProcess:
             [`DataError`]: If the package that it needs is not installed, or the process does not start.
         """
         with self._lock:
-            used = self._is_ready(name)
-            reply = self._exchange([name, *arguments], SECONDS[name])
-            if reply is None and used and self._ended_by_itself():  # memory of earlier requests may be the cause
-                self.close()
-                self._is_ready(name)
+            try:
+                used = self._is_ready(name)
                 reply = self._exchange([name, *arguments], SECONDS[name])
+                if reply is None and used and self._ended_by_itself():  # memory of earlier requests may be the cause
+                    self.close()
+                    self._is_ready(name)
+                    reply = self._exchange([name, *arguments], SECONDS[name])
+            except BaseException:  # an interruption: the next request would read the reply to this one
+                self.close()
+                raise
             if reply is None:
                 self.close()
                 if name in _FAILED and name not in self._told:
@@ -150,6 +154,7 @@ class CheckProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            process_group=None if sys.platform == "win32" else 0,  # Ctrl-C ends requests, not the process
             # Problems of some families depend on the first. What is read here lies on this machine
             env=os.environ | {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"},
         )

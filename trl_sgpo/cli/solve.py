@@ -347,7 +347,7 @@ def _set(options: argparse.Namespace, command: str, value: str) -> str:
     if command == "/class":
         options.problem_class = value or None
         return f"Strategies of {value or 'any class'} are shown."
-    if command == "/n" and value.isdecimal() and int(value) > 0:
+    if command == "/n" and value.isdecimal() and len(value) < 5 and int(value) > 0:
         options.n = int(value)
         options.temperature = (options.temperature or 1.0) if options.n > 1 else 0.0
         return f"{options.n} sampled attempts." if options.n > 1 else "One greedy attempt."

@@ -62,7 +62,7 @@ def _entry(suite: Suite, result: dict[str, Any], setup: str) -> EvalResult:
     accuracy = result["accuracy"]
     return EvalResult(
         task_type="text-generation",
-        dataset_type=suite.hub_id or suite.path,
+        dataset_type=suite.hub_id or (Path(suite.path).name if Path(suite.path).exists() else suite.path),
         dataset_name=suite.name,
         dataset_config=suite.config,
         dataset_split=suite.split or "test",

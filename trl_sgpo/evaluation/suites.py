@@ -147,8 +147,10 @@ def parse_suite(text: str) -> Suite:
             hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(NAMED)}, or NAME=PATH[@SPLIT]."
             raise ConfigError(f"There is no suite {text!r}: {hint}")
         return NAMED[text]
-    path, at, split = path.rpartition("@") if "@" in path else (path, "", "")
-    return Suite(name, path, split if at else None, kind=_kind(name))
+    before, at, split = path.rpartition("@")
+    if not at or "/" in split:  # that of an address
+        return Suite(name, path, kind=_kind(name))
+    return Suite(name, before, split, kind=_kind(name))
 
 
 def _kind(name: str) -> str:

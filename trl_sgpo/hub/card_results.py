@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ..bank.export_files import published
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
 from ..checks.repositories import own_file
@@ -126,11 +127,11 @@ def on_benchmarks(evaluation: Path) -> dict[str, str]:
 
 
 def _known(entry: dict[str, Any]) -> dict[str, Any]:
-    """The parts of an entry that an evaluation writes, as texts in one line."""
+    """The parts of an entry that an evaluation writes, as texts in one line. Of a path, only the last part."""
 
     def of(part: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         found = {key: part[key] for key in keys if key in part}
-        return {key: value if key == "value" else one_line(str(value)) for key, value in found.items()}
+        return {key: value if key == "value" else published(one_line(str(value))) for key, value in found.items()}
 
     return entry | {
         "dataset": of(entry["dataset"], _OF_DATASET),
