@@ -160,7 +160,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_bank_as_it_was(bank):
 
 @pytest.fixture
 def session(bank, tmp_path):
-    return BankSession(bank, SGPOConfig(output_dir=str(tmp_path / "out"), report_to="none", bf16=False))
+    return BankSession(bank, SGPOConfig(output_dir=str(tmp_path / "out"), report_to="none", bf16=False), len)
 
 
 def observe(session, name, problem):
@@ -199,7 +199,7 @@ def test_other_errors_of_a_commit_end_training(session):
 
 def test_a_saved_model_has_a_bank_whose_files_were_deleted_after_the_last_commit(tmp_path):
     with StrategyBank(tmp_path / "out" / "strategy_bank", hashed_words) as bank:
-        session = BankSession(bank, SGPOConfig(output_dir=str(tmp_path / "out"), report_to="none", bf16=False))
+        session = BankSession(bank, SGPOConfig(output_dir=str(tmp_path / "out"), report_to="none", bf16=False), len)
         bank.add([FIRST])
         delete(bank.path)
         session.save(tmp_path / "out")

@@ -25,6 +25,8 @@ from .strategy import Outcome, Strategy, problem_id
 
 logger = logging.getLogger(__name__)
 
+_SLACK = 4  # tokens: a strategy that was sampled may have a few more when it is encoded again
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -63,13 +65,15 @@ class BankSession:
             A bank that is open already. If `None`, one is opened as `args` says. Ignored without `args.use_bank`.
         args ([`SGPOConfig`]):
             Configuration of the run.
+        count_tokens (`Callable`):
+            Number of tokens of a text. It is called from the first rollout on.
 
     Attributes:
         bank ([`StrategyBank`] or `None`): The bank, on rank 0 only.
     """
 
-    def __init__(self, bank: StrategyBank | None, args: SGPOConfig):
-        self.args = args
+    def __init__(self, bank: StrategyBank | None, args: SGPOConfig, count_tokens: Callable[[str], int]):
+        self.args, self.count_tokens = args, count_tokens
         self.starts_empty = bank is None and args.bank_path is None
         if not args.use_bank:
             bank = None
@@ -93,6 +97,7 @@ class BankSession:
         self._outcomes: list[Outcome] = []
         self._shown = Counter[str]()
         self.merged: dict[str, str] = {}  # classes that training merged with others
+        self._too_long: dict[str, bool] = {}
         self._waits = False  # whether the last commit could not be written
 
     # Before a rollout
@@ -102,7 +107,7 @@ class BankSession:
         Retrieves strategies for problems, and draws the strategies of the bank that blocks execute.
 
         No problem is shown a strategy that was written for it. Candidates are shown in training only, where their
-        outcomes are verified.
+        outcomes are verified. Strategies of others that are longer than `max_strategy_length` are left out.
 
         Args:
             problems (`list[Problem]`):
@@ -126,6 +131,9 @@ class BankSession:
             explore=_seed(args.seed, step) if training else None,
             merged=self.merged,
         )
+        problems = [
+            problem if all(map(self._fits, problem.retrieved)) else self._with_short(problem) for problem in problems
+        ]
         drawn = [
             bank.sample(
                 block[0].problem_class,
@@ -137,7 +145,29 @@ class BankSession:
             else []
             for index, block in enumerate(in_blocks(problems, geometry.problems))
         ]
-        return RolloutBatch(problems, geometry, drawn)
+        return RolloutBatch(problems, geometry, [[*filter(self._fits, block)] for block in drawn])
+
+    def _with_short(self, problem: Problem) -> Problem:
+        shown = zip(problem.retrieved, problem.similarities, strict=True)
+        kept = [(strategy, similarity) for strategy, similarity in shown if self._fits(strategy)]
+        return replace(
+            problem,
+            retrieved=tuple(each for each, _ in kept),
+            similarities=tuple(similarity for _, similarity in kept),
+        )
+
+    def _fits(self, strategy: Strategy) -> bool:
+        """Whether rows that hold the strategy are no longer than was checked before training."""
+        if strategy.id not in self._too_long:
+            longest = self.args.max_strategy_length + _SLACK
+            self._too_long[strategy.id] = self.count_tokens(strategy.text) > longest
+            if self._too_long[strategy.id] and sum(self._too_long.values()) == 1:
+                logger.warning(
+                    "The bank has strategies with more tokens than `max_strategy_length`, %d, which are neither shown "
+                    "nor executed: raise it, or retire them (`trl-sgpo bank retire`).",
+                    self.args.max_strategy_length,
+                )
+        return not self._too_long[strategy.id]
 
     # After rewards
 
