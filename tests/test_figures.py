@@ -97,7 +97,7 @@ LAB2 = {
     "GRPO": "grpo",
     "Two-phase GRPO: the same in two phases, with nothing else of SGPO": "two_phase_grpo",
     "Two-phase GRPO with the bank": "two_phase_grpo_bank",
-    "SGPO without bank, leak penalty and coherence": "transfer_only",
+    "SGPO without bank, without leak penalty and without coherence": "transfer_only",
     "SGPO with random rewards, seed 1": "random_reward",
     "**SGPO**": "sgpo",
 }
@@ -115,7 +115,7 @@ def test_readme() -> None:
     words = " ".join(text.split())
     over = differences()["two_phase_grpo"]
     by_model = [f"{fmean(values):+.2f}" for values in over[GUIDED]["values"]]
-    assert f"two-phase GRPO**: {signed(over[GUIDED])}, of which {by_model[0]} comes from" in words
+    assert f"two-phase GRPO**: {signed(over[GUIDED])}, the mean of {by_model[0]} with" in words
     assert f"and {by_model[1]}, {by_model[2]} and {by_model[3]} from the others" in words
     assert f"after a quarter of the tokens it is {in_brackets(over['curve 1'])} above" in words
     assert f"those of SFT: {signed(differences()['sft'][PLAIN])}" in words

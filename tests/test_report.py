@@ -336,6 +336,7 @@ class TestNextCommand:
         [
             {},
             {"dataset_name": "openai/gsm8k", "dataset_config": "main"},
+            {"dataset_name": "rows.jsonl"},  # which has no split of that name
             {"dataset_name": "rows.jsonl", "prompt_template": "{Body}"},
             {"datasets": [{"path": "a/b"}], "test_split_size": 0.1},
             *({"datasets": damaged} for damaged in (5, ["a"], [{}], {"a": 1})),

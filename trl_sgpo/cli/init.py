@@ -13,7 +13,7 @@ from ..data.columns import Columns
 from ..errors import ConfigError, DataError, ModelError, SGPOError
 from ..files import write_file
 from .init_problems import choose_columns, has_answers
-from .init_recipe import ANSWERS, BLOCK_SIZE, NO_ANSWERS, SIZES, recipe_text, sections
+from .init_recipe import ANSWERS, BLOCK_SIZE, MIN_TO_REPORT, NO_ANSWERS, SIZES, recipe_text, sections
 from .trial import try_recipe
 
 
@@ -71,13 +71,19 @@ def main(argv: list[str]) -> int:
         rewards.parent.mkdir(parents=True, exist_ok=True)
         write_file(rewards, ANSWERS if solutions else NO_ANSWERS)
         print(f"Reward function: {rewards}, imported from the directory that you train in")
+    if any(section.get("report_problems") == 0 for section in written.values()):
+        print(
+            f"With fewer than {MIN_TO_REPORT} problems none is kept apart: the report will not say whether it learnt."
+        )
     if options.trial or (_asking() and _agrees("Try 16 rollouts with it now?")):
         try_recipe(str(recipe))
     print(
         f"\nNext:\n  try 16 rollouts   trl-sgpo init --try {recipe}\n"
+        "     If few answers are right, the model needs a warm start first: docs/bootstrap.md.\n"
         f"  train             trl-sgpo train --config {recipe}\n"
-        f"  solve a problem   trl-sgpo solve --model {output_dir}\n"
-        f"  what it learnt    trl-sgpo bank list {output_dir}"
+        f"  what it learnt    trl-sgpo report {output_dir}\n"
+        f"  its strategies    trl-sgpo bank list {output_dir}\n"
+        f"  solve a problem   trl-sgpo solve --model {output_dir}"
     )
     return 0
 

@@ -59,6 +59,8 @@ class Size:
     execution: int
 
 
+MIN_TO_REPORT = 40 * BLOCK_SIZE
+"""Number of problems from which a tenth is kept for the report."""
 SIZES = (
     Size(0, micro_batch=8, rows=32, strategy=64, execution=128),
     Size(4, micro_batch=2, rows=64, strategy=128, execution=256),
@@ -89,8 +91,8 @@ def sections(
         problems["dataset_config"] = config
     problems |= {key: value for key, value in asdict(columns).items() if value is not None}
     if not data.startswith(("reasoning_gym/", "list_functions/", "word_programs/")):
-        report = min(report, len(rows) // 10)
-        if report >= 4 * BLOCK_SIZE:
+        if len(rows) >= MIN_TO_REPORT:
+            report = min(report, len(rows) // 10)
             title = "Data: a tenth of the problems is kept for the report before and after training"
             rows = rows.select(range(len(rows) * 9 // 10))
             problems |= {"dataset_train_split": "train[:90%]", "dataset_test_split": "train[90%:]"}

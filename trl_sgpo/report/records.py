@@ -14,7 +14,7 @@ from ..bank.files import BANK_DIRECTORY
 from ..bank.snapshot import bank_directory, open_read_only
 from ..bank.strategy import Execution, Strategy
 from ..checks.json_text import parse_json, read_lines, read_object
-from ..checks.paths import if_missing
+from ..checks.paths import if_missing, problem_file
 from ..checks.process import CHECKS
 from ..checks.repositories import is_within
 from ..checks.secrets import redacted
@@ -303,7 +303,8 @@ def _eval_command(run: Run) -> str:
     parts = run.settings.get("datasets") or [{"path": run.settings.get("dataset_name")}]
     try:
         more = any(each.get(key) for each in (run.settings, *parts) for key in _NO_SUITE)
-        paths = [part["path"] for part in parts if part["path"] and split and not more]
+        whole = [split == "test" and problem_file(part["path"] or "") is not None for part in parts]  # nothing unseen
+        paths = [part["path"] for part in parts if part["path"] and split and not more and not any(whole)]
     except DAMAGED:
         paths = []
     suites = [f"id_{number}={path}@{split}" for number, path in enumerate(paths, 1)] or ["NAME=PATH"]
