@@ -116,7 +116,7 @@ def test_readme() -> None:
     over = differences()["two_phase_grpo"]
     by_model = [f"{fmean(values):+.2f}" for values in over[GUIDED]["values"]]
     assert f"two-phase GRPO**: {signed(over[GUIDED])}, the mean of {by_model[0]} with" in words
-    assert f"and {by_model[1]}, {by_model[2]} and {by_model[3]} from the others" in words
+    assert f"and {by_model[1]}, {by_model[2]} and {by_model[3]} with the others" in words
     assert f"after a quarter of the tokens it is {in_brackets(over['curve 1'])} above" in words
     assert f"those of SFT: {signed(differences()['sft'][PLAIN])}" in words
     collapses = [[min(values) < 0.2 for values in found[arm][GUIDED]["values"]] for arm in ("grpo", "two_phase_grpo")]
