@@ -318,6 +318,8 @@ class TestRuns:
         printed = capsys.readouterr().out
         (longer,) = re.findall(r"train longer +trl-sgpo (.*)", printed)
         assert "--output_dir runs/qwen" in printed and str(tmp_path / "mine") in longer
+        before, after = printed.split("Measuring after training …\n")
+        assert all("  4 of 4, sampled\n" in told and "  4 of 4, greedy\n" in told for told in (before, after))
         assert main(shlex.split(longer)) == 0
         report = json.loads(path.read_text())
         assert report["before"] == first["before"]

@@ -219,6 +219,7 @@ def train(recipe: Recipe) -> SGPOTrainer:
     trainer.accelerator.print(f"Model and strategy bank saved to {training.output_dir}.")
     if reports:
         scores = {} if before is None else {"before": before}
+        trainer.accelerator.print("Measuring after training …")
         scores["after"] = _measure(trainer, also, script.report_problems)
         write_file(Path(training.output_dir, REPORT_FILE), json.dumps(scores, indent=2))
         print_results(trainer, scores, recipe)
@@ -280,10 +281,14 @@ Scores = dict[str, dict[str, Any]]
 
 
 def _measure(trainer: SGPOTrainer, unseen: Dataset, problems: int) -> Scores:
-    return {
-        "sampled": measure_transfer(trainer, unseen, problems, greedy=False).to_dict(),
-        "greedy": measure_transfer(trainer, unseen, problems).to_dict(),
-    }
+    def measured(greedy: bool) -> dict[str, Any]:
+        def tell(done: int, of: int) -> None:
+            if trainer.accelerator.is_main_process:
+                print(f"  {done} of {of}, {'greedy' if greedy else 'sampled'}", flush=True)
+
+        return measure_transfer(trainer, unseen, problems, greedy, tell).to_dict()
+
+    return {"sampled": measured(greedy=False), "greedy": measured(greedy=True)}
 
 
 def _measured_on(trainer: SGPOTrainer, unseen: Dataset, problems: int, rewards: list[Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,11 @@ def _block_size(trainer: "SGPOTrainer") -> int:
 
 
 def measure_transfer(
-    trainer: "SGPOTrainer", dataset: "Dataset", num_problems: int, greedy: bool = True
+    trainer: "SGPOTrainer",
+    dataset: "Dataset",
+    num_problems: int,
+    greedy: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TransferScore:
     """
     Writes one strategy a problem and executes it on every problem of its block, and answers the problems plainly.
@@ -117,6 +121,8 @@ def measure_transfer(
             How many to measure.
         greedy (`bool`, *optional*, defaults to `True`):
             Whether to decode greedily. If `False`, executions are sampled as in training.
+        progress (`Callable`, *optional*):
+            Called with the number of problems that are measured, and that of all.
 
     Returns:
         [`TransferScore`]
@@ -146,6 +152,8 @@ def measure_transfer(
             on_siblings += [outcome for s, outcome in enumerate(outcomes) if s != x % K]
             plain.append(bare[x])
             alone += own[x : x + 1]
+        if progress is not None:
+            progress(min(start + at_once, len(chosen)), len(chosen))
     return TransferScore(
         accuracy=sum(on_own) / max(len(on_own), 1),
         transfer=sum(on_siblings) / max(len(on_siblings), 1),
