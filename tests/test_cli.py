@@ -69,6 +69,7 @@ def test_an_interrupted_run_names_the_command_that_resumes_it(recipe, monkeypatc
         return step(trainer, *arguments)
 
     options = ["--config", str(recipe), "--max_steps", "3", "--hub_token=hf_123", "--resume_from_checkpoint", "true"]
+    options += ["--vllm_server_base_url", "http://me:hf_123@host:1/v1?api_key=hf_123"]
     with monkeypatch.context() as patch:
         patch.setattr(SGPOTrainer, "training_step", interrupted)
         assert main(["train", *options, *([] if saved else ["--save_strategy", "no"])]) == 130
@@ -79,7 +80,7 @@ def test_an_interrupted_run_names_the_command_that_resumes_it(recipe, monkeypatc
     said, _, command = line.partition("To go on from there: trl-sgpo ")
     assert said.startswith("trl-sgpo train: interrupted. ") and "checkpoint-2 is kept" in said
     assert "hf_123" not in line and command.count("--resume_from_checkpoint") == 1
-    assert main([argument for argument in shlex.split(command) if argument not in ("--hub_token", "***")]) == 0
+    assert main([argument for argument in shlex.split(command) if argument != "--hub_token=***"]) == 0
     assert "Resuming from" in capsys.readouterr().out
 
 

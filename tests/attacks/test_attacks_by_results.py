@@ -279,6 +279,7 @@ def block(one: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         block(tried(executed(sibling="yes"))),
         block(tried(strategy=5)),
         block(tried(problem_class=["a"])),
+        block(tried(problem_class="a" * 201)),
         block(tried(sources=["other"])),
         block(tried(more=1)),
         block(tokens="many"),
@@ -286,7 +287,7 @@ def block(one: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         block(problems=["c", "d"], tried=[]),
         [],
     ],
-    ids=str,
+    ids=lambda row: str(row)[:80],
 )
 def test_a_record_of_a_bootstrap(row: Any, tmp_path: Path) -> None:
     path = tmp_path / "bootstrap.jsonl"

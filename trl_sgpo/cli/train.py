@@ -29,7 +29,7 @@ from ..bank.strategy import problem_id
 from ..checks.command import INTERRUPTED
 from ..checks.damaged import expect_readable
 from ..checks.json_text import read_json
-from ..checks.secrets import HIDDEN, is_secret
+from ..checks.secrets import arguments_without_secrets
 from ..checks.setup import setup_problems
 from ..checks.sharding import FSDP_ON_CPUS, SHARDED_CHECKPOINTS
 from ..checks.terminal import printable
@@ -93,9 +93,8 @@ def _command(name: list[str], argv: list[str], **changed: str | None) -> str:
         groups += [[]] if argument.startswith("--") else []
         groups[-1].append(argument)
     kept = [group for group in groups if not group or _key(group[0]) not in changed]
-    shown = [[group[0].partition("=")[0], HIDDEN] if group and is_secret(_key(group[0])) else group for group in kept]
     options = [[f"--{key}", value] for key, value in changed.items() if value is not None]
-    return shlex.join(["trl-sgpo", *name, *chain.from_iterable([*shown, *options])])
+    return shlex.join(["trl-sgpo", *name, *arguments_without_secrets([*chain.from_iterable([*kept, *options])])])
 
 
 def _key(option: str) -> str:

@@ -6,10 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from ..bank.rows import MAX_NAME
 from ..checks.shapes import either, listing, nothing, number, record, text, truth
 from ..method.prompts import ParsedStrategy
 from ..method.rewards import copied_literals, leak
 from .worked import Trace
+
+
+def _class_name(value: Any, place: str) -> None:
+    text(value, place)
+    if len(value) > MAX_NAME:
+        raise ValueError(f"{place} has more than {MAX_NAME} characters")
 
 
 _MAYBE_TEXT, _OUTCOME = either(nothing, text), either(nothing, number(0, 1))
@@ -19,7 +26,7 @@ _EXECUTED = record(
     optional={"baseline": _OUTCOME, "sibling": truth},
 )
 _TRIED = record(
-    {"strategy": text, "problem_class": text, "sources": listing(text), "executions": listing(_EXECUTED)},
+    {"strategy": text, "problem_class": _class_name, "sources": listing(text), "executions": listing(_EXECUTED)},
     closed=True,
     optional={"flaw": _MAYBE_TEXT},
 )
