@@ -252,6 +252,19 @@ def test_other_texts_stay():
     assert redacted(settings) == settings
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"http://me:it's{SECRET}@host/v1?api_key=a'{SECRET}&n=1", "http://***@host/v1?api_key=***&n=1"),
+        (f"no file 'http://host?api_key={SECRET}': name one", "no file 'http://host?api_key=***': name one"),
+        (json.dumps({"password": f'a"{SECRET}', "n": "1"}), '{"password": "***", "n": "1"}'),
+        (f"token='{SECRET}\\'", "token='***'"),
+    ],
+)
+def test_quotes_in_a_secret(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
+
+
 def test_arguments_of_a_command() -> None:
     argv = ["--hub_token", SECRET, "--config", "a.yaml", f"--api_key={SECRET}", "--hub_token", "--max_tokens", "5"]
     shown = ["--hub_token", "***", "--config", "a.yaml", "--api_key=***", "--hub_token", "--max_tokens", "5"]

@@ -18,12 +18,12 @@ _OF_TEXT = re.compile(r"(?:.*_)?(?:tokens|(?:bos|eos|pad|unk|sep|cls|mask|image|
 """Names of tokens of a text, and of numbers of them."""
 
 # Parts are bounded and begin at the start of a word, so that a text of megabytes takes no more than its length
-_USER = re.compile(r"(?<![\w+.-])([a-z][a-z0-9+.-]{0,30}://)[^\s/?#\"'<>]{0,1000}@", re.IGNORECASE)
+_USER = re.compile(r"(?<![\w+.-])([a-z][a-z0-9+.-]{0,30}://)[^\s/?#\"<>]{0,1000}@", re.IGNORECASE)
 _PAIR = re.compile(
     r"""(?P<before>(?P<quote>["']?)(?<![\w-])(?P<key>[\w-]{1,80})(?P=quote)\s{0,9}[:=]\s{0,9}(?P<mark>["']))"""
-    r""".{1,2000}?(?P=mark)"""
+    r"""(?:(?:\\.|[^\\\n]){1,2000}?|.{1,2000}?)(?P=mark)"""
 )
-_PARAMETER = re.compile(r"(?P<before>[?&](?P<key>[\w-]{1,80})=)[^\s&#\"']+(?P<mark>)")
+_PARAMETER = re.compile(r"(?P<before>[?&](?P<key>[\w-]{1,80})=)(?:[^\s&#\"']|'(?=[\w%~-]))+(?P<mark>)")
 _TOKEN = re.compile(r"(?<=\bBearer )[^\s\"',]+|\bhf_[A-Za-z0-9]{20,}")
 
 
