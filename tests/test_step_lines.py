@@ -128,7 +128,8 @@ def recipe(tmp_path_factory):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_all_metrics_are_logged_and_printed_where_they_are_asked_for(recipe, capsys, caplog, monkeypatch, asked):
-    for name in ("TRANSFORMERS_VERBOSITY", "TRL_EXPERIMENTAL_SILENCE"):
+    of_bars = {"HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"}  # read by libraries at import
+    for name in ("TRANSFORMERS_VERBOSITY", "TRL_EXPERIMENTAL_SILENCE", *of_bars):
         monkeypatch.delenv(name, raising=False)
     of_transformers = logging.getLogger("transformers")
     level = of_transformers.level
@@ -142,6 +143,7 @@ def test_all_metrics_are_logged_and_printed_where_they_are_asked_for(recipe, cap
     assert ("'completions/mean_length'" in out) == asked
     assert "A loss near 0 is expected" in caplog.text
     assert "/2 [" not in err  # no bars where there is no terminal
+    assert of_bars <= os.environ.keys()
     history = json.loads((recipe.parent / "run" / "trainer_state.json").read_text())["log_history"]
     assert len([log for log in history if "clip_ratio/low_mean" in log]) == 2
     assert os.environ.get("TRL_EXPERIMENTAL_SILENCE") == (None if asked else "1")

@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
 
     def run(rest: list[str]) -> int:
+        if not sys.stderr.isatty():  # bars of reading and loading would fill a log
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         path, options = split_config(rest)
         # What cannot be read is told before imports that take seconds
         recipe = {} if path is None else read_mapping(path)
