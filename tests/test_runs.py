@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import processes
@@ -22,6 +25,7 @@ from trl_sgpo.cli.main import main
 from trl_sgpo.data.warmstart import warmstart
 from trl_sgpo.data.worked import Trace
 from trl_sgpo.errors import ConfigError
+from trl_sgpo.files import append_file
 from trl_sgpo.inference.model import TwoPhaseModel
 from trl_sgpo.recipe import resume_point
 from trl_sgpo.report.records import read_run
@@ -457,3 +461,47 @@ def test_an_interruption_leaves_no_bar_that_is_drawn_again(model, tmp_path, caps
     (bars,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
     bars.training_bar.close()
     assert capsys.readouterr().err == ""
+
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from trl_sgpo.files import append_file
+from trl_sgpo.run.output_lock import held
+with held(sys.argv[1], True), append_file(Path(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains in the folder `run` and appends to the file `answers.jsonl`."""
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path / "run"), str(tmp_path / "answers.jsonl")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+class TestTwoProcesses:
+    """Two in one folder would mix their runs, and two that append to one file their lines."""
+
+    def test_train(
+        self, model: str, data: Path, tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["train", "--config", str(recipe(tmp_path, model, data))]
+        assert main(command) == 2
+        assert f"Another process trains in {tmp_path / 'run'}: wait until" in capsys.readouterr().err
+        assert not list((tmp_path / "run").iterdir())
+        holder.kill()
+        holder.wait()
+        assert main(command) == 0
+
+    def test_append(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+        path = tmp_path / "answers.jsonl"
+        with pytest.raises(ConfigError, match=r"Another process writes .*answers\.jsonl: wait until it has ended"):
+            append_file(path, 0)
+        holder.kill()
+        holder.wait()
+        append_file(path).close()

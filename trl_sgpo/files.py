@@ -18,6 +18,11 @@ from typing import TextIO
 from .errors import ConfigError
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _ENDING = ".unfinished"
 
 
@@ -103,6 +108,22 @@ def durable_replace(temporary: Path, target: Path) -> None:
             os.replace(temporary, target)
 
 
+def lock(descriptor: int) -> bool:
+    """
+    Locks an open file or directory until it is closed, also by the end of the process. Returns `False` if it is locked
+    already. Where the system has no locks, nothing is locked.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def append_file(path: Path, length: int | None = None) -> TextIO:
     """
     Opens a file to append to it. It is created if there is none.
@@ -114,7 +135,7 @@ def append_file(path: Path, length: int | None = None) -> TextIO:
             Bytes of the file to keep. If `None`, all.
 
     Raises:
-        [`~trl_sgpo.errors.ConfigError`]: It is a link.
+        [`~trl_sgpo.errors.ConfigError`]: It is a link, or another process appends to it.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
@@ -123,6 +144,9 @@ def append_file(path: Path, length: int | None = None) -> TextIO:
             raise
         message = f"{path} is a link, and nothing is written through links: remove it, or name another file."
         raise ConfigError(message) from error
+    if not lock(descriptor):
+        os.close(descriptor)
+        raise ConfigError(f"Another process writes {path}: wait until it has ended, or name another file.")
     if length is not None:
         os.truncate(descriptor, length)
     return os.fdopen(descriptor, "a", encoding="utf-8")

@@ -132,9 +132,7 @@ class SGPOTrainer(HubTrainer, NamedEvaluationTrainer, InternalizingTrainer):
             args = SGPOConfig(f"{name.split('/')[-1]}-SGPO")
         check_arguments(args, reward_funcs, train_dataset, eval_dataset, processing_class, quantization_config, kwargs)
         self.geometry = args.geometry
-        self.bank_session = BankSession(
-            strategy_bank, args, lambda text: len(self.processing_class(text)["input_ids"])
-        )
+        self.bank_session = BankSession(strategy_bank, args, lambda text: len(self.processing_class(text).input_ids))
         train_dataset = with_classes(train_dataset, args, self.strategy_bank)
         self.bank_session.merged = merged_classes(train_dataset, args)
         with without_experimental_warning():

@@ -51,6 +51,7 @@ from ..method.reward_functions import check_columns_read
 from ..recipe import Recipe, model_init_kwargs, read_recipe, resume_point
 from ..report.run_files import BEFORE_FILE, REPORT_FILE
 from ..run.directory import Run, begin_run, last_checkpoint
+from ..run.output_lock import held
 from ..run.step_lines import print_step_lines, training_columns, training_legend
 from ..sgpo_trainer import SGPOTrainer
 from ..vram.check import check_memory
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> int:
     try:
         if not launched and "LOCAL_RANK" not in os.environ and _needs_launcher(recipe):
             return _launch(recipe)
-        train(recipe)
+        with held(recipe.training.output_dir, recipe.training.should_save):
+            train(recipe)
     except KeyboardInterrupt:
         if launched:
             return INTERRUPTED  # the launching process says it

@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from ..report.run_files import COMPLETIONS_DIRECTORY, REFERENCE_FILE, STATE_FILE
 from ..sgpo_config import SGPOConfig
 from .directory import Run, begin_run, last_checkpoint, run_id, write_run_id
+from .output_lock import held
 from .resuming import ANOTHER, OptimizerBefore, check_same_model
 
 
@@ -80,8 +81,13 @@ class RunTrainer(GRPOTrainer):
             [`~transformers.trainer_utils.TrainOutput`]
 
         Raises:
-            [`ConfigError`]: There is no checkpoint to resume from, or it is of another model or optimizer.
+            [`ConfigError`]: There is no checkpoint to resume from, or it is of another model or optimizer, or
+                another process trains in `output_dir`.
         """
+        with held(self.args.output_dir, self.args.should_save):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         with self.args.main_process_first(local=self.args.save_on_each_node):
             checkpoint = self._checkpoint(resume_from_checkpoint)
             check_same_model(self.model, checkpoint)
