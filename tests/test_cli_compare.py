@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -235,7 +236,8 @@ def test_a_bad_arm_is_refused_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(tmp_path, monkeypatch, sent, raised):
     fifo, started = tmp_path / "fifo", tmp_path / "started"
     os.mkfifo(fifo)
     script = (
@@ -247,10 +249,11 @@ def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(tmp_path, 
 
     def interrupted(*given, **options):
         assert fifo.read_text() == "ready"
-        raise KeyboardInterrupt
+        signal.raise_signal(sent)
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(command, "wait", interrupted)
     missing = [(arm, seed) for seed in (1, 2, 3) for arm in ("a", "b")]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         command._run_all([sys.executable, "-c", script], missing, tmp_path, 1)
-    assert started.read_text() == "1"
+    assert started.read_text() == "1" and signal.getsignal(signal.SIGTERM) == before

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ from trl_sgpo.checks.secrets import arguments_without_secrets, is_secret, redact
 from trl_sgpo.cli.compare import _run
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.classes import CLASS_COLUMN
-from trl_sgpo.errors import BankError, ConfigError
+from trl_sgpo.errors import BankError, ConfigError, ModelError
 from trl_sgpo.hub.model_card import FACTS_FILE, TrainingFacts, make_card
-from trl_sgpo.inference.server import TOKEN_VARIABLE
+from trl_sgpo.inference.server import TOKEN_VARIABLE, ServerModel
 from trl_sgpo.method.conversation_trainer import ConversationGRPOTrainer
 from trl_sgpo.report.page import write_report
 from trl_sgpo.report.records import read_run
@@ -283,3 +284,38 @@ def test_what_wandb_records_of_a_command(tmp_path: Path, monkeypatch: pytest.Mon
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"--hub_token" in each for each in written)
     assert not any(token.encode() in each for each in written)
+
+
+def _repeating(handler: Any) -> None:
+    body = f"Incorrect key: {handler.headers['Authorization']}, {SECRET}".encode()
+    handler.send_response(400)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def test_a_server_that_repeats_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    with serving(_repeating) as url:
+        model = ServerModel(f"{url}/v1", "m", token=SECRET, retries=0)
+        with pytest.raises(ModelError, match=r"status 400: Incorrect key: .*\*\*\*") as refused:
+            model.answer([[{"role": "user", "content": "1 + 1?"}]])
+        monkeypatch.setenv("TRL_SGPO_BANK_TOKEN", SECRET)
+        with StrategyBank(tmp_path, hash_embedder) as bank:
+            SharedBank(bank, url).sync()
+    assert "it answered 400" in caplog.text and "Incorrect key: " in caplog.text
+    assert SECRET not in caplog.text + str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "--pool", "a.json", "--results", "x", "--hub_token", SECRET],
+        ["push", "run", "user/model", f"--api_token={SECRET}"],
+    ],
+)
+def test_a_token_among_arguments_that_a_command_has_not(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "***" in told and SECRET not in told

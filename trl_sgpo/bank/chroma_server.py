@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, Self
 
 from ..checks import http_limits
+from ..checks.secrets import without_sent
 from .rows import MAX_ROW_BYTES, from_json
 
 
@@ -116,7 +117,8 @@ class ChromaServer:
         if status in (401, 403):
             raise ServerRefused(f"it answered {status}: set {TOKEN} to the token that it, or a proxy, asks for")
         if status != 200:
-            raise ServerError(f"it answered {status} {data[:200].decode(errors='replace')!a}")
+            text = without_sent(data[:1_000].decode(errors="replace"), self._headers)
+            raise ServerError(f"it answered {status} {text[:200]!a}")
         try:
             value = from_json(data)
         except ValueError as error:

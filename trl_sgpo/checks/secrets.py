@@ -66,6 +66,13 @@ def redacted(value: Any) -> Any:
     return without_credentials(value) if isinstance(value, str) else value
 
 
+def without_sent(text: str, headers: Mapping[str, str]) -> str:
+    """What a server answered, without the tokens in the headers that were sent to it."""
+    for value in headers.values():
+        text = text.replace(value.removeprefix("Bearer "), HIDDEN)
+    return text
+
+
 def arguments_without_secrets(argv: list[str]) -> list[str]:
     """Arguments of a command, with `"***"` instead of what follows the options of secret keys."""
     shown: list[str] = []

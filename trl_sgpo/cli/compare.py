@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_directory, check_file
+from ..checks.secrets import arguments_without_secrets
 from ..errors import ConfigError
 from ..files import private_file
 
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
     if options.pool:
         given = {name for name, value in vars(options).items() if value not in (None, False)} - {"pool", "results"}
         if given or overrides:
-            others = ", ".join([*(f"`--{name}`" for name in sorted(given)), *overrides])
+            others = ", ".join([*(f"`--{name}`" for name in sorted(given)), *arguments_without_secrets(overrides)])
             raise ConfigError(f"`--pool` runs nothing, and does not read {others}: leave it out.")
         return _pool(options.pool, options.results)
     if options.config is None:
@@ -179,7 +181,12 @@ def _run_all(base: list[str], missing: list[tuple[str, int]], output_dir: Path, 
 
 @contextmanager
 def _ended_with(pool: ThreadPoolExecutor, running: set[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Ends runs that are under way, and starts no others, where the block is left by an error or Ctrl-C."""
+    """Ends runs that are under way, and starts no others, where the block is left by an error, Ctrl-C or SIGTERM."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except BaseException:
@@ -187,6 +194,8 @@ def _ended_with(pool: ThreadPoolExecutor, running: set[subprocess.Popen[bytes]])
         for process in list(running):
             process.terminate()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path, running: set[subprocess.Popen[bytes]]) -> int:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..checks.addresses import address_problem, header_problem
 from ..checks.http_limits import Answer, AnswerRefused, LimitedClient, limited_client
 from ..checks.json_text import parse_json
+from ..checks.secrets import without_sent
 from ..errors import ModelError
 from ..method.control_tokens import REASONING_MARKS, TextEncoder
 from ..method.conversation import execution_messages
@@ -123,6 +124,7 @@ class ServerModel:
         problem = address_problem(url, "a server, `--server`,", _ADDRESSES, TOKEN_VARIABLE)
         if problem := problem or header_problem(headers, "the server", TOKEN_VARIABLE):
             raise ModelError(problem)
+        self._sent = headers
         self.base = url.rstrip("/")
         self.url = f"{self.base}/chat/completions"
         self.name = name
@@ -322,7 +324,7 @@ class ServerModel:
                         f"The connection to {self.url} broke off ({reason}): run the same command again."
                     ) from error
             else:
-                reason = f"status {answer.status}: {answer.text[:200]}"
+                reason = f"status {answer.status}: {without_sent(answer.text, self._sent)[:200]}"
                 if answer.status not in _TRY_AGAIN:
                     raise ModelError(
                         f"The server at {self.url} refuses requests with {reason}. Check `--server` (with its /v1), "
