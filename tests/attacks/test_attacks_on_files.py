@@ -206,17 +206,22 @@ def test_a_recipe_s_estimate_and_files_of_init(tmp_path: Path, monkeypatch: pyte
     assert victim.read_text() == "precious"
 
 
-def test_a_link_out_of_the_folder_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("home", [False, True])
+def test_a_link_out_of_the_folder_of_a_run(
+    home: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRL and transformers write through links: cards, weights, configurations and checkpoints."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     victim = plant(tmp_path / "victims")
     recipe = tmp_path / "recipe.yaml"
     for name in ("README.md", "checkpoint-1/config.json"):
         run = tmp_path / f"run-{Path(name).name}"
+        named = f"~/{run.name}" if home else run
         (run / name).parent.mkdir(parents=True)
         (run / name).symlink_to(victim)
         recipe.write_text(
             f"model_name_or_path: {save_tiny_model(tmp_path / 'model')}\ndataset_name: reasoning_gym/lcm+gcd?size=40\n"
-            f"reward_funcs: [answer_reward]\noutput_dir: {run}\nuse_cpu: true\nbf16: false\n"
+            f"reward_funcs: [answer_reward]\noutput_dir: {named}\nuse_cpu: true\nbf16: false\n"
         )
         assert main(["train", "--config", str(recipe), "--max_steps", "1"]) == 2
         assert f"{run / name} is a link out of it" in capsys.readouterr().err

@@ -53,9 +53,10 @@ def _check_writable(key: str, path: str | Path) -> None:
 
 def _check_links(key: str, path: str | Path) -> None:
     """Libraries write through links, and what is removed below a link is removed where it leads."""
-    for folder, directories, files in os.walk(path):
+    directory = Path(path).expanduser()
+    for folder, directories, files in os.walk(directory):
         for entry in (Path(folder, name) for name in sorted([*directories, *files])):
-            if entry.is_symlink() and not is_within(entry, path):
+            if entry.is_symlink() and not is_within(entry, directory):
                 raise ConfigError(
                     f"`{key}` is {path}, and {entry} is a link out of it, which would be written through: remove the "
                     "link, or name another directory."
