@@ -74,7 +74,7 @@ def make(tmp_path, model):
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "transfer_block_size": 2,
-            "max_strategy_length": 32,
+            "max_strategy_length": 12,
             "max_completion_length": 12,
             "max_steps": 2,
             "logging_steps": 1,
@@ -695,7 +695,7 @@ def test_metrics_are_logged(make):
     for logs in trainer.state.log_history[:2]:
         assert {f"sgpo/{name}" for name in SGPO_METRICS} <= logs.keys()
         assert 0 <= logs["sgpo/correctness"] <= 1 and 0 <= logs["sgpo/transfer"] <= 1
-        assert 1 <= logs["sgpo/strategy_length"] <= 32 and 1 <= logs["sgpo/execution_length"] <= 12
+        assert 1 <= logs["sgpo/strategy_length"] <= 12 and 1 <= logs["sgpo/execution_length"] <= 12
         assert 0 < logs["sgpo/distinct_strategies"] <= 1
 
 
@@ -942,7 +942,7 @@ def test_strategies_longer_than_the_limit_are_neither_shown_nor_executed(make, m
     with StrategyBank(tmp_path / "bank", embedding_model=hash_embedder) as bank:
         long, short = bank.add(
             Strategy(text=text, problem_class="kind-0", source_problems=("elsewhere",), trust="trusted")
-            for text in ("first look and then " * 9 + "add.", "look and add.")
+            for text in ("first look and then " * 40 + "add.", "look and add.")
         )
     settings = {"use_bank": True, "num_bank_rollouts": 2, "num_generations": 6, "per_device_train_batch_size": 12}
     trainer = make(is_good, problems(4, 1), num_retrieved=2, max_steps=1, **settings)
@@ -951,7 +951,7 @@ def test_strategies_longer_than_the_limit_are_neither_shown_nor_executed(make, m
     shown = {each.id for _, plan in plans for problem in plan.problems for each in problem.retrieved}
     assert shown == {short}
     assert trainer.strategy_bank.get(short).trials and not trainer.strategy_bank.get(long).trials
-    assert caplog.text.count("more tokens than `max_strategy_length`, 32, which are neither shown nor executed") == 1
+    assert caplog.text.count("far more tokens than `max_strategy_length`, 12, which are not shown or executed") == 1
 
 
 def test_jobs_exchange_strategies_before_the_first_step_and_every_few(make, monkeypatch):

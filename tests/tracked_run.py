@@ -7,6 +7,7 @@ Arguments of `main`: OUT MODEL. What was logged is in `logs.json` in OUT, and tr
 import json
 from pathlib import Path
 
+import wandb
 from models import evenness, hash_embedder, problems
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
@@ -55,3 +56,4 @@ def main(arguments: list[str]) -> None:
         trainer.train()
         measure_transfer(trainer, problems(4), 4)
         (directory / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    wandb.finish()  # as at the exit of a command; a forked process has none

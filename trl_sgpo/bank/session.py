@@ -25,8 +25,6 @@ from .strategy import Outcome, Strategy, problem_id
 
 logger = logging.getLogger(__name__)
 
-_SLACK = 4  # tokens: a strategy that was sampled may have a few more when it is encoded again
-
 
 @dataclass(frozen=True)
 class Observation:
@@ -107,7 +105,7 @@ class BankSession:
         Retrieves strategies for problems, and draws the strategies of the bank that blocks execute.
 
         No problem is shown a strategy that was written for it. Candidates are shown in training only, where their
-        outcomes are verified. Strategies of others that are longer than `max_strategy_length` are left out.
+        outcomes are verified. Strategies of others that are far longer than `max_strategy_length` are left out.
 
         Args:
             problems (`list[Problem]`):
@@ -157,14 +155,14 @@ class BankSession:
         )
 
     def _fits(self, strategy: Strategy) -> bool:
-        """Whether rows that hold the strategy are no longer than was checked before training."""
+        """Whether the model may have written the strategy: when it is encoded again, it can have more tokens."""
         if strategy.id not in self._too_long:
-            longest = self.args.max_strategy_length + _SLACK
+            longest = 2 * self.args.max_strategy_length + 32
             self._too_long[strategy.id] = self.count_tokens(strategy.text) > longest
             if self._too_long[strategy.id] and sum(self._too_long.values()) == 1:
                 logger.warning(
-                    "The bank has strategies with more tokens than `max_strategy_length`, %d, which are neither shown "
-                    "nor executed: raise it, or retire them (`trl-sgpo bank retire`).",
+                    "The bank has strategies with far more tokens than `max_strategy_length`, %d, which are not shown "
+                    "or executed: raise it, or retire them (`trl-sgpo bank retire`).",
                     self.args.max_strategy_length,
                 )
         return not self._too_long[strategy.id]
