@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from trl_sgpo import SGPOConfig
 from trl_sgpo.cli import main as cli
+from trl_sgpo.data.sources import load_rows
 from trl_sgpo.data.tasks import answer_reward, load_problems
 from trl_sgpo.data.trace_files import read_traces
 from trl_sgpo.errors import ConfigError, DataError, ModelError
@@ -244,6 +245,11 @@ def test_a_link_in_a_dataset_reads_no_file_of_the_user(tmp_path: Path, secret: P
     (folder / "data.jsonl").symlink_to(secret)
     with pytest.raises(DataError, match="not part of it"):
         load_problems(str(folder))
+    with pytest.raises(DataError, match="not part of it"):
+        load_rows("json", "train", data_dir=str(folder))
+    (folder / "data.jsonl").unlink()
+    shutil.copy(secret, folder / "data.jsonl")
+    assert len(load_rows("json", "train", data_dir=str(folder)).dataset) == 1
 
 
 def test_a_snapshot_of_the_hub_is_read(tmp_path: Path, secret: Path) -> None:

@@ -21,6 +21,7 @@ from trl_sgpo.bank.seal import seal
 from trl_sgpo.bank.shared import SharedBank
 from trl_sgpo.bench.arms import write as write_benchmark
 from trl_sgpo.callbacks import RunRecordCallback
+from trl_sgpo.checks.paths import check_directory
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.bootstrap import open_record
 from trl_sgpo.data.trace_files import write_traces
@@ -226,6 +227,22 @@ def test_a_link_out_of_the_folder_of_a_run(
         assert main(["train", "--config", str(recipe), "--max_steps", "1"]) == 2
         assert f"{run / name} is a link out of it" in capsys.readouterr().err
     assert victim.read_text() == "precious"
+
+
+def test_a_folder_whose_links_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files can be written all the same: mode 0311. Everything can be listed by root, who runs tests."""
+    scandir = os.scandir
+
+    def listed(path: Any) -> Any:
+        if not isinstance(path, int) and Path(path).name == "completions":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    (tmp_path / "run" / "completions").mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(ConfigError, match=r"run/completions cannot be searched for links out of it \(Permission"):
+        check_directory("output_dir", tmp_path / "run")
+    check_directory("output_dir", tmp_path / "none")
 
 
 @pytest.mark.parametrize("command", ["compare", "eval", "bootstrap", "export", "push"])

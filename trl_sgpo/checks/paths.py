@@ -54,7 +54,14 @@ def _check_writable(key: str, path: str | Path) -> None:
 def _check_links(key: str, path: str | Path) -> None:
     """Libraries write through links, and what is removed below a link is removed where it leads."""
     directory = Path(path).expanduser()
-    for folder, directories, files in os.walk(directory):
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"`{key}` is {path}, and {error.filename} cannot be searched for links out of it ({error.strerror}): let "
+            "its owner read it, or name another directory."
+        ) from error
+
+    for folder, directories, files in os.walk(directory, onerror=refuse if directory.is_dir() else None):
         for entry in (Path(folder, name) for name in sorted([*directories, *files])):
             if entry.is_symlink() and not is_within(entry, directory):
                 raise ConfigError(

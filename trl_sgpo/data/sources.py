@@ -130,7 +130,9 @@ def _load_repository(path: str, base: str, name: str | None, data_dir: str | Non
         reached = builder.name != "cache"  # where the library has it that cannot be reached
         if reached or not _was_read(record):
             if reached and data_files is None:
-                check_own_files(path, builder.config.data_files or {})
+                of_a_format = data_dir is not None and builder.repo_id is None and not os.path.isdir(path)
+                folder = os.path.expanduser(data_dir) if of_a_format and data_dir else path
+                check_own_files(folder, builder.config.data_files or {})
             read = read_files(_files_of(builder, path, base) if reached else _kept_files(builder, path, base))
             if reached and builder.repo_id is not None:
                 with FileLock(record.with_suffix(".lock")), unfinished_file(record) as unfinished:
