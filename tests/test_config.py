@@ -300,3 +300,9 @@ class TestGenerationKwargs:
     )
     def test_others_are_taken(self, config, given):
         config(generation_kwargs=given)
+
+
+def test_the_home_directory_in_the_path_of_a_bank(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = SGPOConfig("~/run", bank_path="~/bank", bf16=False, report_to="none")
+    assert (args.output_dir, args.bank_path) == (str(tmp_path / "run"), str(tmp_path / "bank"))

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
@@ -365,6 +366,7 @@ class SGPOConfig(WithoutSecrets, GRPOConfig):
         self.strategy_prompt = self.strategy_prompt or default_strategy_prompt(self.strategy_format)
         # TRL's default of bf16 is refused without an accelerator unless `use_cpu` is set
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.bank_path = None if self.bank_path is None else os.path.expanduser(self.bank_path)  # as `output_dir`
         self._use_new_names()
         batch_is_given = self.generation_batch_size is not None
         checks = self._check_choices, lambda: check_strategy_prompt(self.strategy_prompt), lambda: check_block(self)

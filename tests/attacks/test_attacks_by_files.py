@@ -247,6 +247,10 @@ def test_a_link_in_a_dataset_reads_no_file_of_the_user(tmp_path: Path, secret: P
         load_problems(str(folder))
     with pytest.raises(DataError, match="not part of it"):
         load_rows("json", "train", data_dir=str(folder))
+    for path, pattern in ((str(folder), "*.jsonl"), ("json", f"{folder}/*.jsonl")):
+        with pytest.raises(DataError, match="a link out of its folder: name the file itself"):
+            load_rows(path, "train", data_files=pattern)
+    assert len(load_rows("json", "train", data_files=str(folder / "data.jsonl")).dataset) == 1  # one's own choice
     (folder / "data.jsonl").unlink()
     shutil.copy(secret, folder / "data.jsonl")
     assert len(load_rows("json", "train", data_dir=str(folder)).dataset) == 1

@@ -55,7 +55,7 @@ def config(tmp_path: Path) -> SGPOConfig:
     ["token", "hub_token", "api_key", "apiKey", "X-Api-Key", "Authorization", "password", "client_secret", "hf_token",
      "aws_secret_access_key", "passwords", "tokenizer_token", "identitytoken", "authtoken", "HFTOKEN", "hf_pat", "jwt",
      "GITHUB_PAT", "sas", "sig", "X-Amz-Signature", "dsn", "connection_string", "webhook_url", "session_id",
-     "passcode", "AWS_ACCESS_KEY_ID"],
+     "passcode", "AWS_ACCESS_KEY_ID", "access_tokens", "hf_tokens"],
 )  # fmt: skip
 def test_names_of_secrets(key):
     assert is_secret(key)
@@ -260,6 +260,8 @@ def test_other_texts_stay():
         (f"no file 'http://host?api_key={SECRET}': name one", "no file 'http://host?api_key=***': name one"),
         (json.dumps({"password": f'a"{SECRET}', "n": "1"}), '{"password": "***", "n": "1"}'),
         (f"token='{SECRET}\\'", "token='***'"),
+        (f"see https://host/#access_token={SECRET}", "see https://host/#access_token=***"),
+        (f"Authorization: Basic {SECRET}, Basic arithmetic", "Authorization: Basic ***, Basic arithmetic"),
     ],
 )
 def test_quotes_in_a_secret(text: str, shown: str) -> None:

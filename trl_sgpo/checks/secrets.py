@@ -14,7 +14,10 @@ _SECRET = re.compile(
     r"(?:.*_)?(?:auth|authorization|bearer|cookie|jwt|pat|sas|sig|dsn|connection_?string|session_id|access_key_id|"
     r"webhook|webhook_url))s?"
 )
-_OF_TEXT = re.compile(r"(?:.*_)?(?:tokens|(?:bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token)")
+_OF_TEXT = re.compile(
+    r"(?:(?!.*(?:access|refresh|api|auth|bearer|hub|hf)_tokens).*_)?"
+    r"(?:tokens|(?:bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token)"
+)
 """Names of tokens of a text, and of numbers of them."""
 
 # Parts are bounded and begin at the start of a word, so that a text of megabytes takes no more than its length
@@ -23,8 +26,8 @@ _PAIR = re.compile(
     r"""(?P<before>(?P<quote>["']?)(?<![\w-])(?P<key>[\w-]{1,80})(?P=quote)\s{0,9}[:=]\s{0,9}(?P<mark>["']))"""
     r"""(?:(?:\\.|[^\\\n]){1,2000}?|.{1,2000}?)(?P=mark)"""
 )
-_PARAMETER = re.compile(r"(?P<before>[?&](?P<key>[\w-]{1,80})=)(?:[^\s&#\"']|'(?=[\w%~-]))+(?P<mark>)")
-_TOKEN = re.compile(r"(?<=\bBearer )[^\s\"',]+|\bhf_[A-Za-z0-9]{20,}")
+_PARAMETER = re.compile(r"(?P<before>[?&#](?P<key>[\w-]{1,80})=)(?:[^\s&#\"']|'(?=[\w%~-]))+(?P<mark>)")
+_TOKEN = re.compile(r"(?<=\bBearer )[^\s\"',]+|(?<=\bAuthorization: Basic )[^\s\"',]+|\bhf_[A-Za-z0-9]{20,}")
 
 
 def is_secret(key: str) -> bool:

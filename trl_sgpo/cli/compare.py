@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.arguments import Parser, path_option
 from ..checks.paths import check_directory, check_file
-from ..checks.secrets import arguments_without_secrets
+from ..checks.secrets import arguments_without_secrets, without_credentials
 from ..errors import ConfigError
 from ..files import private_file
 
@@ -209,7 +209,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path, running: se
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-8:])
+    last = log.read_text(errors="replace").splitlines()[-8:]
+    return "\n".join(f"  {without_credentials(line)}" for line in last)
 
 
 def _print(summed: dict[str, Any]) -> None:

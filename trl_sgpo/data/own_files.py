@@ -13,7 +13,7 @@ from ..speed.patches import CountedPatch
 
 
 MAX_FOLDERS, MAX_STARS = 2, 4  # as many as the library's own patterns have, and one more
-_STARS = re.compile(r"\*+")
+_STARS, _WILD = re.compile(r"\*+"), re.compile(r"[*?\[]")
 
 
 def check_own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> None:
@@ -34,6 +34,33 @@ def check_own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> None:
     for file in map(str, chain.from_iterable(files.values())):
         if "://" in file or not is_within(file, path):
             raise _elsewhere(path, file)
+
+
+def check_matched_files(folder: str | None, patterns: Iterable[str], files: Mapping[Any, Iterable[Any]]) -> None:
+    """
+    Checks that patterns name no file through a link out of the folder in which they look.
+
+    Args:
+        folder (`str`, *optional*):
+            The folder to which patterns are relative. If `None`, the working directory.
+        patterns (`Iterable[str]`):
+            Paths of files on this machine, which may have `*`, `?` and `[`. A file that is named without them may be a
+            link.
+        files (`Mapping`):
+            Files of each split.
+
+    Raises:
+        [`DataError`]: One does.
+    """
+    paths = [os.path.join(folder or "", os.path.expanduser(pattern)) for pattern in patterns]
+    named = {os.path.abspath(path) for path in paths if _WILD.search(path) is None}
+    searched = [os.path.dirname(_WILD.split(path)[0]) or "." for path in paths if _WILD.search(path) is not None]
+    for file in map(str, chain.from_iterable(files.values())):
+        own = "://" in file or os.path.abspath(file) in named
+        if searched and not own and not any(is_within(file, place) for place in searched):
+            raise DataError(
+                f"`data_files` names {file}, a link out of its folder: name the file itself, if you mean it."
+            )
 
 
 def _elsewhere(path: str, file: str) -> DataError:

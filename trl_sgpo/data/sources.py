@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ..yaml_files import FEW_ALIASES
 from .columns import as_answer, is_missing
 from .compressed import unpacked
 from .generated import GYM, LISTS, WORDS, materialise
-from .own_files import OWN_PATTERNS, check_own_files
+from .own_files import OWN_PATTERNS, check_matched_files, check_own_files
 from .rows import RowFiles, Rows, cache, cached_rows, is_cached, read_files
 
 
@@ -133,6 +134,9 @@ def _load_repository(path: str, base: str, name: str | None, data_dir: str | Non
                 of_a_format = data_dir is not None and builder.repo_id is None and not os.path.isdir(path)
                 folder = os.path.expanduser(data_dir) if of_a_format and data_dir else path
                 check_own_files(folder, builder.config.data_files or {})
+            elif reached and builder.repo_id is None:
+                place = path if os.path.isdir(path) else data_dir
+                check_matched_files(place, _patterns(data_files), builder.config.data_files or {})
             read = read_files(_files_of(builder, path, base) if reached else _kept_files(builder, path, base))
             if reached and builder.repo_id is not None:
                 with FileLock(record.with_suffix(".lock")), unfinished_file(record) as unfinished:
@@ -146,6 +150,13 @@ def _load_repository(path: str, base: str, name: str | None, data_dir: str | Non
         raise _unreachable(path, error) from error
     logger.warning(f"{path} cannot be reached: the rows are those that were read before.")
     return cached_rows(record.read_text())
+
+
+def _patterns(data_files: Any) -> list[str]:
+    """Names and patterns of files in `data_files`, which may be one, a list, or either for each split."""
+    if isinstance(data_files, Mapping):
+        return [*chain.from_iterable(map(_patterns, data_files.values()))]
+    return [data_files] if isinstance(data_files, str) else [*map(str, data_files)]
 
 
 def _was_read(record: Path) -> bool:
