@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,3 +99,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("While the tests ran, these came into being in the checkout or the user's caches:")
         for path in new:
             terminalreporter.write_line(f"  {path}")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell makes processes that it starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

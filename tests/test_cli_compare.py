@@ -237,7 +237,9 @@ def test_a_bad_arm_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(tmp_path, monkeypatch, sent, raised):
+def test_an_interrupted_comparison_ends_its_runs_and_starts_no_others(
+    tmp_path, monkeypatch, interruptible, sent, raised
+):
     fifo, started = tmp_path / "fifo", tmp_path / "started"
     os.mkfifo(fifo)
     script = (

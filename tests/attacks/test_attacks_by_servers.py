@@ -67,14 +67,6 @@ def test_an_answer_that_never_ends_stops_at_the_deadline(reply, streamed):
         ask(reply, streamed, timeout=0.4)
 
 
-@pytest.fixture
-def interruptible():
-    """A shell makes processes that it starts in the background ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("streamed", [False, True])
 def test_ctrl_c_waits_for_no_server(streamed):
