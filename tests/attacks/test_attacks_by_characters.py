@@ -63,7 +63,9 @@ def test_environment_of_a_recipe(
     environment: str, named: str, recipe: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("A_TOKEN", raising=False)
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # by the command itself
+    for name in ("TRL_EXPERIMENTAL_SILENCE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")  # by the command itself
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
     before = dict(os.environ)
     assert named in line_of(["train", "--config", recipe(f"env: {environment}")], capsys)
     assert dict(os.environ) == before
