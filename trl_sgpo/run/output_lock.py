@@ -1,6 +1,7 @@
 """A lock on the output folder of a run: two trainings in one folder would mix their checkpoints and banks."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ def held(output_dir: str | Path, saves: bool) -> Iterator[None]:
         [`ConfigError`]: Another process holds the folder.
     """
     directory = Path(output_dir).resolve()
-    if not saves or directory in _HELD:  # of the same process
+    if not saves or directory in _HELD or sys.platform == "win32":  # where no folder can be opened
         yield
         return
     is_new = not directory.exists()
