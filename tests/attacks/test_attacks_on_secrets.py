@@ -23,7 +23,7 @@ from trl_sgpo import SGPOConfig, SGPOTrainer, SharedPromptGRPOTrainer, StrategyB
 from trl_sgpo.bank.shared import SharedBank
 from trl_sgpo.callbacks import RunRecordCallback
 from trl_sgpo.checks.command import run_command
-from trl_sgpo.checks.secrets import arguments_without_secrets, is_secret, redacted, without_credentials
+from trl_sgpo.checks.secrets import arguments_without_secrets, is_secret, redacted, without_credentials, without_sent
 from trl_sgpo.cli.compare import _run
 from trl_sgpo.cli.main import main
 from trl_sgpo.data.classes import CLASS_COLUMN
@@ -306,6 +306,7 @@ def test_a_server_that_repeats_the_token(tmp_path: Path, monkeypatch: pytest.Mon
             SharedBank(bank, url).sync()
     assert "it answered 400" in caplog.text and "Incorrect key: " in caplog.text
     assert SECRET not in caplog.text + str(refused.value)
+    assert without_sent("an answer", {"Authorization": "Bearer "}) == "an answer"
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def redacted(value: Any) -> Any:
 def without_sent(text: str, headers: Mapping[str, str]) -> str:
     """What a server answered, without the tokens in the headers that were sent to it."""
     for value in headers.values():
-        text = text.replace(value.removeprefix("Bearer "), HIDDEN)
+        if token := value.removeprefix("Bearer").strip():
+            text = text.replace(token, HIDDEN)
     return text
 
 
