@@ -38,7 +38,7 @@ from ..run.step_lines import WARM_START_COLUMNS, print_step_lines
 from ..sgpo_config import SGPOConfig
 from ..speed.attention_kernels import avoid_cudnn_attention
 from ..speed.lm_head import project_labelled_tokens_only
-from ..speed.merging import adapter_effect, base_of, fixed_log_probs
+from ..speed.merging import adapter_effect, base_of, fixed_log_probs, merge_is_exact
 from . import worked
 from .trace_files import read_traces
 from .worked import Trace
@@ -47,7 +47,6 @@ from .worked import Trace
 logger = logging.getLogger(__name__)
 
 _MAX_CHARACTERS = 50_000_000  # of all traces: one long row may be repeated for each of them
-_DISTORTED = 0.25  # the quickstart, at 0.13, learns what it is shown
 _MADE_OF, _MAX_RECORD = "warmstart.sha256", 1024
 
 
@@ -263,13 +262,13 @@ def warmstart(
 
 @torch.no_grad()
 def _merged(tuned: PeftModel) -> PreTrainedModel:
-    """The model with its adapter merged, and a line in the log if rounding distorts a quarter of its effect."""
+    """The model with its adapter merged, and a line in the log if rounding loses more than a tenth of its effect."""
     tuned.eval()
     apart = fixed_log_probs(tuned)
     effect = adapter_effect(tuned, apart, lambda: fixed_log_probs(tuned))
     merged = tuned.merge_and_unload()
     difference = (fixed_log_probs(merged) - apart).abs().mean().item()
-    if not difference <= _DISTORTED * effect:  # also where it is NaN
+    if not merge_is_exact(difference, effect, exact=False):
         kind = str(merged.dtype).removeprefix("torch.")
         logger.warning(
             f"Rounding to {kind} distorts {min(1.0, difference / effect if effect else 1.0):.0%} of what the warm "
